@@ -1,0 +1,1 @@
+"""Joint image/label transforms, collation, loaders and synthetic scenes. Knows nothing of models."""
