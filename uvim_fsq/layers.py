@@ -1,0 +1,147 @@
+"""Transformer pieces shared by the oracle and the LM. Knows nothing of tasks or training.
+
+B batch, N tokens, M memory tokens, D width, H heads, g grid side, p patch side, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+LN_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections; `bias` is that of all four (UViM's LM decoder has none)."""
+
+    def __init__(self, dim: int, num_heads: int, *, bias: bool = True, memory_dim: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(memory_dim or dim, dim, bias=bias)
+        self.value = nn.Linear(memory_dim or dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def heads(self, x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
+        """(B, N, D) -> (B, H, N, D / H) by one of the projections."""
+        return rearrange(projection(x), "b n (h d) -> b h n d", h=self.num_heads)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attention of (B, H, N, d) queries over (B, H, M, d) keys and values -> (B, N, D), output map included."""
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, *, is_causal: bool = False) -> torch.Tensor:
+        """(B, N, D) attends to `memory` (B, M, memory_dim), or to itself."""
+        source = x if memory is None else memory
+        q, k, v = self.heads(x, self.query), self.heads(source, self.key), self.heads(source, self.value)
+        return self.attend(q, k, v, is_causal=is_causal)
+
+
+class MLP(nn.Module):
+    """Two linear maps with the tanh approximation of GELU between them (the reference's)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.mlp = MLP(dim, mlp_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """`depth` encoder blocks and the final LayerNorm: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(EncoderBlock(dim, num_heads, mlp_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        init_transformer_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class PatchEmbed(nn.Module):
+    """The reference's VALID patch convolution of the image, as reshape + linear: (B, 3, S, S) -> (B, N, D)."""
+
+    def __init__(self, patch: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(patch * patch * 3, dim)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.proj(rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch))
+
+
+def init_transformer_(module: nn.Module) -> None:
+    """Xavier-uniform attention and MLP kernels, attention biases 0, MLP biases normal(1e-6) (REFERENCE recipe of UViM)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for part in module.modules():
+        if isinstance(part, MLP):
+            nn.init.normal_(part.fc1.bias, std=1e-6)
+            nn.init.normal_(part.fc2.bias, std=1e-6)
+
+
+def position_embedding(length: int, dim: int) -> nn.Parameter:
+    """Learned positions (1, length, dim), normal with deviation 1/sqrt(dim)."""
+    return nn.Parameter(torch.randn(1, length, dim) / math.sqrt(dim))
+
+
+def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """(B, S, S) or (B, S, S, C) -> (B, N, p*p) or (B, N, p*p, C), patches and pixels row by row."""
+    return rearrange(x, "b (h p) (w q) ... -> b (h w) (p q) ...", p=patch, q=patch)
+
+
+def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """(B, N, p*p, C) -> (B, S, S, C) for a square grid."""
+    side = math.isqrt(x.shape[1])
+    return rearrange(x, "b (h w) (p q) ... -> b (h p) (w q) ...", h=side, w=side, p=patch, q=patch)
+
+
+def resize_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Linear resize of a square token grid (B, N, D) -> (B, length, D).
+
+    Half-pixel centres, antialiased on the way down, as the reference resizes its bottleneck.
+    """
+    if x.shape[1] == length:
+        return x
+    old, new = math.isqrt(x.shape[1]), math.isqrt(length)
+    grid = rearrange(x, "b (h w) d -> b d h w", h=old)
+    # The antialiased kernel exists in float32 on every device, not in bf16.
+    grid = F.interpolate(grid.float(), size=(new, new), mode="bilinear", antialias=True, align_corners=False)
+    return rearrange(grid, "b d h w -> b (h w) d").to(x.dtype)

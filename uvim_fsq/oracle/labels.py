@@ -1,0 +1,130 @@
+"""The oracle's two ends: label maps to token embeddings, and hidden states to label logits and their loss.
+
+B batch, N patches, p patch side, C classes or channels, D width. Logits are channel-last: (B, N, p*p, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from uvim_fsq.layers import patchify
+from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
+
+Loss = Callable[
+    [Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+
+
+class CategoricalEmbed(nn.Module):
+    """Linear map of a patch's one-hot labels, without ever building the one-hot: a sum of p*p table rows.
+
+    A label of -1 adds nothing, as an all-zero one-hot would.
+    """
+
+    def __init__(self, num_classes: int, pixels: int, dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        # Row (pixel * classes + class); the deviation is that of a linear map with pixels * classes inputs.
+        self.weight = nn.Parameter(torch.randn(pixels * num_classes, dim) * (pixels * num_classes) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N, p*p) integer classes -> (B, N, D)."""
+        b, n, pixels = patches.shape
+        classes = patches.long()
+        rows = classes.clamp_min(0) + torch.arange(pixels, device=patches.device) * self.num_classes
+        present = (classes >= 0).to(self.weight.dtype)
+        summed = F.embedding_bag(
+            rows.view(-1, pixels), self.weight, mode="sum", per_sample_weights=present.view(-1, pixels)
+        )
+        return summed.view(b, n, -1) + self.bias
+
+
+class RealEmbed(nn.Module):
+    """Linear map of a patch's real label values: (B, N, p*p, C) -> (B, N, D)."""
+
+    def __init__(self, channels: int, pixels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(pixels * channels, dim)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.proj(patches.flatten(2))
+
+
+class LabelEmbed(nn.Module):
+    """Sum over label channels of each channel's embedding: labels at (B, S, S[, C]) -> (B, N, D)."""
+
+    def __init__(self, channels: Mapping[str, LabelChannel], patch: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.channels = nn.ModuleDict()
+        for name, channel in channels.items():
+            if isinstance(channel, Categorical):
+                self.channels[name] = CategoricalEmbed(channel.num_classes, patch * patch, dim)
+            else:
+                self.channels[name] = RealEmbed(channel.channels, patch * patch, dim)
+
+    def forward(self, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        embedded = [embed(patchify(labels[name], self.patch)) for name, embed in self.channels.items()]
+        return torch.stack(embedded).sum(0) if len(embedded) > 1 else embedded[0]
+
+
+class LabelHead(nn.Module):
+    """One zero-initialised linear map per label channel: (B, N, D) -> channel -> (B, N, p*p, C)."""
+
+    def __init__(self, channels: Mapping[str, LabelChannel], patch: int, dim: int) -> None:
+        super().__init__()
+        self.pixels = patch * patch
+        self.heads = nn.ModuleDict()
+        for name, channel in channels.items():
+            size = channel.channels if isinstance(channel, Real) else channel.num_classes
+            head = nn.Linear(dim, self.pixels * size)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.heads[name] = head
+
+    def forward(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        b, n, _ = hidden.shape
+        return {name: head(hidden).view(b, n, self.pixels, -1) for name, head in self.heads.items()}
+
+
+def head_and_loss(
+    head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss, chunks: int = 1
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Task loss of hidden states (B, N, D) against patchified labels, in `chunks` pieces over the patches.
+
+    With several chunks each piece's logits are thrown away and recomputed in the backward pass, so that peak memory
+    does not grow with classes x pixels x patches. The loss is a mean over pixels, hence a mean of the pieces' means
+    weighted by their size.
+
+    Args:
+        labels: channel -> (B, N, p*p) or (B, N, p*p, C).
+
+    Returns:
+        (B,) float32 loss and the task's logs, each (B,).
+    """
+
+    def piece(h: torch.Tensor, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = {name: x.float().flatten(1, 2) for name, x in head(h).items()}
+        return loss(logits, {name: x.flatten(1, 2) for name, x in part.items()})
+
+    if chunks <= 1:
+        return piece(hidden, dict(labels))
+    n = hidden.shape[1]
+    total: torch.Tensor | None = None
+    logs: dict[str, torch.Tensor] = {}
+    for rows in torch.arange(n).tensor_split(chunks):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        part = {name: x[:, first:last] for name, x in labels.items()}
+        value, part_logs = checkpoint(piece, hidden[:, first:last], part, use_reentrant=False)  # type: ignore[misc]
+        weight = (last - first) / n
+        total = value * weight if total is None else total + value * weight
+        for name, log in part_logs.items():
+            logs[name] = logs.get(name, torch.zeros_like(log)) + log * weight
+    assert total is not None
+    return total, logs

@@ -1,0 +1,140 @@
+"""The oracle (UViM, arXiv 2205.10337, stage I): labels -> 256 discrete tokens -> labels, optionally seeing the image.
+
+B batch, S image side, N patches, L code length, d code channels, D width. Images are (B, 3, S, S) uint8, or floating
+and then already in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from uvim_fsq.config import OracleModelConfig, QuantizerConfig
+from uvim_fsq.errors import UserError
+from uvim_fsq.layers import PatchEmbed, Transformer, init_transformer_, patchify, position_embedding, resize_tokens, unpatchify
+from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, head_and_loss
+from uvim_fsq.tasks.base import LabelChannel
+
+
+@dataclass
+class OracleOutput:
+    """A training pass: `loss` (B,) float32, `logs` name -> (B,), `tokens` (B, L) int64 before code dropout."""
+
+    loss: torch.Tensor
+    logs: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+
+
+def build_quantizer(config: QuantizerConfig) -> FSQ:
+    """The bottleneck's quantizer; all share `forward(z) -> codes, indices`, `indices_to_codes`, `codes_to_indices`."""
+    return FSQ(config.levels, shift=config.shift)
+
+
+def drop_codes(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """Code dropout (training only): zeroes the codes whose importance is at most a threshold u ~ U[0, 1] per example.
+
+    Args:
+        codes: (B, L, d) quantized codes; tokens are always taken before this.
+        kind: "none"; "random" permutes the importances per example (the reference's); "ordered" keeps them falling
+            with the position, so that the first codes carry most.
+    """
+    if kind == "none":
+        return codes
+    b, length, _ = codes.shape
+    importance = torch.linspace(1.0, 0.0, length + 2, device=codes.device)[1:-1].expand(b, -1)
+    if kind == "random":
+        order = torch.rand(b, length, device=codes.device).argsort(dim=1)
+        importance = importance.gather(1, order)
+    threshold = torch.rand(b, 1, device=codes.device)
+    return codes * (importance > threshold).to(codes.dtype).unsqueeze(-1)
+
+
+class Oracle(nn.Module):
+    """Stage I autoencoder. Without context it never receives the image.
+
+    Args:
+        config: the architecture.
+        channels: the task's label channels.
+        image_size: S.
+
+    Raises UserError when S is not a multiple of the patch or the code length is no square.
+    """
+
+    def __init__(self, config: OracleModelConfig, channels: Mapping[str, LabelChannel], image_size: int) -> None:
+        super().__init__()
+        if image_size % config.patch_size:
+            raise UserError(f"data.image_size={image_size} is not divisible by model.patch_size={config.patch_size}")
+        if math.isqrt(config.code_length) ** 2 != config.code_length:
+            raise UserError(f"model.code_length={config.code_length} is not a square number (e.g. 16, 64, 256)")
+        self.config = config
+        self.image_size = image_size
+        width, patch = config.width, config.patch_size
+        num_patches = (image_size // patch) ** 2
+        self.quantizer = build_quantizer(config.quantizer)
+        self.label_embed = LabelEmbed(channels, patch, width)
+        self.encoder_context = PatchEmbed(patch, width) if config.context in ("both", "encoder") else None
+        self.decoder_context = PatchEmbed(patch, width) if config.context in ("both", "decoder") else None
+        self.encoder_positions = position_embedding(num_patches, width)
+        self.decoder_positions = position_embedding(num_patches, width)
+        self.encoder = Transformer(width, config.encoder_depth, config.num_heads, config.mlp_dim)
+        self.decoder = Transformer(width, config.decoder_depth, config.num_heads, config.mlp_dim)
+        self.encoder_head = nn.Linear(width, self.quantizer.dim)
+        self.decoder_stem = nn.Linear(self.quantizer.dim, width)
+        for stem in (self.encoder_head, self.decoder_stem):
+            init_transformer_(stem)
+        self.label_head = LabelHead(channels, patch, width)
+        self.num_patches = num_patches
+
+    @property
+    def code_length(self) -> int:
+        return self.config.code_length
+
+    def _context(self, embed: PatchEmbed | None, image: torch.Tensor | None) -> torch.Tensor | float:
+        if embed is None:
+            return 0.0
+        if image is None:
+            raise ValueError(f"an oracle with context={self.config.context} needs the image")
+        if not image.is_floating_point():
+            image = image.float() / 127.5 - 1.0
+        return embed(image)
+
+    def encode(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
+        """Labels (B, S, S[, C]) and image -> z (B, L, d), real, before the quantizer."""
+        x = self.label_embed(labels) + self._context(self.encoder_context, image) + self.encoder_positions
+        return self.encoder_head(resize_tokens(self.encoder(x), self.code_length))
+
+    def tokenize(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
+        """Labels and image -> tokens (B, L) int64."""
+        return self.quantizer(self.encode(labels, image))[1]
+
+    def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""
+        x = resize_tokens(self.decoder_stem(codes), self.num_patches)
+        return self.decoder(x + self._context(self.decoder_context, image) + self.decoder_positions)
+
+    def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zero codes: the context alone."""
+        logits = self.label_head(self.decode_hidden(codes, image))
+        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in logits.items()}
+
+    def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
+        return self.decode(self.quantizer.indices_to_codes(tokens), image)
+
+    def forward(
+        self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None, loss: Loss
+    ) -> OracleOutput:
+        """One reconstruction pass with `loss` = `Task.loss`; code dropout in training mode only."""
+        codes, tokens = self.quantizer(self.encode(labels, image))
+        if self.training:
+            codes = drop_codes(codes, self.config.code_dropout)
+        hidden = self.decode_hidden(codes, image)
+        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
+        chunks = self.config.head_chunks if self.training else 1
+        value, logs = head_and_loss(self.label_head, hidden, patches, loss, chunks)
+        return OracleOutput(value, logs, tokens)
