@@ -151,7 +151,8 @@ def _cast(room: Room, rays: np.ndarray, windows: list[Window]) -> tuple[np.ndarr
 
 def _corners(solids: tuple[Solid, ...]) -> np.ndarray:
     """(solids, 8, 3) corners of the solids' upright bounding boxes."""
-    numbers = np.array([(s.x, s.y, s.base + s.half[2], *s.half, math.cos(s.yaw), math.sin(s.yaw)) for s in solids])
+    rows = [(s.x, s.y, s.base + s.half[2], *s.half, math.cos(s.yaw), math.sin(s.yaw)) for s in solids]
+    numbers = np.array(rows).reshape(-1, 8)  # a room may, rarely, stay empty
     offset = _SIGNS * numbers[:, None, 3:6]
     cos, sin = numbers[:, 6:7], numbers[:, 7:8]
     turned = (cos * offset[..., 0] - sin * offset[..., 1], sin * offset[..., 0] + cos * offset[..., 1], offset[..., 2])
