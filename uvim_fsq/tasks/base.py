@@ -125,6 +125,10 @@ class Task(ABC):
         """A fresh accumulator of the task's protocol."""
 
     @abstractmethod
+    def to_size(self, prediction: Any, size: tuple[int, int]) -> Any:
+        """One item of `decode` resampled to (height, width) as the task's protocol asks."""
+
+    @abstractmethod
     def render(self, image: np.ndarray, prediction: Any, ground_truth: Any | None = None) -> dict[str, np.ndarray]:
         """Pictures for reports: an ordered dict title -> (H, W, 3) uint8, e.g. prediction, ground truth, error.
 

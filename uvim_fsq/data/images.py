@@ -1,0 +1,57 @@
+"""Reading pictures as people have them: by header, upright, as 8-bit RGB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from uvim_fsq.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Any PIL image -> (H, W, 3) uint8: EXIF orientation applied, alpha over white, 16-bit scaled down, CMYK converted."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        # 16-bit greys would be clipped at 255 by convert().
+        scale = 255.0 / 65535.0 if values.max(initial=0.0) > 255 else 1.0
+        image = Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture file -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
+
+    Raises UserError naming the file when it is missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+
+
+def list_images(inputs: list[str]) -> list[Path]:
+    """Files as given, folders searched recursively. Raises UserError for a missing path or a folder without images."""
+    files: list[Path] = []
+    for entry in map(Path, inputs):
+        if entry.is_dir():
+            found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{entry}: no images in this folder")
+            files += found
+        elif entry.is_file():
+            files.append(entry)
+        else:
+            raise UserError(f"{entry}: no such file or folder")
+    return files

@@ -1,0 +1,224 @@
+"""One way to evaluate, used by the training loop, the command and the quickstart. Figures do not depend on batch size or
+process count: metrics add up sums and counts, and every process sees its own share of the images.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+
+import uvim_fsq
+from uvim_fsq.config import DataConfig, EvalConfig
+from uvim_fsq.data.loader import eval_batches
+from uvim_fsq.data.sample import Batch
+from uvim_fsq.errors import UserError
+from uvim_fsq.lm.generate import generate
+from uvim_fsq.lm.model import LM
+from uvim_fsq.models import Loaded, load_checkpoint
+from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.oracle.statistics import CodeStatistics
+from uvim_fsq.tasks.base import Task
+from uvim_fsq.training.checkpoint import file_hash
+
+
+@dataclass
+class Predicted:
+    """Predictions of one batch, one item per image as `Task.decode` gives them, and the tokens behind them (B, L)."""
+
+    items: list[Any]
+    tokens: torch.Tensor | None
+
+
+Predictor = Callable[[Batch], Predicted]
+
+
+def oracle_predictions(oracle: Oracle, task: Task) -> Predictor:
+    """The oracle alone: labels -> tokens -> labels."""
+
+    def predict(batch: Batch) -> Predicted:
+        tokens = oracle.tokenize(batch["labels"], batch["image"])
+        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens)
+
+    return predict
+
+
+def context_predictions(oracle: Oracle, task: Task) -> Predictor:
+    """The oracle's decoder with every code zeroed: what the image alone gives away (PITFALLS: context leak)."""
+
+    def predict(batch: Batch) -> Predicted:
+        image = batch["image"]
+        codes = torch.zeros(len(image), oracle.code_length, oracle.quantizer.dim, device=image.device)
+        return Predicted(task.decode(oracle.decode(codes, image)), None)
+
+    return predict
+
+
+def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Predictor:
+    """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own stream of random numbers."""
+
+    def predict(batch: Batch) -> Predicted:
+        seeds = config.seed * 1_000_003 + batch["index"].cpu()
+        tokens = generate(
+            lm,
+            batch["image"],
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seeds=seeds,
+        )
+        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens)
+
+    return predict
+
+
+def constant_prediction(item: Any) -> Predictor:
+    """The same prediction for every image, e.g. the training set's mean."""
+
+    def predict(batch: Batch) -> Predicted:
+        return Predicted([item] * len(batch["image"]), None)
+
+    return predict
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Moves image and labels; ids and indices stay on the host."""
+    labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
+    return Batch(
+        image=batch["image"].to(device, non_blocking=True), labels=labels, index=batch["index"], id=batch["id"]
+    )
+
+
+class Evaluator:
+    """Runs predictions over the evaluation split and gathers the task's figures over all processes.
+
+    After `run`, `rows` holds each image's own figures (this process's images), `statistics` the token counts.
+    """
+
+    def __init__(
+        self, task: Task, data: DataConfig, config: EvalConfig, *, limit: int | None = None, quantizer: FSQ | None = None
+    ) -> None:
+        self.task, self.data, self.config = task, data, config
+        self.limit = limit if limit is not None else config.limit
+        self.source = task.source(data.root, data.eval_split)
+        self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
+        self.rows: list[dict[str, Any]] = []
+
+    @torch.inference_mode()
+    def run(self, predict: Predictor, device: torch.device) -> dict[str, float]:
+        """The figures over the split (or its first `limit` images), the same on every process."""
+        state = PartialState()
+        metric = self.task.metric()
+        self.rows = []
+        for batch, samples in eval_batches(
+            self.source,
+            self.task,
+            self.data,
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            limit=self.limit,
+            rank=state.process_index,
+            world=state.num_processes,
+        ):
+            predicted = predict(to_device(batch, device))
+            for item, sample in zip(predicted.items, samples, strict=True):
+                self.rows.append({"id": sample.id, **metric.update(item, sample)})
+            if self.statistics is not None and predicted.tokens is not None:
+                self.statistics.update(predicted.tokens)
+        metric.load_state(_summed(metric.state()))
+        figures = metric.compute()
+        if self.statistics is not None and self.statistics.counts.any():
+            self.statistics.load_state(_summed(self.statistics.state()))
+            figures |= self.statistics.compute()
+        return figures
+
+
+def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums of every array over all processes."""
+    if PartialState().num_processes == 1:
+        return state
+    states: list[dict[str, np.ndarray]] = gather_object([state])
+    return {name: np.sum([other[name] for other in states], axis=0) for name in state}
+
+
+def evaluate_loaded(
+    loaded: Loaded, *, limit: int | None = None, csv_file: Path | None = None, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Oracle, context alone and (for an LM's checkpoint) LM: a result that names protocol, split, counts and checkpoint."""
+    device = device or PartialState().device
+    run, task, oracle = loaded.run, loaded.task, loaded.oracle.to(device)
+    limit = limit if limit is not None else run.eval.limit
+    ways: dict[str, Predictor] = {"oracle": oracle_predictions(oracle, task)}
+    if oracle.config.context in ("both", "decoder"):
+        ways["context_only"] = context_predictions(oracle, task)
+    if loaded.lm is not None:
+        ways["lm"] = lm_predictions(loaded.lm.to(device), oracle, task, run.eval)
+    figures: dict[str, dict[str, float]] = {}
+    levels: dict[str, list[list[int]]] = {}
+    counts: dict[str, list[int]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    info: dict[str, Any] = {}
+    for name, predict in ways.items():
+        evaluator = Evaluator(task, run.data, run.eval, limit=limit, quantizer=oracle.quantizer)
+        figures[name] = evaluator.run(predict, device)
+        rows[name] = gather_object(evaluator.rows)
+        info = dict(evaluator.source.info)
+        if name != "context_only" and evaluator.statistics is not None:
+            levels[name] = evaluator.statistics.level_histogram()
+            counts[name] = evaluator.statistics.counts.tolist()
+    if csv_file is not None and PartialState().is_main_process:
+        write_csv(csv_file, rows)
+    return {
+        "task": task.name,
+        "protocol": task.metric().protocol,
+        "data": info,
+        "limit": limit,
+        "images": len(next(iter(rows.values()))),
+        "figures": figures,
+        "code_counts": counts,
+        "level_histogram": levels,
+        "decoding": {
+            key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")
+        },
+        "task_options": {key: value for key, value in vars(task.config).items()},
+        "checkpoint": str(loaded.checkpoint),
+        "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
+        "versions": {
+            "uvim_fsq": uvim_fsq.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(device),
+        },
+    }
+
+
+def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """One line per way and image: way, id and that image's figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = [{"way": way, **row} for way, items in rows.items() for row in items]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def evaluate_run(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, limit: int | None = None, csv: Path | None = None
+) -> dict[str, Any]:
+    """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: give at least 1 image")
+    device = PartialState().device
+    loaded = load_checkpoint(run_dir, overrides, device)
+    loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
+    return evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device)

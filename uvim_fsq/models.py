@@ -1,0 +1,113 @@
+"""From configurations and checkpoint directories to tasks and models: the only place that knows how both are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uvim_fsq.config import LMRun, OracleRun, Run
+from uvim_fsq.config_io import load_run, resolve_lm, to_dict, validate
+from uvim_fsq.errors import UserError
+from uvim_fsq.lm.model import LM
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.tasks.base import Task
+from uvim_fsq.tasks.registry import load_plugins, task_class
+from uvim_fsq.training.checkpoint import load_model_weights, resolve_checkpoint
+
+
+def build_task(run: Run) -> Task:
+    """The task of a resolved configuration."""
+    load_plugins(run.plugins)
+    return task_class(run.task.name)(run.task.options)
+
+
+def build_oracle(run: OracleRun, task: Task) -> Oracle:
+    """A freshly initialised oracle for the task's label channels."""
+    return Oracle(run.model, task.label_channels, run.data.image_size)
+
+
+def build_lm(run: LMRun, oracle: Oracle) -> LM:
+    """A freshly initialised LM; vocabulary and length are the oracle's."""
+    return LM(
+        run.model,
+        image_size=run.data.image_size,
+        vocab_size=oracle.quantizer.codebook_size,
+        length=oracle.code_length,
+    )
+
+
+def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
+    """The configuration a checkpoint directory carries. Raises UserError if it holds none."""
+    file = checkpoint / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
+    return load_run(file, overrides)
+
+
+def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
+    """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
+    checkpoint = resolve_checkpoint(path)
+    run = read_config(checkpoint)
+    if not isinstance(run, OracleRun):
+        raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not of an oracle; point `oracle=` at stage I")
+    return run, checkpoint
+
+
+def resolve(run: Run) -> Run:
+    """Fills an LM's configuration from its oracle's checkpoint and refuses impossible combinations."""
+    if isinstance(run, LMRun):
+        oracle_run, _ = read_oracle_config(run.oracle)
+        run = resolve_lm(run, to_dict(oracle_run))
+    validate(run)
+    return run
+
+
+def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:
+    """The frozen oracle of a checkpoint, in evaluation mode, and its task (with the LM's decoding keys, if given)."""
+    oracle_run, checkpoint = read_oracle_config(path)
+    task = build_task(run if run is not None and run.task is not None else oracle_run)
+    oracle = build_oracle(oracle_run, task)
+    load_model_weights(oracle, checkpoint)
+    return oracle.eval().requires_grad_(False), task
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint."""
+
+    run: Run
+    task: Task
+    oracle: Oracle
+    lm: LM | None
+    checkpoint: Path
+
+
+def load_checkpoint(
+    path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu"
+) -> Loaded:
+    """Everything behind a run or checkpoint directory of either stage (the best checkpoint of a run).
+
+    An LM's run carries its oracle in `oracle/`, so that it can be moved alone.
+    """
+    checkpoint = resolve_checkpoint(path)
+    run = read_config(checkpoint, overrides)
+    if isinstance(run, OracleRun):
+        task = build_task(run)
+        oracle = build_oracle(run, task)
+        load_model_weights(oracle, checkpoint)
+        return Loaded(run, task, oracle.eval().to(device), None, checkpoint)
+    oracle, task = load_oracle(find_oracle(checkpoint, run), run)
+    lm = build_lm(run, oracle)
+    load_model_weights(lm, checkpoint)
+    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint)
+
+
+def find_oracle(checkpoint: Path, run: LMRun) -> Path:
+    """The oracle of an LM checkpoint: the copy inside its run directory, else the path it was trained with."""
+    for place in (checkpoint.parent.parent / "oracle", checkpoint / "oracle"):
+        if (place / "model.safetensors").is_file():
+            return place
+    return Path(run.oracle)

@@ -1,0 +1,98 @@
+"""Predictions for any picture: the models work on tensors, the Predictor owns reading, resizing and writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from PIL import Image
+
+from uvim_fsq.data.images import list_images, read_image, to_rgb
+from uvim_fsq.errors import UserError
+from uvim_fsq.lm.generate import generate
+from uvim_fsq.models import Loaded, load_checkpoint
+
+
+class Predictor:
+    """A trained LM with its oracle, ready to predict. `Predictor.from_run(path).predict(image)`."""
+
+    def __init__(self, loaded: Loaded, device: str | torch.device) -> None:
+        if loaded.lm is None:
+            raise UserError(
+                f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
+            )
+        self.lm, self.oracle, self.task, self.run = loaded.lm, loaded.oracle, loaded.task, loaded.run
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_run(
+        cls, path: str | Path, overrides: Sequence[str] = (), device: str | torch.device | None = None
+    ) -> Predictor:
+        """Loads the best checkpoint of an LM's run directory, or the checkpoint directory given.
+
+        `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
+        """
+        device = device if device is not None else PartialState().device
+        return cls(load_checkpoint(path, overrides, device), device)
+
+    @torch.inference_mode()
+    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Any:
+        """One picture of any size -> the task's prediction at that picture's own size (depth: (H, W) float32 metres).
+
+        Args:
+            image: a file, a PIL image, or an (H, W, 3) uint8 RGB array.
+        """
+        rgb = self._array(image)
+        size = self.run.data.image_size
+        small = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
+        small = np.ascontiguousarray(self.task.model_image(small).transpose(2, 0, 1))
+        tensor = torch.from_numpy(small).unsqueeze(0).to(self.device)
+        config = self.run.eval
+        seeds = torch.tensor([config.seed])
+        tokens = generate(
+            self.lm, tensor, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seeds=seeds
+        )
+        item = self.task.decode(self.oracle.detokenize(tokens, tensor))[0]
+        return self.task.to_size(item, (rgb.shape[0], rgb.shape[1]))
+
+    @staticmethod
+    def _array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            return read_image(image)
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"expected an (H, W, 3) uint8 RGB array, got {image.dtype} {image.shape}")
+        return image
+
+
+def predict_files(
+    run_dir: str | Path, inputs: Sequence[str], out: str | Path, overrides: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """Predicts every picture of `inputs` (files or folders) and writes the results into `out`.
+
+    Returns one dict per picture: `image` and the kinds of files written. They also stand in `out`/predictions.json.
+    Two pictures of the same name get their folder's name in front.
+    """
+    files = list_images(list(inputs))
+    predictor = Predictor.from_run(run_dir, overrides)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[dict[str, str]] = []
+    taken: set[str] = set()
+    for file in files:
+        stem = file.stem if file.stem not in taken else f"{file.parent.name}_{file.stem}"
+        while stem in taken:
+            stem += "_"
+        taken.add(stem)
+        image = read_image(file)
+        paths = predictor.task.save_prediction(predictor.predict(image), image, str(out / stem))
+        written.append({"image": str(file), **paths})
+    (out / "predictions.json").write_text(json.dumps(written, indent=2) + "\n")
+    return written
