@@ -189,6 +189,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TaskSection:
+    """The `task:` section: the registry's name and the task's own frozen dataclass."""
+
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
 class OracleRun:
     """Stage I: train a task's oracle."""
 

@@ -1,0 +1,349 @@
+"""From YAML and `key=value` to the frozen dataclasses of config.py, and back. Everything a user mistypes ends here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from uvim_fsq.config import LEVEL_PRESETS, LMRun, OracleRun, Run, TaskSection
+from uvim_fsq.errors import UserError
+
+Tree = dict[str, Any]
+
+
+def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """Reads a configuration file (or an already parsed tree), merges `key=value` overrides and checks every key.
+
+    A file may say `extends: other.yaml` (relative to itself); it then holds only what differs.
+
+    Raises UserError naming the key for unknown keys (with "did you mean"), wrong types and values out of range.
+    """
+    tree = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+        resolved = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    return _build_run(typing.cast(Tree, resolved))
+
+
+def _read_yaml(path: Path) -> Tree:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys and values")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    base = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / parent)), OmegaConf.create(tree))
+    return typing.cast(Tree, OmegaConf.to_container(base, resolve=False))
+
+
+def _build_run(tree: Tree) -> Run:
+    stage = tree.get("stage", "lm" if "oracle" in tree else "oracle")
+    classes: dict[str, type] = {"oracle": OracleRun, "lm": LMRun}
+    if stage not in classes:
+        raise UserError(f"stage={stage!r}: must be oracle or lm")
+    tree = {**tree, "plugins": tuple(tree.get("plugins") or ())}
+    task = tree.pop("task", None)
+    if stage == "oracle" and not (isinstance(task, dict) and task.get("name")):
+        raise UserError("task.name is missing; e.g. task.name=nyu_depth")
+    section = _build_task(task, tree["plugins"]) if isinstance(task, dict) and task.get("name") else None
+    given = None if section is not None or not task else dict(task)
+    run = build(classes[stage], {**tree, "task": None}, "")
+    return dataclasses.replace(run, task=section if section is not None else given)
+
+
+def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
+    # Here, not above: the registry imports the tasks and with them torch.
+    from uvim_fsq.tasks.registry import load_plugins, task_class
+
+    load_plugins(plugins)
+    options = {key: value for key, value in tree.items() if key != "name"}
+    return TaskSection(tree["name"], build(task_class(tree["name"]).Config, options, "task."))
+
+
+def build(cls: type, tree: Any, prefix: str) -> Any:
+    """Converts a parsed tree into the frozen dataclass `cls`; `prefix` is the dotted path for messages."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys and values, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values: Tree = {}
+    for key, value in typing.cast(Tree, tree).items():
+        if key not in fields:
+            raise UserError(f"unknown key {prefix}{key}{_did_you_mean(key, fields, prefix)}")
+        values[key] = _convert(hints[key], value, f"{prefix}{key}")
+    for name, field in fields.items():
+        if (
+            name not in values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
+            raise UserError(f"{prefix}{name} is missing; give it in the file or as {prefix}{name}=...")
+    return cls(**values)
+
+
+def _did_you_mean(key: str, fields: Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, list(fields), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known keys: {', '.join(fields)}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`; ints pass for floats, lists for tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, key, hint)
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise UserError(f"{key}={value!r}: must be one of {', '.join(map(str, args))}")
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), {} if value is None else value, f"{key}.")
+    if origin is tuple:
+        return _convert_tuple(args, value, key)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, (str, int, float)):
+        return str(value)
+    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
+    if value is None and type(None) in args:
+        return None
+    for option in args:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, key)
+        except UserError:
+            continue
+    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{key}={value!r}: must be a list")
+    items = list(typing.cast(Sequence[Any], value))
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
+    if len(items) != len(args):
+        raise UserError(f"{key}={value!r}: must have {len(args)} entries")
+    return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(args, items, strict=True)))
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in args)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return "a list of " + ", ".join(dict.fromkeys(_type_name(arg) for arg in args if arg is not Ellipsis))
+    names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if hint is type(None):
+        return "null"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def to_dict(run: Any) -> Tree:
+    """The whole configuration as plain lists and dicts; `load_run(to_dict(run)) == run`."""
+    tree: Tree = {}
+    for field in dataclasses.fields(run):
+        tree[field.name] = _plain(getattr(run, field.name))
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TaskSection):
+        return {"name": value.name, **to_dict(value.options)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in typing.cast(Sequence[Any], value)]
+    return value
+
+
+def dump_yaml(run: Run) -> str:
+    """The whole configuration as YAML text."""
+    return yaml.safe_dump(to_dict(run), sort_keys=False)
+
+
+def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
+    """Fills an LM's task, plugins and data from its oracle's; keys of `data` left at their defaults are inherited.
+
+    Raises UserError when the LM asks for another task, another image size or other label channels.
+    """
+    from uvim_fsq.tasks.registry import task_class
+
+    plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
+    own = run.task if isinstance(run.task, dict) else (_plain(run.task) if run.task is not None else {})
+    theirs = _plain(oracle.task)
+    name = own.get("name", theirs["name"])
+    if name != theirs["name"]:
+        raise UserError(
+            f"task.name={name} but the oracle {run.oracle} was trained for {theirs['name']}; "
+            "point `oracle=` at an oracle of this task"
+        )
+    section = _build_task({**theirs, **own}, plugins)
+    cls = task_class(name)
+    if cls(section.options).label_channels != cls(oracle.task.options).label_channels:
+        raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
+    defaults = type(run.data)()
+    inherited = ("root", "image_size", "train_split", "eval_split", "crop", "crop_area", "hflip")
+    changes = {
+        key: getattr(oracle.data, key) for key in inherited if getattr(run.data, key) == getattr(defaults, key)
+    }
+    data = dataclasses.replace(run.data, **changes)
+    if data.image_size != oracle.data.image_size:
+        raise UserError(
+            f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}"
+        )
+    return dataclasses.replace(run, plugins=plugins, task=section, data=data)
+
+
+def validate(run: Run) -> None:
+    """Refuses impossible combinations before anything is built. Raises UserError with the remedy."""
+    for problem in _problems(run):
+        raise UserError(problem)
+
+
+def _problems(run: Run) -> Iterator[str]:
+    train, optim, evaluation, model = run.train, run.optim, run.eval, run.model
+    if not train.out:
+        yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
+    if (train.epochs is None) == (train.steps is None):
+        yield "give exactly one of train.epochs and train.steps"
+    for key, value in (
+        ("train.epochs", train.epochs),
+        ("train.steps", train.steps),
+        ("train.batch_size", train.batch_size),
+        ("train.accumulate", train.accumulate),
+        ("train.log_every", train.log_every),
+        ("train.eval_every", train.eval_every),
+        ("train.save_every", train.save_every),
+        ("train.keep", train.keep),
+        ("eval.batch_size", evaluation.batch_size),
+        ("eval.limit", evaluation.limit),
+        ("data.image_size", run.data.image_size),
+        ("optim.lr", optim.lr),
+        ("optim.clip_norm", optim.clip_norm),
+    ):
+        if value is not None and not value > 0:
+            yield f"{key}={value}: must be above 0"
+    if train.batch_size % train.accumulate:
+        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
+    if train.steps is not None and optim.warmup_steps >= train.steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={train.steps}"
+    if train.ema is not None and not 0 < train.ema < 1:
+        yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
+    if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
+        yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
+    if evaluation.temperature < 0:
+        yield f"eval.temperature={evaluation.temperature} is negative; 0 is greedy"
+    if evaluation.top_k is not None and evaluation.top_p is not None:
+        yield "eval.top_k and eval.top_p exclude each other; give one of them"
+    if model.num_heads < 1 or model.width % model.num_heads:
+        yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
+    if isinstance(run, OracleRun):
+        yield from _oracle_problems(run)
+
+
+def _oracle_problems(run: OracleRun) -> Iterator[str]:
+    model, size = run.model, run.data.image_size
+    if size % model.patch_size:
+        yield f"data.image_size={size} is not divisible by model.patch_size={model.patch_size}"
+    if math.isqrt(model.code_length) ** 2 != model.code_length:
+        yield f"model.code_length={model.code_length} is not a square number (e.g. 16, 64, 256)"
+    if model.code_length > (size // model.patch_size) ** 2:
+        yield (
+            f"model.code_length={model.code_length} exceeds the {(size // model.patch_size) ** 2} patches; "
+            "lower it, or the patch size"
+        )
+    levels = model.quantizer.levels
+    levels = LEVEL_PRESETS[levels] if isinstance(levels, str) else levels
+    if not levels or min(levels) < 2:
+        yield f"model.quantizer.levels={list(levels)}: every channel needs at least 2 levels (5 or more recommended)"
+    if math.prod(levels) >= 2**31:
+        yield f"model.quantizer.levels={list(levels)}: {math.prod(levels)} codes; the product must stay below 2^31"
+    if model.quantizer.shift == "centered" and 2 in levels:
+        yield "model.quantizer.shift=centered is undefined for 2 levels; use published or at least 3 levels"
+
+
+def find_data_root(root: str) -> Path:
+    """The folder behind `data.root`: absolute, or under $UVIM_FSQ_DATA (default datasets/), or relative to here."""
+    if not root:
+        raise UserError("data.root is empty; give the data set's folder, e.g. data.root=nyudepthv2")
+    tried = [Path(os.environ.get("UVIM_FSQ_DATA", "datasets")) / root, Path(root)]
+    for path in tried:
+        if path.exists():
+            return path
+    raise UserError(f"data.root={root}: no such folder; looked for {' and '.join(map(str, tried))}")
+
+
+def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(key, type, default, documentation) of every field of a configuration dataclass, nested ones flattened."""
+    docs = field_docs(cls)
+    hints = typing.get_type_hints(cls)
+    rows: list[tuple[str, str, str, str]] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            rows += describe_keys(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        if field.default is not dataclasses.MISSING:
+            default = str(list(field.default) if isinstance(field.default, tuple) else field.default)
+        else:
+            default = "required"
+        kind = "a section" if hint is Any else _type_name(hint)
+        rows.append((f"{prefix}{field.name}", kind, default, docs.get(field.name, "")))
+    return rows
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field -> the string that stands under it in the class body."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    docs: dict[str, str] = {}
+    for node, below in zip(body, body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            docs[node.target.id] = str(below.value.value)
+    return docs

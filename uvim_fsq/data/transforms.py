@@ -1,0 +1,56 @@
+"""Geometry, once per sample and for image and labels together; each map with its own interpolation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+
+from uvim_fsq.config import DataConfig
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.tasks.base import Task
+
+# Loader processes and the training process share the cores; OpenCV's own threads only get in the way.
+cv2.setNumThreads(0)
+
+
+class JointTransform:
+    """Sample -> (image (3, S, S) uint8, labels, the sample's evaluation view).
+
+    Training: inception crop (UViM: area 5% to 100%, aspect 3/4 to 4/3) or the whole image, mirrored half of the time.
+    Evaluation: the task's evaluation view, whole. Images are resized bilinearly without antialiasing on uint8, as the
+    reference does; maps by nearest neighbour with half-pixel centres, `Task.linear_maps` bilinearly.
+    """
+
+    def __init__(self, data: DataConfig, task: Task, *, train: bool) -> None:
+        self.task, self.train = task, train
+        size = (data.image_size, data.image_size)
+        sampling: dict[str, Any] = {
+            "interpolation": cv2.INTER_LINEAR,
+            # OpenCV's plain INTER_NEAREST takes the pixel to the left of the centre for half of the columns.
+            "mask_interpolation": cv2.INTER_NEAREST_EXACT,
+        }
+        steps: list[Any] = [A.Resize(*size, **sampling)]
+        if train and data.crop == "inception":
+            steps = [A.RandomResizedCrop(size, scale=data.crop_area, ratio=(3 / 4, 4 / 3), **sampling)]
+        if train and data.hflip:
+            steps.append(A.HorizontalFlip(p=0.5))
+        targets = {f"map_{name}": "image" for name in task.linear_maps}
+        self.compose = A.Compose(steps, additional_targets=targets)
+
+    def __call__(self, sample: Sample, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray], Sample]:
+        """Deterministic in `seed`. Raises UserError where the task cannot encode the sample."""
+        view = sample if self.train else self.task.evaluation_view(sample)
+        linear = {f"map_{name}": view.maps[name] for name in self.task.linear_maps}
+        nearest = [name for name in view.maps if name not in self.task.linear_maps]
+        if self.train:
+            # Albumentations ignores numpy's global seed; each sample brings its own.
+            self.compose.set_random_seed(seed)
+        done = self.compose(image=view.image, masks=[view.maps[name] for name in nearest], **linear)
+        maps = dict(zip(nearest, done["masks"], strict=True))
+        maps |= {name: done[f"map_{name}"] for name in self.task.linear_maps}
+        image = self.task.model_image(done["image"])
+        labels = self.task.encode(Sample(sample.id, done["image"], maps, sample.meta))
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), labels, view

@@ -1,0 +1,110 @@
+"""The LM's image encoder: any timm ViT by name, without class token, with published weights if asked for."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from uvim_fsq.config import EncoderConfig
+from uvim_fsq.errors import UserError
+
+HALF = (0.5, 0.5, 0.5)
+OVERRIDES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "num_heads": "num_heads"}
+
+
+class GELUTanh(nn.GELU):
+    """GELU in the tanh approximation, the reference's; timm calls it with an `inplace` argument."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__(approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
+
+Triple = tuple[float, float, float]
+
+
+def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionTransformer, Triple, Triple]:
+    """A timm ViT without class token for (B, 3, S, S) images: `forward_features` gives (B, patches, width).
+
+    Returns the encoder and the per-channel mean and deviation its weights expect, for images in [0, 1].
+
+    Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patch does not divide,
+    architecture overrides together with weights, and weights that do not fit.
+    """
+    if not timm.is_model(config.name):
+        close = difflib.get_close_matches(config.name, timm.list_models("*vit*"), n=3)
+        raise UserError(f"unknown timm model {config.name!r}; did you mean {', '.join(close) or 'vit_base_patch16_224'}?")
+    overrides: dict[str, Any] = {
+        theirs: getattr(config, ours) for ours, theirs in OVERRIDES.items() if getattr(config, ours) is not None
+    }
+    if config.weights != "none" and (overrides or config.mlp_dim is not None):
+        raise UserError(
+            f"model.encoder.weights={config.weights} needs the architecture as published; remove the overrides of "
+            + ", ".join([*overrides, *(["mlp_dim"] if config.mlp_dim is not None else [])])
+        )
+    if config.mlp_dim is not None:
+        width = config.width or timm.create_model(config.name, num_classes=0).num_features  # type: ignore[union-attr]
+        overrides["mlp_ratio"] = config.mlp_dim / int(width)
+    if config.act_layer != "default":
+        overrides["act_layer"] = ACTIVATIONS[config.act_layer]
+    encoder = _create(config.name, image_size, overrides)
+    if config.weights == "none":
+        return encoder, HALF, HALF
+    mean, std = _load_published(encoder, config)
+    return encoder, mean, std
+
+
+def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTransformer:
+    arguments = dict(
+        num_classes=0, class_token=False, global_pool="", img_size=image_size, dynamic_img_size=True, **overrides
+    )
+    try:
+        encoder = timm.create_model(name, pretrained=False, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"timm model {name!r} cannot be the image encoder ({error}); choose a plain ViT") from error
+    if not isinstance(encoder, VisionTransformer):
+        raise UserError(f"timm model {name!r} is a {type(encoder).__name__}; the image encoder must be a plain ViT")
+    patch = encoder.patch_embed.patch_size[0]
+    if image_size % patch:
+        raise UserError(
+            f"data.image_size={image_size} is not divisible by the image encoder's patch size {patch} ({name})"
+        )
+    return encoder
+
+
+def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[Triple, Triple]:
+    """Copies the named model's published weights; its class token, prefix positions and head are left out."""
+    arguments: dict[str, Any] = {"pretrained": True}
+    if config.weights != "hub":
+        file = Path(config.weights)
+        if not file.is_file():
+            raise UserError(f"model.encoder.weights={file}: no such file; give none, hub or a local weights file")
+        arguments["pretrained_cfg_overlay"] = {"file": str(file)}
+    try:
+        published = timm.create_model(config.name, **arguments)
+    except Exception as error:  # timm, the hub client and three file formats raise many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.encoder.weights={config.weights}: cannot load weights of {config.name} ({first[:200]}); "
+            "give the path of a file with this model's weights"
+        ) from error
+    assert isinstance(published, VisionTransformer)
+    state = {name: value for name, value in published.state_dict().items() if not name.startswith(("head", "cls_token"))}
+    prefix = published.num_prefix_tokens
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"][:, prefix:], list(encoder.patch_embed.grid_size), num_prefix_tokens=0
+    )
+    missing, unexpected = encoder.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(f"weights of {config.name} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    cfg = published.pretrained_cfg
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    return mean, std  # type: ignore[return-value]
+

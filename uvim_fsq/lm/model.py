@@ -1,0 +1,152 @@
+"""The language model (UViM, stage II): image -> memory -> tokens, one at a time. Knows nothing of labels or tasks.
+
+B batch, S image side, M memory tokens (patches), L code length, V vocabulary, D decoder width, H heads, hd head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uvim_fsq.config import LMModelConfig
+from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding
+from uvim_fsq.lm.encoder import build_image_encoder
+
+
+@dataclass
+class LayerCache:
+    """One block's keys and values: own (B, H, L, hd), filled step by step, and cross (B, H, M, hd), computed once."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    cross_key: torch.Tensor
+    cross_value: torch.Tensor
+
+
+@dataclass
+class DecoderCache:
+    """Static buffers of one `generate` call and the position of the next token, a tensor (1,) on the device."""
+
+    layers: list[LayerCache]
+    position: torch.Tensor
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm causal self-attention, cross-attention on the memory, MLP. Attention projections have no bias."""
+
+    def __init__(self, config: LMModelConfig, memory_dim: int) -> None:
+        super().__init__()
+        dim = config.width
+        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.self_attn = Attention(dim, config.num_heads, bias=False)
+        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.cross_attn = Attention(dim, config.num_heads, bias=False, memory_dim=memory_dim)
+        self.norm3 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.mlp = MLP(dim, config.mlp_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced pass over all positions: (B, L, D)."""
+        x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=True))
+        x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """One position: (B, 1, D). `seen` (L,) masks the buffer's positions after the present one."""
+        attn, cross = self.self_attn, self.cross_attn
+        y = self.norm1(x)
+        cache.key.index_copy_(2, position, attn.heads(y, attn.key).to(cache.key.dtype))
+        cache.value.index_copy_(2, position, attn.heads(y, attn.value).to(cache.value.dtype))
+        query = attn.heads(y, attn.query).to(cache.key.dtype)
+        x = x + attn.attend(query, cache.key, cache.value, mask=seen)
+        query = cross.heads(self.norm2(x), cross.query).to(cache.cross_key.dtype)
+        x = x + cross.attend(query, cache.cross_key, cache.cross_value)
+        return x + self.mlp(self.norm3(x))
+
+
+class LM(nn.Module):
+    """Encoder-decoder over an image. The start symbol is a vector, not a vocabulary entry: every output is a valid code.
+
+    Args:
+        config: the architecture.
+        image_size: S; must be a multiple of the encoder's patch.
+        vocab_size: V, the oracle's codebook size.
+        length: L, the oracle's code length.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.length = config, vocab_size, length
+        self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
+        # Part of the checkpoint: they belong to the encoder's weights.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        dim = config.width
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.start = nn.Parameter(torch.randn(1, 1, dim))
+        self.positions = position_embedding(length, dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config, self.encoder.num_features) for _ in range(config.depth))
+        init_transformer_(self.blocks)
+        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        self.head = nn.Linear(dim, vocab_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8, normalised here, or floating and already normalised -> memory (B, M, encoder width)."""
+        if not image.is_floating_point():
+            image = (image.float() / 255 - self.mean) / self.std
+        return self.encoder.forward_features(image)
+
+    def decode(
+        self, tokens: torch.Tensor, memory: torch.Tensor | None, cache: DecoderCache | None = None
+    ) -> torch.Tensor:
+        """Token logits.
+
+        Without a cache: all targets (B, L) int64, shifted right inside -> (B, L, V). With one: the previous token
+        (B, 1), ignored at position 0 -> the next token's logits (B, 1, V); the cache moves on by one.
+        """
+        embedded = self.token_embedding(tokens)
+        if cache is not None:
+            return self._step(embedded, cache)
+        assert memory is not None
+        start = self.start.to(embedded.dtype).expand(len(tokens), -1, -1)
+        x = torch.cat([start, embedded[:, :-1]], dim=1) + self.positions[:, : tokens.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.head(self.norm(x))
+
+    def _step(self, previous: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
+        position = cache.position
+        # Everything that depends on the position is a tensor operation, so that one step can be captured as a graph.
+        x = torch.where(position == 0, self.start.to(previous.dtype), previous)
+        x = x + self.positions.index_select(1, position)
+        seen = torch.arange(self.length, device=position.device) <= position
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            assert isinstance(block, DecoderBlock)
+            x = block.step(x, layer, position, seen)
+        position += 1
+        return self.head(self.norm(x))
+
+    def new_cache(self, memory: torch.Tensor) -> DecoderCache:
+        """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once."""
+        layers = []
+        shape = (len(memory), self.config.num_heads, self.length, self.config.width // self.config.num_heads)
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            cross = block.cross_attn
+            key, value = cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+            layers.append(LayerCache(key.new_zeros(shape), key.new_zeros(shape), key, value))
+        return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced training pass: (B, 3, S, S) uint8 and targets (B, L) -> logits (B, L, V)."""
+        return self.decode(tokens, self.encode(image))

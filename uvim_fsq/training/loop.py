@@ -1,0 +1,299 @@
+"""The one training loop, for both stages, and the one place that configures Accelerate. It knows no task.
+
+Resume is exact: the data order is a pure function of (seed, step), and every step seeds its own random numbers, so
+that no generator state has to travel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from PIL import Image
+from torch import nn
+
+from uvim_fsq.config import Run, TrainConfig
+from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.data.loader import TrainLoader, mix
+from uvim_fsq.data.sample import Batch
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import to_device
+from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
+from uvim_fsq.training.progress import Progress
+from uvim_fsq.training.stages import Stage
+
+PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Interrupted(SystemExit):
+    """Training ended early on a signal, after saving; the exit code is 128 + the signal's number."""
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """Accelerate as this project uses it."""
+    return Accelerator(
+        mixed_precision=PRECISION[train.precision],
+        # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=train.accumulate, sync_with_dataloader=False
+        ),
+        # Ranks wait for each other through long evaluations.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
+    )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying in the middle of a step; a second SIGINT acts at once."""
+    received: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Trainer:
+    """State of one training run; `fit` drives it."""
+
+    def __init__(self, stage: Stage, run: Run) -> None:
+        self.stage, self.run, self.train = stage, run, run.train
+        self.out = Path(run.train.out)
+        self.accelerator = make_accelerator(run.train)
+        self.device = self.accelerator.device
+        source = stage.task.source(run.data.root, run.data.train_split)
+        self.loader = TrainLoader(
+            source,
+            stage.task,
+            run.data,
+            batch_size=run.train.batch_size,
+            seed=run.train.seed,
+            accumulate=run.train.accumulate,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        per_epoch = self.loader.plan.steps_per_epoch
+        epochs = run.train.epochs
+        self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        optimizer = build_optimizer(stage.model.named_parameters(), run.optim, run.stage)
+        model = torch.compile(stage.model) if run.train.compile else stage.model
+        # The schedule is not prepared: it would step once per process.
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.ema = self._ema_start() if run.train.ema is not None else None
+        self.step = 0
+
+    def _ema_start(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().to(self.device, copy=True) for name, p in self.stage.model.named_parameters()}
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continues from train.resume; refuses to overwrite a run silently."""
+        existing = ckpt.checkpoints(self.out)
+        how = self.train.resume
+        if how == "no":
+            if existing:
+                raise UserError(
+                    f"{self.out} already holds checkpoints; continue with train.resume=auto or choose another train.out"
+                )
+            return
+        if how == "auto" and not existing:
+            return
+        path = existing[-1] if how == "auto" else ckpt.resolve_checkpoint(how, prefer="last")
+        state = ckpt.load_trainer_state(path)
+        ckpt.load_model_weights(self.stage.model, path)
+        if self.ema is not None and "raw" in state:
+            self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
+            self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.loader.bad = list(state.get("bad", []))
+        self.step = int(state["step"])
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step (main process) and prunes old ones."""
+        if self.accelerator.is_main_process:
+            state: dict[str, Any] = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "bad": self.loader.bad,
+            }
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+            weights = dict(self.stage.model.state_dict())
+            if self.ema is not None:
+                state["raw"] = {name: p.detach().cpu() for name, p in self.stage.model.named_parameters()}
+                weights |= self.ema
+            ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
+            ckpt.prune(self.out, self.train.keep)
+        self.accelerator.wait_for_everyone()
+
+    # --- one optimizer step ------------------------------------------------------------------------------------
+
+    def optimizer_step(self, batches: Iterator[Batch], progress: Progress) -> dict[str, torch.Tensor]:
+        """Micro batches, backward, clip, update. Returns device tensors: loss, logs and gradient norm."""
+        rank = self.accelerator.process_index
+        torch.manual_seed(mix(self.train.seed, self.step, rank))
+        set_rates(self.optimizer, learning_rate(self.step, self.total, self.run.optim))
+        self.model.train()
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(self.train.accumulate):
+            start = time.perf_counter()
+            batch = to_device(next(batches), self.device)
+            progress.waited(time.perf_counter() - start)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss, logs = self.stage.step(self.model, batch)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_norm)
+                    sums["grad_norm"] = torch.as_tensor(norm) * self.train.accumulate
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            for name, value in {"loss": loss, **logs}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+        if self.ema is not None:
+            decay = self.train.ema or 0.0
+            for name, p in self.stage.model.named_parameters():
+                self.ema[name].lerp_(p.detach(), 1 - decay)
+        self.step += 1
+        return {name: value / self.train.accumulate for name, value in sums.items()}
+
+    # --- evaluation --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[nn.Module]:
+        """The model to evaluate and save: its weights are the EMA's inside, if there is one."""
+        model = self.stage.model
+        raw = {name: p.detach().clone() for name, p in model.named_parameters()} if self.ema is not None else {}
+        model.load_state_dict({**model.state_dict(), **(self.ema or {})})
+        was_training = model.training
+        try:
+            yield model.eval()
+        finally:
+            model.load_state_dict({**model.state_dict(), **raw})
+            model.train(was_training)
+
+    def evaluate(self, progress: Progress, *, final: bool) -> None:
+        """The real metric, a picture, and the best checkpoint on record. A checkpoint of this step must exist."""
+        start = time.perf_counter()
+        task = self.stage.task
+        with self.averaged_weights() as model:
+            figures = self.stage.evaluate(model, None if final else self.train.eval_limit, self.device)
+            panel = self.stage.panel(model, self.device) if self.accelerator.is_main_process else None
+        if self.accelerator.is_main_process:
+            assert panel is not None
+            (self.out / "panels").mkdir(exist_ok=True)
+            Image.fromarray(panel).save(self.out / "panels" / f"{ckpt.step_name(self.step)}.png")
+            value, best = figures[task.main_metric], ckpt.read_best(self.out)
+            better = best is None or (value < best["value"]) == task.smaller_is_better and value != best["value"]
+            if better:
+                ckpt.write_best(self.out, self.step, task.main_metric, value)
+        progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
+
+
+def fit(stage: Stage, run: Run) -> Path:
+    """Trains a stage to the end of its schedule and returns the run directory.
+
+    Raises UserError for a non-finite loss (naming the step), unreadable data, or a disk that is full; `Interrupted`
+    after SIGINT or SIGTERM, with everything saved.
+    """
+    trainer = Trainer(stage, run)
+    if trainer.accelerator.is_main_process:
+        trainer.out.mkdir(parents=True, exist_ok=True)
+        ckpt.clean_leftovers(trainer.out)
+    trainer.accelerator.wait_for_everyone()
+    trainer.resume()
+    if trainer.accelerator.is_main_process:
+        (trainer.out / "config.yaml").write_text(dump_yaml(run))
+        stage.extra_files(trainer.out)
+    progress = Progress(
+        run.train, stage.main_prefix, trainer.total, trainer.step, main=trainer.accelerator.is_main_process
+    )
+    try:
+        with stop_signals() as received:
+            _train(trainer, progress, received)
+    finally:
+        progress.close()
+        trainer.accelerator.wait_for_everyone()
+    return trainer.out
+
+
+def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
+    train = trainer.train
+    batches = trainer.loader.batches(trainer.step, trainer.total)
+    window: list[dict[str, torch.Tensor]] = []
+    saved = trainer.step
+    while trainer.step < trainer.total:
+        window.append(trainer.optimizer_step(batches, progress))
+        last = trainer.step == trainer.total
+        stop = _agree(trainer, bool(received))
+        evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
+        save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
+        if save or trainer.step % train.log_every == 0:
+            _log_window(trainer, progress, window)
+            window = []
+        if save:
+            trainer.save()
+            saved = trainer.step
+        if evaluate:
+            trainer.evaluate(progress, final=last)
+        if stop and not last:
+            progress.say(
+                f"stopped by signal {received[0] if received else ''} after step {saved}; saved. "
+                f"Continue with the same command and train.resume=auto"
+            )
+            raise Interrupted(128 + (received[0] if received else signal.SIGTERM))
+
+
+def _agree(trainer: Trainer, stop: bool) -> bool:
+    """Whether any process was told to stop; asked of the others at log steps only, since it synchronises."""
+    if trainer.accelerator.num_processes == 1:
+        return stop
+    if trainer.step % trainer.train.log_every:
+        return False
+    flag = torch.tensor([float(stop)], device=trainer.device)
+    return bool(trainer.accelerator.reduce(flag, "sum").item())
+
+
+def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, torch.Tensor]]) -> None:
+    """Means over the steps since the last line and over processes; stops at the first non-finite loss."""
+    losses = torch.stack([logs["loss"] for logs in window])
+    names = sorted(window[-1])
+    means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
+    if trainer.accelerator.num_processes > 1:
+        losses = trainer.accelerator.reduce(losses, "mean")
+        means = trainer.accelerator.reduce(means, "mean")
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        first = trainer.step - len(window) + 1 + int(np.argmin(finite.cpu().numpy()))
+        kept = ckpt.checkpoints(trainer.out)
+        remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss is not finite at step {first}; {remedy}. "
+            "Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or use train.precision=bf16 or fp32"
+        )
+    values = dict(zip(names, means.tolist(), strict=True))
+    rate = learning_rate(trainer.step - 1, trainer.total, trainer.run.optim)
+    ordered = {"loss": values.pop("loss"), "lr": rate, **values}
+    if trainer.loader.bad:
+        ordered["bad_samples"] = float(len(trainer.loader.bad))
+    progress.log(trainer.step, ordered)

@@ -1,0 +1,130 @@
+"""What a user sees of training: one live line on a terminal, plain lines otherwise; TensorBoard and metrics.jsonl always.
+
+Only the main process prints and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from uvim_fsq.config import TrainConfig
+from uvim_fsq.errors import UserError
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class Progress:
+    """Logs of one run. `start_step` > 0 continues an earlier one: lines past it are dropped from metrics.jsonl."""
+
+    def __init__(self, train: TrainConfig, title: str, total: int, start_step: int, *, main: bool) -> None:
+        self.train, self.title, self.total, self.main = train, title, total, main
+        self.first = self.last_step = start_step
+        self.begin = self.last_time = time.perf_counter()
+        self.waiting = 0.0
+        self.out = Path(train.out)
+        self.wandb: Any = None
+        if not main:
+            return
+        self.console = Console()
+        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=start_step + 1)
+        self._truncate(start_step)
+        if train.wandb:
+            self.wandb = _start_wandb(self.out)
+        if self.live is not None:
+            self.live.start()
+
+    def _truncate(self, step: int) -> None:
+        file = self.out / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line cut by a kill
+        file.write_text("".join(f"{line}\n" for line in kept))
+
+    def waited(self, seconds: float) -> None:
+        """Adds time spent waiting for data."""
+        self.waiting += seconds
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A log line after optimizer step `step`: values plus images/s and the share of time spent waiting for data."""
+        now = time.perf_counter()
+        elapsed = max(now - self.last_time, 1e-9)
+        values = {
+            **values,
+            "images_per_second": (step - self.last_step) * self.train.batch_size / elapsed,
+            "data_wait": min(1.0, self.waiting / elapsed),
+        }
+        eta = (self.total - step) * (now - self.begin) / max(step - self.first, 1)
+        self.last_step, self.last_time, self.waiting = step, now, 0.0
+        if not self.main:
+            return
+        self._write(step, values)
+        text = f"{self.title} {step}/{self.total}  eta {clock(eta)}  {values['images_per_second']:.0f} images/s"
+        shown = {key: value for key, value in values.items() if key not in ("images_per_second", "data_wait")}
+        text += "  " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        text += f"  data {values['data_wait']:.0%}"
+        if self.live is not None:
+            self.live.update(Text(text))
+        else:
+            print(text, flush=True)
+
+    def evaluated(self, step: int, figures: dict[str, float], panel: np.ndarray | None, seconds: float) -> None:
+        """Figures and picture of a periodic evaluation."""
+        self.last_time += seconds  # evaluation is no training time
+        self.begin += seconds
+        if not self.main:
+            return
+        self._write(step, {f"eval/{name}": value for name, value in figures.items()})
+        if panel is not None:
+            self.writer.add_image("panel", panel, step, dataformats="HWC")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.say(f"{self.title} {step}/{self.total}  evaluation: {shown}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.main:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the live line and the writers."""
+        if not self.main:
+            return
+        if self.live is not None:
+            self.live.stop()
+        self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(out: Path) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError("train.wandb=true needs the wandb package: pip install wandb, or set train.wandb=false") from None
+    return wandb.init(project="uvim_fsq", name=out.name, dir=str(out))

@@ -1,0 +1,27 @@
+"""From a resolved configuration to a trained run directory, for both stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accelerate.state import PartialState
+
+from uvim_fsq.config import Run
+from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.models import resolve
+from uvim_fsq.training.loop import fit
+from uvim_fsq.training.stages import build_stage
+
+
+def train(run: Run) -> Path:
+    """Trains a stage, evaluates its best checkpoint and writes the result to RUN/evaluation.json.
+
+    Returns the run directory. Raises UserError for whatever the user can put right.
+    """
+    run = resolve(run)
+    out = fit(build_stage(run), run)
+    result = evaluate_run(out)
+    if PartialState().is_main_process:
+        (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    return out
