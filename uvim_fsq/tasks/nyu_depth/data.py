@@ -1,0 +1,362 @@
+"""NYU Depth v2 as it lies on people's disks, found by content, and anybody's folder of images and depth maps.
+
+A: the labelled .mat (HDF5). B: the FastDepth tree of .h5 files. C: the BTS tree of JPEG and 16-bit PNG.
+Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 metres, 0 where invalid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import scipy.io
+from PIL import Image, UnidentifiedImageError
+
+from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.images import IMAGE_SUFFIXES, read_image
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.errors import UserError
+
+if TYPE_CHECKING:
+    from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
+
+#: layout -> split -> official number of images.
+OFFICIAL = {"A": {"train": 795, "val": 654}, "B": {"train": 47_584, "val": 654}, "C": {"train": 24_231, "val": 654}}
+SPLITS = ("train", "val", "holdout", "train_minus_holdout")
+#: Layouts without the FastDepth holdout: every 20th training sample.
+HOLDOUT_STRIDE = 20
+
+
+def metres(values: np.ndarray, name: str) -> np.ndarray:
+    """Depth as float32 with everything invalid (NaN, infinite, negative) as 0. Raises UserError for a wrong scale."""
+    if values.ndim != 2:
+        raise UserError(f"{name}: the depth map has shape {values.shape}, expected (H, W)")
+    depth = np.asarray(values, np.float32)
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+    positive = depth[depth > 0]
+    if positive.size and not 0.02 <= float(np.median(positive)) <= 100:
+        raise UserError(
+            f"{name}: median depth {float(np.median(positive)):.3g} m; the scale is wrong (metres expected; "
+            "set task.depth_scale for your own data)"
+        )
+    return depth
+
+
+def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
+    """A depth map of any supported kind -> (H, W) float32 metres, 0 where invalid.
+
+    16-bit PNG: millimetres unless `scale` (units per metre) says otherwise. 8-bit PNG: 255 is 10 m (DenseDepth).
+    .npy and .h5 (dataset `depth`): metres unless `scale`. Raises UserError naming the file.
+    """
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False) / (scale or 1.0)
+        elif path.suffix in (".h5", ".hdf5"):
+            with h5py.File(path, "r") as file:
+                values = np.asarray(_dataset(file, "depth", path)) / (scale or 1.0)
+        else:
+            with Image.open(path) as image:
+                image.load()
+                wide = image.mode.startswith("I")
+                values = np.asarray(image, np.float32) / (scale or (1000.0 if wide else 25.5))
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a depth map ({_first(error)}); replace or remove it") from error
+    return metres(values, str(path))
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _dataset(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
+    found = file.get(key)
+    if not isinstance(found, h5py.Dataset):
+        raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
+    return found
+
+
+def _info(layout: str, split: str, truth: str, count: int, root: Path) -> dict[str, Any]:
+    official = OFFICIAL.get(layout, {}).get(split)
+    return {
+        "layout": layout,
+        "split": split,
+        "ground_truth": truth,
+        "count": count,
+        "official_count": official,
+        "root": root.name,
+    }
+
+
+def _take_split(split: str, train: list[Any], val: list[Any], holdout: set[int]) -> list[Any]:
+    if split == "val":
+        return val
+    if split == "train":
+        return train
+    keep = split == "holdout"
+    return [item for i, item in enumerate(train) if (i in holdout) == keep]
+
+
+class LabelledMat:
+    """Layout A: nyu_depth_v2_labeled.mat and splits.mat (1-based). MATLAB's axes arrive reversed in h5py."""
+
+    def __init__(self, file: Path, split: str, truth: str) -> None:
+        self.file, self.key = file, "rawDepths" if truth == "raw" else "depths"
+        splits_file = file.with_name("splits.mat")
+        if not splits_file.is_file():
+            raise UserError(f"{splits_file} is missing; it lies beside the labelled .mat on the data set's page")
+        try:
+            splits = scipy.io.loadmat(splits_file)
+            train, val = (splits[name].ravel().astype(int) - 1 for name in ("trainNdxs", "testNdxs"))
+        except (ValueError, KeyError, OSError, TypeError, NotImplementedError) as error:
+            raise UserError(f"{splits_file} is broken ({_first(error)}); fetch it again") from error
+        with _open_h5(file) as handle:
+            count = len(_dataset(handle, "images", file))
+            _dataset(handle, self.key, file)
+        rows = _take_split(split, list(train), list(val), set(range(0, len(train), HOLDOUT_STRIDE)))
+        if rows and max(rows) >= count:
+            raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
+        self.rows = [int(row) for row in rows]
+        self.info = _info("A", split, truth, len(self.rows), file.parent)
+        self._handle: h5py.File | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An open file must not travel to a loader process.
+        return {**self.__dict__, "_handle": None}
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        if self._handle is None:
+            self._handle = _open_h5(self.file)
+        try:
+            image = np.asarray(self._handle["images"][row]).transpose(2, 1, 0)  # type: ignore[index]
+            depth = np.asarray(self._handle[self.key][row]).T  # type: ignore[index]
+        except OSError as error:
+            raise UserError(f"{self.file}: image {row + 1} cannot be read ({_first(error)}); fetch the file again") from error
+        name = f"{self.file.name}#{row + 1}"
+        return Sample(name, np.ascontiguousarray(image), {"depth": metres(depth, name)}, {"row": row})
+
+
+def _open_h5(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({_first(error)}); it is truncated or no HDF5 file") from error
+
+
+@dataclass
+class PairSource:
+    """Layouts B, C and own data: a list of (id, image file, depth file); both are the same .h5 file in layout B."""
+
+    root: Path
+    pairs: list[tuple[str, Path, Path]]
+    info: dict[str, Any]
+    scale: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, image_file, depth_file = self.pairs[index]
+        if image_file == depth_file:
+            image, depth = _read_fastdepth(image_file)
+        else:
+            image, depth = read_image(image_file), read_depth_file(depth_file, self.scale)
+        if image.shape[:2] != depth.shape:
+            raise UserError(f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them")
+        return Sample(name, image, {"depth": depth})
+
+
+def _read_fastdepth(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with h5py.File(path, "r") as file:
+            rgb, depth = np.asarray(_dataset(file, "rgb", path)), np.asarray(_dataset(file, "depth", path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the data set is incomplete") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({_first(error)}); it is truncated or no HDF5 file, replace it") from error
+    if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
+        raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
+    return np.ascontiguousarray(rgb.transpose(1, 2, 0)), metres(depth, str(path))
+
+
+def _fastdepth(root: Path, split: str) -> PairSource:
+    folder = root / ("val" if split == "val" else "train")
+    files = sorted(folder.rglob("*.h5"))
+    if not files:
+        raise UserError(f"{folder} holds no .h5 files; the FastDepth tree needs train/<scene>/*.h5 and val/official/*.h5")
+    # FastDepth's own holdout lies inside train/.
+    holdout = {i for i, file in enumerate(files) if file.stem in ("00001", "00201")}
+    files = _take_split(split, files, files, holdout)
+    pairs = [(str(file.relative_to(root)), file, file) for file in files]
+    return PairSource(root, pairs, _info("B", split, "filled" if split == "val" else "raw", len(pairs), root))
+
+
+def _bts(root: Path, split: str) -> PairSource:
+    train_folder, test_folder = root / "sync", root / "official_splits" / "test"
+    folder = test_folder if split == "val" else train_folder
+    listed = sorted(root.glob("*test*files*.txt" if split == "val" else "*train*files*.txt"))
+    if listed:
+        pairs, skipped = _bts_list(listed[0], folder, root)
+    else:
+        images = sorted([*folder.rglob("rgb_*.jpg"), *folder.rglob("rgb_*.png")])
+        pairs = [
+            (str(i.relative_to(root)), i, i.with_name(f"sync_depth_{i.stem.removeprefix('rgb_')}.png")) for i in images
+        ]
+        skipped = 0
+    if not pairs:
+        raise UserError(f"{folder} holds no rgb_*.jpg; the BTS tree needs sync/<scene>/ and official_splits/test/<type>/")
+    holdout = set(range(0, len(pairs), HOLDOUT_STRIDE))
+    pairs = _take_split(split, pairs, pairs, holdout)
+    info = {**_info("C", split, "raw", len(pairs), root), "without_depth": skipped}
+    return PairSource(root, pairs, info)
+
+
+def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Path, Path]], int]:
+    """Lines `rgb depth focal`; training paths begin with a slash, which would make pathlib drop the root."""
+    pairs: list[tuple[str, Path, Path]] = []
+    skipped = 0
+    for line in file.read_text().splitlines():
+        parts = line.split()
+        if len(parts) < 2 or "None" in parts[:2]:
+            skipped += bool(parts)
+            continue
+        rgb, depth = (part.lstrip("/") for part in parts[:2])
+        place = folder if (folder / rgb).exists() or not (root / rgb).exists() else root
+        pairs.append((rgb, place / rgb, place / depth))
+    return pairs, skipped
+
+
+def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
+    """Own data: ROOT[/train|/val]/<image_dir>/NAME.jpg and <depth_dir>/NAME.(png|npy|h5)."""
+    base = root / ("val" if split == "val" else "train")
+    own_split = base.is_dir()
+    base = base if own_split else root
+    images, depths = base / config.image_dir, base / config.depth_dir
+    by_stem = {str(p.relative_to(depths).with_suffix("")): p for p in depths.rglob("*") if p.is_file()}
+    pairs, missing = [], []
+    for image in sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+        stem = str(image.relative_to(images).with_suffix(""))
+        if stem in by_stem:
+            pairs.append((stem, image, by_stem[stem]))
+        else:
+            missing.append(stem)
+    if missing:
+        raise UserError(f"{depths}: {len(missing)} images have no depth map, the first is {missing[0]}")
+    if not pairs:
+        raise UserError(f"{images} holds no images")
+    if split not in ("train", "val") or not own_split:
+        # Without train/ and val/ folders every tenth image is the evaluation split.
+        part = {"train": "train_minus_holdout", "val": "holdout"}.get(split, split) if not own_split else split
+        pairs = _take_split(part, pairs, [], set(range(0, len(pairs), 10)))
+    return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
+
+
+def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]:
+    """Which layout lies under `root` (or in a folder inside it), by content -> ("A" | "B" | "C" | "folder", its root).
+
+    Raises UserError that says what was looked for.
+    """
+    image_dir, depth_dir = (config.image_dir, config.depth_dir) if config else ("images", "depth")
+    places = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else [root]
+    for place in places:
+        if place.is_file():
+            mats = [place]
+        else:
+            mats = sorted(place.glob("*.mat"))
+        for mat in mats:
+            if h5py.is_hdf5(mat):
+                with _open_h5(mat) as handle:
+                    if "images" in handle and "depths" in handle:
+                        return "A", mat
+            elif mat.name == "nyu_depth_v2_labeled.mat":
+                raise UserError(f"{mat} is truncated or no HDF5 file; fetch it again (2.8 GB)")
+        if any(next((place / part).rglob("*.h5"), None) for part in ("train", "val")) and not (
+            place / "train" / image_dir
+        ).is_dir():
+            return "B", place
+        if (place / "sync").is_dir() or (place / "official_splits").is_dir():
+            return "C", place
+        for base in (place, place / "train"):
+            if (base / image_dir).is_dir() and (base / depth_dir).is_dir():
+                return "folder", place
+    raise UserError(
+        f"{root}: no depth data found. Looked for nyu_depth_v2_labeled.mat, train/**/*.h5 (FastDepth), sync/ and "
+        f"official_splits/ (BTS), {image_dir}/ with {depth_dir}/ (own data); see datasets/README.md"
+    )
+
+
+def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
+    """The adapter for whatever lies under `root`. Splits: train, val (the official test images), holdout (a fixed part
+    of train for tuning) and train_minus_holdout."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    layout, place = detect(find_data_root(root), config)
+    if layout == "A":
+        return LabelledMat(place, split, config.ground_truth)
+    if layout == "B":
+        return _fastdepth(place, split)
+    if layout == "C":
+        return _bts(place, split)
+    return _folder(place, split, config)
+
+
+def check_data(root: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], bool]:
+    """What lies under `root`: layout, counts beside the official ones, size, and the first broken file.
+
+    Reads every file. Returns the lines to print and whether all is well. Raises UserError when nothing is found.
+    """
+    from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
+
+    config = NYUDepthConfig()
+    layout, place = detect(find_data_root(str(root)), config)
+    names = {"A": "labelled .mat", "B": "FastDepth h5 tree", "C": "BTS PNG tree", "folder": "own folder"}
+    lines, ok = [f"layout {layout} ({names[layout]}) at {place}"], True
+    for split in ("train", "val"):
+        try:
+            source = open_source(str(root), split, config)
+        except UserError as error:
+            lines.append(f"{split}: {error}")
+            ok = False
+            continue
+        official = source.info["official_count"]
+        agrees = "" if official is None else f", official {official}" + ("" if official == len(source) else ": DIFFERS")
+        lines.append(f"{split}: {len(source)} images{agrees}; ground truth {source.info['ground_truth']}")
+        broken = first_broken(source, progress)
+        if broken is None:
+            lines.append(f"{split}: all files readable, image size {_size(source)}")
+        else:
+            lines.append(f"{split}: {broken}")
+            ok = False
+    return lines, ok
+
+
+def _size(source: SampleSource) -> str:
+    if not len(source):
+        return "unknown"
+    height, width = source[0].image.shape[:2]
+    return f"{height} x {width}"
+
+
+def first_broken(source: SampleSource, progress: Callable[[int, int], None] | None = None) -> str | None:
+    """The message of the first sample that cannot be read, or None."""
+    for i in range(len(source)):
+        if progress is not None and i % 100 == 0:
+            progress(i, len(source))
+        try:
+            sample = source[i]
+        except UserError as error:
+            return str(error)
+        if not (sample.maps["depth"] > 0).any():
+            return f"{sample.id}: no valid depth pixel in this image"
+    return None

@@ -1,0 +1,166 @@
+"""Monocular depth as a label map of 256 linear bins (UViM, arXiv 2205.10337, section 4; NYU Depth v2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Categorical, LabelChannel, Metric, Task
+from uvim_fsq.tasks.nyu_depth.data import open_source
+from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
+from uvim_fsq.tasks.registry import register_task
+
+#: (first row, end row, first column, end column), for 480 x 640 only.
+CROPS = {"uvim": (54, 480, 41, 601), "eigen": (45, 471, 41, 601)}
+
+
+@dataclass(frozen=True)
+class NYUDepthConfig:
+    num_bins: int = 256
+    """Linear depth bins between min_depth and max_depth."""
+    min_depth: float = 0.001
+    """Smallest depth in metres; smaller is invalid."""
+    max_depth: float = 10.0
+    """Largest depth in metres; larger is invalid in evaluation."""
+    protocol: Literal["uvim", "eigen", "full"] = "uvim"
+    """Evaluation crop, made before the model: uvim (54:480, 41:601), eigen (45:471, 41:601), full (none, any size)."""
+    missing: Literal["bin0", "void"] = "bin0"
+    """Invalid pixels: bin 0, seen by the oracle but without loss (the reference's), or void (-1, neither)."""
+    decoding: Literal["argmax", "expectation"] = "argmax"
+    """Depth of a pixel: the likeliest bin's centre (the reference's), or the mean of all centres under the softmax."""
+    ground_truth: Literal["filled", "raw"] = "filled"
+    """Which depth of the labelled .mat to use: in-filled (the reference's evaluation) or raw with holes."""
+    image_dir: str = "images"
+    """Own data: sub-folder of the images."""
+    depth_dir: str = "depth"
+    """Own data: sub-folder of the depth maps (16-bit PNG, .npy or .h5), of the same names."""
+    depth_scale: float | None = None
+    """Own data: stored units per metre (1000 for millimetres); null: 1000 for 16-bit PNG, 1 for npy and h5."""
+
+
+@register_task("nyu_depth")
+class NYUDepth(Task):
+    """Depth in metres from one image."""
+
+    Config = NYUDepthConfig
+    main_metric = "rmse"
+    config: NYUDepthConfig
+
+    def __init__(self, config: NYUDepthConfig) -> None:
+        if config.num_bins < 2 or not 0 <= config.min_depth < config.max_depth:
+            raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
+        super().__init__(config)
+        self.step = (config.max_depth - config.min_depth) / config.num_bins
+        self.centres = torch.arange(config.num_bins) * self.step + self.step / 2 + config.min_depth
+
+    @property
+    def label_channels(self) -> dict[str, LabelChannel]:
+        return {"depth": Categorical(self.config.num_bins)}
+
+    def source(self, root: str, split: str) -> SampleSource:
+        return open_source(root, split, self.config)
+
+    def evaluation_view(self, sample: Sample) -> Sample:
+        """The protocol's crop of image and truth. Raises UserError for another size than 480 x 640."""
+        if self.config.protocol == "full":
+            return sample
+        if sample.image.shape[:2] != (480, 640):
+            h, w = sample.image.shape[:2]
+            raise UserError(
+                f"{sample.id} is {h} x {w}; protocol {self.config.protocol} is defined for 480 x 640: "
+                "use task.protocol=full"
+            )
+        top, bottom, left, right = CROPS[self.config.protocol]
+        maps = {name: value[top:bottom, left:right] for name, value in sample.maps.items()}
+        return Sample(sample.id, sample.image[top:bottom, left:right], maps, sample.meta)
+
+    def encode(self, sample: Sample) -> dict[str, np.ndarray]:
+        depth = sample.maps["depth"]
+        c = self.config
+        share = (depth - c.min_depth) / (c.max_depth - c.min_depth)
+        bins = np.floor(share * c.num_bins).clip(0, c.num_bins - 1).astype(np.int16)
+        if c.missing == "void":
+            bins[depth <= c.min_depth] = -1
+        return {"depth": bins}
+
+    def loss(
+        self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy over the bins; bin 0 and -1 count 0 but stay in the mean over all pixels."""
+        x, target = logits["depth"], labels["depth"].long()
+        missing = target <= 0 if self.config.missing == "bin0" else target < 0
+        target = target.masked_fill(missing, -1)
+        b, p, c = x.shape
+        loss = F.cross_entropy(x.reshape(-1, c), target.reshape(-1), ignore_index=-1, reduction="none").view(b, p)
+        right = (x.detach().argmax(-1) == target).float().mean(1)
+        return loss.mean(1), {"bin_accuracy": right}
+
+    def decode(self, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+        """(B, S, S, bins) logits -> per image (S, S) float32 metres."""
+        x = logits["depth"]
+        centres = self.centres.to(x.device)
+        depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
+        return list(depth.float().cpu().numpy())
+
+    def metric(self) -> Metric:
+        c = self.config
+        # The valid range is the protocol's, not that of the bins.
+        return DepthMetric(f"nyu_depth/{c.protocol}", 1e-3, 10.0 if c.protocol != "full" else c.max_depth)
+
+    def to_size(self, prediction: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize_nearest(prediction, size)
+
+    def render(
+        self, image: np.ndarray, prediction: np.ndarray, ground_truth: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Depth in colours over one range for prediction and truth; the error's range ends at a quarter of it."""
+        truth = ground_truth["depth"] if ground_truth is not None else None
+        reference = prediction if truth is None else truth
+        positive = reference[reference > 0]
+        high = float(positive.max()) if positive.size else self.config.max_depth
+        pictures = {"prediction": colour(prediction, high)}
+        if truth is not None:
+            valid = truth > self.config.min_depth
+            error = np.where(valid, np.abs(resize_nearest(prediction, truth.shape[:2]) - truth), 0)
+            pictures = {"ground truth": colour(truth, high), **pictures, "error": colour(error, high / 4, "inferno")}
+        return pictures
+
+    def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
+        """stem.png: 16-bit millimetres (the scale stands in its text chunks); stem.npy: float32 metres; stem_color.png."""
+        depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
+        paths = {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
+        info = PngInfo()
+        info.add_text("unit", "millimetre")
+        info.add_text("depth_scale", "1000")
+        Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)).save(paths["png"], pnginfo=info)
+        np.save(paths["npy"], depth)
+        Image.fromarray(self.render(image, depth)["prediction"]).save(paths["color"])
+        return paths
+
+    def baseline(self, source: SampleSource, size: int) -> np.ndarray:
+        """The training set's mean depth per pixel, (size, size) metres, over valid pixels."""
+        total, count = np.zeros((size, size)), np.zeros((size, size))
+        for i in range(len(source)):
+            depth = resize_nearest(self.evaluation_view(source[i]).maps["depth"], (size, size))
+            valid = depth > self.config.min_depth
+            total += np.where(valid, depth, 0)
+            count += valid
+        mean = total.sum() / max(count.sum(), 1)
+        return np.where(count > 0, total / np.maximum(count, 1), mean).astype(np.float32)
+
+
+def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
+    """(H, W) reals in [0, high] -> (H, W, 3) uint8."""
+    share = np.clip(np.nan_to_num(values) / max(high, 1e-6), 0, 1)
+    return (matplotlib.colormaps[name](share)[..., :3] * 255).astype(np.uint8)
