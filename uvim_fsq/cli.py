@@ -1,0 +1,244 @@
+"""The command line: thin commands over the package. A user's mistake is one line with the remedy and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.errors import UserError
+
+# Heavy imports stay inside the commands, so that --help answers at once.
+
+
+def _config_epilog(stage: str) -> str:
+    from uvim_fsq.config import LMRun, OracleRun
+    from uvim_fsq.config_io import describe_keys
+
+    lines = ["keys (key=value on the command line, nested in the YAML):", ""]
+    for key, kind, default, doc in describe_keys(OracleRun if stage == "oracle" else LMRun):
+        lines += [f"  {key}  [{kind}; default {default}]", f"      {doc}"]
+    return "\n".join([*lines, "", "the keys of each task under task.:", *_task_keys()])
+
+
+def _task_keys() -> list[str]:
+    from uvim_fsq.config_io import describe_keys
+    from uvim_fsq.tasks.registry import load_plugins, task_class, task_names
+
+    load_plugins(())
+    lines: list[str] = []
+    for name in task_names():
+        lines.append(f"  task.name={name}")
+        for key, kind, default, doc in describe_keys(task_class(name).Config, "task."):
+            lines += [f"    {key}  [{kind}; default {default}]", f"        {doc}"]
+    return lines
+
+
+def command_config(args: argparse.Namespace) -> None:
+    """Prints the resolved configuration."""
+    from uvim_fsq.config_io import dump_yaml, load_run
+    from uvim_fsq.models import resolve
+
+    print(dump_yaml(resolve(load_run(args.config, args.overrides))), end="")
+
+
+def command_train(args: argparse.Namespace) -> None:
+    """Trains the stage the command names."""
+    from uvim_fsq.config_io import load_run
+    from uvim_fsq.training.run import train
+
+    run = load_run(args.config, args.overrides)
+    if run.stage != args.stage:
+        other = "train-oracle" if run.stage == "oracle" else "train-lm"
+        raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq {other}")
+    out = train(run)
+    print(f"trained: {out}")
+
+
+def command_evaluate(args: argparse.Namespace) -> None:
+    """Evaluates a run by its task's protocol."""
+    from accelerate.state import PartialState
+
+    from uvim_fsq.evaluation import evaluate_run
+
+    result = evaluate_run(args.run, args.overrides, limit=args.limit, csv=args.csv)
+    if not PartialState().is_main_process:
+        return
+    file = args.json or Path(args.run) / "evaluation.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print_result(result)
+    print(f"written: {file}")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The figures of an evaluation as a table, with what they were measured on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    figures: dict[str, dict[str, float]] = result["figures"]
+    data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
+    table = Table(title=f"{result['protocol']} ({data})")
+    table.add_column("")
+    for way in figures:
+        table.add_column(way, justify="right")
+    for name in dict.fromkeys(name for way in figures.values() for name in way):
+        table.add_row(name, *(f"{way[name]:.4f}" if name in way else "" for way in figures.values()))
+    Console().print(table)
+    limit = f", first {result['limit']} images only" if result["limit"] else ""
+    print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")
+
+
+def command_predict(args: argparse.Namespace) -> None:
+    """Predicts pictures."""
+    from uvim_fsq.predictor import predict_files
+
+    overrides = [entry for entry in args.inputs if "=" in entry and not Path(entry).exists()]
+    inputs = [entry for entry in args.inputs if entry not in overrides]
+    if not inputs:
+        raise UserError("name at least one image or folder to predict")
+    written = predict_files(args.run, inputs, args.out, overrides)
+    print(f"{len(written)} predictions written to {args.out}")
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """"128" or "480x640" (height x width)."""
+    try:
+        parts = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2) or min(parts, default=0) < 1:
+        raise UserError(f"--size {text}: give one number, or HEIGHTxWIDTH")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def command_synth(args: argparse.Namespace) -> None:
+    """Writes a synthetic data set."""
+    from rich.progress import Progress
+
+    from uvim_fsq.data.synth_writers import write_dataset
+
+    with Progress() as bar:
+        task = bar.add_task(f"{args.format} -> {args.out}", total=args.num + args.num_val)
+        write_dataset(
+            args.format,
+            Path(args.out),
+            args.num,
+            parse_size(args.size),
+            seed=args.seed,
+            num_val=args.num_val,
+            layout=args.layout,
+            difficulty=args.difficulty,
+            workers=args.workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
+
+
+def command_data_check(args: argparse.Namespace) -> None:
+    """Says what lies under a folder and what is wrong with it."""
+    from uvim_fsq.tasks.nyu_depth.data import check_data
+
+    lines, ok = check_data(args.path)
+    print("\n".join(lines))
+    if not ok:
+        raise SystemExit(2)
+
+
+def command_quickstart(args: argparse.Namespace) -> None:
+    """Runs the whole pipeline on synthetic scenes."""
+    from uvim_fsq.quickstart import quickstart
+
+    quickstart(Path(args.out), args.gpu_scale)
+
+
+def _add_train(commands: Any, name: str, stage: str, text: str, wants_help: bool) -> None:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_config_epilog(stage) if wants_help else None,
+    )
+    parser.add_argument("config", help="a YAML file, e.g. configs/nyu_depth/oracle.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parser.set_defaults(command=command_train, stage=stage)
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands. `argv` decides whether the long list of keys is worth making."""
+    parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction by discrete tokens.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    asked = "-h" in argv or "--help" in argv
+    for name, stage, text in (
+        ("train-oracle", "oracle", "stage I: train a task's oracle"),
+        ("train-lm", "lm", "stage II: train the language model on a frozen oracle"),
+    ):
+        _add_train(commands, name, stage, text, asked and name in argv)
+    sub = commands.add_parser("config", help="print the resolved configuration")
+    sub.add_argument("config")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.set_defaults(command=command_config)
+
+    sub = commands.add_parser("evaluate", help="evaluate a run by its task's protocol")
+    sub.add_argument("run", help="run or checkpoint directory")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. task.protocol=eigen data.root=...")
+    sub.add_argument("--limit", type=int, help="first N images only")
+    sub.add_argument("--csv", type=Path, help="write each image's figures to this file")
+    sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json)")
+    sub.set_defaults(command=command_evaluate)
+
+    sub = commands.add_parser("predict", help="predict pictures with a trained LM")
+    sub.add_argument("run", help="run or checkpoint directory of an LM")
+    sub.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|key=value")
+    sub.add_argument("--out", required=True, help="folder for the results")
+    sub.set_defaults(command=command_predict)
+
+    sub = commands.add_parser("synth", help="write a synthetic data set in a real on-disk format")
+    sub.add_argument("--format", required=True, choices=("nyu", "coco_panoptic", "imagenet"))
+    sub.add_argument("--num", type=int, required=True, help="training scenes")
+    sub.add_argument("--num-val", type=int, default=100, help="validation scenes (default 100)")
+    sub.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", required=True, help="new folder")
+    sub.add_argument("--layout", default="h5", choices=("h5", "mat", "png"), help="of --format nyu (default h5)")
+    sub.add_argument("--difficulty", default="varied", choices=("varied", "plain"))
+    sub.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    sub.set_defaults(command=command_synth)
+
+    data = commands.add_parser("data", help="look after data sets").add_subparsers(required=True, metavar="ACTION")
+    sub = data.add_parser("check", help="say which layout a folder has, count, find the first broken file")
+    sub.add_argument("path")
+    sub.set_defaults(command=command_data_check)
+
+    sub = commands.add_parser("quickstart", help="make data, train both stages, evaluate, draw a report")
+    sub.add_argument("--out", default="runs/quickstart")
+    sub.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
+    sub.set_defaults(command=command_quickstart)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # --debug may stand anywhere.
+    debug = "--debug" in argv
+    argv = [arg for arg in argv if arg != "--debug"]
+    args = build_parser(argv).parse_args(argv)
+    # Plugins may lie beside the configuration.
+    sys.path.insert(0, os.getcwd())
+    try:
+        args.command(args)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
