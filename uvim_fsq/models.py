@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, resolve_lm, to_dict, validate
+from uvim_fsq.config_io import load_run, resolve_lm, validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
@@ -60,7 +60,7 @@ def resolve(run: Run) -> Run:
     """Fills an LM's configuration from its oracle's checkpoint and refuses impossible combinations."""
     if isinstance(run, LMRun):
         oracle_run, _ = read_oracle_config(run.oracle)
-        run = resolve_lm(run, to_dict(oracle_run))
+        run = resolve_lm(run, oracle_run)
     validate(run)
     return run
 

@@ -55,7 +55,7 @@ class DecoderBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm3(x)))
 
     def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """One position: (B, 1, D). `seen` (L,) masks the buffer's positions after the present one."""
+        """One position: (B, 1, D). `seen` (1, L) masks the buffer's positions after the present one."""
         attn, cross = self.self_attn, self.cross_attn
         y = self.norm1(x)
         cache.key.index_copy_(2, position, attn.heads(y, attn.key).to(cache.key.dtype))
@@ -129,7 +129,7 @@ class LM(nn.Module):
         # Everything that depends on the position is a tensor operation, so that one step can be captured as a graph.
         x = torch.where(position == 0, self.start.to(previous.dtype), previous)
         x = x + self.positions.index_select(1, position)
-        seen = torch.arange(self.length, device=position.device) <= position
+        seen = (torch.arange(self.length, device=position.device) <= position)[None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
             x = block.step(x, layer, position, seen)
