@@ -1,4 +1,4 @@
-"""Published stage-I arrays (UViM's names and layouts) -> the state dict of our Oracle, as far as no quantizer is concerned.
+"""Published stage-I arrays (UViM's names and layouts) -> the state dict of our Oracle, its quantizer apart.
 
 Theirs: dense kernels (in, out), attention kernels (width, heads, head_dim), convolutions HWIO, label embeddings
 (classes, pixels, width), heads (width, classes, pixels). Ours: (out, in), label tables and heads pixel-major.
@@ -25,7 +25,10 @@ def _block(p: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     parts = {"norm1": _norm(p, f"{name}/LayerNorm_0"), "norm2": _norm(p, f"{name}/LayerNorm_1")}
     for part in ("query", "key", "value"):
         kernel = p[f"{attention}/{part}/kernel"]
-        parts[f"attn.{part}"] = {"weight": kernel.reshape(len(kernel), -1).T, "bias": p[f"{attention}/{part}/bias"].ravel()}
+        parts[f"attn.{part}"] = {
+            "weight": kernel.reshape(len(kernel), -1).T,
+            "bias": p[f"{attention}/{part}/bias"].ravel(),
+        }
     kernel = p[f"{attention}/out/kernel"]
     parts["attn.out"] = {"weight": kernel.reshape(-1, kernel.shape[-1]).T, "bias": p[f"{attention}/out/bias"]}
     parts["mlp.fc1"] = _dense(p, f"{name}/MlpBlock_0/Dense_0")
@@ -44,7 +47,9 @@ def oracle_state(
     arrays: Mapping[str, np.ndarray], channel: str, *, real: bool, encoder_depth: int, decoder_depth: int
 ) -> dict[str, torch.Tensor]:
     """The state dict for a one-channel oracle from arrays named `params/...`."""
-    p = {name.removeprefix("params/"): np.asarray(value) for name, value in arrays.items() if name.startswith("params/")}
+    p = {
+        name.removeprefix("params/"): np.asarray(value) for name, value in arrays.items() if name.startswith("params/")
+    }
     state: dict[str, np.ndarray] = {}
     for ours, theirs in (("encoder_context", "ctx_enc_embedding"), ("decoder_context", "ctx_dec_embedding")):
         if f"{theirs}/kernel" in p:

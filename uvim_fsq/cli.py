@@ -106,7 +106,7 @@ def command_predict(args: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
-    """"128" or "480x640" (height x width)."""
+    """ "128" or "480x640" (height x width)."""
     try:
         parts = [int(part) for part in text.lower().split("x")]
     except ValueError:

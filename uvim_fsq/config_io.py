@@ -97,11 +97,7 @@ def build(cls: type, tree: Any, prefix: str) -> Any:
             raise UserError(f"unknown key {prefix}{key}{_did_you_mean(key, fields, prefix)}")
         values[key] = _convert(hints[key], value, f"{prefix}{key}")
     for name, field in fields.items():
-        if (
-            name not in values
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ):
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name} is missing; give it in the file or as {prefix}{name}=...")
     return cls(**values)
 
@@ -225,9 +221,7 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
         raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
     defaults = type(run.data)()
     inherited = ("root", "image_size", "train_split", "eval_split", "crop", "crop_area", "hflip")
-    changes = {
-        key: getattr(oracle.data, key) for key in inherited if getattr(run.data, key) == getattr(defaults, key)
-    }
+    changes = {key: getattr(oracle.data, key) for key in inherited if getattr(run.data, key) == getattr(defaults, key)}
     data = dataclasses.replace(run.data, **changes)
     if data.image_size != oracle.data.image_size:
         raise UserError(

@@ -1,5 +1,7 @@
-"""One way to evaluate, used by the training loop, the command and the quickstart. Figures do not depend on batch size or
-process count: metrics add up sums and counts, and every process sees its own share of the images.
+"""One way to evaluate, used by the training loop, the command and the quickstart.
+
+Figures do not depend on batch size or process count: metrics add up sums and counts,
+and every process sees its own share of the images.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def context_predictions(oracle: Oracle, task: Task) -> Predictor:
 
 
 def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Predictor:
-    """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own stream of random numbers."""
+    """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own random stream."""
 
     def predict(batch: Batch) -> Predicted:
         seeds = config.seed * 1_000_003 + batch["index"].cpu()
@@ -105,7 +107,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, task: Task, data: DataConfig, config: EvalConfig, *, limit: int | None = None, quantizer: FSQ | None = None
+        self,
+        task: Task,
+        data: DataConfig,
+        config: EvalConfig,
+        *,
+        limit: int | None = None,
+        quantizer: FSQ | None = None,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.limit = limit if limit is not None else config.limit
@@ -153,8 +161,8 @@ def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def evaluate_loaded(
     loaded: Loaded, *, limit: int | None = None, csv_file: Path | None = None, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Oracle, context alone and (for an LM's checkpoint) LM: a result that names protocol, split, counts and checkpoint."""
-    device = device or PartialState().device
+    """Oracle, context alone and (for an LM's checkpoint) LM, with protocol, split, counts and checkpoint."""
+    device = device or torch.device(PartialState().device or "cpu")
     run, task, oracle = loaded.run, loaded.task, loaded.oracle.to(device)
     limit = limit if limit is not None else run.eval.limit
     ways: dict[str, Predictor] = {"oracle": oracle_predictions(oracle, task)}
@@ -174,7 +182,7 @@ def evaluate_loaded(
         info = dict(evaluator.source.info)
         if name != "context_only" and evaluator.statistics is not None:
             levels[name] = evaluator.statistics.level_histogram()
-            counts[name] = evaluator.statistics.counts.tolist()
+            counts[name] = [int(count) for count in evaluator.statistics.counts]
     if csv_file is not None and PartialState().is_main_process:
         write_csv(csv_file, rows)
     return {
@@ -186,10 +194,8 @@ def evaluate_loaded(
         "figures": figures,
         "code_counts": counts,
         "level_histogram": levels,
-        "decoding": {
-            key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")
-        },
-        "task_options": {key: value for key, value in vars(task.config).items()},
+        "decoding": {key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")},
+        "task_options": dict(vars(task.config)),
         "checkpoint": str(loaded.checkpoint),
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
         "versions": {
@@ -218,7 +224,7 @@ def evaluate_run(
     """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image."""
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
-    device = PartialState().device
+    device = torch.device(PartialState().device or "cpu")
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
     return evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device)

@@ -105,7 +105,7 @@ class PatchEmbed(nn.Module):
 
 
 def init_transformer_(module: nn.Module) -> None:
-    """Xavier-uniform attention and MLP kernels, attention biases 0, MLP biases normal(1e-6) (REFERENCE recipe of UViM)."""
+    """Xavier-uniform attention and MLP kernels, attention biases 0, MLP biases normal(1e-6), as UViM."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -85,9 +85,7 @@ class Loaded:
     checkpoint: Path
 
 
-def load_checkpoint(
-    path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu"
-) -> Loaded:
+def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> Loaded:
     """Everything behind a run or checkpoint directory of either stage (the best checkpoint of a run).
 
     An LM's run carries its oracle in `oracle/`, so that it can be moved alone.

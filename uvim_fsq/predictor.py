@@ -38,7 +38,7 @@ class Predictor:
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         """
-        device = device if device is not None else PartialState().device
+        device = torch.device(device or PartialState().device or "cpu")
         return cls(load_checkpoint(path, overrides, device), device)
 
     @torch.inference_mode()

@@ -131,7 +131,7 @@ def _write_seconds(out: Path, timer: Timer) -> None:
 
 
 def _evaluate(out: Path, runs: dict[str, Path], timer: Timer) -> dict[str, Any]:
-    device = PartialState().device
+    device = torch.device(PartialState().device or "cpu")
     loaded = load_checkpoint(runs["lm"], device=device)
     task, run = loaded.task, loaded.run
     mean_map = task.baseline(task.source(run.data.root, run.data.train_split), run.data.image_size)
@@ -187,9 +187,7 @@ def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
     console.print(f"report: {out / 'report.html'}   summary: {out / 'summary.json'}", soft_wrap=True)
 
 
-def _report(
-    out: Path, runs: dict[str, Path], loaded: Loaded, result: dict[str, Any], device: torch.device
-) -> None:
+def _report(out: Path, runs: dict[str, Path], loaded: Loaded, result: dict[str, Any], device: torch.device) -> None:
     task, oracle, lm = loaded.task, loaded.oracle, loaded.lm
     assert lm is not None
     ways = {

@@ -63,7 +63,7 @@ def panel_rows(
     for i, sample in enumerate(samples):
         row = {"image": sample.image}
         for name, items in predicted.items():
-            item = task.to_size(items[i], sample.image.shape[:2])
+            item = task.to_size(items[i], (sample.image.shape[0], sample.image.shape[1]))
             for title, picture in task.render(sample.image, item, sample.maps).items():
                 row[title if title == "ground truth" else f"{name} {title}".replace(" prediction", "")] = picture
         rows.append(row)
@@ -117,7 +117,9 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
     axis = figure.add_subplot(1, 2, 2)
     for i, histogram in enumerate(levels):
         total = max(sum(histogram), 1)
-        axis.plot(np.linspace(-1, 1, len(histogram)), [count / total for count in histogram], "o-", label=f"channel {i}")
+        axis.plot(
+            np.linspace(-1, 1, len(histogram)), [count / total for count in histogram], "o-", label=f"channel {i}"
+        )
     axis.set_title("share of each level per channel")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=7)

@@ -13,7 +13,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Any PIL image -> (H, W, 3) uint8: EXIF orientation applied, alpha over white, 16-bit scaled down, CMYK converted."""
+    """Any PIL image -> (H, W, 3) uint8: upright by EXIF, alpha over white, 16-bit scaled down."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)

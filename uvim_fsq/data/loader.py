@@ -57,9 +57,7 @@ class TrainPlan:
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
         if batch > count:
-            raise UserError(
-                f"train.batch_size={batch} exceeds the {count} training samples; lower it or add data"
-            )
+            raise UserError(f"train.batch_size={batch} exceeds the {count} training samples; lower it or add data")
         self.count, self.batch, self.seed = count, batch, seed
         self.steps_per_epoch = count // batch
         self._epoch, self._order = -1, np.zeros(0, np.int64)
@@ -72,9 +70,7 @@ class TrainPlan:
         chosen = self._order[position * self.batch : (position + 1) * self.batch]
         # A sample that cannot be read is replaced by another of the same epoch, always the same one.
         others = np.roll(self._order, -self.count // 2)[position * self.batch : (position + 1) * self.batch]
-        return [
-            Request(int(i), mix(self.seed, epoch, int(i)), int(j)) for i, j in zip(chosen, others, strict=True)
-        ]
+        return [Request(int(i), mix(self.seed, epoch, int(i)), int(j)) for i, j in zip(chosen, others, strict=True)]
 
 
 def share(requests: Sequence[Request], micro: int, micros: int, rank: int, world: int) -> list[Request]:

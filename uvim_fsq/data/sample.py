@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
-import numpy as np
+import numpy.typing as npt
 import torch
+
+#: A NumPy array; shape and dtype stand in the docstrings.
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Sample:
     """
 
     id: str
-    image: np.ndarray
-    maps: dict[str, np.ndarray] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    image: Array
+    maps: dict[str, Array] = field(default_factory=dict[str, Array])
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class SampleSource(Protocol):

@@ -15,7 +15,9 @@ import numpy as np
 STUFF = ("floor", "wall", "ceiling")
 THINGS = ("box", "sphere", "cylinder", "cone")
 _COLORS = ((220, 60, 60), (60, 120, 220), (60, 170, 90), (230, 170, 40)) + (
-    (152, 118, 84), (206, 199, 178), (235, 235, 235),
+    (152, 118, 84),
+    (206, 199, 178),
+    (235, 235, 235),
 )
 _IDS = (1, 3, 4, 7, 100, 101, 103)  # with gaps, as in COCO, so that readers cannot mistake them for class indices
 CATEGORIES: list[dict[str, Any]] = [

@@ -29,7 +29,7 @@ from uvim_fsq.errors import UserError
 VAL_START = 10_000_000
 PER_FOLDER = 100
 FOCAL = 518.8579  # what the NYU file lists say of every picture; readers skip it
-JPEG = {"quality": 95, "subsampling": 0}
+JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 NYU_LAYOUTS = ("h5", "mat", "png")
 WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
 

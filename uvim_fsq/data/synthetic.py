@@ -187,9 +187,7 @@ def _bounds(rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> lis
     return [(slice(None), slice(top, bottom), slice(left, end)) for top, bottom, left, end in edges]
 
 
-def _hit(
-    solid: Solid, origin: np.ndarray, rays: np.ndarray, planar: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | int]:
+def _hit(solid: Solid, origin: np.ndarray, rays: np.ndarray, planar: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
     """Hit parameters (inf where missed) and face codes of (3, S, h, w) rays from a point outside and not below.
 
     `planar`: (S, h, w) squared horizontal length of the rays.
@@ -329,10 +327,10 @@ def _texture(
     place = local * rows[CELL] + rows[PHASE]
     cell = np.floor(place)
     inner = np.where(flat, np.float32(0), np.abs(place - cell - np.float32(0.5)))
-    parity = np.float32([1, 1, 1]) @ cell
+    parity = np.array([1, 1, 1], np.float32) @ cell
     parity -= 2 * np.floor(parity * np.float32(0.5))
-    shade = white[(np.float32([7, 57, 131]) @ cell).astype(np.int32) & 1023]
-    where = np.float32([[50, -25, -25], [0, 43, -43]]) @ place
+    shade = white[(np.array([7, 57, 131], np.float32) @ cell).astype(np.int32) & 1023]
+    where = np.array([[50, -25, -25], [0, 43, -43]], np.float32) @ place
     where[0] += 256 * shade
     where = where.astype(np.int32) & 255
     grain = smooth[where[0] * 256 + where[1]]

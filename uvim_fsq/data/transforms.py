@@ -43,7 +43,7 @@ class JointTransform:
     def __call__(self, sample: Sample, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray], Sample]:
         """Deterministic in `seed`. Raises UserError where the task cannot encode the sample."""
         view = sample if self.train else self.task.evaluation_view(sample)
-        linear = {f"map_{name}": view.maps[name] for name in self.task.linear_maps}
+        linear: dict[str, Any] = {f"map_{name}": view.maps[name] for name in self.task.linear_maps}
         nearest = [name for name in view.maps if name not in self.task.linear_maps]
         if self.train:
             # Albumentations ignores numpy's global seed; each sample brings its own.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -40,7 +40,9 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
     """
     if not timm.is_model(config.name):
         close = difflib.get_close_matches(config.name, timm.list_models("*vit*"), n=3)
-        raise UserError(f"unknown timm model {config.name!r}; did you mean {', '.join(close) or 'vit_base_patch16_224'}?")
+        raise UserError(
+            f"unknown timm model {config.name!r}; did you mean {', '.join(close) or 'vit_base_patch16_224'}?"
+        )
     overrides: dict[str, Any] = {
         theirs: getattr(config, ours) for ours, theirs in OVERRIDES.items() if getattr(config, ours) is not None
     }
@@ -50,7 +52,7 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
             + ", ".join([*overrides, *(["mlp_dim"] if config.mlp_dim is not None else [])])
         )
     if config.mlp_dim is not None:
-        width = config.width or timm.create_model(config.name, num_classes=0).num_features  # type: ignore[union-attr]
+        width: Any = config.width or timm.create_model(config.name, num_classes=0).num_features
         overrides["mlp_ratio"] = config.mlp_dim / int(width)
     if config.act_layer != "default":
         overrides["act_layer"] = ACTIVATIONS[config.act_layer]
@@ -62,7 +64,7 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
 
 
 def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTransformer:
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         num_classes=0, class_token=False, global_pool="", img_size=image_size, dynamic_img_size=True, **overrides
     )
     try:
@@ -96,15 +98,15 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
             "give the path of a file with this model's weights"
         ) from error
     assert isinstance(published, VisionTransformer)
-    state = {name: value for name, value in published.state_dict().items() if not name.startswith(("head", "cls_token"))}
-    prefix = published.num_prefix_tokens
-    state["pos_embed"] = resample_abs_pos_embed(
-        state["pos_embed"][:, prefix:], list(encoder.patch_embed.grid_size), num_prefix_tokens=0
-    )
+    state: dict[str, Any] = {
+        name: value for name, value in published.state_dict().items() if not name.startswith(("head", "cls_token"))
+    }
+    prefix, grid = published.num_prefix_tokens, encoder.patch_embed.grid_size
+    assert grid is not None
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"][:, prefix:], list(grid), num_prefix_tokens=0)
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise UserError(f"weights of {config.name} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    cfg = published.pretrained_cfg
+    cfg: Any = published.pretrained_cfg
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
     return mean, std  # type: ignore[return-value]
-

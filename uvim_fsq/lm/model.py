@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config import LMModelConfig
@@ -68,7 +67,7 @@ class DecoderBlock(nn.Module):
 
 
 class LM(nn.Module):
-    """Encoder-decoder over an image. The start symbol is a vector, not a vocabulary entry: every output is a valid code.
+    """Encoder-decoder over an image. The start symbol is a vector, no vocabulary entry: every output is a valid code.
 
     Args:
         config: the architecture.

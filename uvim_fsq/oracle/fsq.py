@@ -42,9 +42,7 @@ class FSQ(nn.Module):
             which makes bound(0) = 0 for even levels (undefined for L = 2).
     """
 
-    def __init__(
-        self, levels: Sequence[int] | str, *, shift: Literal["published", "centered"] = "published"
-    ) -> None:
+    def __init__(self, levels: Sequence[int] | str, *, shift: Literal["published", "centered"] = "published") -> None:
         super().__init__()
         self.levels = resolve_levels(levels)
         if min(self.levels) < 5:

@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from uvim_fsq.layers import patchify
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
-Loss = Callable[
-    [Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
-]
+Loss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class CategoricalEmbed(nn.Module):

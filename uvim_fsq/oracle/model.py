@@ -15,7 +15,15 @@ from torch import nn
 
 from uvim_fsq.config import OracleModelConfig, QuantizerConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.layers import PatchEmbed, Transformer, init_transformer_, patchify, position_embedding, resize_tokens, unpatchify
+from uvim_fsq.layers import (
+    PatchEmbed,
+    Transformer,
+    init_transformer_,
+    patchify,
+    position_embedding,
+    resize_tokens,
+    unpatchify,
+)
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, head_and_loss
 from uvim_fsq.tasks.base import LabelChannel
@@ -126,9 +134,7 @@ class Oracle(nn.Module):
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
         return self.decode(self.quantizer.indices_to_codes(tokens), image)
 
-    def forward(
-        self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None, loss: Loss
-    ) -> OracleOutput:
+    def forward(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None, loss: Loss) -> OracleOutput:
         """One reconstruction pass with `loss` = `Task.loss`; code dropout in training mode only."""
         codes, tokens = self.quantizer(self.encode(labels, image))
         if self.training:

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
-from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.sample import Array, Sample, SampleSource
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, Array]:
         """The sums and counts as float64 arrays of fixed shapes; states of several processes are added up."""
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_state(self, state: Mapping[str, Array]) -> None:
         """Replaces the sums and counts, e.g. by those summed over processes."""
 
     @abstractmethod
@@ -90,7 +89,7 @@ class Task(ABC):
         Raises UserError when the root is missing, is of no known layout or is incomplete.
         """
 
-    def model_image(self, image: np.ndarray) -> np.ndarray:
+    def model_image(self, image: Array) -> Array:
         """What the models may see of an (H, W, 3) uint8 image: itself, or e.g. its grey version for colorization."""
         return image
 
@@ -99,8 +98,8 @@ class Task(ABC):
         return sample
 
     @abstractmethod
-    def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        """Labels of a sample already at the label size: channel name -> (S, S) int16, or (S, S, C) float32 in [-1, 1]."""
+    def encode(self, sample: Sample) -> dict[str, Array]:
+        """Labels of a sample at the label size: channel -> (S, S) int16, or (S, S, C) float32 in [-1, 1]."""
 
     @abstractmethod
     def loss(
@@ -129,7 +128,7 @@ class Task(ABC):
         """One item of `decode` resampled to (height, width) as the task's protocol asks."""
 
     @abstractmethod
-    def render(self, image: np.ndarray, prediction: Any, ground_truth: Any | None = None) -> dict[str, np.ndarray]:
+    def render(self, image: Array, prediction: Any, ground_truth: Any | None = None) -> dict[str, Array]:
         """Pictures for reports: an ordered dict title -> (H, W, 3) uint8, e.g. prediction, ground truth, error.
 
         Args:
@@ -139,8 +138,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def save_prediction(self, prediction: Any, image: np.ndarray, stem: str) -> dict[str, str]:
-        """Writes one prediction, brought to the size of `image` (H, W, 3), as `stem`*.png/.npy; returns kind -> path."""
+    def save_prediction(self, prediction: Any, image: Array, stem: str) -> dict[str, str]:
+        """Writes one prediction, at the size of `image` (H, W, 3), as `stem`*.png/.npy; returns kind -> path."""
 
     def baseline(self, source: SampleSource, size: int) -> Any:
         """A prediction that ignores the image (e.g. the mean map of the training set) at label size, or None."""

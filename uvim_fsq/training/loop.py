@@ -44,9 +44,7 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=PRECISION[train.precision],
         # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=train.accumulate, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulate, sync_with_dataloader=False),
         # Ranks wait for each other through long evaluations.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
@@ -270,8 +268,14 @@ def _agree(trainer: Trainer, stop: bool) -> bool:
         return stop
     if trainer.step % trainer.train.log_every:
         return False
-    flag = torch.tensor([float(stop)], device=trainer.device)
-    return bool(trainer.accelerator.reduce(flag, "sum").item())
+    return bool(_reduced(trainer, torch.tensor([float(stop)], device=trainer.device)).item())
+
+
+def _reduced(trainer: Trainer, values: torch.Tensor) -> torch.Tensor:
+    """The mean over processes."""
+    result = trainer.accelerator.reduce(values, "mean")
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, torch.Tensor]]) -> None:
@@ -280,8 +284,7 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     names = sorted(window[-1])
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
     if trainer.accelerator.num_processes > 1:
-        losses = trainer.accelerator.reduce(losses, "mean")
-        means = trainer.accelerator.reduce(means, "mean")
+        losses, means = _reduced(trainer, losses), _reduced(trainer, means)
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         first = trainer.step - len(window) + 1 + int(np.argmin(finite.cpu().numpy()))

@@ -44,9 +44,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConf
     ]
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str
-) -> torch.optim.Optimizer:
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str) -> torch.optim.Optimizer:
     """adamw (fused) or adafactor, big_vision's variant as timm carries it (momentum in bf16)."""
     groups = parameter_groups(named, optim, stage)
     if optim.name == "adamw":

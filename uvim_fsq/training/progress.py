@@ -1,4 +1,4 @@
-"""What a user sees of training: one live line on a terminal, plain lines otherwise; TensorBoard and metrics.jsonl always.
+"""What a user sees of training: one live line on a terminal, plain lines otherwise; TensorBoard and metrics.jsonl.
 
 Only the main process prints and writes.
 """
@@ -126,5 +126,7 @@ def _start_wandb(out: Path) -> Any:
     try:
         import wandb  # type: ignore[import-not-found]
     except ImportError:
-        raise UserError("train.wandb=true needs the wandb package: pip install wandb, or set train.wandb=false") from None
+        raise UserError(
+            "train.wandb=true needs the wandb package: pip install wandb, or set train.wandb=false"
+        ) from None
     return wandb.init(project="uvim_fsq", name=out.name, dir=str(out))

@@ -1,4 +1,4 @@
-"""The two stages as small objects that the one training loop drives. They know models and tasks by their contracts only.
+"""The two stages as small objects that the one training loop drives. They know tasks by their contract only.
 
 A stage is no nn.Module: the model it trains is `stage.model`; stage II's frozen oracle is a plain attribute that no
 optimizer, wrapper or checkpoint ever sees.
@@ -7,7 +7,6 @@ optimizer, wrapper or checkpoint ever sees.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import Evaluator, lm_predictions, oracle_predictions
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle
-from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.report import panel_picture
-from uvim_fsq.tasks.base import Task
+from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
 
@@ -103,8 +101,3 @@ Stage = OracleStage | LMStage
 def build_stage(run: Run) -> Stage:
     """The stage that a resolved configuration asks for; weights are drawn from `train.seed`."""
     return OracleStage(run) if isinstance(run, OracleRun) else LMStage(run)
-
-
-def stage_task(stage: Stage) -> tuple[Task, Any]:
-    """The task and the run of a stage."""
-    return stage.task, stage.run

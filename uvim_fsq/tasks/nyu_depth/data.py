@@ -142,7 +142,9 @@ class LabelledMat:
             image = np.asarray(self._handle["images"][row]).transpose(2, 1, 0)  # type: ignore[index]
             depth = np.asarray(self._handle[self.key][row]).T  # type: ignore[index]
         except OSError as error:
-            raise UserError(f"{self.file}: image {row + 1} cannot be read ({_first(error)}); fetch the file again") from error
+            raise UserError(
+                f"{self.file}: image {row + 1} cannot be read ({_first(error)}); fetch the file again"
+            ) from error
         name = f"{self.file.name}#{row + 1}"
         return Sample(name, np.ascontiguousarray(image), {"depth": metres(depth, name)}, {"row": row})
 
@@ -173,7 +175,9 @@ class PairSource:
         else:
             image, depth = read_image(image_file), read_depth_file(depth_file, self.scale)
         if image.shape[:2] != depth.shape:
-            raise UserError(f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them")
+            raise UserError(
+                f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"
+            )
         return Sample(name, image, {"depth": depth})
 
 
@@ -184,7 +188,9 @@ def _read_fastdepth(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({_first(error)}); it is truncated or no HDF5 file, replace it") from error
+        raise UserError(
+            f"{path} cannot be read ({_first(error)}); it is truncated or no HDF5 file, replace it"
+        ) from error
     if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
         raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
     return np.ascontiguousarray(rgb.transpose(1, 2, 0)), metres(depth, str(path))
@@ -194,7 +200,9 @@ def _fastdepth(root: Path, split: str) -> PairSource:
     folder = root / ("val" if split == "val" else "train")
     files = sorted(folder.rglob("*.h5"))
     if not files:
-        raise UserError(f"{folder} holds no .h5 files; the FastDepth tree needs train/<scene>/*.h5 and val/official/*.h5")
+        raise UserError(
+            f"{folder} holds no .h5 files; the FastDepth tree needs train/<scene>/*.h5 and val/official/*.h5"
+        )
     # FastDepth's own holdout lies inside train/.
     holdout = {i for i, file in enumerate(files) if file.stem in ("00001", "00201")}
     files = _take_split(split, files, files, holdout)
@@ -215,7 +223,9 @@ def _bts(root: Path, split: str) -> PairSource:
         ]
         skipped = 0
     if not pairs:
-        raise UserError(f"{folder} holds no rgb_*.jpg; the BTS tree needs sync/<scene>/ and official_splits/test/<type>/")
+        raise UserError(
+            f"{folder} holds no rgb_*.jpg; the BTS tree needs sync/<scene>/ and official_splits/test/<type>/"
+        )
     holdout = set(range(0, len(pairs), HOLDOUT_STRIDE))
     pairs = _take_split(split, pairs, pairs, holdout)
     info = {**_info("C", split, "raw", len(pairs), root), "without_depth": skipped}
@@ -270,10 +280,7 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
     image_dir, depth_dir = (config.image_dir, config.depth_dir) if config else ("images", "depth")
     places = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else [root]
     for place in places:
-        if place.is_file():
-            mats = [place]
-        else:
-            mats = sorted(place.glob("*.mat"))
+        mats = [place] if place.is_file() else sorted(place.glob("*.mat"))
         for mat in mats:
             if h5py.is_hdf5(mat):
                 with _open_h5(mat) as handle:
@@ -281,9 +288,10 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
                         return "A", mat
             elif mat.name == "nyu_depth_v2_labeled.mat":
                 raise UserError(f"{mat} is truncated or no HDF5 file; fetch it again (2.8 GB)")
-        if any(next((place / part).rglob("*.h5"), None) for part in ("train", "val")) and not (
-            place / "train" / image_dir
-        ).is_dir():
+        if (
+            any(next((place / part).rglob("*.h5"), None) for part in ("train", "val"))
+            and not (place / "train" / image_dir).is_dir()
+        ):
             return "B", place
         if (place / "sync").is_dir() or (place / "official_splits").is_dir():
             return "C", place

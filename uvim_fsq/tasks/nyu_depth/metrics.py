@@ -1,4 +1,4 @@
-"""The six depth figures of REFERENCE NYU protocols (Eigen et al. 2014; UViM's nyu_depth evaluator): per image, then the mean."""
+"""The six depth figures (Eigen et al. 2014; UViM's NYU evaluator): per image, then the mean over images."""
 
 from __future__ import annotations
 

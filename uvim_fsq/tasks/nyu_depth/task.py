@@ -137,7 +137,7 @@ class NYUDepth(Task):
         return pictures
 
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
-        """stem.png: 16-bit millimetres (the scale stands in its text chunks); stem.npy: float32 metres; stem_color.png."""
+        """stem.png: 16-bit millimetres, the scale in its text chunks; stem.npy: float32 metres; stem_color.png."""
         depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
         paths = {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
         info = PngInfo()
