@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,10 +29,14 @@ def build_oracle(run: OracleRun, task: Task) -> Oracle:
     return Oracle(run.model, task.label_channels, run.data.image_size)
 
 
-def build_lm(run: LMRun, oracle: Oracle) -> LM:
-    """A freshly initialised LM; vocabulary and length are the oracle's."""
+def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> LM:
+    """A freshly initialised LM; vocabulary and length are the oracle's.
+
+    `published=False` leaves out the image encoder's published weights, for a checkpoint that brings its own.
+    """
+    model = run.model if published else replace(run.model, encoder=replace(run.model.encoder, weights="none"))
     return LM(
-        run.model,
+        model,
         image_size=run.data.image_size,
         vocab_size=oracle.quantizer.codebook_size,
         length=oracle.code_length,
@@ -98,7 +102,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
         load_model_weights(oracle, checkpoint)
         return Loaded(run, task, oracle.eval().to(device), None, checkpoint)
     oracle, task = load_oracle(find_oracle(checkpoint, run), run)
-    lm = build_lm(run, oracle)
+    lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
     return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint)
 

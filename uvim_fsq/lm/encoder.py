@@ -103,7 +103,8 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
     }
     prefix, grid = published.num_prefix_tokens, encoder.patch_embed.grid_size
     assert grid is not None
-    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"][:, prefix:], list(grid), num_prefix_tokens=0)
+    resample: Any = resample_abs_pos_embed
+    state["pos_embed"] = resample(state["pos_embed"][:, prefix:], list(grid), num_prefix_tokens=0)
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise UserError(f"weights of {config.name} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")

@@ -58,7 +58,7 @@ def task_names() -> list[str]:
 def task_class(name: str) -> type[Task]:
     """The class registered under `name`. Raises UserError listing what exists."""
     if name not in _TASKS:
-        close = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        close = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UserError(f"unknown task {name!r}{hint} Known tasks: {', '.join(task_names()) or 'none'}")
     return _TASKS[name]

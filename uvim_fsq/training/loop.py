@@ -149,14 +149,15 @@ class Trainer:
     def optimizer_step(self, batches: Iterator[Batch], progress: Progress) -> dict[str, torch.Tensor]:
         """Micro batches, backward, clip, update. Returns device tensors: loss, logs and gradient norm."""
         rank = self.accelerator.process_index
-        torch.manual_seed(mix(self.train.seed, self.step, rank))
         set_rates(self.optimizer, learning_rate(self.step, self.total, self.run.optim))
         self.model.train()
         sums: dict[str, torch.Tensor] = {}
-        for _ in range(self.train.accumulate):
+        for micro in range(self.train.accumulate):
             start = time.perf_counter()
             batch = to_device(next(batches), self.device)
             progress.waited(time.perf_counter() - start)
+            # After the loader, whose start draws from the same generator.
+            torch.manual_seed(mix(self.train.seed, self.step, rank, micro))
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
                     loss, logs = self.stage.step(self.model, batch)

@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests: one small data set and one small pair of trained runs per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small import lm_run, oracle_run, small_data
+from uvim_fsq.training.run import train
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data") / "h5")
+
+
+@pytest.fixture(scope="session")
+def oracle_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return train(oracle_run(tmp_path_factory.mktemp("runs") / "oracle", data))
+
+
+@pytest.fixture(scope="session")
+def lm_dir(tmp_path_factory: pytest.TempPathFactory, oracle_dir: Path) -> Path:
+    return train(lm_run(tmp_path_factory.mktemp("runs") / "lm", oracle_dir))

@@ -1,0 +1,67 @@
+"""Small runs for the tests: synthetic scenes in the real formats and configurations that train in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.config import Run
+from uvim_fsq.config_io import load_run
+from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.models import resolve
+
+ORACLE: dict[str, Any] = {
+    "stage": "oracle",
+    "task": {"name": "nyu_depth", "protocol": "full", "num_bins": 16},
+    "data": {"image_size": 16, "workers": 0},
+    "model": {
+        "patch_size": 4,
+        "width": 16,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "num_heads": 2,
+        "mlp_dim": 32,
+        "code_length": 4,
+        "quantizer": {"levels": [5, 5]},
+    },
+    "optim": {"name": "adamw", "lr": 1e-3, "warmup_steps": 2},
+    "train": {"batch_size": 8, "steps": 6, "precision": "fp32", "log_every": 1},
+    "eval": {"batch_size": 4, "workers": 0},
+}
+LM: dict[str, Any] = {
+    "stage": "lm",
+    "data": {"workers": 0},
+    "model": {
+        "encoder": {
+            "name": "vit_tiny_patch16_224",
+            "patch_size": 4,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_dim": 32,
+        },
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_dim": 32,
+    },
+    "optim": {"name": "adamw", "lr": 1e-3, "warmup_steps": 2},
+    "train": {"batch_size": 8, "steps": 6, "precision": "fp32", "log_every": 1},
+    "eval": {"batch_size": 4, "workers": 0},
+}
+
+
+def small_data(folder: Path, num: int = 24, num_val: int = 6, layout: str = "h5") -> Path:
+    """A few 24 x 32 scenes in one of the NYU layouts."""
+    write_dataset("nyu", folder, num, (24, 32), num_val=num_val, layout=layout, workers=1)
+    return folder
+
+
+def oracle_run(out: Path, data: Path, *overrides: str) -> Run:
+    """A resolved small stage-I configuration."""
+    return resolve(load_run(ORACLE, [f"train.out={out}", f"data.root={data}", *overrides]))
+
+
+def lm_run(out: Path, oracle: Path, *overrides: str) -> Run:
+    """A resolved small stage-II configuration on a trained oracle."""
+    return resolve(load_run(LM, [f"train.out={out}", f"oracle={oracle}", *overrides]))

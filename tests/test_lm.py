@@ -1,0 +1,127 @@
+"""Decoding: the cached loop equals the naive one, whatever the batch; weights load; names are checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from uvim_fsq.config import EncoderConfig, LMModelConfig
+from uvim_fsq.errors import UserError
+from uvim_fsq.lm.encoder import build_image_encoder
+from uvim_fsq.lm.generate import example_uniforms, generate, sample
+from uvim_fsq.lm.model import LM
+
+SMALL = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
+CONFIG = LMModelConfig(encoder=SMALL, width=24, depth=2, num_heads=2, mlp_dim=32)
+
+
+def make_lm() -> LM:
+    torch.manual_seed(0)
+    lm = LM(CONFIG, image_size=32, vocab_size=11, length=9).eval()
+    torch.nn.init.normal_(lm.head.weight)  # it starts at zero
+    return lm
+
+
+def images(count: int = 5) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+@torch.no_grad()
+def naive(lm: LM, image: torch.Tensor, temperature: float, seeds: torch.Tensor, **filters: float) -> torch.Tensor:
+    """The specification: run the whole teacher-forced pass anew for every token."""
+    memory = lm.encode(image)
+    uniforms = example_uniforms(seeds, lm.length)
+    tokens = torch.zeros(len(image), lm.length, dtype=torch.long)
+    for i in range(lm.length):
+        logits = lm.decode(tokens, memory)[:, i]
+        if temperature == 0:
+            tokens[:, i] = logits.argmax(-1)
+        else:
+            top_k, top_p = filters.get("top_k"), filters.get("top_p")
+            k = int(top_k) if top_k is not None else None
+            tokens[:, i] = sample(logits / temperature, uniforms[:, i : i + 1], k, top_p)[:, 0]
+    return tokens
+
+
+@pytest.mark.parametrize(("temperature", "filters"), [(0, {}), (1.0, {}), (0.7, {"top_k": 3}), (1.3, {"top_p": 0.6})])
+def test_cached_equals_naive_and_no_batch_matters(temperature: float, filters: dict) -> None:
+    lm, batch, seeds = make_lm(), images(), torch.tensor([3, 1, 4, 1, 5])
+    cached = generate(lm, batch, temperature=temperature, seeds=seeds, **filters)
+    assert torch.equal(cached, naive(lm, batch, temperature, seeds, **filters))
+    alone = [generate(lm, batch[i : i + 1], temperature=temperature, seeds=seeds[i : i + 1], **filters) for i in range(5)]
+    assert torch.equal(cached, torch.cat(alone))
+    assert int(cached.min()) >= 0 and int(cached.max()) < 11
+
+
+@torch.no_grad()
+def test_step_logits_equal_teacher_forced() -> None:
+    lm, tokens = make_lm(), torch.randint(0, 11, (5, 9))
+    memory = lm.encode(images())
+    whole, cache = lm.decode(tokens, memory), lm.new_cache(memory)
+    previous = torch.zeros(5, 1, dtype=torch.long)
+    for i in range(9):
+        torch.testing.assert_close(lm.decode(previous, None, cache)[:, 0], whole[:, i], atol=1e-5, rtol=1e-4)
+        previous = tokens[:, i : i + 1]
+
+
+@torch.no_grad()
+def test_causal() -> None:
+    lm, tokens = make_lm(), torch.randint(0, 11, (5, 9))
+    memory, changed = lm.encode(images()), tokens.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 11
+    one, two = lm.decode(tokens, memory), lm.decode(changed, memory)
+    assert torch.equal(one[:, :5], two[:, :5])
+    assert not torch.allclose(one[:, 5:], two[:, 5:])
+
+
+def test_filters() -> None:
+    lm, batch = make_lm(), images()
+    assert torch.equal(generate(lm, batch, temperature=1.0, top_k=1), generate(lm, batch))
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2, 0.0]]))
+    for u in (0.0, 0.4999, 0.51, 0.9999999):
+        uniform = torch.tensor([[u]], dtype=torch.float64)
+        assert int(sample(logits, uniform, None, None)) < 3
+        assert int(sample(logits, uniform, None, 0.5)) == 0
+        assert int(sample(logits, uniform, 2, None)) < 2
+    for bad in ({"top_k": 2, "top_p": 0.5}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}):
+        with pytest.raises(UserError):
+            generate(lm, batch, **{"temperature": 1.0, **bad})
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(20000, 3)
+    drawn = sample(logits, torch.rand(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), None, None)
+    shares = torch.bincount(drawn[:, 0], minlength=3) / 20000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
+
+
+def test_published_weights_from_a_file(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    published = timm.create_model(name, num_classes=1000)
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(published.state_dict(), file)
+    encoder, mean, std = build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
+    assert mean == tuple(published.pretrained_cfg["mean"]) and std == tuple(published.pretrained_cfg["std"])
+    assert torch.equal(encoder.blocks[3].attn.qkv.weight, published.blocks[3].attn.qkv.weight)
+    assert encoder.pos_embed.shape == (1, 16, 192) and encoder.cls_token is None
+    assert encoder.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 192)
+    safetensors.torch.save_file({"nothing": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="cannot load weights"):
+        build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
+    with pytest.raises(UserError, match="overrides"):
+        build_image_encoder(EncoderConfig(name=name, weights=str(file), width=64), 64)
+    with pytest.raises(UserError, match="no such file"):
+        build_image_encoder(EncoderConfig(name=name, weights=str(tmp_path / "none.npz")), 64)
+
+
+def test_encoder_names_and_sizes() -> None:
+    with pytest.raises(UserError, match="did you mean"):
+        build_image_encoder(EncoderConfig(name="vit_tinny_patch16_224"), 64)
+    with pytest.raises(UserError, match="not divisible"):
+        build_image_encoder(EncoderConfig(name="vit_tiny_patch16_224"), 60)
+    with pytest.raises(UserError, match="plain ViT"):
+        build_image_encoder(EncoderConfig(name="resnet18"), 64)

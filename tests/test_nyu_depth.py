@@ -1,0 +1,139 @@
+"""The NYU adapters read what the writers of the real formats wrote; every broken file gets one clear line."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.small import small_data
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.synthetic import render
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.nyu_depth.data import check_data, open_source, read_depth_file
+from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
+
+CONFIG = NYUDepthConfig(protocol="full")
+
+
+@pytest.mark.parametrize(("layout", "letter"), [("h5", "B"), ("mat", "A"), ("png", "C")])
+def test_layouts_are_found_by_content(tmp_path: Path, layout: str, letter: str) -> None:
+    root = small_data(tmp_path / "data", num=25, num_val=3, layout=layout)
+    train, val = (open_source(str(root), split, CONFIG) for split in ("train", "val"))
+    assert train.info["layout"] == letter and (len(train), len(val)) == (25, 3)
+    assert val.info["official_count"] == 654 and train.info["ground_truth"] in ("raw", "filled")
+    sample = pickle.loads(pickle.dumps(train))[0]
+    assert sample.image.shape == (24, 32, 3) and sample.image.dtype == np.uint8
+    assert sample.maps["depth"].shape == (24, 32) and sample.maps["depth"].dtype == np.float32
+    depths = [render(0, i, (24, 32)).depth for i in range(25)]
+    error = min(float(np.abs(d - sample.maps["depth"])[sample.maps["depth"] > 0].max()) for d in depths)
+    assert error <= 0.0011  # millimetres, cut off, in the PNG tree
+    holdout, rest = (open_source(str(root), split, CONFIG) for split in ("holdout", "train_minus_holdout"))
+    ids = [{source[i].id for i in range(len(source))} for source in (holdout, rest, train)]
+    assert ids[0] and ids[0] | ids[1] == ids[2] and not ids[0] & ids[1]
+    lines, ok = check_data(root)
+    assert ok and f"layout {letter}" in lines[0] and any("DIFFERS" in line for line in lines)
+
+
+def test_own_folder(tmp_path: Path) -> None:
+    for kind in ("images", "depth"):
+        (tmp_path / kind).mkdir()
+    depth = np.linspace(0.5, 9, 12 * 8).reshape(8, 12).astype(np.float32)
+    for i in range(11):
+        Image.fromarray(np.full((8, 12, 3), i, np.uint8)).save(tmp_path / "images" / f"{i:02d}.jpg")
+    for i in range(10):
+        np.save(tmp_path / "depth" / f"{i:02d}.npy", depth * 100)
+    config = NYUDepthConfig(protocol="full", depth_scale=100)
+    with pytest.raises(UserError, match="1 images have no depth map, the first is 10"):
+        open_source(str(tmp_path), "train", config)
+    np.save(tmp_path / "depth" / "10.npy", depth * 100)
+    train, val = (open_source(str(tmp_path), split, config) for split in ("train", "val"))
+    assert (len(train), len(val)) == (9, 2)
+    np.testing.assert_allclose(train[0].maps["depth"], depth, rtol=1e-6)
+
+
+def test_depth_files(tmp_path: Path) -> None:
+    wide, narrow = tmp_path / "wide.png", tmp_path / "narrow.png"
+    Image.fromarray(np.array([[0, 1500], [9999, 2000]], np.uint16)).save(wide)
+    Image.fromarray(np.array([[0, 51], [255, 102]], np.uint8)).save(narrow)
+    np.testing.assert_allclose(read_depth_file(wide), [[0, 1.5], [9.999, 2]], rtol=1e-6)
+    np.testing.assert_allclose(read_depth_file(narrow), [[0, 2], [10, 4]], rtol=1e-6)
+    odd = tmp_path / "odd.npy"
+    np.save(odd, np.array([[np.nan, -1.0], [np.inf, 2.0]]))
+    np.testing.assert_array_equal(read_depth_file(odd), [[0, 0], [0, 2]])
+    np.save(odd, np.full((2, 2), 2000.0))
+    with pytest.raises(UserError, match="scale"):
+        read_depth_file(odd)
+    wide.write_bytes(wide.read_bytes()[:40])
+    with pytest.raises(UserError, match="wide.png cannot be read"):
+        read_depth_file(wide)
+
+
+def test_broken_sets(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_source(str(tmp_path / "nowhere"), "train", CONFIG)
+    with pytest.raises(UserError, match="no depth data found"):
+        open_source(str(tmp_path), "train", CONFIG)
+    root = small_data(tmp_path / "data", num=4, num_val=2)
+    source = open_source(str(root), "train", CONFIG)
+    files = sorted(root.rglob("train/**/*.h5"))
+    files[0].write_bytes(files[0].read_bytes()[:500])
+    with h5py.File(files[1], "a") as file:
+        del file["depth"]
+    with pytest.raises(UserError, match=files[0].name):
+        source[0]
+    with pytest.raises(UserError, match="no dataset 'depth'"):
+        source[1]
+    lines, ok = check_data(root)
+    assert not ok and any(files[0].name in line for line in lines)
+    with pytest.raises(UserError, match="unknown split"):
+        open_source(str(root), "validation", CONFIG)
+
+
+def sample_of(depth: np.ndarray) -> Sample:
+    return Sample("x", np.zeros((*depth.shape, 3), np.uint8), {"depth": depth.astype(np.float32)})
+
+
+def test_metric_rules() -> None:
+    task = NYUDepth(CONFIG)
+    metric = task.metric()
+    truth = np.array([[0.0, 1.0], [2.0, 10.0]])  # 0 and 10 are not valid
+    row = metric.update(np.array([[5.0, 2.0], [2.0, 1.0]]), sample_of(truth))
+    assert row["valid_pixels"] == 2 and abs(row["rmse"] - np.sqrt(0.5)) < 1e-6 and row["delta1"] == 0.5
+    metric.update(np.array([[np.nan, np.inf], [2.0, 2.0]]), sample_of(truth))
+    metric.update(np.zeros((2, 2)), sample_of(np.zeros((2, 2))))
+    figures = metric.compute()
+    assert (figures["images"], figures["images_skipped"], figures["images_repaired"]) == (2, 1, 1)
+    other = task.metric()
+    other.update(np.array([[5.0, 2.0], [2.0, 1.0]]), sample_of(truth))
+    merged = task.metric()
+    merged.load_state({key: value + other.state()[key] for key, value in metric.state().items()})
+    assert merged.compute()["images"] == 3
+    with pytest.raises(UserError, match="no image with a valid"):
+        task.metric().compute()
+
+
+def test_protocol_crops() -> None:
+    depth = np.arange(480 * 640, dtype=np.float32).reshape(480, 640)
+    for protocol, first in (("uvim", 54), ("eigen", 45)):
+        view = NYUDepth(NYUDepthConfig(protocol=protocol)).evaluation_view(sample_of(depth))
+        assert view.maps["depth"].shape == (426, 560) == view.image.shape[:2]
+        assert view.maps["depth"][0, 0] == first * 640 + 41
+    with pytest.raises(UserError, match="task.protocol=full"):
+        NYUDepth(NYUDepthConfig()).evaluation_view(sample_of(np.ones((24, 32))))
+
+
+def test_missing_depth_and_decoding() -> None:
+    import torch
+
+    depth = np.array([[0.0, 5.0]])
+    assert NYUDepth(NYUDepthConfig()).encode(sample_of(depth))["depth"].tolist() == [[0, 127]]
+    assert NYUDepth(NYUDepthConfig(missing="void")).encode(sample_of(depth))["depth"].tolist() == [[-1, 127]]
+    logits = {"depth": torch.log(torch.tensor([[[[0.5, 0.25, 0.25, 0.0]]]]))}
+    small = {"num_bins": 4, "min_depth": 0.0, "max_depth": 4.0}
+    assert float(NYUDepth(NYUDepthConfig(**small)).decode(logits)[0]) == 0.5
+    assert abs(float(NYUDepth(NYUDepthConfig(**small, decoding="expectation")).decode(logits)[0]) - 1.25) < 1e-6
