@@ -63,7 +63,9 @@ def _decoder_block(p: Arrays, name: str) -> dict[str, np.ndarray]:
 
 def lm_state(arrays: Arrays, encoder_depth: int, decoder_depth: int) -> dict[str, torch.Tensor]:
     """The LM's state dict (without the normalisation buffers) from arrays named `params/...`."""
-    p = {name.removeprefix("params/"): np.asarray(value) for name, value in arrays.items() if name.startswith("params/")}
+    p = {
+        name.removeprefix("params/"): np.asarray(value) for name, value in arrays.items() if name.startswith("params/")
+    }
     embedding = p["decoder/EmbedTargets/embedding"]
     state: dict[str, np.ndarray] = {
         "encoder.patch_embed.proj.weight": p["EmbedPatches/kernel"].transpose(3, 2, 0, 1),

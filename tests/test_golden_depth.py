@@ -36,7 +36,9 @@ def test_metrics() -> None:
     truth = arrays["nyu/gt_f16"][0].astype(np.float32)
     row = metric.update(arrays["nyu/pred_64"][0], Sample("x", np.zeros((426, 560, 3), np.uint8), {"depth": truth}))
     names = {"RMSE": "rmse", "abs_RE": "abs_rel"}
-    expected = {names.get(str(n), str(n)): v for n, v in zip(arrays["nyu/names"], arrays["nyu/per_image"][0], strict=True)}
+    expected = {
+        names.get(str(n), str(n)): v for n, v in zip(arrays["nyu/names"], arrays["nyu/per_image"][0], strict=True)
+    }
     for name in FIGURES:
         np.testing.assert_allclose(row[name], expected[name], atol=1e-5)
         np.testing.assert_allclose(metric.compute()[name], expected[name], atol=1e-5)

@@ -52,7 +52,9 @@ def test_cached_equals_naive_and_no_batch_matters(temperature: float, filters: d
     lm, batch, seeds = make_lm(), images(), torch.tensor([3, 1, 4, 1, 5])
     cached = generate(lm, batch, temperature=temperature, seeds=seeds, **filters)
     assert torch.equal(cached, naive(lm, batch, temperature, seeds, **filters))
-    alone = [generate(lm, batch[i : i + 1], temperature=temperature, seeds=seeds[i : i + 1], **filters) for i in range(5)]
+    alone = [
+        generate(lm, batch[i : i + 1], temperature=temperature, seeds=seeds[i : i + 1], **filters) for i in range(5)
+    ]
     assert torch.equal(cached, torch.cat(alone))
     assert int(cached.min()) >= 0 and int(cached.max()) < 11
 
@@ -94,7 +96,9 @@ def test_filters() -> None:
 
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(20000, 3)
-    drawn = sample(logits, torch.rand(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), None, None)
+    drawn = sample(
+        logits, torch.rand(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), None, None
+    )
     shares = torch.bincount(drawn[:, 0], minlength=3) / 20000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
@@ -41,6 +42,8 @@ class Interrupted(SystemExit):
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
     """Accelerate as this project uses it."""
+    # A process may train several stages in turn, each in its own precision; the process group stays.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=PRECISION[train.precision],
         # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
