@@ -1,7 +1,7 @@
 """Published stage-II arrays (UViM's names and layouts) -> the state dict of our LM.
 
-Their index 0 is the start symbol inside the vocabulary; here the whole vocabulary is carried over and the start vector is
-their embedding of 0, so that the numbers can be compared one to one.
+Their index 0 is the start symbol inside the vocabulary; here the whole vocabulary is carried over and the start
+vector is their embedding of 0, so that the numbers can be compared one to one.
 """
 
 from __future__ import annotations

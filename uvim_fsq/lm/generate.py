@@ -86,20 +86,19 @@ def example_uniforms(seeds: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Inverse-CDF draw from float32 logits (B, V) with uniforms (B, 1) -> (B, 1) int64.
+    """Inverse-CDF draw from float32 logits (B, V) with uniforms (B, 1) float64 -> (B, 1) int64.
 
-    The likeliest tokens come first in the CDF, so that a filter is a cut and a token that was cut is never chosen.
+    The CDF runs in the vocabulary's order, not in that of the probabilities: rounding could swap two nearly equal ones.
+    A token of probability 0, or one that a filter cut, is never chosen.
     """
-    probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    kept = torch.ones_like(probabilities, dtype=torch.bool)
+    probabilities = logits.double().softmax(-1)
     if top_k is not None:
-        kept[:, top_k:] = False
+        smallest = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
+        probabilities = probabilities * (probabilities >= smallest)
     if top_p is not None:
-        # A token stays if the ones before it hold less than top_p; the first always stays.
-        kept = cumulative - probabilities < top_p
-        kept[:, 0] = True
-    kept &= probabilities > 0
-    total = (probabilities * kept).sum(-1, keepdim=True)
-    rank = (cumulative <= uniform * total).sum(-1, keepdim=True)
-    return order.gather(1, rank.minimum(kept.sum(-1, keepdim=True) - 1))
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        # A token stays if those before it hold less than top_p; the likeliest always stays.
+        smallest = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 1.0).amin(-1, keepdim=True)
+        probabilities = probabilities * (probabilities >= smallest)
+    cumulative = probabilities.cumsum(-1)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
