@@ -125,7 +125,7 @@ def test_predict_any_picture(tmp_path: Path, lm_dir: Path) -> None:
     Image.fromarray(rgb).convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(rgb).convert("L").save(folder / "grey.png")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(folder / "alpha.png")
-    Image.fromarray((rgb[..., 0].astype(np.uint16) * 257)).save(folder / "deep.png")
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
     main(["predict", str(lm_dir), str(folder), "--out", str(tmp_path / "out")])
     written = {Path(w["image"]).stem: w for w in json.loads((tmp_path / "out" / "predictions.json").read_text())}
     assert set(written) == {"turned", "cmyk", "grey", "alpha", "deep"}

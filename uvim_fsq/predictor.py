@@ -79,20 +79,29 @@ def predict_files(
 
     Returns one dict per picture: `image` and the kinds of files written. They also stand in `out`/predictions.json.
     Two pictures of the same name get their folder's name in front.
+
+    Raises UserError naming the first unreadable picture, after all others have been predicted.
     """
     files = list_images(list(inputs))
     predictor = Predictor.from_run(run_dir, overrides)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written: list[dict[str, str]] = []
+    broken: list[str] = []
     taken: set[str] = set()
     for file in files:
         stem = file.stem if file.stem not in taken else f"{file.parent.name}_{file.stem}"
         while stem in taken:
             stem += "_"
         taken.add(stem)
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except UserError as error:
+            broken.append(str(error))
+            continue
         paths = predictor.task.save_prediction(predictor.predict(image), image, str(out / stem))
         written.append({"image": str(file), **paths})
     (out / "predictions.json").write_text(json.dumps(written, indent=2) + "\n")
+    if broken:
+        raise UserError(f"{broken[0]} ({len(broken)} of {len(files)} pictures unreadable; the others are in {out})")
     return written

@@ -102,7 +102,9 @@ def quickstart(out: Path, gpu_scale: bool = False) -> dict[str, Any]:
 
 
 def _make_data(scale: Scale, out: Path) -> None:
-    write_dataset("nyu", out, scale.num_train, scale.size, num_val=scale.num_val, difficulty=scale.difficulty)
+    write_dataset(
+        "nyu", out, scale.num_train, scale.size, num_val=scale.num_val, layout="mat", difficulty=scale.difficulty
+    )
 
 
 def _run_config(scale: Scale, name: str, out: Path) -> Run:

@@ -1,0 +1,129 @@
+"""Contracts that every registered task keeps; a new task needs only a line in FORMATS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from uvim_fsq.config import DataConfig
+from uvim_fsq.config_io import describe_keys, load_run
+from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.data.transforms import JointTransform
+from uvim_fsq.errors import UserError
+from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.tasks.base import Categorical, Task
+from uvim_fsq.tasks.registry import load_plugins, register_task, task_class, task_names
+
+load_plugins(())
+#: task -> format of `uvim-fsq synth`, and settings that fit small scenes.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"nyu_depth": ("nyu", {"protocol": "full", "num_bins": 16})}
+
+
+@pytest.fixture(scope="module", params=task_names())
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
+    kind, options = FORMATS[request.param]
+    root = tmp_path_factory.mktemp(request.param) / "data"
+    write_dataset(kind, root, 3, (24, 32), num_val=2, workers=1)
+    cls = task_class(request.param)
+    return cls(cls.Config(**options)), root
+
+
+def batch_of(task: Task, root: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Labels (2, 16, 16[, C]) and random logits (2, 16, 16, C) of two validation samples."""
+    source = task.source(str(root), "val")
+    transform = JointTransform(DataConfig(image_size=16), task, train=False)
+    done = [transform(source[i], 0) for i in range(2)]
+    labels = {name: torch.from_numpy(np.stack([d[1][name] for d in done])) for name in task.label_channels}
+    g = torch.Generator().manual_seed(0)
+    logits = {}
+    for name, channel in task.label_channels.items():
+        size = channel.num_classes if isinstance(channel, Categorical) else channel.channels
+        logits[name] = torch.randn(2, 16, 16, size, generator=g)
+        assert labels[name].shape[:3] == (2, 16, 16)
+        if isinstance(channel, Categorical):
+            assert labels[name].dtype == torch.int16
+            assert int(labels[name].min()) >= -1 and int(labels[name].max()) < channel.num_classes
+        else:
+            assert labels[name].dtype == torch.float32 and float(labels[name].abs().max()) <= 1
+    return labels, logits
+
+
+def test_loss_is_a_mean_over_pixels(case: tuple[Task, Path]) -> None:
+    task, root = case
+    labels, logits = batch_of(task, root)
+    flat = [{name: x.flatten(1, 2) for name, x in tree.items()} for tree in (logits, labels)]
+    whole, logs = task.loss(*flat)
+    assert whole.shape == (2,) and bool(torch.isfinite(whole).all()) and all(x.shape == (2,) for x in logs.values())
+    parts = [
+        task.loss(*({n: x[:, half] for n, x in tree.items()} for tree in flat))[0]
+        for half in np.split(np.arange(256), 4)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_decode_metric_render_and_save(case: tuple[Task, Path], tmp_path: Path) -> None:
+    task, root = case
+    _, logits = batch_of(task, root)
+    items = task.decode(logits)
+    source = task.source(str(root), "val")
+    samples = [task.evaluation_view(source[i]) for i in range(2)]
+    both, parts = task.metric(), [task.metric(), task.metric()]
+    for i in range(2):
+        row = both.update(items[i], samples[i])
+        parts[i].update(items[i], samples[i])
+        assert all(isinstance(value, float) for value in row.values())
+    merged = task.metric()
+    merged.load_state({k: v + parts[1].state()[k] for k, v in parts[0].state().items()})
+    assert merged.compute() == pytest.approx(both.compute())
+    assert task.main_metric in both.compute()
+    image = samples[0].image
+    item = task.to_size(items[0], (image.shape[0], image.shape[1]))
+    pictures = task.render(image, item, samples[0].maps)
+    assert pictures and all(p.dtype == np.uint8 and p.shape == image.shape for p in pictures.values())
+    assert all(Path(path).is_file() for path in task.save_prediction(item, image, str(tmp_path / "x")).values())
+    baseline = task.baseline(task.source(str(root), "train"), 16)
+    if baseline is not None:
+        assert np.isfinite(baseline).all() and task.metric().update(baseline, samples[0])
+
+
+def test_settings_are_documented(case: tuple[Task, Path]) -> None:
+    assert all(doc for *_, doc in describe_keys(type(case[0]).Config))
+
+
+def test_registry_refuses_duplicates_and_names_what_exists() -> None:
+    @dataclass(frozen=True)
+    class Config:
+        pass
+
+    with pytest.raises(ValueError, match="already registered"):
+        register_task("nyu_depth")(type("Other", (Task,), {"Config": Config}))
+    with pytest.raises(UserError, match="Known tasks: .*nyu_depth"):
+        task_class("nothing_like_it")
+
+
+def test_a_task_out_of_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_plugin.py").write_text(
+        "from uvim_fsq.tasks.nyu_depth.task import NYUDepth\n"
+        "from uvim_fsq.tasks.registry import register_task\n"
+        "class Mine(NYUDepth):\n    pass\n"
+        "register_task('my_depth')(Mine)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = load_run({"task": {"name": "my_depth", "num_bins": 9}}, ["plugins=[my_plugin]"])
+    assert run.task.options.num_bins == 9 and task_class("my_depth").name == "my_depth"
+    monkeypatch.delitem(__import__("uvim_fsq.tasks.registry", fromlist=["_TASKS"])._TASKS, "my_depth")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_fsq_inside_cuda_autocast() -> None:
+    quantizer, z = FSQ([8, 6, 5]), torch.randn(64, 3) * 2
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        codes, indices = quantizer.cuda()(z.cuda())
+    assert codes.dtype == torch.float32
+    assert torch.equal(indices.cpu(), FSQ([8, 6, 5])(z)[1])
