@@ -42,6 +42,8 @@ def test_help_lists_commands_and_keys() -> None:
     text = run("train-oracle", "--help").stdout
     for words in ("optim.lr", "Peak learning rate.", "model.quantizer.levels", "task.num_bins", "default 0.001"):
         assert words in text
+    for command in ("config", "evaluate", "predict"):
+        assert "eval.temperature" in run(command, "--help").stdout
 
 
 def test_errors_are_one_line_in_a_real_process(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_synth_and_data_check(tmp_path: Path) -> None:
 
 def test_evaluate(tmp_path: Path, lm_dir: Path) -> None:
     rows, result = tmp_path / "rows.csv", tmp_path / "result.json"
-    main(["evaluate", str(lm_dir), "--limit", "4", "--csv", str(rows), "--json", str(result)])
+    main(["evaluate", str(lm_dir), "--limit", "4", "eval.batch_size=3", "--csv", str(rows), "--json", str(result)])
     found = json.loads(result.read_text())
     assert found["images"] == 4 and found["limit"] == 4 and found["protocol"] == "nyu_depth/full"
     assert found["data"]["layout"] == "B" and found["data"]["split"] == "val"

@@ -157,14 +157,19 @@ def command_quickstart(args: argparse.Namespace) -> None:
     quickstart(Path(args.out), args.gpu_scale)
 
 
-def _add_train(commands: Any, name: str, stage: str, text: str, wants_help: bool) -> None:
-    parser = commands.add_parser(
+def _add_keyed(commands: Any, name: str, stage: str, text: str, wants_help: bool) -> argparse.ArgumentParser:
+    """A command whose --help lists the configuration keys; the list is made only when it is asked for."""
+    return commands.add_parser(
         name,
         help=text,
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_config_epilog(stage) if wants_help else None,
     )
+
+
+def _add_train(commands: Any, name: str, stage: str, text: str, wants_help: bool) -> None:
+    parser = _add_keyed(commands, name, stage, text, wants_help)
     parser.add_argument("config", help="a YAML file, e.g. configs/nyu_depth/oracle.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.set_defaults(command=command_train, stage=stage)
@@ -181,12 +186,12 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         ("train-lm", "lm", "stage II: train the language model on a frozen oracle"),
     ):
         _add_train(commands, name, stage, text, asked and name in argv)
-    sub = commands.add_parser("config", help="print the resolved configuration")
+    sub = _add_keyed(commands, "config", "lm", "print the resolved configuration", asked and "config" in argv)
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub.set_defaults(command=command_config)
 
-    sub = commands.add_parser("evaluate", help="evaluate a run by its task's protocol")
+    sub = _add_keyed(commands, "evaluate", "lm", "evaluate a run by its task's protocol", asked and "evaluate" in argv)
     sub.add_argument("run", help="run or checkpoint directory")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. task.protocol=eigen data.root=...")
     sub.add_argument("--limit", type=int, help="first N images only")
@@ -194,7 +199,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json)")
     sub.set_defaults(command=command_evaluate)
 
-    sub = commands.add_parser("predict", help="predict pictures with a trained LM")
+    sub = _add_keyed(commands, "predict", "lm", "predict pictures with a trained LM", asked and "predict" in argv)
     sub.add_argument("run", help="run or checkpoint directory of an LM")
     sub.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|key=value")
     sub.add_argument("--out", required=True, help="folder for the results")
@@ -230,7 +235,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --debug may stand anywhere.
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    args = build_parser(argv).parse_args(argv)
+    parser = build_parser(argv)
+    # argparse takes positionals in one run only; key=value may also stand behind options.
+    args, late = parser.parse_known_args(argv)
+    target = getattr(args, "overrides", getattr(args, "inputs", None))
+    if late and (target is None or any(arg.startswith("-") or "=" not in arg for arg in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if target is not None:
+        target += late
     # Plugins may lie beside the configuration.
     sys.path.insert(0, os.getcwd())
     try:

@@ -129,7 +129,10 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the header."""
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)  # noqa: E731
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows[1:])
     return f"<table><tr>{cells(rows[0], 'th')}</tr>{body}</table>"
 
