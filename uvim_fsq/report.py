@@ -116,10 +116,10 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
     axis.set_yscale("symlog")
     axis = figure.add_subplot(1, 2, 2)
     for i, histogram in enumerate(levels):
-        total = max(sum(histogram), 1)
-        axis.plot(
-            np.linspace(-1, 1, len(histogram)), [count / total for count in histogram], "o-", label=f"channel {i}"
-        )
+        total, half = max(sum(histogram), 1), len(histogram) // 2
+        # FSQ's values: an even number of levels is not symmetric about 0.
+        values = (np.arange(len(histogram)) - half) / half
+        axis.plot(values, [count / total for count in histogram], "o-", label=f"channel {i}")
     axis.set_title("share of each level per channel")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=7)
