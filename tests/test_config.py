@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import small
 from tests.small import ORACLE
 from uvim_fsq.config import LMRun, OracleRun
-from uvim_fsq.config_io import describe_keys, dump_yaml, load_run, to_dict, validate
+from uvim_fsq.config_io import describe_keys, dump_yaml, load_run, resolve_lm, to_dict, validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import build_oracle, build_task
@@ -42,6 +43,12 @@ def test_round_trip(tmp_path: Path) -> None:
         ("model.quantizer.levels=5", "model.quantizer.levels"),
         ("data.crop_area=[0.1]", "must have 2 entries"),
         ("steps", "not of the form key=value"),
+        ("=3", "not of the form key=value"),
+        ("model.quantizer.levels=[8,6", "is not valid YAML"),
+        ("plugins=my_module", "plugins='my_module': must be a list"),
+        ("stage=[1]", "must be oracle or lm"),
+        ("task.name=[1]", "task.name=[1]: must be text"),
+        ("train.out=${nope}", "Interpolation key 'nope' not found"),
     ],
 )
 def test_typing_errors(override: str, message: str) -> None:
@@ -63,12 +70,68 @@ def test_typing_errors(override: str, message: str) -> None:
         ("optim.warmup_steps=6", "must be below train.steps"),
         ("eval.temperature=-1", "negative"),
         ("train.batch_size=0", "above 0"),
+        ("model.patch_size=0", "above 0"),
+        ("model.code_length=-4", "above 0"),
+        ("model.decoder_depth=0", "above 0"),
+        ("optim.lr=inf", "above 0"),
+        ("optim.weight_decay=-1", "must not be negative"),
+        ("data.workers=-1", "must not be negative"),
+        ("train.seed=-1", "must not be negative"),
+        ("eval.top_p=2", "at most 1"),
+        ("optim.betas=[1.5,2]", "from 0 to below 1"),
     ],
 )
 def test_impossible_combinations(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(load_run(ORACLE, ["train.out=x", override]))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: a.yaml", "goes round in a circle"),
+        ("extends: b.yaml", "b.yaml: no such configuration file"),
+        ("extends: [b.yaml]", "must be the path of one file"),
+        ("train: {steps: 3}\ntrain: {seed: 3}", "duplicate key train"),
+        ("1: 2\ntask: {name: nyu_depth}", "unknown key 1"),
+        ("[1, 2]", "must hold keys and values"),
+        ("3", "must hold keys and values"),
+        ("train: [", "is not valid YAML"),
+        ("train: {out: '${x'}\nextends: a.yaml", "no viable alternative"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text + "\n")
+    with pytest.raises(UserError) as caught:
+        load_run(tmp_path / "a.yaml")
+    assert message in str(caught.value)
+
+
+def small_lm(*overrides: str) -> LMRun:
+    run = load_run(small.LM, ["oracle=o", "train.out=x", *overrides])
+    assert isinstance(run, LMRun)
+    return run
+
+
+def test_an_lm_inherits_only_what_was_not_given() -> None:
+    oracle = load_run(ORACLE, ["data.root=rooms", "data.hflip=false", "data.crop=none"])
+    assert isinstance(oracle, OracleRun)
+    run = resolve_lm(small_lm(), oracle)
+    assert (run.data.root, run.data.hflip, run.data.crop, run.data.image_size) == ("rooms", False, "none", 16)
+    # Given values count, also where they are the schema's defaults, and whether or not the run went through a file.
+    for given in (small_lm("data.hflip=true"), load_run(to_dict(small_lm("data.hflip=true")))):
+        assert isinstance(given, LMRun)
+        run = resolve_lm(given, oracle)
+        assert (run.data.root, run.data.hflip, run.data.crop) == ("rooms", True, "none")
+        assert load_run(to_dict(run)) == run and resolve_lm(run, oracle) == run
+    for override, message in (
+        ("data.image_size=512", "was trained at 16"),
+        ("task.num_bins=8", "change the label channels"),
+        ("task.decodin=x", "did you mean task.decoding"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_lm(small_lm(override), oracle)
 
 
 def test_every_key_is_documented() -> None:
@@ -79,11 +142,11 @@ def test_every_key_is_documented() -> None:
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: str(path.relative_to(path.parents[2])))
 def test_shipped_configuration_builds(file: Path) -> None:
     run = load_run(file, ["train.out=runs/x"])
+    validate(run)
     first = file.read_text().splitlines()
     assert any(line.startswith("# launch:") for line in first) and any(line.startswith("# expected:") for line in first)
     with torch.device("meta"):
         if isinstance(run, OracleRun):
-            validate(run)
             build_oracle(run, build_task(run))
         else:
             codebook = 1

@@ -220,6 +220,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="look after data sets").add_subparsers(required=True, metavar="ACTION")
     sub = data.add_parser("check", help="say which layout a folder has, count, find the first broken file")
     sub.add_argument("path")
+    sub.add_argument("--task", default="nyu_depth", choices=("nyu_depth",), help="whose data (default nyu_depth)")
     sub.set_defaults(command=command_data_check)
 
     sub = commands.add_parser("quickstart", help="make data, train both stages, evaluate, draw a report")

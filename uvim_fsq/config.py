@@ -230,6 +230,8 @@ class LMRun:
     eval: EvalConfig = field(default_factory=EvalConfig)
     stage: Literal["lm"] = "lm"
     """Which of the two stages this file is about."""
+    given: tuple[str, ...] = field(default=(), compare=False, metadata={"internal": True})
+    """Keys of `data` that were given and so are not inherited from the oracle; kept by the loader, no setting."""
 
 
 Run = OracleRun | LMRun

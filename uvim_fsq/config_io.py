@@ -11,7 +11,7 @@ import os
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -19,10 +19,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from uvim_fsq.config import LEVEL_PRESETS, LMRun, OracleRun, Run, TaskSection
+from uvim_fsq.config import LEVEL_PRESETS, DataConfig, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.errors import UserError
 
 Tree = dict[str, Any]
+
+#: Keys of `data` that an LM takes over from its oracle unless they are given.
+INHERITED = ("root", "image_size", "train_split", "eval_split", "crop", "crop_area", "hflip")
 
 
 def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
@@ -34,46 +37,68 @@ def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
     """
     tree = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
     for override in overrides:
-        if "=" not in override:
+        if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"override {override!r} is not of the form key=value")
     try:
         merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
         resolved = OmegaConf.to_container(merged, resolve=True)
+    except yaml.YAMLError as error:
+        raise UserError(f"one of the overrides {' '.join(overrides)} is not valid YAML: {_one_line(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
     return _build_run(typing.cast(Tree, resolved))
 
 
-def _read_yaml(path: Path) -> Tree:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
+    if path.resolve() in children:
+        raise UserError(f"{path}: `extends` goes round in a circle; remove it from one of the files")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        # OmegaConf's reader, unlike yaml's own, refuses a key that stands there twice, and reads 1e-3 as a number.
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        tree = None  # OmegaConf's word for a file that holds one plain value
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold keys and values")
+    tree = typing.cast(Tree, tree)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    base = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / parent)), OmegaConf.create(tree))
-    return typing.cast(Tree, OmegaConf.to_container(base, resolve=False))
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends={parent!r} must be the path of one file")
+    base = _read_yaml(path.parent / parent, (*children, path.resolve()))
+    return typing.cast(Tree, OmegaConf.to_container(OmegaConf.merge(base, tree), resolve=False))
 
 
 def _build_run(tree: Tree) -> Run:
-    stage = tree.get("stage", "lm" if "oracle" in tree else "oracle")
-    classes: dict[str, type] = {"oracle": OracleRun, "lm": LMRun}
-    if stage not in classes:
+    stage: Any = tree.get("stage", "lm" if "oracle" in tree else "oracle")
+    if stage not in ("oracle", "lm"):
         raise UserError(f"stage={stage!r}: must be oracle or lm")
-    tree = {**tree, "plugins": tuple(tree.get("plugins") or ())}
-    task = tree.pop("task", None)
-    if stage == "oracle" and not (isinstance(task, dict) and task.get("name")):
+    plugins = _convert(tuple[str, ...], tree.get("plugins") or (), "plugins")
+    tree = {**tree, "plugins": plugins}
+    task: Any = tree.pop("task", None)
+    named = isinstance(task, dict) and bool(typing.cast(Tree, task).get("name"))
+    if stage == "oracle" and not named:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
-    section = _build_task(task, tree["plugins"]) if isinstance(task, dict) and task.get("name") else None
-    given = None if section is not None or not task else dict(task)
-    run = build(classes[stage], {**tree, "task": None}, "")
-    return dataclasses.replace(run, task=section if section is not None else given)
+    if task is not None and not isinstance(task, dict):
+        raise UserError(f"task: expected keys and values, got {task!r}")
+    section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
+    if stage == "oracle":
+        return dataclasses.replace(build(OracleRun, {**tree, "task": None}, ""), task=section)
+    run: LMRun = build(LMRun, {**tree, "task": None}, "")
+    given = tuple(key for key in INHERITED if key in (tree.get("data") or {}))
+    return dataclasses.replace(run, task=section, given=given)
 
 
 def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
@@ -81,8 +106,9 @@ def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
     from uvim_fsq.tasks.registry import load_plugins, task_class
 
     load_plugins(plugins)
+    name = _convert(str, tree["name"], "task.name")
     options = {key: value for key, value in tree.items() if key != "name"}
-    return TaskSection(tree["name"], build(task_class(tree["name"]).Config, options, "task."))
+    return TaskSection(name, build(task_class(name).Config, options, "task."))
 
 
 def build(cls: type, tree: Any, prefix: str) -> Any:
@@ -90,7 +116,7 @@ def build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys and values, got {tree!r}")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in _settings(cls)}
     values: Tree = {}
     for key, value in typing.cast(Tree, tree).items():
         if key not in fields:
@@ -102,8 +128,13 @@ def build(cls: type, tree: Any, prefix: str) -> Any:
     return cls(**values)
 
 
-def _did_you_mean(key: str, fields: Mapping[str, Any], prefix: str) -> str:
-    close = difflib.get_close_matches(key, list(fields), n=1)
+def _settings(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a configuration dataclass (or an instance) that a user may set."""
+    return [field for field in dataclasses.fields(cls) if not field.metadata.get("internal")]
+
+
+def _did_you_mean(key: Any, fields: Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(str(key), list(fields), n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known keys: {', '.join(fields)}"
 
 
@@ -177,11 +208,22 @@ def _type_name(hint: Any) -> str:
 
 
 def to_dict(run: Any) -> Tree:
-    """The whole configuration as plain lists and dicts; `load_run(to_dict(run)) == run`."""
+    """The whole configuration as plain lists and dicts; `load_run(to_dict(run)) == run`.
+
+    What an LM has yet to inherit from its oracle is left out.
+    """
     tree: Tree = {}
-    for field in dataclasses.fields(run):
+    for field in _settings(run):
         tree[field.name] = _plain(getattr(run, field.name))
+    if isinstance(run, LMRun):
+        explicit = _explicit(run)
+        tree["data"] = {key: v for key, v in tree["data"].items() if key in explicit or key not in INHERITED}
     return tree
+
+
+def _explicit(run: LMRun) -> set[str]:
+    defaults = DataConfig()
+    return {key for key in INHERITED if key in run.given or getattr(run.data, key) != getattr(defaults, key)}
 
 
 def _plain(value: Any) -> Any:
@@ -200,15 +242,15 @@ def dump_yaml(run: Run) -> str:
 
 
 def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
-    """Fills an LM's task, plugins and data from its oracle's; keys of `data` left at their defaults are inherited.
+    """Fills an LM's task, plugins and data from its oracle's; keys of `data` that were not given are inherited.
 
     Raises UserError when the LM asks for another task, another image size or other label channels.
     """
     from uvim_fsq.tasks.registry import task_class
 
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
-    own = run.task if isinstance(run.task, dict) else (_plain(run.task) if run.task is not None else {})
-    theirs = _plain(oracle.task)
+    own: Tree = _plain(run.task) or {}
+    theirs: Tree = _plain(oracle.task)
     name = own.get("name", theirs["name"])
     if name != theirs["name"]:
         raise UserError(
@@ -219,15 +261,14 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
     cls = task_class(name)
     if cls(section.options).label_channels != cls(oracle.task.options).label_channels:
         raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
-    defaults = type(run.data)()
-    inherited = ("root", "image_size", "train_split", "eval_split", "crop", "crop_area", "hflip")
-    changes = {key: getattr(oracle.data, key) for key in inherited if getattr(run.data, key) == getattr(defaults, key)}
-    data = dataclasses.replace(run.data, **changes)
+    explicit = _explicit(run)
+    data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
     if data.image_size != oracle.data.image_size:
         raise UserError(
-            f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}"
+            f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}; "
+            "leave it out to take over the oracle's"
         )
-    return dataclasses.replace(run, plugins=plugins, task=section, data=data)
+    return dataclasses.replace(run, plugins=plugins, task=section, data=data, given=INHERITED)
 
 
 def validate(run: Run) -> None:
@@ -236,29 +277,42 @@ def validate(run: Run) -> None:
         raise UserError(problem)
 
 
+_ABOVE_ZERO = """
+    train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
+    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size optim.lr
+    optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth model.num_heads
+    model.mlp_dim model.code_length model.head_chunks model.encoder.patch_size model.encoder.width model.encoder.depth
+    model.encoder.num_heads model.encoder.mlp_dim"""
+_NOT_NEGATIVE = """
+    train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout"""
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+    ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("model.dropout", lambda value: value < 1, "must be below 1"),
+)
+
+
+def _out_of_range(run: Run) -> Iterator[str]:
+    for keys, fits, rule in _RULES:
+        for key in keys.split():
+            value: Any = run
+            for name in key.split("."):
+                value = getattr(value, name, None)  # some keys belong to one stage only
+            if value is not None and not fits(value):
+                yield f"{key}={value}: {rule}"
+    if not all(0 <= beta < 1 for beta in run.optim.betas):
+        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
+
+
 def _problems(run: Run) -> Iterator[str]:
     train, optim, evaluation, model = run.train, run.optim, run.eval, run.model
     if not train.out:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
-    for key, value in (
-        ("train.epochs", train.epochs),
-        ("train.steps", train.steps),
-        ("train.batch_size", train.batch_size),
-        ("train.accumulate", train.accumulate),
-        ("train.log_every", train.log_every),
-        ("train.eval_every", train.eval_every),
-        ("train.save_every", train.save_every),
-        ("train.keep", train.keep),
-        ("eval.batch_size", evaluation.batch_size),
-        ("eval.limit", evaluation.limit),
-        ("data.image_size", run.data.image_size),
-        ("optim.lr", optim.lr),
-        ("optim.clip_norm", optim.clip_norm),
-    ):
-        if value is not None and not value > 0:
-            yield f"{key}={value}: must be above 0"
+    yield from _out_of_range(run)
     if train.batch_size % train.accumulate:
         yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
     if train.steps is not None and optim.warmup_steps >= train.steps:
@@ -267,8 +321,6 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
-    if evaluation.temperature < 0:
-        yield f"eval.temperature={evaluation.temperature} is negative; 0 is greedy"
     if evaluation.top_k is not None and evaluation.top_p is not None:
         yield "eval.top_k and eval.top_p exclude each other; give one of them"
     if model.num_heads < 1 or model.width % model.num_heads:
@@ -314,15 +366,12 @@ def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str, str]
     docs = field_docs(cls)
     hints = typing.get_type_hints(cls)
     rows: list[tuple[str, str, str, str]] = []
-    for field in dataclasses.fields(cls):
+    for field in _settings(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             rows += describe_keys(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        if field.default is not dataclasses.MISSING:
-            default = str(list(field.default) if isinstance(field.default, tuple) else field.default)
-        else:
-            default = "required"
+        default = "required" if field.default is dataclasses.MISSING else str(_plain(field.default))
         kind = "a section" if hint is Any else _type_name(hint)
         rows.append((f"{prefix}{field.name}", kind, default, docs.get(field.name, "")))
     return rows
