@@ -10,7 +10,7 @@ from tests.helpers import golden
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.layers import patchify, unpatchify
-from uvim_fsq.tasks.nyu_depth.metrics import FIGURES
+from uvim_fsq.tasks.nyu_depth.metrics import FIGURES, DepthMetric
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
 
@@ -32,7 +32,7 @@ def test_bins_loss_and_decoding() -> None:
 
 def test_metrics() -> None:
     arrays = golden("pipeline.npz")
-    metric = NYUDepth(NYUDepthConfig()).metric()
+    metric = DepthMetric("nyu_depth/uvim")
     truth = arrays["nyu/gt_f16"][0].astype(np.float32)
     row = metric.update(arrays["nyu/pred_64"][0], Sample("x", np.zeros((426, 560, 3), np.uint8), {"depth": truth}))
     names = {"RMSE": "rmse", "abs_RE": "abs_rel"}

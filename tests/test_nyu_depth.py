@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from tests.small import small_data
+from uvim_fsq.data.check import check_data
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.synthetic import render
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.nyu_depth.data import check_data, open_source, read_depth_file
+from uvim_fsq.tasks.nyu_depth.data import open_source, read_depth_file
+from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
 CONFIG = NYUDepthConfig(protocol="full")
@@ -35,7 +37,7 @@ def test_layouts_are_found_by_content(tmp_path: Path, layout: str, letter: str) 
     holdout, rest = (open_source(str(root), split, CONFIG) for split in ("holdout", "train_minus_holdout"))
     ids = [{source[i].id for i in range(len(source))} for source in (holdout, rest, train)]
     assert ids[0] and ids[0] | ids[1] == ids[2] and not ids[0] & ids[1]
-    lines, ok = check_data(root)
+    lines, ok = check_data("nyu_depth", str(root))
     assert ok and f"layout {letter}" in lines[0] and any("DIFFERS" in line for line in lines)
 
 
@@ -88,7 +90,7 @@ def test_broken_sets(tmp_path: Path) -> None:
         source[0]
     with pytest.raises(UserError, match="no dataset 'depth'"):
         source[1]
-    lines, ok = check_data(root)
+    lines, ok = check_data("nyu_depth", str(root))
     assert not ok and any(files[0].name in line for line in lines)
     with pytest.raises(UserError, match="unknown split"):
         open_source(str(root), "validation", CONFIG)
@@ -99,8 +101,7 @@ def sample_of(depth: np.ndarray) -> Sample:
 
 
 def test_metric_rules() -> None:
-    task = NYUDepth(CONFIG)
-    metric = task.metric()
+    metric = DepthMetric("nyu_depth/full")
     truth = np.array([[0.0, 1.0], [2.0, 10.0]])  # 0 and 10 are not valid
     row = metric.update(np.array([[5.0, 2.0], [2.0, 1.0]]), sample_of(truth))
     assert row["valid_pixels"] == 2 and abs(row["rmse"] - np.sqrt(0.5)) < 1e-6 and row["delta1"] == 0.5
@@ -108,13 +109,13 @@ def test_metric_rules() -> None:
     metric.update(np.zeros((2, 2)), sample_of(np.zeros((2, 2))))
     figures = metric.compute()
     assert (figures["images"], figures["images_skipped"], figures["images_repaired"]) == (2, 1, 1)
-    other = task.metric()
+    other = DepthMetric("nyu_depth/full")
     other.update(np.array([[5.0, 2.0], [2.0, 1.0]]), sample_of(truth))
-    merged = task.metric()
+    merged = DepthMetric("nyu_depth/full")
     merged.load_state({key: value + other.state()[key] for key, value in metric.state().items()})
     assert merged.compute()["images"] == 3
     with pytest.raises(UserError, match="no image with a valid"):
-        task.metric().compute()
+        DepthMetric("nyu_depth/full").compute()
 
 
 def test_protocol_crops() -> None:

@@ -12,6 +12,8 @@ import torch
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.config_io import describe_keys, load_run
+from uvim_fsq.data.resize import resize_linear
+from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
@@ -72,23 +74,24 @@ def test_decode_metric_render_and_save(case: tuple[Task, Path], tmp_path: Path) 
     items = task.decode(logits)
     source = task.source(str(root), "val")
     samples = [task.evaluation_view(source[i]) for i in range(2)]
-    both, parts = task.metric(), [task.metric(), task.metric()]
+    both, parts = task.metric(source), [task.metric(source), task.metric(source)]
     for i in range(2):
         row = both.update(items[i], samples[i])
         parts[i].update(items[i], samples[i])
         assert all(isinstance(value, float) for value in row.values())
-    merged = task.metric()
+    merged = task.metric(source)
     merged.load_state({k: v + parts[1].state()[k] for k, v in parts[0].state().items()})
     assert merged.compute() == pytest.approx(both.compute())
     assert task.main_metric in both.compute()
     image = samples[0].image
-    item = task.to_size(items[0], (image.shape[0], image.shape[1]))
-    pictures = task.render(image, item, samples[0].maps)
+    item = task.to_size(items[0], image)
+    pictures = task.render(image, item, samples[0])
     assert pictures and all(p.dtype == np.uint8 and p.shape == image.shape for p in pictures.values())
     assert all(Path(path).is_file() for path in task.save_prediction(item, image, str(tmp_path / "x")).values())
     baseline = task.baseline(task.source(str(root), "train"), 16)
     if baseline is not None:
-        assert np.isfinite(baseline).all() and task.metric().update(baseline, samples[0])
+        small = task.model_image(Sample("", resize_linear(image, (16, 16))))
+        assert baseline.name and task.metric(source).update(baseline.predict(small), samples[0])
 
 
 def test_settings_are_documented(case: tuple[Task, Path]) -> None:

@@ -41,10 +41,21 @@ def _task_keys() -> list[str]:
 
 def command_config(args: argparse.Namespace) -> None:
     """Prints the resolved configuration."""
+    from uvim_fsq.config import OracleRun
     from uvim_fsq.config_io import dump_yaml, load_run
+    from uvim_fsq.config_rules import validate
     from uvim_fsq.models import resolve
 
-    print(dump_yaml(resolve(load_run(args.config, args.overrides))), end="")
+    run = load_run(args.config, args.overrides)
+    try:
+        run = resolve(run)
+    except UserError as error:
+        # A configuration can be read before its data are there.
+        if not isinstance(run, OracleRun) or not str(error).startswith("data.root"):
+            raise
+        validate(run)
+        print(f"note: {error}; what only the data can say is left out", file=sys.stderr)
+    print(dump_yaml(run), end="")
 
 
 def command_train(args: argparse.Namespace) -> None:
@@ -66,14 +77,19 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
     from uvim_fsq.evaluation import evaluate_run
 
-    result = evaluate_run(args.run, args.overrides, limit=args.limit, csv=args.csv)
+    official = Path(args.run) / "official" if args.official else None
+    result = evaluate_run(
+        args.run, args.overrides, limit=args.limit, csv=args.csv, baseline=args.baseline, official=official
+    )
     if not PartialState().is_main_process:
         return
     file = args.json or Path(args.run) / "evaluation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n")
     print_result(result)
-    print(f"written: {file}")
+    if result["baseline"]:
+        print(f"baseline: {result['baseline']}")
+    print(f"written: {file}" + (f", {official}/" if official else ""))
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -142,19 +158,48 @@ def command_synth(args: argparse.Namespace) -> None:
 
 def command_data_check(args: argparse.Namespace) -> None:
     """Says what lies under a folder and what is wrong with it."""
-    from uvim_fsq.tasks.nyu_depth.data import check_data
+    from rich.progress import Progress
 
-    lines, ok = check_data(args.path)
+    from uvim_fsq.data.check import check_data
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        lines, ok = check_data(
+            args.task, args.path, args.overrides, lambda done, total: bar.update(task, completed=done, total=total)
+        )
     print("\n".join(lines))
     if not ok:
         raise SystemExit(2)
+
+
+def command_data_prepare(args: argparse.Namespace) -> None:
+    """Caches labels in a faster form."""
+    from rich.progress import Progress
+
+    from uvim_fsq.config_io import load_run
+    from uvim_fsq.models import build_task, complete
+
+    run = complete(load_run({"task": {"name": args.task}, "data": {"root": args.path}}, args.overrides))
+    with Progress(transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+        said = build_task(run).prepare(args.path, lambda done, total: bar.update(task, completed=done, total=total))
+    print(said)
+
+
+def command_coltran_lists(args: argparse.Namespace) -> None:
+    """Writes the two image lists of the ColTran protocol."""
+    from uvim_fsq.tasks.imagenet_color.coltran import write_lists
+
+    for path in write_lists(Path(args.out)):
+        print(path)
 
 
 def command_quickstart(args: argparse.Namespace) -> None:
     """Runs the whole pipeline on synthetic scenes."""
     from uvim_fsq.quickstart import quickstart
 
-    quickstart(Path(args.out), args.gpu_scale)
+    out = args.out or f"runs/quickstart{'' if args.task == 'nyu_depth' else '_' + args.task}"
+    quickstart(Path(out), args.gpu_scale, args.task)
 
 
 def _add_keyed(commands: Any, name: str, stage: str, text: str, wants_help: bool) -> argparse.ArgumentParser:
@@ -197,6 +242,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="first N images only")
     sub.add_argument("--csv", type=Path, help="write each image's figures to this file")
     sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json)")
+    sub.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
+    sub.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
     sub.set_defaults(command=command_evaluate)
 
     sub = _add_keyed(commands, "predict", "lm", "predict pictures with a trained LM", asked and "predict" in argv)
@@ -218,13 +265,22 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.set_defaults(command=command_synth)
 
     data = commands.add_parser("data", help="look after data sets").add_subparsers(required=True, metavar="ACTION")
-    sub = data.add_parser("check", help="say which layout a folder has, count, find the first broken file")
-    sub.add_argument("path")
-    sub.add_argument("--task", default="nyu_depth", choices=("nyu_depth",), help="whose data (default nyu_depth)")
-    sub.set_defaults(command=command_data_check)
+    for name, text, command in (
+        ("check", "say which layout a folder has, count, find what is broken", command_data_check),
+        ("prepare", "cache labels in a form that loads faster", command_data_prepare),
+    ):
+        sub = data.add_parser(name, help=text, description=text)
+        sub.add_argument("path")
+        sub.add_argument("--task", required=True, help="whose data: nyu_depth, coco_panoptic, imagenet_color, ...")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. task.image_dir=... plugins=[...]")
+        sub.set_defaults(command=command)
+    sub = data.add_parser("coltran-lists", help="write the image lists of the ColTran FID protocol")
+    sub.add_argument("--out", required=True, help="folder for the two lists")
+    sub.set_defaults(command=command_coltran_lists)
 
     sub = commands.add_parser("quickstart", help="make data, train both stages, evaluate, draw a report")
-    sub.add_argument("--out", default="runs/quickstart")
+    sub.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
+    sub.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")
     sub.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
     sub.set_defaults(command=command_quickstart)
     return parser

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 
 import uvim_fsq
 from uvim_fsq.config import DataConfig, EvalConfig
+from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
@@ -29,7 +30,7 @@ from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.statistics import CodeStatistics
-from uvim_fsq.tasks.base import Task
+from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
 
 
@@ -83,11 +84,12 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
     return predict
 
 
-def constant_prediction(item: Any) -> Predictor:
-    """The same prediction for every image, e.g. the training set's mean."""
+def baseline_predictions(baseline: Baseline) -> Predictor:
+    """The task's trivial prediction."""
 
     def predict(batch: Batch) -> Predicted:
-        return Predicted([item] * len(batch["image"]), None)
+        images = batch["image"].cpu().numpy().transpose(0, 2, 3, 1)
+        return Predicted([baseline.predict(image) for image in images], None)
 
     return predict
 
@@ -118,15 +120,23 @@ class Evaluator:
         self.task, self.data, self.config = task, data, config
         self.limit = limit if limit is not None else config.limit
         self.source = task.source(data.root, data.eval_split)
+        self.protocol = ""
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
 
     @torch.inference_mode()
-    def run(self, predict: Predictor, device: torch.device) -> dict[str, float]:
-        """The figures over the split (or its first `limit` images), the same on every process."""
+    def run(
+        self, predict: Predictor, device: torch.device, official: OfficialResults | None = None
+    ) -> dict[str, float]:
+        """The figures over the split (or its first `limit` images), the same on every process.
+
+        With `official` also those of the benchmark's own program, as `official/NAME`, on the main process.
+        """
         state = PartialState()
-        metric = self.task.metric()
+        metric = self.task.metric(self.source)
+        self.protocol = metric.protocol
         self.rows = []
+        entries: list[Any] = []
         for batch, samples in eval_batches(
             self.source,
             self.task,
@@ -140,13 +150,20 @@ class Evaluator:
             predicted = predict(to_device(batch, device))
             for item, sample in zip(predicted.items, samples, strict=True):
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                if official is not None:
+                    entries.append(official.add(item, sample))
             if self.statistics is not None and predicted.tokens is not None:
                 self.statistics.update(predicted.tokens)
         metric.load_state(_summed(metric.state()))
         figures = metric.compute()
-        if self.statistics is not None and self.statistics.counts.any():
+        if self.statistics is not None:
             self.statistics.load_state(_summed(self.statistics.state()))
-            figures |= self.statistics.compute()
+            if self.statistics.counts.any():
+                figures |= self.statistics.compute()
+        if official is not None:
+            entries = gather_object(entries)
+            theirs = official.finish(entries) if state.is_main_process else None
+            figures |= {f"official/{name}": value for name, value in (theirs or {}).items()}
         return figures
 
 
@@ -158,44 +175,70 @@ def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.sum([other[name] for other in states], axis=0) for name in state}
 
 
-def evaluate_loaded(
-    loaded: Loaded, *, limit: int | None = None, csv_file: Path | None = None, device: torch.device | None = None
-) -> dict[str, Any]:
-    """Oracle, context alone and (for an LM's checkpoint) LM, with protocol, split, counts and checkpoint."""
-    device = device or torch.device(PartialState().device or "cpu")
-    run, task, oracle = loaded.run, loaded.task, loaded.oracle.to(device)
-    limit = limit if limit is not None else run.eval.limit
+def ways_to_predict(loaded: Loaded) -> dict[str, Predictor]:
+    """Oracle, context alone (where the decoder has context) and, for an LM's checkpoint, the LM."""
+    task, oracle = loaded.task, loaded.oracle
     ways: dict[str, Predictor] = {"oracle": oracle_predictions(oracle, task)}
     if oracle.config.context in ("both", "decoder"):
         ways["context_only"] = context_predictions(oracle, task)
     if loaded.lm is not None:
-        ways["lm"] = lm_predictions(loaded.lm.to(device), oracle, task, run.eval)
+        ways["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval)
+    return ways
+
+
+def evaluate_loaded(
+    loaded: Loaded,
+    *,
+    limit: int | None = None,
+    csv_file: Path | None = None,
+    device: torch.device | None = None,
+    baseline: bool = False,
+    official: Path | None = None,
+) -> dict[str, Any]:
+    """Oracle, context alone and (for an LM's checkpoint) LM, with protocol, split, counts and checkpoint.
+
+    Args:
+        limit: the first images only; None: as the configuration says.
+        csv_file: where each image's own figures go.
+        baseline: also the task's trivial baseline, made from the training split.
+        official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
+    """
+    device = device or torch.device(PartialState().device or "cpu")
+    run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
+    if loaded.lm is not None:
+        loaded.lm.to(device)
+    limit = limit if limit is not None else run.eval.limit
+    ways = ways_to_predict(loaded)
+    trivial = task.baseline(task.source(run.data.root, run.data.train_split), run.data.image_size) if baseline else None
+    if trivial is not None:
+        ways = {"baseline": baseline_predictions(trivial), **ways}
     figures: dict[str, dict[str, float]] = {}
     levels: dict[str, list[list[int]]] = {}
     counts: dict[str, list[int]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
-    info: dict[str, Any] = {}
+    evaluator = Evaluator(task, run.data, run.eval, limit=limit)
     for name, predict in ways.items():
-        evaluator = Evaluator(task, run.data, run.eval, limit=limit, quantizer=oracle.quantizer)
-        figures[name] = evaluator.run(predict, device)
+        evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
+        writer = task.official(official / name, evaluator.source) if official is not None else None
+        figures[name] = evaluator.run(predict, device, writer)
         rows[name] = gather_object(evaluator.rows)
-        info = dict(evaluator.source.info)
-        if name != "context_only" and evaluator.statistics is not None:
+        if evaluator.statistics is not None:
             levels[name] = evaluator.statistics.level_histogram()
             counts[name] = [int(count) for count in evaluator.statistics.counts]
     if csv_file is not None and PartialState().is_main_process:
         write_csv(csv_file, rows)
     return {
         "task": task.name,
-        "protocol": task.metric().protocol,
-        "data": info,
+        "protocol": evaluator.protocol,
+        "data": dict(evaluator.source.info),
+        "baseline": trivial.name if trivial is not None else None,
         "limit": limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
         "code_counts": counts,
         "level_histogram": levels,
         "decoding": {key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")},
-        "task_options": dict(vars(task.config)),
+        "task_options": to_dict(task.config),
         "checkpoint": str(loaded.checkpoint),
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
         "versions": {
@@ -219,12 +262,21 @@ def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def evaluate_run(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, limit: int | None = None, csv: Path | None = None
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    limit: int | None = None,
+    csv: Path | None = None,
+    baseline: bool = False,
+    official: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image."""
+    """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image.
+
+    `csv`, `baseline` and `official` are those of `evaluate_loaded`.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
     device = torch.device(PartialState().device or "cpu")
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    return evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device)
+    return evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, resolve_lm, validate
+from uvim_fsq.config_io import load_run, resolve_lm
+from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
@@ -60,11 +61,21 @@ def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     return run, checkpoint
 
 
+def complete(run: Run) -> Run:
+    """Fills in the task's settings that only the data can say, e.g. the categories (`Task.complete`)."""
+    load_plugins(run.plugins)
+    options = task_class(run.task.name).complete(run.task.options, run.data.root)
+    return replace(run, task=replace(run.task, options=options))
+
+
 def resolve(run: Run) -> Run:
-    """Fills an LM's configuration from its oracle's checkpoint and refuses impossible combinations."""
+    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data, and refuses impossible
+    combinations."""
     if isinstance(run, LMRun):
         oracle_run, _ = read_oracle_config(run.oracle)
         run = resolve_lm(run, oracle_run)
+    else:
+        run = complete(run)
     validate(run)
     return run
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from accelerate.state import PartialState
 from PIL import Image
 
 from uvim_fsq.data.images import list_images, read_image, to_rgb
+from uvim_fsq.data.resize import resize_linear
+from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.generate import generate
 from uvim_fsq.models import Loaded, load_checkpoint
@@ -43,15 +44,17 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Any:
-        """One picture of any size -> the task's prediction at that picture's own size (depth: (H, W) float32 metres).
+        """One picture of any size -> the task's prediction at that picture's own size.
+
+        Depth: (H, W) float32 metres. Panoptic: `Segments`. Colour: (H, W, 3) float32 in [-1, 1].
 
         Args:
             image: a file, a PIL image, or an (H, W, 3) uint8 RGB array.
         """
         rgb = self._array(image)
         size = self.run.data.image_size
-        small = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
-        small = np.ascontiguousarray(self.task.model_image(small).transpose(2, 0, 1))
+        small = self.task.model_image(Sample("", resize_linear(rgb, (size, size))))
+        small = np.ascontiguousarray(small.transpose(2, 0, 1))
         tensor = torch.from_numpy(small).unsqueeze(0).to(self.device)
         config = self.run.eval
         seeds = torch.tensor([config.seed])
@@ -59,7 +62,7 @@ class Predictor:
             self.lm, tensor, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seeds=seeds
         )
         item = self.task.decode(self.oracle.detokenize(tokens, tensor))[0]
-        return self.task.to_size(item, (rgb.shape[0], rgb.shape[1]))
+        return self.task.to_size(item, rgb)
 
     @staticmethod
     def _array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:

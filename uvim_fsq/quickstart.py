@@ -19,18 +19,16 @@ from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import (
-    Evaluator,
-    constant_prediction,
-    context_predictions,
     evaluate_loaded,
-    lm_predictions,
-    oracle_predictions,
+    ways_to_predict,
 )
 from uvim_fsq.models import Loaded, load_checkpoint, resolve
 from uvim_fsq.report import curve_figure, html_table, panel_rows, png_tag, tile, usage_figure, write_report
+from uvim_fsq.tasks.base import Task
+from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.run import train
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "nyu_depth"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 T = TypeVar("T")
 
 
@@ -62,13 +60,17 @@ class Timer:
         return result
 
 
-def quickstart(out: Path, gpu_scale: bool = False) -> dict[str, Any]:
-    """Runs the whole job into `out` and returns what it writes to `out`/summary.json.
+def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> dict[str, Any]:
+    """Runs the whole job for `task` into `out` and returns what it writes to `out`/summary.json.
 
     Finished stages of an earlier call are kept: a second call costs nothing, an interrupted one goes on where it was.
 
-    Raises UserError for `gpu_scale` where there is no GPU.
+    Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
     """
+    load_plugins(())
+    kind = task_class(task).synthetic
+    if kind is None:
+        raise UserError(f"task {task} has no synthetic data; the quickstart needs them")
     if gpu_scale and not torch.cuda.is_available():
         raise UserError("--gpu-scale needs a GPU and none is visible; run the small job without it")
     console = Console()
@@ -83,32 +85,32 @@ def quickstart(out: Path, gpu_scale: bool = False) -> dict[str, Any]:
     data = out / "data"
     if not data.exists():
         console.print(f"[bold]1/4[/] {scale.num_train} training and {scale.num_val} test scenes -> {data}")
-        timer("data", lambda: _make_data(scale, data))
+        timer("data", lambda: _make_data(scale, data, kind))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
     for number, name in ((2, "oracle"), (3, "lm")):
         runs[name] = out / name
         if not (runs[name] / "evaluation.json").is_file():
-            run = _run_config(scale, name, out)
+            run = _run_config(scale, task, name, out)
             console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
             timer(name, lambda run=run: train(run))
             _write_seconds(out, timer)
     console.print("[bold]4/4[/] evaluate and draw")
-    summary = timer("evaluate", lambda: _evaluate(out, runs, timer))
+    summary = timer("evaluate", lambda: _evaluate(out, runs))
     summary["seconds"] = {**timer.seconds, "total": round(sum(timer.seconds.values()), 1)}
     summary_file.write_text(json.dumps(summary, indent=2) + "\n")
     _print_table(console, summary, out)
     return summary
 
 
-def _make_data(scale: Scale, out: Path) -> None:
+def _make_data(scale: Scale, out: Path, kind: str) -> None:
     write_dataset(
-        "nyu", out, scale.num_train, scale.size, num_val=scale.num_val, layout="mat", difficulty=scale.difficulty
+        kind, out, scale.num_train, scale.size, num_val=scale.num_val, layout="mat", difficulty=scale.difficulty
     )
 
 
-def _run_config(scale: Scale, name: str, out: Path) -> Run:
-    file = CONFIGS / f"{scale.configs}_{name}.yaml"
+def _run_config(scale: Scale, task: str, name: str, out: Path) -> Run:
+    file = CONFIGS / task / f"{scale.configs}_{name}.yaml"
     if not file.is_file():
         raise UserError(f"{file} is missing; run the quickstart from a clone of the project")
     overrides = [f"train.out={out / name}", "train.resume=auto", f"data.root={(out / 'data').resolve()}"]
@@ -132,53 +134,43 @@ def _write_seconds(out: Path, timer: Timer) -> None:
     _seconds_file(out).write_text(json.dumps(timer.seconds) + "\n")
 
 
-def _evaluate(out: Path, runs: dict[str, Path], timer: Timer) -> dict[str, Any]:
+def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     device = torch.device(PartialState().device or "cpu")
     loaded = load_checkpoint(runs["lm"], device=device)
-    task, run = loaded.task, loaded.run
-    mean_map = task.baseline(task.source(run.data.root, run.data.train_split), run.data.image_size)
-    baseline = Evaluator(task, run.data, run.eval).run(constant_prediction(mean_map), device)
-    result = evaluate_loaded(loaded, device=device)
-    result["figures"] = {"baseline": baseline, **result["figures"]}
+    result = evaluate_loaded(loaded, device=device, baseline=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     _report(out, runs, loaded, result, device)
-    figures = result["figures"]
+    figures, metric = result["figures"], loaded.task.main_metric
     return {
-        "baseline_rmse": baseline["rmse"],
-        "oracle_rmse": figures["oracle"]["rmse"],
-        "context_only_rmse": figures["context_only"]["rmse"],
-        "lm_rmse": figures["lm"]["rmse"],
+        **{f"{way}_{metric}": figures[way][metric] for way in figures},
         "codebook_usage": figures["oracle"]["codebook_usage"],
-        "figures": figures,
-        "protocol": result["protocol"],
-        "task_options": result["task_options"],
-        "data": result["data"],
-        "versions": result["versions"],
+        "table": _table_rows(loaded.task, result),
+        **{key: result[key] for key in ("figures", "protocol", "baseline", "task_options", "data", "versions")},
     }
 
 
 NAMES = {
-    "baseline": "baseline: mean depth map of the training set",
     "context_only": "oracle, all codes zeroed (context alone)",
-    "lm": "LM: image -> tokens -> depth",
-    "oracle": "oracle: depth -> tokens -> depth",
+    "lm": "LM: image -> tokens -> labels",
+    "oracle": "oracle: labels -> tokens -> labels",
 }
 
 
-def _table_rows(figures: dict[str, dict[str, float]]) -> list[list[str]]:
-    base = figures["baseline"]["rmse"]
-    rows = [["", "RMSE (m)", "of the baseline", "abs_rel", "delta1", "codebook usage"]]
-    for key, title in NAMES.items():
+def _table_rows(task: Task, result: dict[str, Any]) -> list[list[str]]:
+    """Baseline, context alone, LM and oracle with the task's main figures; errors also as a share of the baseline's."""
+    figures, metric = result["figures"], task.main_metric
+    share = ["of the baseline"] if task.smaller_is_better else []
+    rows = [["", metric, *share, *task.headline, "codebook usage"]]
+    for key, title in {"baseline": f"baseline: {result['baseline']}", **NAMES}.items():
         f = figures[key]
+        ratio = [f"{f[metric] / figures['baseline'][metric]:.2f}"] if share else []
         usage = f"{f['codebook_usage']:.1%}" if "codebook_usage" in f else ""
-        rows.append(
-            [title, f"{f['rmse']:.3f}", f"{f['rmse'] / base:.2f}", f"{f['abs_rel']:.3f}", f"{f['delta1']:.3f}", usage]
-        )
+        rows.append([title, f"{f[metric]:.3f}", *ratio, *(f"{f[name]:.3f}" for name in task.headline), usage])
     return rows
 
 
 def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
-    rows = _table_rows(summary["figures"])
+    rows = summary["table"]
     table = Table(title=f"{summary['data'].get('count', '')} scenes never trained on ({summary['protocol']})")
     for i, head in enumerate(rows[0]):
         table.add_column(head, justify="left" if i == 0 else "right")
@@ -190,22 +182,25 @@ def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
 
 
 def _report(out: Path, runs: dict[str, Path], loaded: Loaded, result: dict[str, Any], device: torch.device) -> None:
-    task, oracle, lm = loaded.task, loaded.oracle, loaded.lm
-    assert lm is not None
-    ways = {
-        "oracle": oracle_predictions(oracle, task),
-        "context alone": context_predictions(oracle, task),
-        "LM": lm_predictions(lm, oracle, task, loaded.run.eval),
-    }
-    rows = panel_rows(task, loaded.run.data, ways, device, count=8)
+    task = loaded.task
+    ways = ways_to_predict(loaded)
+    named = {"oracle": ways["oracle"], "context alone": ways["context_only"], "LM": ways["lm"]}
+    rows = panel_rows(task, loaded.run.data, named, device, count=8)
     wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error")
     rows = [{title: row[title] for title in wanted if title in row} for row in rows]
+    panels = png_tag(tile(rows), ", ".join(wanted))
+    panels = png_tag(tile(rows), ", ".join(wanted))
+    legend = task.legend()
+    if legend is not None:
+        panels += png_tag(legend, "legend")
+    if legend is not None:
+        panels += png_tag(legend, "legend")
     write_report(
         out / "report.html",
-        "uvim_fsq quickstart: depth by discrete tokens",
+        f"uvim_fsq quickstart: {task.name} by discrete tokens",
         [
-            ("Results", html_table(_table_rows(result["figures"])) + _facts(result)),
-            ("Panels", png_tag(tile(rows), "image, ground truth, oracle, context alone, LM, error")),
+            ("Results", html_table(_table_rows(task, result)) + _facts(result)),
+            ("Panels", panels),
             ("Training", png_tag(curve_figure(runs), "training loss of both stages")),
             (
                 "Codebook",

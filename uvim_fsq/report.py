@@ -61,13 +61,18 @@ def panel_rows(
     predicted = {name: predict(on_device).items for name, predict in predictors.items()}
     rows = []
     for i, sample in enumerate(samples):
-        row = {"image": sample.image}
+        row = {"image": as_picture(task.model_image(sample))}
         for name, items in predicted.items():
-            item = task.to_size(items[i], (sample.image.shape[0], sample.image.shape[1]))
-            for title, picture in task.render(sample.image, item, sample.maps).items():
+            item = task.to_size(items[i], sample.image)
+            for title, picture in task.render(sample.image, item, sample).items():
                 row[title if title == "ground truth" else f"{name} {title}".replace(" prediction", "")] = picture
         rows.append(row)
     return rows
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """What models see, (H, W, 3) uint8 or float32 in [-1, 1] -> uint8."""
+    return image if image.dtype == np.uint8 else ((image + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 
 
 def panel_picture(task: Task, data: DataConfig, predict: Any, device: torch.device, count: int = 6) -> np.ndarray:

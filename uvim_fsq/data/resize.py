@@ -1,7 +1,8 @@
-"""Nearest-neighbour resizing with half-pixel centres, exact for every size. `F.interpolate`, PIL and OpenCV differ."""
+"""The two resizings of the package: nearest neighbour for maps, bilinear without antialiasing for images."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 
@@ -11,8 +12,15 @@ def nearest_index(size: int, new: int) -> np.ndarray:
 
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, ...) of any dtype -> (height, width, ...)."""
+    """(H, W, ...) of any dtype -> (height, width, ...), half-pixel centres; `F.interpolate`, PIL and OpenCV differ."""
     if array.shape[:2] == tuple(size):
         return array
     rows, columns = nearest_index(array.shape[0], size[0]), nearest_index(array.shape[1], size[1])
     return array[rows[:, None], columns[None]]
+
+
+def resize_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, C) uint8 or float32 -> (height, width, C), bilinear with half-pixel centres and without antialiasing."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)

@@ -51,6 +51,7 @@ class JointTransform:
         done = self.compose(image=view.image, masks=[view.maps[name] for name in nearest], **linear)
         maps = dict(zip(nearest, done["masks"], strict=True))
         maps |= {name: done[f"map_{name}"] for name in self.task.linear_maps}
-        image = self.task.model_image(done["image"])
-        labels = self.task.encode(Sample(sample.id, done["image"], maps, sample.meta))
+        resized = Sample(view.id, done["image"], maps, view.meta)
+        image = self.task.model_image(resized)
+        labels = self.task.encode(resized)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), labels, view

@@ -7,13 +7,17 @@ Shapes: B batch, P pixels (any number, any order), S label size, H and W native 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
+from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Array, Sample, SampleSource
+from uvim_fsq.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,31 @@ class Metric(ABC):
         """The figures over everything seen. Raises UserError if nothing was counted."""
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """The trivial prediction that every result stands beside.
+
+    Attributes:
+        name: what it is, e.g. "mean depth map of the training set".
+        predict: what the models see of an image, (S, S, 3) -> one item as `Task.decode` gives it.
+    """
+
+    name: str
+    predict: Callable[[Array], Any]
+
+
+class OfficialResults(ABC):
+    """Predictions in the format of a benchmark's own scoring program, and that program's figures."""
+
+    @abstractmethod
+    def add(self, prediction: Any, sample: Sample) -> Any:
+        """Writes one image's files; arguments as for `Metric.update`. Returns its entry, gathered over processes."""
+
+    @abstractmethod
+    def finish(self, entries: list[Any]) -> dict[str, float] | None:
+        """Writes what spans all images and returns the program's figures; None where it is not installed."""
+
+
 class Task(ABC):
     """One dense prediction task. Registered with `@register_task`; built as `Task(config)`."""
 
@@ -73,9 +102,21 @@ class Task(ABC):
     smaller_is_better: ClassVar[bool] = True
     #: Maps of a Sample that are resampled bilinearly (colour); all others by nearest neighbour.
     linear_maps: ClassVar[tuple[str, ...]] = ()
+    #: Figures that tables show beside the main metric.
+    headline: ClassVar[tuple[str, ...]] = ()
+    #: The format of `uvim-fsq synth` that holds this task's data; None if there is none.
+    synthetic: ClassVar[str | None] = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def complete(cls, config: Any, root: str) -> Any:
+        """Fills in what only the data under `root` can say (e.g. the categories); kept in the checkpoint.
+
+        Called once, before an oracle's training. Raises UserError when the data are missing.
+        """
+        return config
 
     @property
     @abstractmethod
@@ -89,9 +130,12 @@ class Task(ABC):
         Raises UserError when the root is missing, is of no known layout or is incomplete.
         """
 
-    def model_image(self, image: Array) -> Array:
-        """What the models may see of an (H, W, 3) uint8 image: itself, or e.g. its grey version for colorization."""
-        return image
+    def model_image(self, sample: Sample) -> Array:
+        """What the models may see of a sample: its image unless overridden (colorization: the grey version).
+
+        (H, W, 3) uint8, or float32 already in [-1, 1].
+        """
+        return sample.image
 
     def evaluation_view(self, sample: Sample) -> Sample:
         """The part of a sample that evaluation is about (e.g. NYU's crop); the whole sample unless overridden."""
@@ -120,27 +164,54 @@ class Task(ABC):
         """One prediction per image from channel -> (B, S, S, C) logits; numpy, on the host, at label size."""
 
     @abstractmethod
-    def metric(self) -> Metric:
-        """A fresh accumulator of the task's protocol."""
+    def metric(self, source: SampleSource) -> Metric:
+        """A fresh accumulator of the task's protocol, for the images of `source`."""
+
+    def to_size(self, prediction: Any, image: Array) -> Any:
+        """One item of `decode` brought to the size of `image` (H, W, 3); an array by nearest neighbour."""
+        return resize_nearest(prediction, (image.shape[0], image.shape[1]))
 
     @abstractmethod
-    def to_size(self, prediction: Any, size: tuple[int, int]) -> Any:
-        """One item of `decode` resampled to (height, width) as the task's protocol asks."""
-
-    @abstractmethod
-    def render(self, image: Array, prediction: Any, ground_truth: Any | None = None) -> dict[str, Array]:
-        """Pictures for reports: an ordered dict title -> (H, W, 3) uint8, e.g. prediction, ground truth, error.
+    def render(self, image: Array, prediction: Any, truth: Sample | None = None) -> dict[str, Array]:
+        """Pictures for reports: an ordered dict title -> (H, W, 3) uint8, "prediction" and, with `truth`, the titles
+        "ground truth" and perhaps "error".
 
         Args:
             image: (H, W, 3) uint8.
-            prediction: one item of `decode`, any size.
-            ground_truth: `Sample.maps` of the same image, or None.
+            prediction: one item of `decode` at the size of `image`.
+            truth: the sample that `image` belongs to, or None.
         """
 
-    @abstractmethod
     def save_prediction(self, prediction: Any, image: Array, stem: str) -> dict[str, str]:
-        """Writes one prediction, at the size of `image` (H, W, 3), as `stem`*.png/.npy; returns kind -> path."""
+        """Writes one prediction, at the size of `image` (H, W, 3), as `stem`*; returns kind -> path.
 
-    def baseline(self, source: SampleSource, size: int) -> Any:
-        """A prediction that ignores the image (e.g. the mean map of the training set) at label size, or None."""
+        Unless overridden: the pictures of `render`.
+        """
+        paths: dict[str, str] = {}
+        for title, picture in self.render(image, prediction).items():
+            paths[title] = f"{stem}_{title}.png"
+            Image.fromarray(picture).save(paths[title])
+        return paths
+
+    def legend(self) -> Array | None:
+        """A picture (H, W, 3) uint8 that says what the colours of `render` mean, or None."""
         return None
+
+    def baseline(self, source: SampleSource, size: int) -> Baseline | None:
+        """A prediction that needs no training beyond a pass over `source`, at label size, or None."""
+        return None
+
+    def official(self, folder: Path, source: SampleSource) -> OfficialResults:
+        """A writer of the benchmark's own result format. Raises UserError where there is none."""
+        raise UserError(f"task {self.name} has no official scoring program")
+
+    def inspect(self, sample: Sample) -> str | None:
+        """What is suspicious about a readable sample, in one line for `uvim-fsq data check`, or None."""
+        return None
+
+    def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
+        """Caches labels in a form that loads faster and returns one line about it.
+
+        `progress` is called with (done, total). Raises UserError where there is nothing to prepare.
+        """
+        raise UserError(f"task {self.name} reads its data as they are; there is nothing to prepare")

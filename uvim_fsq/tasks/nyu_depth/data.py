@@ -6,7 +6,6 @@ Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 metres, 0
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,54 +316,3 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
     if layout == "C":
         return _bts(place, split)
     return _folder(place, split, config)
-
-
-def check_data(root: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], bool]:
-    """What lies under `root`: layout, counts beside the official ones, size, and the first broken file.
-
-    Reads every file. Returns the lines to print and whether all is well. Raises UserError when nothing is found.
-    """
-    from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
-
-    config = NYUDepthConfig()
-    layout, place = detect(find_data_root(str(root)), config)
-    names = {"A": "labelled .mat", "B": "FastDepth h5 tree", "C": "BTS PNG tree", "folder": "own folder"}
-    lines, ok = [f"layout {layout} ({names[layout]}) at {place}"], True
-    for split in ("train", "val"):
-        try:
-            source = open_source(str(root), split, config)
-        except UserError as error:
-            lines.append(f"{split}: {error}")
-            ok = False
-            continue
-        official = source.info["official_count"]
-        agrees = "" if official is None else f", official {official}" + ("" if official == len(source) else ": DIFFERS")
-        lines.append(f"{split}: {len(source)} images{agrees}; ground truth {source.info['ground_truth']}")
-        broken = first_broken(source, progress)
-        if broken is None:
-            lines.append(f"{split}: all files readable, image size {_size(source)}")
-        else:
-            lines.append(f"{split}: {broken}")
-            ok = False
-    return lines, ok
-
-
-def _size(source: SampleSource) -> str:
-    if not len(source):
-        return "unknown"
-    height, width = source[0].image.shape[:2]
-    return f"{height} x {width}"
-
-
-def first_broken(source: SampleSource, progress: Callable[[int, int], None] | None = None) -> str | None:
-    """The message of the first sample that cannot be read, or None."""
-    for i in range(len(source)):
-        if progress is not None and i % 100 == 0:
-            progress(i, len(source))
-        try:
-            sample = source[i]
-        except UserError as error:
-            return str(error)
-        if not (sample.maps["depth"] > 0).any():
-            return f"{sample.id}: no valid depth pixel in this image"
-    return None

@@ -9,14 +9,14 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.base import Categorical, LabelChannel, Metric, Task
+from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
+from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.nyu_depth.data import open_source
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.registry import register_task
@@ -55,6 +55,8 @@ class NYUDepth(Task):
 
     Config = NYUDepthConfig
     main_metric = "rmse"
+    headline = ("abs_rel", "delta1")
+    synthetic = "nyu"
     config: NYUDepthConfig
 
     def __init__(self, config: NYUDepthConfig) -> None:
@@ -100,11 +102,8 @@ class NYUDepth(Task):
         """Cross-entropy over the bins; bin 0 and -1 count 0 but stay in the mean over all pixels."""
         x, target = logits["depth"], labels["depth"].long()
         missing = target <= 0 if self.config.missing == "bin0" else target < 0
-        target = target.masked_fill(missing, -1)
-        b, p, c = x.shape
-        loss = F.cross_entropy(x.reshape(-1, c), target.reshape(-1), ignore_index=-1, reduction="none").view(b, p)
-        right = (x.detach().argmax(-1) == target).float().mean(1)
-        return loss.mean(1), {"bin_accuracy": right}
+        loss, right = pixel_cross_entropy(x, target.masked_fill(missing, -1))
+        return loss, {"bin_accuracy": right}
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
         """(B, S, S, bins) logits -> per image (S, S) float32 metres."""
@@ -113,27 +112,22 @@ class NYUDepth(Task):
         depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
         return list(depth.float().cpu().numpy())
 
-    def metric(self) -> Metric:
+    def metric(self, source: SampleSource) -> Metric:
         c = self.config
         # The valid range is the protocol's, not that of the bins.
         return DepthMetric(f"nyu_depth/{c.protocol}", 1e-3, 10.0 if c.protocol != "full" else c.max_depth)
 
-    def to_size(self, prediction: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return resize_nearest(prediction, size)
-
-    def render(
-        self, image: np.ndarray, prediction: np.ndarray, ground_truth: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
+    def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         """Depth in colours over one range for prediction and truth; the error's range ends at a quarter of it."""
-        truth = ground_truth["depth"] if ground_truth is not None else None
-        reference = prediction if truth is None else truth
+        depth = truth.maps["depth"] if truth is not None else None
+        reference = prediction if depth is None else depth
         positive = reference[reference > 0]
         high = float(positive.max()) if positive.size else self.config.max_depth
         pictures = {"prediction": colour(prediction, high)}
-        if truth is not None:
-            valid = truth > self.config.min_depth
-            error = np.where(valid, np.abs(resize_nearest(prediction, truth.shape[:2]) - truth), 0)
-            pictures = {"ground truth": colour(truth, high), **pictures, "error": colour(error, high / 4, "inferno")}
+        if depth is not None:
+            valid = depth > self.config.min_depth
+            error = np.where(valid, np.abs(resize_nearest(prediction, depth.shape[:2]) - depth), 0)
+            pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
         return pictures
 
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
@@ -148,8 +142,8 @@ class NYUDepth(Task):
         Image.fromarray(self.render(image, depth)["prediction"]).save(paths["color"])
         return paths
 
-    def baseline(self, source: SampleSource, size: int) -> np.ndarray:
-        """The training set's mean depth per pixel, (size, size) metres, over valid pixels."""
+    def baseline(self, source: SampleSource, size: int) -> Baseline:
+        """The mean depth of `source` per pixel, (size, size) metres, over valid pixels."""
         total, count = np.zeros((size, size)), np.zeros((size, size))
         for i in range(len(source)):
             depth = resize_nearest(self.evaluation_view(source[i]).maps["depth"], (size, size))
@@ -157,7 +151,11 @@ class NYUDepth(Task):
             total += np.where(valid, depth, 0)
             count += valid
         mean = total.sum() / max(count.sum(), 1)
-        return np.where(count > 0, total / np.maximum(count, 1), mean).astype(np.float32)
+        mean_map = np.where(count > 0, total / np.maximum(count, 1), mean).astype(np.float32)
+        return Baseline("mean depth map of the training set", lambda image: mean_map)
+
+    def inspect(self, sample: Sample) -> str | None:
+        return None if (sample.maps["depth"] > 0).any() else f"{sample.id}: no valid depth pixel in this image"
 
 
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:

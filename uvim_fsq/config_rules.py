@@ -1,0 +1,89 @@
+"""Impossible configurations, refused before anything is built. Knows nothing of files or torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from uvim_fsq.config import LEVEL_PRESETS, OracleRun, Run
+from uvim_fsq.errors import UserError
+
+
+def validate(run: Run) -> None:
+    """Refuses impossible combinations before anything is built. Raises UserError with the remedy."""
+    for problem in _problems(run):
+        raise UserError(problem)
+
+
+_ABOVE_ZERO = """
+    train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
+    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size optim.lr
+    optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth model.num_heads
+    model.mlp_dim model.code_length model.head_chunks model.encoder.patch_size model.encoder.width model.encoder.depth
+    model.encoder.num_heads model.encoder.mlp_dim"""
+_NOT_NEGATIVE = """
+    train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout"""
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+    ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("model.dropout", lambda value: value < 1, "must be below 1"),
+)
+
+
+def _out_of_range(run: Run) -> Iterator[str]:
+    for keys, fits, rule in _RULES:
+        for key in keys.split():
+            value: Any = run
+            for name in key.split("."):
+                value = getattr(value, name, None)  # some keys belong to one stage only
+            if value is not None and not fits(value):
+                yield f"{key}={value}: {rule}"
+    if not all(0 <= beta < 1 for beta in run.optim.betas):
+        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
+
+
+def _problems(run: Run) -> Iterator[str]:
+    train, optim, evaluation, model = run.train, run.optim, run.eval, run.model
+    if not train.out:
+        yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
+    if (train.epochs is None) == (train.steps is None):
+        yield "give exactly one of train.epochs and train.steps"
+    yield from _out_of_range(run)
+    if train.batch_size % train.accumulate:
+        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
+    if train.steps is not None and optim.warmup_steps >= train.steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={train.steps}"
+    if train.ema is not None and not 0 < train.ema < 1:
+        yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
+    if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
+        yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
+    if evaluation.top_k is not None and evaluation.top_p is not None:
+        yield "eval.top_k and eval.top_p exclude each other; give one of them"
+    if model.num_heads < 1 or model.width % model.num_heads:
+        yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
+    if isinstance(run, OracleRun):
+        yield from _oracle_problems(run)
+
+
+def _oracle_problems(run: OracleRun) -> Iterator[str]:
+    model, size = run.model, run.data.image_size
+    if size % model.patch_size:
+        yield f"data.image_size={size} is not divisible by model.patch_size={model.patch_size}"
+    if math.isqrt(model.code_length) ** 2 != model.code_length:
+        yield f"model.code_length={model.code_length} is not a square number (e.g. 16, 64, 256)"
+    if model.code_length > (size // model.patch_size) ** 2:
+        yield (
+            f"model.code_length={model.code_length} exceeds the {(size // model.patch_size) ** 2} patches; "
+            "lower it, or the patch size"
+        )
+    levels = model.quantizer.levels
+    levels = LEVEL_PRESETS[levels] if isinstance(levels, str) else levels
+    if not levels or min(levels) < 2:
+        yield f"model.quantizer.levels={list(levels)}: every channel needs at least 2 levels (5 or more recommended)"
+    if math.prod(levels) >= 2**31:
+        yield f"model.quantizer.levels={list(levels)}: {math.prod(levels)} codes; the product must stay below 2^31"
+    if model.quantizer.shift == "centered" and 2 in levels:
+        yield "model.quantizer.shift=centered is undefined for 2 levels; use published or at least 3 levels"

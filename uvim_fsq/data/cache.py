@@ -1,0 +1,78 @@
+"""Arrays that are slow to make, kept as .npz files between runs. Knows nothing of what they mean.
+
+A cache never fails: where it cannot be read or written, the arrays are made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_dir() -> Path:
+    """$UVIM_FSQ_CACHE, by default ~/.cache/uvim_fsq. It need not exist."""
+    path = os.path.expanduser(os.environ.get("UVIM_FSQ_CACHE") or "~/.cache/uvim_fsq")
+    # A container's user without a home would otherwise get a folder called "~".
+    return Path(tempfile.gettempdir(), "uvim_fsq") if path.startswith("~") else Path(path)
+
+
+def _always(arrays: Arrays) -> bool:
+    return True
+
+
+def cached_arrays(
+    kind: str,
+    key: Mapping[str, object],
+    make: Callable[[], Arrays],
+    fresh: Callable[[Arrays], bool] = _always,
+    keep: Callable[[Arrays], bool] = _always,
+) -> Arrays:
+    """The arrays that `make` returns, from the cache if they are there.
+
+    Args:
+        kind: what they are; the beginning of the file's name.
+        key: what they depend on; anything that `json` can write, or else its `str`.
+        make: makes them; arrays of numbers, bytes or fixed-width strings, no objects.
+        fresh: whether arrays found in the cache still hold.
+        keep: whether new arrays are worth a file.
+    """
+    text = json.dumps(dict(key), sort_keys=True, default=str)
+    path = cache_dir() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    found = _load(path)
+    if found is not None and fresh(found):
+        return found
+    arrays = make()
+    if keep(arrays):
+        _store(path, arrays)
+    return arrays
+
+
+def _load(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _store(path: Path, arrays: Arrays) -> None:
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
+        os.replace(temporary, path)
+    except OSError:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

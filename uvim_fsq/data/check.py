@@ -1,0 +1,74 @@
+"""What lies under a folder, seen through a task: layout, counts beside the official ones, and what is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from uvim_fsq.data.sample import SampleSource
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Task
+
+Progress = Callable[[int, int], None]
+#: Problems listed in full; the rest are counted.
+SHOWN = 5
+
+
+def check_data(
+    name: str, root: str, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> tuple[list[str], bool]:
+    """Reads every sample of train and val under `root` as task `name` with `task.key=value` overrides.
+
+    Returns the lines to print and whether all is well. Raises UserError when nothing of this task is found.
+    """
+    from uvim_fsq.config_io import load_run
+    from uvim_fsq.models import build_task, complete
+
+    run = complete(load_run({"task": {"name": name}, "data": {"root": root}}, overrides))
+    task = build_task(run)
+    lines: list[str] = []
+    ok = True
+    for split in ("train", "val"):
+        try:
+            source = task.source(root, split)
+        except UserError as error:
+            lines.append(f"{split}: {error}")
+            ok = False
+            continue
+        lines.append(f"{split}: {_describe(source)}")
+        problems, size = _read_all(task, source, progress)
+        lines += [f"{split}: {problem}" for problem in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"{split}: and {len(problems) - SHOWN} more")
+        ok = ok and not problems
+        if not problems:
+            lines.append(f"{split}: all files readable, the first image is {size}")
+    return lines, ok
+
+
+def _describe(source: SampleSource) -> str:
+    info = {key: value for key, value in source.info.items() if value is not None}
+    layout, count = info.pop("layout", ""), info.pop("count", len(source))
+    official = info.pop("official_count", None)
+    agrees = "" if official is None else f", official {official}" + ("" if official == count else ": DIFFERS")
+    rest = "".join(f"; {key.replace('_', ' ')} {value}" for key, value in info.items() if key not in ("split", "root"))
+    return f"layout {layout}, {count} images{agrees}{rest}"
+
+
+def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tuple[list[str], str]:
+    """All problems, and the first image's size."""
+    problems: list[str] = []
+    size = "unknown"
+    for i in range(len(source)):
+        if progress is not None and i % 20 == 0:
+            progress(i, len(source))
+        try:
+            sample = source[i]
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if size == "unknown":
+            size = f"{sample.image.shape[0]} x {sample.image.shape[1]}"
+        found = task.inspect(sample)
+        if found is not None:
+            problems.append(found)
+    return problems, size

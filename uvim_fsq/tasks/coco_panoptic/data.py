@@ -1,0 +1,288 @@
+"""COCO panoptic 2017 as it lies on people's disks, and any data set in the COCO panoptic format.
+
+A Sample's map `segments` (H, W) int32 numbers the segments of the image 1..K in the order of the JSON, 0 is void;
+`meta["segments"]` is the ground truth for scoring. Both come from the PNGs (in a folder or still zipped) or from the
+compact copies that `uvim-fsq data prepare` makes.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.images import read_image
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.splits import SPLITS, split_rows
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
+from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
+
+if TYPE_CHECKING:
+    from uvim_fsq.tasks.coco_panoptic.task import CocoPanopticConfig
+
+OFFICIAL = {"panoptic_train2017": 118_287, "panoptic_val2017": 5_000}
+PREPARED = "prepared_panoptic"
+
+
+def find_annotations(root: Path, split: str) -> Path:
+    """The panoptic JSON of "train" or "val" under `root` or its `annotations/`. Raises UserError if there is none."""
+    found = sorted(file for place in (root / "annotations", root) for file in place.glob(f"panoptic_{split}*.json"))
+    if not found:
+        raise UserError(
+            f"{root} holds no annotations/panoptic_{split}*.json; the COCO panoptic format is expected, "
+            "see datasets/README.md"
+        )
+    # The plain name before variants that other tools leave beside it.
+    return min(found, key=lambda file: (file.stem != f"panoptic_{split}2017", len(file.name), file.name))
+
+
+@dataclass
+class PngStore:
+    """The id maps of one split: files of a folder, or members of a zip file that was never unpacked."""
+
+    place: Path
+    prefix: str = ""
+    _zip: zipfile.ZipFile | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An open file must not travel to a loader process.
+        return {**self.__dict__, "_zip": None}
+
+    def read(self, name: str) -> bytes:
+        """Raises UserError when the file is missing or broken."""
+        try:
+            if self.place.is_dir():
+                return (self.place / name).read_bytes()
+            if self._zip is None:
+                self._zip = zipfile.ZipFile(self.place)
+            return self._zip.read(self.prefix + name)
+        except (FileNotFoundError, KeyError):
+            raise UserError(f"{self.place / name}: no such PNG, but the annotation file names it") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.place}: {name} cannot be read ({error}); replace it") from error
+
+
+def find_pngs(root: Path, annotations: Path) -> PngStore:
+    """Beside the photos, beside the JSON, or still zipped beside the JSON."""
+    stem = annotations.stem
+    for place in (annotations.parent / stem, root / stem, root / "annotations" / stem):
+        if place.is_dir():
+            return PngStore(place)
+    for place in (annotations.with_suffix(".zip"), root / f"{stem}.zip", root / "annotations" / f"{stem}.zip"):
+        if place.is_file():
+            try:
+                with zipfile.ZipFile(place) as archive:
+                    first = next((name for name in archive.namelist() if name.endswith(".png")), "")
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{place} is no zip file or truncated ({error}); fetch it again") from error
+            return PngStore(place, first[: first.rfind("/") + 1])
+    raise UserError(
+        f"{annotations} is there, but not its PNGs: looked for {stem}/ beside it, {root / stem}/ and {stem}.zip"
+    )
+
+
+def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Path:
+    """The folder of the photos. `image_dir` (relative to `root`, {split} replaced) goes before what is found."""
+    name = annotations.stem.removeprefix("panoptic_")
+    if image_dir:
+        place = root / image_dir.replace("{split}", split)
+        if not place.is_dir():
+            raise UserError(f"task.image_dir={image_dir}: {place} is no folder")
+        return place
+    for place in (root / name, root / "images" / name, root / split, root / "images" / split, root / "images"):
+        if place.is_dir():
+            return place
+    raise UserError(f"{root} holds no photos: looked for {name}/ and images/{name}/; name it with task.image_dir=")
+
+
+def decode_ids(data: bytes, name: str) -> np.ndarray:
+    """An id PNG -> (H, W) int32, R + 256 G + 65536 B. Raises UserError for anything but 8-bit RGB."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if pixels is None:
+        raise UserError(f"{name} cannot be read as a PNG; replace it")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3:
+        kind = f"{pixels.dtype.itemsize * 8}-bit, {1 if pixels.ndim == 2 else pixels.shape[2]} channels"
+        raise UserError(f"{name} is {kind}; panoptic PNGs are 8-bit RGB with id = R + 256 G + 65536 B")
+    code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
+    return rgb_to_ids(cv2.cvtColor(pixels, code))
+
+
+def number_segments(ids: np.ndarray, segment_ids: np.ndarray, name: str) -> np.ndarray:
+    """24-bit ids (H, W) -> position of each in `segment_ids` plus 1, int32; 0 stays void.
+
+    Raises UserError for a pixel whose id is not listed.
+    """
+    numbers = segment_index(ids, segment_ids)
+    if int(numbers.min(initial=0)) < 0:
+        missing = np.unique(ids[numbers < 0])
+        raise UserError(
+            f"{name} holds {len(missing)} segment ids that the annotation file does not list, e.g. {missing[0]}; "
+            "PNG and JSON belong to different versions"
+        )
+    return numbers
+
+
+class PanopticSource:
+    """One split of a data set in the COCO panoptic format."""
+
+    def __init__(self, root: Path, split: str, config: CocoPanopticConfig) -> None:
+        self.official_split = "val" if split == "val" else "train"
+        self.root, self.config = root, config
+        self.annotations = find_annotations(root, self.official_split)
+        self.index = read_index(self.annotations)
+        _check_categories(self.index, config)
+        self.photos = find_photos(root, self.annotations, config.image_dir, self.official_split)
+        self.prepared = _prepared_folder(root, self.annotations, self.index)
+        self.pngs = PngStore(self.prepared) if self.prepared else find_pngs(root, self.annotations)
+        self.rows = split_rows(split, [str(name) for name in self.index.images])
+        crowded = int((np.diff(self.index.first)[self.rows] > config.max_instances).sum())
+        if crowded:
+            warnings.warn(
+                f"{crowded} of {len(self.rows)} images of {self.annotations.name} have more than "
+                f"{config.max_instances} segments; the largest are kept as labels",
+                stacklevel=2,
+            )
+        full = self.official_split == split and len(self.index.category_ids) == 133
+        self.info: dict[str, Any] = {
+            "layout": "COCO panoptic" + (" (prepared labels)" if self.prepared else ""),
+            "split": split,
+            "count": len(self.rows),
+            "official_count": OFFICIAL.get(self.annotations.stem) if full else None,
+            "root": root.name,
+            "annotations": self.annotations.name,
+            "classes": len(self.index.category_ids),
+            "images_without_annotation": self.index.without_annotation,
+            f"images_over_{config.max_instances}_segments": crowded,
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def unpacked_pngs(self) -> Path | None:
+        """The folder of the original id PNGs, None where they are still zipped."""
+        place = find_pngs(self.root, self.annotations).place
+        return place if place.is_dir() else None
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.rows[index])
+        part = slice(int(self.index.first[row]), int(self.index.first[row + 1]))
+        image = read_image(self.photos / str(self.index.images[row]))
+        png = str(self.index.pngs[row])
+        data = self.pngs.read(png)
+        if self.prepared:
+            numbers = decode_prepared(data, str(self.prepared / png))
+        else:
+            numbers = number_segments(
+                decode_ids(data, str(self.pngs.place / png)), self.index.ids[part], str(self.pngs.place / png)
+            )
+        if image.shape[:2] != numbers.shape:
+            raise UserError(
+                f"{self.photos / str(self.index.images[row])} is {image.shape[0]} x {image.shape[1]} but its PNG {png} "
+                f"{numbers.shape[0]} x {numbers.shape[1]}; one of them is of another version"
+            )
+        classes, crowd = self.index.classes[part].astype(np.int32), self.index.crowd[part]
+        meta = {
+            "segments": Segments(numbers, np.arange(1, len(classes) + 1), classes, crowd),
+            "areas": self.index.areas[part],
+            "image_id": int(self.index.image_ids[row]),
+            "png": png,
+        }
+        return Sample(str(self.index.images[row]), image, {"segments": numbers}, meta)
+
+
+def _check_categories(index: Index, config: CocoPanopticConfig) -> None:
+    ours, theirs = config.categories, index.categories
+    if ours and ours != theirs:
+        first = next((f"{a} and {b}" for a, b in zip(ours, theirs, strict=False) if a != b), "their number")
+        raise UserError(
+            f"{index.file} has other categories than those of this configuration or checkpoint "
+            f"({len(theirs)} and {len(ours)}; first difference: {first})"
+        )
+
+
+def open_source(root: str, split: str, config: CocoPanopticConfig) -> PanopticSource:
+    """Splits: train, val, holdout (4096 of train, by the md5 of the file name) and train_minus_holdout."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    return PanopticSource(find_data_root(root), split, config)
+
+
+# ---------------------------------------------------------------- prepared labels
+
+
+def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
+    """ "complete", "begun" or "none". Raises UserError if the folder belongs to another annotation file."""
+    begun = folder / "source.json"
+    if not begun.is_file():
+        return "none"
+    if json.loads(begun.read_text()) != _fingerprint(annotations, index):
+        raise UserError(f"{folder} was prepared from another {annotations.name}; delete that folder")
+    return "complete" if (folder / "complete").is_file() else "begun"
+
+
+def _fingerprint(annotations: Path, index: Index) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "annotations": annotations.name,
+        "size": annotations.stat().st_size,
+        "images": len(index.image_ids),
+        "segments": len(index.ids),
+    }
+
+
+def _prepared_folder(root: Path, annotations: Path, index: Index) -> Path | None:
+    folder = root / PREPARED / annotations.stem
+    return folder if _prepared_state(folder, annotations, index) == "complete" else None
+
+
+def decode_prepared(data: bytes, name: str) -> np.ndarray:
+    """A prepared label PNG (8 or 16 bits, grey) -> (H, W) int32 numbers of segments."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if pixels is None or pixels.ndim != 2:
+        raise UserError(f"{name} is broken; delete its folder and run `uvim-fsq data prepare` again")
+    return pixels.astype(np.int32)
+
+
+def prepare(root: str, progress: Callable[[int, int], None]) -> str:
+    """Writes the id maps of both splits as grey PNGs of segment numbers: a third of the decoding time.
+
+    Restartable; a split counts only when it is complete.
+    """
+    place = find_data_root(root)
+    done: list[str] = []
+    for split in ("train", "val"):
+        annotations = find_annotations(place, split)
+        index = read_index(annotations)
+        folder = place / PREPARED / annotations.stem
+        if _prepared_state(folder, annotations, index) != "complete":
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "source.json").write_text(json.dumps(_fingerprint(annotations, index)) + "\n")
+            _prepare_split(find_pngs(place, annotations), index, folder, progress)
+            (folder / "complete").touch()
+        done.append(f"{len(index.image_ids)} {split}")
+    return f"prepared labels of {' and '.join(done)} images in {place / PREPARED}"
+
+
+def _prepare_split(pngs: PngStore, index: Index, folder: Path, progress: Callable[[int, int], None]) -> None:
+    for row, name in enumerate(map(str, index.pngs)):
+        progress(row, len(index.pngs))
+        target = folder / name
+        if target.is_file():
+            continue
+        ids = index.ids[int(index.first[row]) : int(index.first[row + 1])]
+        numbers = number_segments(decode_ids(pngs.read(name), str(pngs.place / name)), ids, str(pngs.place / name))
+        ok, png = cv2.imencode(".png", numbers.astype(np.uint8 if len(ids) < 256 else np.uint16))
+        assert ok
+        partial = target.with_suffix(".partial")
+        partial.write_bytes(png.tobytes())
+        partial.replace(target)
+    progress(len(index.pngs), len(index.pngs))

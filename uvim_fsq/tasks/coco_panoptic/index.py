@@ -1,0 +1,156 @@
+"""A panoptic annotation file as a few flat arrays, checked once; large files are parsed once and kept in the cache."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.errors import UserError
+
+#: Files below this size are parsed each time.
+CACHE_FROM = 20_000_000
+
+
+@dataclass(frozen=True)
+class Index:
+    """One annotation file. N images in the order of their ids, M segments, C categories in the file's order.
+
+    Attributes:
+        file: the JSON.
+        image_ids, heights, widths: (N,) int64.
+        images, pngs: (N,) str, file names of photo and id map.
+        first: (N + 1,) int64; the segments of image i are first[i]..first[i + 1] - 1.
+        ids: (M,) int64 24-bit ids of the segments in the PNG.
+        classes: (M,) int64, 1..C in the order of the file's categories.
+        areas: (M,) int64 as the JSON says, -1 where it says nothing. crowd: (M,) bool.
+        category_ids: (C,) int64. category_names: (C,) str. is_thing: (C,) bool.
+        without_annotation: images of the file that no annotation is about; they are left out.
+    """
+
+    file: Path
+    image_ids: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    images: np.ndarray
+    pngs: np.ndarray
+    first: np.ndarray
+    ids: np.ndarray
+    classes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    category_ids: np.ndarray
+    category_names: np.ndarray
+    is_thing: np.ndarray
+    without_annotation: int
+
+    @property
+    def categories(self) -> tuple[tuple[int, str, bool], ...]:
+        """(id, name, is a thing) of each category; class c of the labels is entry c - 1."""
+        rows = zip(self.category_ids, self.category_names, self.is_thing, strict=True)
+        return tuple((int(i), str(name), bool(thing)) for i, name, thing in rows)
+
+
+def read_index(file: Path) -> Index:
+    """The index of a panoptic JSON. Raises UserError for a file that is none, or contradicts itself."""
+    try:
+        stat = file.stat()
+    except OSError:
+        raise UserError(f"{file}: no such annotation file") from None
+    return _read(file, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, mtime: int, size: int) -> Index:
+    if size < CACHE_FROM:
+        arrays = _parse(file)
+    else:
+        key = {"file": str(file.resolve()), "mtime": mtime, "size": size}
+        arrays = cached_arrays("panoptic_index", key, lambda: _parse(file))
+    return Index(file=file, **{**arrays, "without_annotation": int(arrays["without_annotation"])})
+
+
+def _parse(file: Path) -> dict[str, np.ndarray]:
+    try:
+        tree = json.loads(file.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}); it is truncated or broken, replace it") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+    keys = ("images", "annotations", "categories")
+    if not isinstance(tree, dict) or any(not isinstance(tree.get(key), list) for key in keys):
+        raise UserError(f"{file} is no panoptic annotation file: it needs lists {', '.join(keys)}")
+    try:
+        return _tables(file, tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: an entry lacks or garbles a field of the COCO panoptic format ({error!r}); "
+            "images need id, file_name, height, width; annotations image_id, file_name, segments_info"
+        ) from error
+
+
+def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    categories = tree["categories"]
+    number = {int(category["id"]): i + 1 for i, category in enumerate(categories)}
+    if len(number) != len(categories) or not categories:
+        raise UserError(f"{file}: its categories are empty or one id stands there twice")
+    images = {int(image["id"]): image for image in tree["images"]}
+    annotations = {int(annotation["image_id"]): annotation for annotation in tree["annotations"]}
+    for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
+        if len(table) != len(tree[rows]):
+            raise UserError(f"{file}: {len(tree[rows]) - len(table)} entries of `{rows}` repeat an {name}; remove them")
+    strangers = annotations.keys() - images.keys()
+    if strangers:
+        raise UserError(
+            f"{file}: {len(strangers)} annotations are of images that `images` lacks, e.g. {min(strangers)}"
+        )
+    order = sorted(annotations)
+    if not order:
+        raise UserError(f"{file} holds no annotations")
+    segments: list[Mapping[str, Any]] = []
+    first = [0]
+    for image_id in order:
+        infos = annotations[image_id]["segments_info"]
+        _check_segments(file, annotations[image_id], infos, number)
+        segments += infos
+        first.append(len(segments))
+    entries = [images[image_id] for image_id in order]
+    return {
+        "image_ids": np.array(order, np.int64),
+        "heights": np.array([entry["height"] for entry in entries], np.int64),
+        "widths": np.array([entry["width"] for entry in entries], np.int64),
+        "images": np.array([entry["file_name"] for entry in entries], np.str_),
+        "pngs": np.array([annotations[image_id]["file_name"] for image_id in order], np.str_),
+        "first": np.array(first, np.int64),
+        "ids": np.array([info["id"] for info in segments], np.int64),
+        "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),
+        "areas": np.array([info.get("area", -1) for info in segments], np.int64),
+        "crowd": np.array([bool(info.get("iscrowd", 0)) for info in segments], np.bool_),
+        "category_ids": np.array([category["id"] for category in categories], np.int64),
+        "category_names": np.array([category.get("name", category["id"]) for category in categories], np.str_),
+        "is_thing": np.array([bool(category["isthing"]) for category in categories], np.bool_),
+        "without_annotation": np.array(len(images) - len(order)),
+    }
+
+
+def _check_segments(
+    file: Path, annotation: Mapping[str, Any], infos: Sequence[Mapping[str, Any]], number: Mapping[int, int]
+) -> None:
+    ids = [int(info["id"]) for info in infos]
+    name = annotation["file_name"]
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"{file}: segment id {twice} stands twice in the annotation of {name}; give each its own id")
+    if ids and not 0 < min(ids) <= max(ids) < 1 << 24:
+        raise UserError(f"{file}: {name} has a segment id outside 1..16777215, which its PNG cannot hold")
+    for info in infos:
+        if int(info["category_id"]) not in number:
+            raise UserError(
+                f"{file}: {name} has a segment of category {info['category_id']}, which `categories` does not list"
+            )

@@ -1,0 +1,180 @@
+"""Panoptic quality (Kirillov et al., arXiv 1801.00868) by COCO's rules for void and crowd. Knows nothing of files.
+
+G segments of the ground truth, P predicted ones, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Metric
+from uvim_fsq.tasks.coco_panoptic.segments import Segments, segment_index
+
+
+def overlap_table(prediction: Segments, truth: Segments) -> np.ndarray:
+    """(G + 1, P + 1) float64 pixel counts of every pair of segments; row 0 and column 0 are void.
+
+    Both `ids` have the same shape. Raises UserError for a pixel whose id is not among the segments.
+    """
+    assert prediction.ids.shape == truth.ids.shape, (prediction.ids.shape, truth.ids.shape)
+    # Runs of equal pairs: neighbours mostly belong together, so only some thousands of runs have to be looked up.
+    p, t = prediction.ids.ravel(), truth.ids.ravel()
+    last = np.empty(t.size, bool)
+    last[-1:] = True
+    np.not_equal(t[1:], t[:-1], out=last[:-1])
+    last[:-1] |= p[1:] != p[:-1]
+    ends = np.flatnonzero(last)
+    lengths = np.diff(ends, prepend=-1)
+    rows, columns = segment_index(t[ends], truth.segment_ids), segment_index(p[ends], prediction.segment_ids)
+    if rows.min(initial=0) < 0:
+        unknown = t[ends][rows < 0][0]
+        raise UserError(
+            f"PNG holds segment id {unknown} that the JSON does not list: list it in segments_info or make it 0 (void)"
+        )
+    if columns.min(initial=0) < 0:
+        raise UserError(f"the prediction holds segment id {p[ends][columns < 0][0]} that is not among its segments")
+    shape = len(truth.segment_ids) + 1, len(prediction.segment_ids) + 1
+    pair = rows.astype(np.int64) * shape[1] + columns
+    return np.bincount(pair, weights=lengths, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def count_matches(prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:
+    """What one image adds to each class's score, as the benchmark's panopticapi counts it.
+
+    A predicted and a true segment of one class match if their IoU is over 0.5, void pixels of the truth left out of
+    the union. Crowds neither match nor count as missed. Of the predictions without a match those are forgiven whose
+    area is over half void or crowd of their class; of several such crowds only the last listed one is looked at.
+    Areas are counted in pixels. A listed true segment without a pixel is missed, such a prediction is dropped.
+
+    Returns:
+        (4, C) float64: sum of the matches' IoU, matches, false positives, false negatives.
+
+    Raises:
+        UserError: a pixel's id is not among the segments, or a class is not in 1..C.
+    """
+    return _count(overlap_table(prediction, truth), prediction, truth, num_classes)
+
+
+def _count(overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:
+    _check_classes(prediction, num_classes, "the prediction")
+    _check_classes(truth, num_classes, "the ground truth")
+    true_area, area = overlap.sum(1)[1:], overlap.sum(0)[1:]
+    void, shared = overlap[0, 1:], overlap[1:, 1:]
+    union = area + true_area[:, None] - shared - void
+    iou = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+    fits = (truth.classes[:, None] == prediction.classes) & ~truth.crowd[:, None]
+    # Over 0.5 no segment can have two partners.
+    row, column = np.nonzero(fits & (iou > 0.5))
+    missed, extra = ~truth.crowd, area > 0
+    missed[row] = False
+    extra[column] = False
+    extra &= void + _same_crowd(overlap, prediction, truth, num_classes) <= 0.5 * area
+    counts = np.empty((4, num_classes))
+    counts[0] = np.bincount(truth.classes[row] - 1, weights=iou[row, column], minlength=num_classes)
+    for i, classes in enumerate((truth.classes[row], prediction.classes[extra], truth.classes[missed]), start=1):
+        counts[i] = np.bincount(classes - 1, minlength=num_classes)
+    return counts
+
+
+def _same_crowd(overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:
+    """(P,) pixels of each predicted segment in the last listed crowd of its class."""
+    row_of_class = np.zeros(num_classes + 1, np.int64)
+    for k in np.flatnonzero(truth.crowd):
+        row_of_class[truth.classes[k]] = k + 1
+    rows = row_of_class[prediction.classes]
+    return np.where(rows > 0, overlap[rows, np.arange(1, len(rows) + 1)], 0)
+
+
+def _check_classes(segments: Segments, num_classes: int, what: str) -> None:
+    wrong = (segments.classes < 1) | (segments.classes > num_classes)
+    if wrong.any():
+        raise UserError(f"{what} holds class {segments.classes[wrong][0]}, but the classes are 1..{num_classes}")
+
+
+def class_figures(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(4, C) counts -> (C,) bool, which classes occur, and (3, C) PQ, SQ and RQ in percent; 0 where undefined."""
+    iou, tp, fp, fn = counts
+    weight = tp + 0.5 * fp + 0.5 * fn
+    occurs = weight > 0
+    zero = np.zeros((3, counts.shape[1]))
+    figures = np.divide([iou, iou, tp], [weight, tp, weight], out=zero, where=np.stack([occurs, tp > 0, occurs]))
+    return occurs, 100 * figures
+
+
+class PanopticMetric(Metric):
+    """PQ = SQ * RQ of each class over all images, then the mean over the classes that occur; all in percent.
+
+    Args:
+        protocol: named by every result.
+        names: of the classes 1..C.
+        is_thing: of the classes 1..C.
+    """
+
+    def __init__(self, protocol: str, names: Sequence[str], is_thing: Sequence[bool]) -> None:
+        assert len(names) == len(is_thing), (len(names), len(is_thing))
+        self.protocol, self.names = protocol, list(names)
+        things = np.array(is_thing, bool)
+        self.groups = {"": np.ones_like(things), "_things": things, "_stuff": ~things}
+        self.counts = np.zeros((4, len(self.names)))
+        self.images = np.zeros(1)
+
+    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+        """Adds one image.
+
+        Args:
+            prediction: `Segments` of any size; brought to the truth's by nearest neighbour, vanished segments dropped.
+            sample: `meta["segments"]` is the ground truth, a `Segments` at native size.
+
+        Returns:
+            pq: mean over the classes that occur in this image, in percent, 0 if none.
+            segments_gt: listed true segments, crowds left out. segments_pred: predicted ones that have pixels.
+        """
+        truth: Segments = sample.meta["segments"]
+        size = (truth.ids.shape[0], truth.ids.shape[1])
+        ids = resize_nearest(prediction.ids, size)
+        resized = Segments(ids, prediction.segment_ids, prediction.classes, prediction.crowd)
+        try:
+            overlap = overlap_table(resized, truth)
+            counts = _count(overlap, resized, truth, len(self.names))
+        except UserError as error:
+            raise UserError(f"{sample.id}: {error}") from error
+        self.counts += counts
+        self.images += 1
+        occurs, (pq, _, _) = class_figures(counts)
+        return {
+            "pq": float(pq.sum() / max(occurs.sum(), 1)),
+            "segments_gt": float((~truth.crowd).sum()),
+            "segments_pred": float((overlap.sum(0)[1:] > 0).sum()),
+        }
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"counts": self.counts.copy(), "images": self.images.copy()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self.counts, self.images = np.array(state["counts"]), np.array(state["images"])
+
+    def compute(self) -> dict[str, float]:
+        """pq, sq, rq (percent) and how many classes occur, of all classes, things and stuff; pq/NAME of each class.
+
+        Things or stuff are left out if no class is of that kind; their figures are 0 if none of them occurs.
+        """
+        if self.images[0] == 0:
+            raise UserError("no image was evaluated: give a split with images and a limit of at least 1")
+        occurs, figures = class_figures(self.counts)
+        result: dict[str, float] = {}
+        for group, members in self.groups.items():
+            if not members.any():
+                continue
+            counted = occurs & members
+            mean = figures[:, counted].sum(1) / max(counted.sum(), 1)
+            result |= {f"{name}{group}": float(value) for name, value in zip(("pq", "sq", "rq"), mean, strict=True)}
+            result[f"classes{group or '_all'}"] = float(counted.sum())
+        result["images"] = float(self.images[0])
+        result |= {f"pq/{self.names[c]}": float(figures[0, c]) for c in np.flatnonzero(occurs)}
+        return result

@@ -1,0 +1,113 @@
+"""Pictures of segments: overlays with class names and thing outlines, and a legend."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.tasks.coco_panoptic.segments import Segments
+
+#: Segments below this share of the picture carry no name.
+NAMED_SHARE = 0.01
+ROW = 18
+
+
+def class_colours(count: int) -> np.ndarray:
+    """(count + 1, 3) uint8: entry 0 (void) black, then colours that stay apart: hues by the golden angle."""
+    rows = [(0.0, 0.0, 0.0)]
+    for i in range(count):
+        value, saturation = (1.0, 0.8, 0.62)[i % 3], (0.62, 0.85, 0.5)[(i // 3) % 3]
+        rows.append(colorsys.hsv_to_rgb(i * 0.61803399 % 1.0, saturation, value))
+    return (np.array(rows) * 255).round().astype(np.uint8)
+
+
+def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
+    """(K + 1, 3) uint8 by position: the class's colour, for things a little lighter or darker one by one."""
+    table = np.zeros((len(segments.segment_ids) + 1, 3))
+    seen: dict[int, int] = {}
+    for i, c in enumerate(int(c) for c in segments.classes):
+        nth = seen[c] = seen.get(c, -1) + 1
+        shade = (1.0, 0.75, 1.2, 0.6, 0.88)[nth % 5] if is_thing[c] else 1.0
+        table[i + 1] = colours[c] * shade
+    return table.clip(0, 255).astype(np.uint8)
+
+
+def overlay(
+    image: np.ndarray, segments: Segments, names: Sequence[str], is_thing: np.ndarray, share: float = 0.6
+) -> np.ndarray:
+    """The picture under its segments.
+
+    Args:
+        image: (H, W, 3) uint8.
+        segments: ids 1..K in position order, any size.
+        names: class names, entry 0 for void.
+        is_thing: (C + 1,) bool.
+        share: weight of the colours.
+    """
+    ids = resize_nearest(segments.ids, image.shape[:2])
+    colours = segment_colours(segments, class_colours(len(names) - 1), is_thing)[ids]
+    mixed = (image * (1 - share) + colours * share).astype(np.uint8)
+    mixed[ids == 0] = image[ids == 0]
+    edge = np.zeros(ids.shape, bool)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    thing = np.concatenate([[False], is_thing[segments.classes]])
+    # A line on the thing's own side only, so that neighbours keep theirs.
+    inside = cv2.dilate(edge.astype(np.uint8), np.ones((2, 2), np.uint8)).astype(bool) & thing[ids]
+    mixed[inside] = 255
+    return _write_names(mixed, ids, segments, names)
+
+
+def _write_names(picture: np.ndarray, ids: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
+    if min(picture.shape[:2]) < 200:
+        return picture
+    sheet = Image.fromarray(picture)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    area = np.bincount(ids.ravel(), minlength=len(segments.segment_ids) + 1)
+    for number in np.argsort(-area[1:])[:40] + 1:
+        if area[number] < NAMED_SHARE * ids.size:
+            continue
+        x, y = _inner_point(ids == number)
+        name = names[int(segments.classes[number - 1])]
+        draw.text((x, y), name, fill="white", stroke_fill="black", stroke_width=2, anchor="mm", font=font)
+    return np.asarray(sheet)
+
+
+def _inner_point(mask: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the mask's pixel that is furthest from its border, where a name fits best."""
+    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(int(distance.argmax()), mask.shape)
+    return int(x), int(y)
+
+
+def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: int | None = None) -> np.ndarray:
+    """Colour and name of the given classes (all if None), (H, W, 3) uint8, in columns of at most `height` pixels."""
+    shown = list(range(1, len(names))) if classes is None else list(classes)
+    colours = class_colours(len(names) - 1)
+    rows = max(1, min(len(shown), (height or 20 * ROW) // ROW))
+    columns = -(-max(len(shown), 1) // rows)
+    font = ImageFont.load_default(12)
+    width = 30 + max((int(font.getlength(names[c])) for c in shown), default=40)
+    sheet = Image.new("RGB", (columns * width, max(rows * ROW, height or 0)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, c in enumerate(shown):
+        x, y = i // rows * width, i % rows * ROW
+        draw.rectangle((x + 4, y + 4, x + 16, y + 15), fill=tuple(int(v) for v in colours[c]))
+        draw.text((x + 22, y + ROW // 2), names[c], fill="black", anchor="lm", font=font)
+    return np.asarray(sheet)
+
+
+def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
+    """`picture` with a legend of the classes in it on its right."""
+    present = sorted({int(c) for c in segments.classes})
+    side = legend(names, present, picture.shape[0])
+    sheet = np.full((max(picture.shape[0], side.shape[0]), picture.shape[1] + side.shape[1], 3), 255, np.uint8)
+    sheet[: picture.shape[0], : picture.shape[1]] = picture
+    sheet[: side.shape[0], picture.shape[1] :] = side
+    return sheet

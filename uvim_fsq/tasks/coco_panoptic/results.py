@@ -1,0 +1,35 @@
+"""The official results of an evaluation, as `Task.official` hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.tasks.base import OfficialResults
+from uvim_fsq.tasks.coco_panoptic.data import PanopticSource
+from uvim_fsq.tasks.coco_panoptic.official import OfficialResults as ResultWriter
+from uvim_fsq.tasks.coco_panoptic.official import run_panopticapi
+from uvim_fsq.tasks.coco_panoptic.segments import Segments
+
+
+class CocoResults(OfficialResults):
+    """PNGs and JSON in COCO's format, scored by panopticapi where it is installed and the PNGs are unpacked."""
+
+    def __init__(self, folder: Path, source: PanopticSource, category_ids: Sequence[int]) -> None:
+        self.source, self.writer = source, ResultWriter(folder, category_ids)
+
+    def add(self, prediction: Segments, sample: Sample) -> Any:
+        size = (sample.image.shape[0], sample.image.shape[1])
+        ids = resize_nearest(prediction.ids, size)
+        native = Segments(ids, prediction.segment_ids, prediction.classes, prediction.crowd)
+        return self.writer.add(native, sample.meta["image_id"], sample.meta["png"])
+
+    def finish(self, entries: list[Any]) -> dict[str, float] | None:
+        predictions = self.writer.finish(entries)
+        truth = self.source.unpacked_pngs()
+        if truth is None:
+            return None
+        return run_panopticapi(self.source.annotations, truth, predictions, self.writer.pngs)

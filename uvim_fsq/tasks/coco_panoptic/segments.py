@@ -1,0 +1,92 @@
+"""The segments of one image and their RGB coding in COCO's id PNGs. Knows nothing of files, scores or models.
+
+H, W native size; K segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from uvim_fsq.errors import UserError
+
+#: An id is three bytes of a PNG's pixel; 0 is void.
+MAX_ID = (1 << 24) - 1
+_PAGE_BITS = 10
+_NO_PAGE = (MAX_ID >> _PAGE_BITS) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A panoptic prediction or ground truth.
+
+    Attributes:
+        ids: (H, W) int32; 0 = void, other values are segment ids.
+        segment_ids: (K,) integers 1..2^24 - 1, each once, in the order of the JSON; a segment may have no pixel.
+        classes: (K,) int32 contiguous classes 1..C.
+        crowd: (K,) bool, regions of many things that the annotators did not separate; all False in predictions.
+    """
+
+    ids: np.ndarray
+    segment_ids: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.ids.ndim == 2, self.ids.shape
+        assert self.segment_ids.shape == self.classes.shape == self.crowd.shape == (len(self.segment_ids),)
+        assert self.crowd.dtype == bool, self.crowd.dtype
+
+
+def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) int32 ids, R + 256 G + 65536 B."""
+    assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3, (rgb.dtype, rgb.shape)
+    # A fourth byte per pixel makes it one little-endian integer; OpenCV's BGR to BGRA keeps the order of the bytes.
+    four = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_BGR2BGRA)
+    return (four.view("<i4")[..., 0] & MAX_ID).astype(np.int32, copy=False)
+
+
+def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """(H, W) integer ids 0..2^24 - 1 -> (H, W, 3) uint8 RGB; the inverse of `rgb_to_ids`."""
+    four = np.ascontiguousarray(ids, "<i4")[..., None].view(np.uint8)
+    return cv2.cvtColor(four, cv2.COLOR_BGRA2BGR)
+
+
+def segment_index(values: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Ids -> their positions in `segment_ids`.
+
+    Args:
+        values: any shape, int32.
+        segment_ids: (K,) integers.
+
+    Returns:
+        Array like `values`, int32: 0 = void, k + 1 = `segment_ids[k]`, -1 = an id that is not listed.
+
+    Raises:
+        UserError: a listed id is not in 1..2^24 - 1, or is listed twice.
+    """
+    _check_listed(segment_ids)
+    # A table of two levels, as 2^24 entries would cost more to fill than a sort and a search among K ids is slower yet.
+    listed = np.concatenate([[0], segment_ids]).astype(np.int64)
+    pages, page_of_id = np.unique(listed >> _PAGE_BITS, return_inverse=True)
+    page_number = np.zeros(_NO_PAGE + 1, np.int32)
+    page_number[pages] = np.arange(1, len(pages) + 1)
+    table = np.full((len(pages) + 1, 1 << _PAGE_BITS), -1, np.int32)
+    table[page_of_id + 1, listed & ((1 << _PAGE_BITS) - 1)] = np.arange(len(listed))
+    # Unsigned, a negative value is a large one, and "clip" sends large ones to the page that lists nothing.
+    unsigned = values.astype(np.uint32)
+    position = page_number.take(unsigned >> _PAGE_BITS, mode="clip")
+    position <<= _PAGE_BITS
+    position |= (unsigned & ((1 << _PAGE_BITS) - 1)).astype(np.int32)
+    return table.ravel().take(position)
+
+
+def _check_listed(segment_ids: np.ndarray) -> None:
+    unique, times = np.unique(segment_ids, return_counts=True)
+    if len(unique) and not (unique[0] >= 1 and unique[-1] <= MAX_ID):
+        wrong = unique[0] if unique[0] < 1 else unique[-1]
+        raise UserError(f"segment id {wrong} is listed, but ids are 1..{MAX_ID} (0 is void): renumber the segments")
+    if len(unique) < len(segment_ids):
+        raise UserError(f"segment id {unique[times.argmax()]} is listed twice: give every segment its own id")

@@ -1,0 +1,183 @@
+"""Panoptic segmentation as two label maps, semantics and instances (UViM, arXiv 2205.10337, section 4; COCO 2017)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
+from uvim_fsq.tasks.coco_panoptic import render
+from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, find_annotations, open_source, prepare
+from uvim_fsq.tasks.coco_panoptic.index import read_index
+from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, panoptic_from_logits, to_segments
+from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
+from uvim_fsq.tasks.coco_panoptic.results import CocoResults
+from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb
+from uvim_fsq.tasks.losses import pixel_cross_entropy
+from uvim_fsq.tasks.registry import register_task
+
+
+@dataclass(frozen=True)
+class CocoPanopticConfig:
+    max_instances: int = 99
+    """Instance numbers beside 0; of an image with more segments the largest are kept."""
+    void: Literal["class", "ignore"] = "class"
+    """Void pixels: class 0 of both maps, trained as such (the reference's), or ignore (-1: no input, no loss)."""
+    crowd: Literal["keep", "ignore"] = "keep"
+    """Crowd segments in training labels: ordinary segments (the reference's), or ignore (-1)."""
+    min_fraction: float = 0.0
+    """Predicted instances of at most this share of the image become void."""
+    image_dir: str = ""
+    """Folder of the photos, relative to data.root, if they lie elsewhere; {split} becomes train or val."""
+    categories: tuple[tuple[int, str, bool], ...] = ()
+    """(id, name, is a thing) of each class; read from the annotation file and kept in the checkpoint."""
+
+
+@register_task("coco_panoptic")
+class CocoPanoptic(Task):
+    """Segments with classes; things one by one, stuff by class."""
+
+    Config = CocoPanopticConfig
+    main_metric = "pq"
+    smaller_is_better = False
+    headline = ("sq", "rq", "pq_things", "pq_stuff")
+    synthetic = "coco_panoptic"
+    config: CocoPanopticConfig
+
+    def __init__(self, config: CocoPanopticConfig) -> None:
+        if not config.categories:
+            raise UserError("task.categories is empty; they are read from the annotation file under data.root")
+        if not 1 <= config.max_instances < 1000 or not 0 <= config.min_fraction < 1:
+            raise UserError("task: needs 1 <= max_instances < 1000 and 0 <= min_fraction < 1")
+        super().__init__(config)
+        self.names = ["void", *(name for _, name, _ in config.categories)]
+        self.is_thing = np.array([False, *(thing for _, _, thing in config.categories)])
+
+    @classmethod
+    def complete(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
+        """Reads the categories from the training annotations."""
+        if config.categories:
+            return config
+        index = read_index(find_annotations(find_data_root(root), "train"))
+        return dataclasses.replace(config, categories=index.categories)
+
+    @property
+    def label_channels(self) -> dict[str, LabelChannel]:
+        return {"semantics": Categorical(len(self.names)), "instances": Categorical(self.config.max_instances + 1)}
+
+    def source(self, root: str, split: str) -> PanopticSource:
+        return open_source(root, split, self.config)
+
+    def encode(self, sample: Sample) -> dict[str, np.ndarray]:
+        """semantics (0 void, 1..C) and instances (0 void, 1..N by centre of mass, after the crop), (S, S) int16."""
+        truth: Segments = sample.meta["segments"]
+        unlabelled = np.concatenate([[False], truth.crowd & (self.config.crowd == "ignore")])
+        classes = np.concatenate([[0], truth.classes])
+        void = -1 if self.config.void == "ignore" else 0
+        return encode_panoptic(sample.maps["segments"], classes, unlabelled, self.config.max_instances, void)
+
+    def loss(
+        self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum over both maps of the cross-entropy; -1 counts 0 but stays in the mean over all pixels."""
+        classes, classes_right = pixel_cross_entropy(logits["semantics"], labels["semantics"])
+        instances, instances_right = pixel_cross_entropy(logits["instances"], labels["instances"])
+        logs = {"semantics_accuracy": classes_right, "instances_accuracy": instances_right}
+        return classes + instances, logs
+
+    def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Segments]:
+        """(B, S, S, C + 1) and (B, S, S, N) logits -> per image its segments at label size."""
+        classes, instances = panoptic_from_logits(logits["semantics"], logits["instances"], self.config.min_fraction)
+        maps = zip(classes.cpu().numpy(), instances.cpu().numpy(), strict=True)
+        return [to_segments(c, i, self.is_thing) for c, i in maps]
+
+    def metric(self, source: SampleSource) -> Metric:
+        return PanopticMetric("coco_panoptic/pq", self.names[1:], [bool(x) for x in self.is_thing[1:]])
+
+    def official(self, folder: Path, source: SampleSource) -> OfficialResults:
+        assert isinstance(source, PanopticSource)
+        return CocoResults(folder, source, [category[0] for category in self.config.categories])
+
+    def to_size(self, prediction: Segments, image: np.ndarray) -> Segments:
+        """Nearest neighbour; segments that vanish are dropped and the rest numbered 1..K again."""
+        ids = resize_nearest(prediction.ids, image.shape[:2])
+        area = np.bincount(ids.ravel(), minlength=len(prediction.segment_ids) + 1)
+        kept = np.flatnonzero(area[1:])
+        table = np.zeros(len(area), np.int32)
+        table[kept + 1] = np.arange(1, len(kept) + 1)
+        return Segments(table[ids], np.arange(1, len(kept) + 1), prediction.classes[kept], prediction.crowd[kept])
+
+    def render(self, image: np.ndarray, prediction: Segments, truth: Sample | None = None) -> dict[str, np.ndarray]:
+        pictures = {"prediction": render.overlay(image, prediction, self.names, self.is_thing)}
+        if truth is not None:
+            segments = truth.meta["segments"]
+            pictures = {"ground truth": render.overlay(image, segments, self.names, self.is_thing), **pictures}
+        return pictures
+
+    def legend(self) -> np.ndarray:
+        return render.legend(self.names)
+
+    def save_prediction(self, prediction: Segments, image: np.ndarray, stem: str) -> dict[str, str]:
+        """stem.png: ids as R + 256 G + 65536 B; stem.json: its segments; stem_overlay.png: names, outlines, legend."""
+        paths = {"png": f"{stem}.png", "json": f"{stem}.json", "overlay": f"{stem}_overlay.png"}
+        Image.fromarray(ids_to_rgb(prediction.ids)).save(paths["png"])
+        area = np.bincount(prediction.ids.ravel(), minlength=len(prediction.segment_ids) + 1)
+        infos = [
+            {
+                "id": int(number),
+                "category_id": self.config.categories[int(c) - 1][0],
+                "category": self.names[int(c)],
+                "isthing": bool(self.is_thing[int(c)]),
+                "area": int(area[number]),
+            }
+            for number, c in zip(prediction.segment_ids, prediction.classes, strict=True)
+        ]
+        Path(paths["json"]).write_text(json.dumps({"segments_info": infos}, indent=1) + "\n")
+        picture = self.render(image, prediction)["prediction"]
+        Image.fromarray(render.with_legend(picture, prediction, self.names)).save(paths["overlay"])
+        return paths
+
+    def baseline(self, source: SampleSource, size: int) -> Baseline:
+        """Each pixel's most frequent class over `source`; the pixels of a class are one segment."""
+        counts = np.zeros((size * size, len(self.names)), np.int32)
+        pixels = np.arange(size * size)
+        for i in range(len(source)):
+            sample = source[i]
+            classes = np.concatenate([[0], sample.meta["segments"].classes])
+            counts[pixels, classes[resize_nearest(sample.maps["segments"], (size, size))].ravel()] += 1
+        classes = counts.argmax(1).reshape(size, size)
+        segments = to_segments(classes, np.zeros_like(classes), self.is_thing)
+        return Baseline("most frequent class of each pixel in the training set", lambda image: segments)
+
+    def inspect(self, sample: Sample) -> str | None:
+        """Listed segments without pixels, areas that contradict the PNG, images without any segment."""
+        truth: Segments = sample.meta["segments"]
+        area = np.bincount(truth.ids.ravel(), minlength=len(truth.segment_ids) + 1)[1:]
+        if not len(area):
+            return f"{sample.id}: no segment at all (all void)"
+        if not area.all():
+            return f"{sample.id}: {int((area == 0).sum())} segments of the JSON have no pixel in {sample.meta['png']}"
+        given = sample.meta["areas"]
+        wrong = (given >= 0) & (given != area)
+        if wrong.any():
+            k = int(wrong.argmax())
+            return (
+                f"{sample.id}: {int(wrong.sum())} areas of the JSON contradict the PNG, e.g. {given[k]} for {area[k]} "
+                "pixels (scores use the pixels)"
+            )
+        return None
+
+    def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
+        return prepare(root, progress)

@@ -1,0 +1,296 @@
+"""Photos as they lie on people's disks: ImageNet in its usual trees, found by content, and any folder of photos.
+
+Knows file names and sizes; of colour and of networks nothing. Every sample is the RGB photo, without maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.data.images import IMAGE_SUFFIXES, read_image
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.imagenet_color.coltran import evaluation_names, reference_names
+
+COLTRAN = {"coltran_evaluation": evaluation_names, "coltran_reference": reference_names}
+SPLITS = ("train", "val", "holdout", "train_minus_holdout", *COLTRAN)
+#: Photos held out of training; of less than ten times as many a tenth.
+HOLDOUT = 4096
+#: Of a folder without train/ and val/ every tenth photo is the evaluation split.
+VAL_STRIDE = 10
+#: split -> number of photos in ImageNet.
+OFFICIAL = {
+    "train": 1_281_167,
+    "val": 50_000,
+    "holdout": HOLDOUT,
+    "train_minus_holdout": 1_281_167 - HOLDOUT,
+    **dict.fromkeys(COLTRAN, 5_000),
+}
+TRAIN_NAME = re.compile(r"n\d{8}_\d+\.jpe?g", re.IGNORECASE)
+VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.jpe?g", re.IGNORECASE)
+#: Where train/ and val/ may lie below the folder that the user names.
+PLACES = ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
+#: Shorter lists are read anew every time.
+CACHE_ABOVE = 20_000
+ARCHIVES = (".tar", ".tgz", ".zip", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Many relative paths in two arrays, which travel to loader processes faster than a list of strings.
+
+    Attributes:
+        data: uint8, all paths in UTF-8, one after another.
+        ends: (n,) int64, where each one ends.
+    """
+
+    data: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Paths:
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.data[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        start, data = 0, self.data.tobytes()
+        for end in self.ends.tolist():
+            yield os.fsdecode(data[start:end])
+            start = end
+
+
+class PhotoSource:
+    """Photos of one split. `meta["name"]` of a sample is the base name of its file.
+
+    Attributes:
+        root: absolute folder of the data set; `open_source` finds the same photos there.
+        info: layout, split, count, official_count (None for other data than ImageNet), root (its name), and with a
+            lower bound on the size left_out.
+    """
+
+    def __init__(self, root: Path, folder: str, paths: Paths, rows: np.ndarray, info: dict[str, Any]) -> None:
+        """`rows`: which of `paths`, relative to `root / folder`, in which order."""
+        self.root, self.folder, self.info = root, folder, info
+        self._paths, self._rows = paths, rows
+
+    @property
+    def names(self) -> list[str]:
+        """Every photo's path relative to `root`, in order."""
+        every = list(self._paths)
+        return [os.path.join(self.folder, every[row]) for row in self._rows.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = os.path.join(self.folder, self._paths[int(self._rows[index])])
+        return Sample(name, read_image(self.root / name), {}, {"name": os.path.basename(name)})
+
+
+def list_photos(folder: Path) -> Paths:
+    """Sorted paths of all photos below `folder`, by extension, hidden files left out; long lists come from the cache.
+
+    Raises UserError for a folder that cannot be read.
+    """
+
+    def make() -> dict[str, np.ndarray]:
+        photos, times = _scan(folder)
+        found, folders = Paths.of(photos), Paths.of(times)
+        return {
+            "data": found.data,
+            "ends": found.ends,
+            "folders": folders.data,
+            "folder_ends": folders.ends,
+            "times": np.array(list(times.values()), np.int64),
+        }
+
+    def fresh(arrays: dict[str, np.ndarray]) -> bool:
+        # A photo that comes or goes changes the time of its folder, so a thousand look-ups stand for a million files.
+        folders = Paths(arrays["folders"], arrays["folder_ends"])
+        return all(_time(folder / name) == time for name, time in zip(folders, arrays["times"].tolist(), strict=True))
+
+    arrays = cached_arrays("photo_list", {"root": str(folder)}, make, fresh, lambda new: len(new["ends"]) > CACHE_ABOVE)
+    return Paths(arrays["data"], arrays["ends"])
+
+
+def _time(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _scan(root: Path) -> tuple[list[str], dict[str, int]]:
+    """All photos below `root`, sorted, and all folders with their times of change."""
+    photos: list[str] = []
+    times: dict[str, int] = {}
+    todo, linked = [""], {os.path.realpath(root)}
+    while todo:
+        folder = todo.pop()
+        times[folder] = _time(root / folder)
+        try:
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            for entry in entries:
+                # Also the resource forks that macOS packs into archives: ._NAME and __MACOSX/.
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    target = os.path.realpath(entry.path) if entry.is_symlink() else None
+                    # Links may form a circle.
+                    if target not in linked:
+                        todo.append(f"{folder}{entry.name}/")
+                    if target is not None:
+                        linked.add(target)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    photos.append(folder + entry.name)
+        except OSError as error:
+            raise UserError(f"{root / folder} cannot be read ({error.strerror}); check its permissions") from error
+    return sorted(photos), times
+
+
+def _shorter_sides(folder: Path, paths: Paths) -> np.ndarray:
+    """(n,) int32 from the files' headers; unreadable ones count as large, so that reading them names them."""
+
+    def side(path: str) -> int:
+        try:
+            with Image.open(folder / path) as image:
+                return min(image.size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return np.iinfo(np.int32).max
+
+    def make() -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(8) as pool:
+            return {"side": np.fromiter(pool.map(side, paths), np.int32, len(paths))}
+
+    key = {"root": str(folder), "paths": hashlib.sha256(paths.data.tobytes()).hexdigest()}
+    return cached_arrays("photo_sides", key, make, keep=lambda new: len(new["side"]) > CACHE_ABOVE)["side"]
+
+
+def _looks_like(paths: Paths, pattern: re.Pattern[str]) -> bool:
+    probes = {0, len(paths) // 2, len(paths) - 1} if len(paths) else set()
+    return bool(probes) and all(pattern.fullmatch(os.path.basename(paths[i])) for i in probes)
+
+
+def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, folder: Path) -> np.ndarray:
+    """Rows of `paths` that make up a split: the hold-out and ColTran's lists in their own order, the others sorted."""
+    if split in COLTRAN:
+        return _listed_rows(split, paths, folder)
+    if split in ("train", "val"):
+        return train if split == "train" else val
+    names = [os.path.basename(path) for path in paths]
+    count = HOLDOUT if len(train) >= 10 * HOLDOUT else min(len(train), max(1, len(train) // 10))
+    # By a hash of the name, so that it holds photos of all classes and is the same for every tree.
+    keys = {row: hashlib.md5(os.fsencode(names[row]), usedforsecurity=False).digest() for row in train.tolist()}
+    holdout = np.array(heapq.nsmallest(count, keys, key=keys.__getitem__), np.int64)
+    return holdout if split == "holdout" else np.setdiff1d(train, holdout)
+
+
+def _listed_rows(split: str, paths: Paths, folder: Path) -> np.ndarray:
+    rows = {os.path.basename(path): row for row, path in enumerate(paths)}
+    wanted = COLTRAN[split]()
+    missing = [name for name in wanted if name not in rows]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of the {len(wanted)} photos of split {split} are missing, the first is "
+            f"{missing[0]}; unpack all of ILSVRC2012_img_val.tar there, or use split val"
+        )
+    return np.array([rows[name] for name in wanted], np.int64)
+
+
+def _no_photos(folder: Path) -> UserError:
+    archives = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ARCHIVES)
+    hint = f"it holds {archives[0]}, unpack that first" if archives else "see datasets/README.md"
+    return UserError(f"{folder}: no photos found ({' '.join(sorted(IMAGE_SUFFIXES))}); {hint}")
+
+
+def _find(top: Path, split: str) -> tuple[str, Path, str]:
+    """Layout, folder of the data set and the folder inside it ("train", "val" or "") where the split's photos lie.
+
+    Raises UserError when the other one is there alone.
+    """
+    part = "val" if split == "val" or split in COLTRAN else "train"
+    for place in PLACES:
+        base = top / place
+        there = [name for name in ("train", "val") if (base / name).is_dir()]
+        if there and part not in there:
+            raise UserError(f"{base} holds only {there[0]}/; split {split} needs {part}/ beside it")
+        if there:
+            return "kaggle" if base.name == "CLS-LOC" else "train-val", base, part
+    return "folder", top, ""
+
+
+def open_source(root: str, split: str, min_side: int = 0) -> PhotoSource:
+    """The photos of one split of whatever lies under `root`.
+
+    Layouts: train/ and val/ of any photos, flat or in folders (ImageNet's own and Kaggle's tree among them); the
+    ImageNet validation photos alone; any other folder of photos, of which every tenth is val and the rest train.
+    Splits: train, val, holdout (4096 of train or a tenth, by name), train_minus_holdout, and the two lists of the
+    ColTran protocol. Photos with a shorter side under `min_side` are left out of all but these lists.
+    Raises UserError for an unknown split, a missing folder and a split without photos.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    top = Path(os.path.abspath(find_data_root(root)))
+    if not top.is_dir():
+        raise UserError(f"{top} is a file; unpack it and set data.root to the folder")
+    layout, base, folder = _find(top, split)
+    paths = list_photos(base / folder)
+    if not len(paths):
+        raise _no_photos(base / folder)
+    layout, train, val, official = _parts(layout, folder, paths)
+    every = _split_rows(split, paths, train, val, base / folder)
+    small = bool(min_side) and split not in COLTRAN
+    chosen = every[_shorter_sides(base / folder, paths)[every] >= min_side] if small else every
+    if not len(chosen):
+        raise UserError(_why_empty(base / folder, split, layout, len(every), min_side))
+    info = {
+        "layout": layout,
+        "split": split,
+        "count": len(chosen),
+        "official_count": OFFICIAL[split] if official else None,
+        "root": top.name,
+    }
+    if small:
+        info["left_out"] = len(every) - len(chosen)
+    return PhotoSource(base, folder, paths, chosen, info)
+
+
+def _parts(layout: str, folder: str, paths: Paths) -> tuple[str, np.ndarray, np.ndarray, bool]:
+    """The layout by its full name, the rows of train and of val, and whether the photos are ImageNet's."""
+    rows = np.arange(len(paths))
+    if folder:
+        official = _looks_like(paths, TRAIN_NAME if folder == "train" else VAL_NAME)
+        return "imagenet" if official and layout == "train-val" else layout, rows, rows, official
+    if _looks_like(paths, VAL_NAME):
+        # To train on nine tenths of the validation set is never what is meant.
+        return "imagenet", rows[:0], rows, True
+    return layout, rows[rows % VAL_STRIDE != 0], rows[::VAL_STRIDE], False
+
+
+def _why_empty(folder: Path, split: str, layout: str, found: int, min_side: int) -> str:
+    if found:
+        return f"{folder}: all {found} photos of split {split} have a side under {min_side} pixels; use larger ones"
+    if layout == "imagenet":
+        return f"{folder} holds only ImageNet's validation photos; split {split} needs train/ and val/ in one folder"
+    return f"{folder}: too few photos, none is left for split {split}; add some"

@@ -1,0 +1,158 @@
+"""Peak signal-to-noise ratio, and FID by the ColTran protocol (arXiv 2102.04432; REFERENCE: UViM's evaluator)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.data.resize import resize_linear
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Metric
+from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
+from uvim_fsq.tasks.imagenet_color.data import PhotoSource
+from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frechet_distance
+
+#: Mean squared error below which two pictures count as equal: 100 dB instead of infinity.
+SMALLEST_ERROR = 4e-10
+FID_SIZE = 256
+FID_BATCH = 50
+
+
+def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The prediction's colour with the image's own brightness: (H, W, 3) float32 in [-1, 1], both at one size.
+
+    Shifting all three channels by the difference in luma keeps the chroma of YCbCr as it is.
+    """
+    weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
+    shift = (image - prediction) @ weights / weights.sum()
+    return (prediction + shift[..., None]).clip(-1, 1)
+
+
+class PSNRMetric(Metric):
+    """Mean over images of 10 log10(2^2 / mse) at the model's label size, both pictures in [-1, 1].
+
+    With `luma` the prediction's brightness is that of the photo (a variant of its own, named in the protocol).
+    """
+
+    def __init__(self, protocol: str, luma: bool) -> None:
+        self.protocol, self.luma = protocol, luma
+        self.sums = np.zeros(3)  # psnr, images, squared error
+
+    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+        item = np.asarray(prediction, np.float32)
+        truth = to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample)
+        item = keep_luma(item, truth) if self.luma else item
+        error = float(np.mean((item.astype(np.float64) - truth) ** 2))
+        psnr = 10 * np.log10(4 / max(error, SMALLEST_ERROR))
+        self.sums += [psnr, 1, error]
+        return {"psnr": float(psnr), "mse": error}
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"sums": self.sums.copy()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self.sums = np.array(state["sums"])
+
+    def compute(self) -> dict[str, float]:
+        psnr, images, error = self.sums
+        if images == 0:
+            raise UserError("no image was evaluated")
+        return {"psnr": float(psnr / images), "mse": float(error / images), "images": float(images)}
+
+
+def to_unit(image: np.ndarray, sample: Sample) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1]; a sample of the ColTran protocol says that it is x / 128 - 1 there."""
+    scale = np.float32(sample.meta.get("scale", 127.5))
+    return image.astype(np.float32) / scale - 1
+
+
+def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
+    """Moments of the Inception features of a whole set, each photo cropped and area-resized to 256; cached on disk."""
+
+    def make() -> dict[str, np.ndarray]:
+        moments = Moments()
+        for start in range(0, len(source), FID_BATCH):
+            rows = range(start, min(start + FID_BATCH, len(source)))
+            images = np.stack([crop_and_resize(source[i].image, FID_SIZE) for i in rows])
+            moments.add(inception.features(images))
+        return moments.state()
+
+    key = {
+        "root": str(source.root.resolve()),
+        "names": hashlib.sha256("\n".join(source.names).encode()).hexdigest(),
+        "weights": inception.sha256,
+        "size": FID_SIZE,
+    }
+    moments = Moments()
+    moments.load_state(cached_arrays("fid_reference", key, make))
+    return moments
+
+
+class FIDMetric(Metric):
+    """FID of the colourised images against the reference images, beside the real images against the same reference.
+
+    Per image: prediction -> area resize to 256 -> integers; the real one: area resize of the crop to 256. PSNR too.
+
+    Args:
+        protocol: named in the result.
+        luma: see PSNRMetric.
+        inception: the feature network.
+        reference: gives the moments of the reference set when they are first needed.
+        official: whether the two lists are ColTran's, so that 5,000 images may be called FID-5k.
+    """
+
+    def __init__(
+        self, protocol: str, luma: bool, inception: Inception, reference: Callable[[], Moments], official: bool
+    ) -> None:
+        self.protocol, self.official = protocol, official
+        self.inception, self.reference = inception, reference
+        self.psnr = PSNRMetric(protocol, luma)
+        self.moments = {"prediction": Moments(), "real": Moments()}
+        self.waiting: dict[str, list[np.ndarray]] = {"prediction": [], "real": []}
+
+    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+        item = np.asarray(prediction, np.float32)
+        if self.psnr.luma:
+            item = keep_luma(item, to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample))
+        self.waiting["prediction"].append(prediction_uint8(item, FID_SIZE))
+        self.waiting["real"].append(crop_and_resize(sample.meta["photo"], FID_SIZE))
+        if len(self.waiting["real"]) >= FID_BATCH:
+            self._flush()
+        return self.psnr.update(prediction, sample)
+
+    def _flush(self) -> None:
+        for name, images in self.waiting.items():
+            if images:
+                self.moments[name].add(self.inception.features(np.stack(images)))
+            images.clear()
+
+    def state(self) -> dict[str, np.ndarray]:
+        self._flush()
+        state = {f"{name}/{key}": x for name, moments in self.moments.items() for key, x in moments.state().items()}
+        return {**state, **self.psnr.state()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        for images in self.waiting.values():
+            images.clear()
+        self.psnr.load_state(state)
+        for name, moments in self.moments.items():
+            prefix = f"{name}/"
+            moments.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def compute(self) -> dict[str, float]:
+        self._flush()
+        figures = self.psnr.compute()
+        reference = self.reference()
+        count, others = int(figures["images"]), int(reference.count)
+        name = fid_name(count, others, self.official)
+        return {
+            name: frechet_distance(self.moments["prediction"], reference),
+            f"{name} of the real images": frechet_distance(self.moments["real"], reference),
+            "reference_images": float(others),
+            **figures,
+        }

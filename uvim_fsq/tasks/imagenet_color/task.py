@@ -1,0 +1,145 @@
+"""Colorization: a grey photo in, its colours out (UViM, arXiv 2205.10337, section 4; ImageNet)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from PIL import Image
+
+from uvim_fsq.data.resize import resize_linear
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
+from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
+from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
+from uvim_fsq.tasks.imagenet_color.fid import Inception
+from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, reference_moments, to_unit
+from uvim_fsq.tasks.registry import register_task
+
+#: Luma weights of the reference's grey image; they sum to 0.9999.
+GREY = (0.2989, 0.5870, 0.1140)
+COLTRAN_SIZE = 512
+
+
+@dataclass(frozen=True)
+class ImagenetColorConfig:
+    protocol: Literal["psnr", "coltran", "fid"] = "psnr"
+    """psnr: on the evaluation split at the model's size; coltran: FID-5k by the ColTran protocol on the two lists of
+    5,000 of the ImageNet validation set; fid: the same steps on any evaluation split against fid_reference."""
+    inception_weights: str = ""
+    """Local file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for the FID protocols."""
+    fid_reference: str = "train"
+    """Split whose photos are the reference set of protocol fid."""
+    keep_luma: bool = False
+    """Keep the photo's own brightness and take only the colour from the model; a variant that results name."""
+
+
+@register_task("imagenet_color")
+class ImagenetColor(Task):
+    """RGB in [-1, 1] from a grey photo."""
+
+    Config = ImagenetColorConfig
+    main_metric = "psnr"
+    smaller_is_better = False
+    headline = ("mse",)
+    synthetic = "imagenet"
+    config: ImagenetColorConfig
+
+    @property
+    def label_channels(self) -> dict[str, LabelChannel]:
+        return {"color": Real(3)}
+
+    def source(self, root: str, split: str) -> PhotoSource:
+        if self.config.protocol == "coltran" and split == "val":
+            split = "coltran_evaluation"
+        return open_source(root, split)
+
+    def evaluation_view(self, sample: Sample) -> Sample:
+        """FID protocols: the centre crop, area-resized to 512 and rounded, to be read as x / 128 - 1."""
+        if self.config.protocol == "psnr":
+            return sample
+        view = crop_and_resize(sample.image, COLTRAN_SIZE)
+        return Sample(sample.id, view, {}, {**sample.meta, "scale": 128.0, "photo": sample.image})
+
+    def model_image(self, sample: Sample) -> np.ndarray:
+        """Three equal channels: uint8, or under the FID protocols float32 in [-1, 1] without rounding."""
+        if "scale" in sample.meta:
+            grey_image = to_unit(sample.image, sample) @ np.array(GREY, np.float32)
+            return np.repeat(grey_image[..., None], 3, axis=-1)
+        return grey(sample.image)
+
+    def encode(self, sample: Sample) -> dict[str, np.ndarray]:
+        return {"color": to_unit(sample.image, sample)}
+
+    def loss(
+        self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean squared error over pixels and channels."""
+        loss = (logits["color"] - labels["color"]).square().mean((1, 2))
+        return loss, {"mse": loss.detach()}
+
+    def decode(self, logits: dict[str, torch.Tensor]) -> list[np.ndarray]:
+        """(B, S, S, 3) -> per image (S, S, 3) float32 in [-1, 1]."""
+        return list(logits["color"].clamp(-1, 1).float().cpu().numpy())
+
+    def metric(self, source: SampleSource) -> Metric:
+        protocol = f"imagenet_color/{self.config.protocol}{'+keep_luma' if self.config.keep_luma else ''}"
+        if self.config.protocol == "psnr":
+            return PSNRMetric(protocol, self.config.keep_luma)
+        assert isinstance(source, PhotoSource)
+        coltran = self.config.protocol == "coltran"
+        split = "coltran_reference" if coltran else self.config.fid_reference
+        if source.info["split"] == split:
+            raise UserError(f"task.fid_reference={split} is the evaluation split itself; name another one")
+        inception = Inception(self.config.inception_weights, torch.device(PartialState().device or "cpu"))
+        root = str(source.root)
+        return FIDMetric(
+            protocol,
+            self.config.keep_luma,
+            inception,
+            lambda: reference_moments(open_source(root, split), inception),
+            official=coltran,
+        )
+
+    def to_size(self, prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Bilinear; with keep_luma the photo's own brightness at its full resolution."""
+        resized = resize_linear(prediction, image.shape[:2])
+        return keep_luma(resized, to_unit(image, Sample("", image))) if self.config.keep_luma else resized
+
+    def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
+        pictures = {"prediction": to_picture(prediction)}
+        return pictures if truth is None else {"ground truth": image, **pictures}
+
+    def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
+        """stem_color.png, or stem_keep_luma.png for that variant: 8-bit RGB."""
+        kind = "keep_luma" if self.config.keep_luma else "color"
+        path = f"{stem}_{kind}.png"
+        Image.fromarray(to_picture(prediction)).save(path)
+        return {kind: path}
+
+    def baseline(self, source: SampleSource, size: int) -> Baseline:
+        """The grey photo itself."""
+
+        def predict(image: np.ndarray) -> np.ndarray:
+            return image if image.dtype != np.uint8 else to_unit(image, Sample("", image))
+
+        return Baseline("the grey photo itself", predict)
+
+    def inspect(self, sample: Sample) -> str | None:
+        return f"{sample.id}: only {sample.image.shape[:2]} pixels" if min(sample.image.shape[:2]) < 16 else None
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> three equal channels, uint8, as the reference makes them."""
+    values = image.astype(np.float32) @ (np.array(GREY, np.float32) / np.float32(255))
+    # How the reference's image library turns [0, 1] into integers.
+    return np.repeat((values * np.float32(255.5)).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def to_picture(prediction: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> uint8."""
+    return ((prediction + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
