@@ -1,0 +1,515 @@
+"""Colour's parts: ColTran's lists and resizing, FID, and the photos as they lie on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+import uvim_fsq.tasks.imagenet_color.data as photos
+from tests.helpers import golden
+from uvim_fsq.data.cache import cache_dir, cached_arrays
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.imagenet_color import fid
+from uvim_fsq.tasks.imagenet_color.coltran import (
+    area_resize,
+    crop_and_resize,
+    evaluation_names,
+    prediction_uint8,
+    reference_names,
+    write_lists,
+)
+from uvim_fsq.tasks.imagenet_color.data import Paths, PhotoSource, open_source
+from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frechet_distance
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "new"
+    monkeypatch.setenv("UVIM_FSQ_CACHE", str(folder))
+    return folder
+
+
+# ColTran: lists and resizing
+
+
+def test_lists(tmp_path: Path) -> None:
+    digests = [hashlib.sha256("\n".join(names()).encode()).hexdigest() for names in (evaluation_names, reference_names)]
+    assert digests == [
+        "b0627a4677d206b64905ec4d70760f50f7b09363f65e624957c3d1cccb49eb89",
+        "3d59b1214977c0021158d4264b3b18e4af1ff71cd24d22f6bedd39f57658f172",
+    ]
+    written = write_lists(tmp_path / "lists")
+    assert [path.name for path in written] == ["coltran_evaluation.txt", "coltran_reference.txt"]
+    assert [path.read_text().splitlines() for path in written] == [evaluation_names(), reference_names()]
+
+
+def test_coltran_golden() -> None:
+    numbers = golden("pipeline.npz")
+    for size in (64, 32):
+        resized = crop_and_resize(numbers["coltran/in"], size)
+        assert resized.dtype == np.uint8
+        np.testing.assert_array_equal(resized, numbers[f"coltran/area_{size}"])
+    levels = prediction_uint8(numbers["coltran/pred_in"][0], 32)
+    assert levels.dtype == np.uint8
+    np.testing.assert_array_equal(levels, numbers["coltran/pred_uint8"][0])
+    np.testing.assert_array_equal(levels.astype(np.float32) / 128 - 1, numbers["coltran/pred_normalized"][0])
+
+
+@pytest.mark.parametrize(("size", "new"), [(12, 6), (12, 4), (12, 5), (7, 12), (5, 5), (30, 7), (1, 3), (9, 1)])
+def test_area_resize_properties(size: int, new: int) -> None:
+    np.testing.assert_allclose(area_resize(np.full((size, size, 3), 37, np.uint8), new), 37, rtol=1e-14)
+    image = RNG.uniform(-1, 1, (size, size, 3))
+    resized = area_resize(image, new)
+    assert resized.shape == (new, new, 3)
+    np.testing.assert_allclose(resized.mean((0, 1)), image.mean((0, 1)), atol=1e-14)  # every pixel counts alike
+    # The integral of a step function, by brute force: as many copies of every pixel as make the factor an integer.
+    fine = image.repeat(new, 0).repeat(new, 1).reshape(new, size, new, size, 3).mean((1, 3))
+    np.testing.assert_allclose(resized, fine, atol=1e-14)
+
+
+def test_area_resize_by_two_is_the_box_mean() -> None:
+    image = RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mean = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
+    np.testing.assert_array_equal(area_resize(image, 8), mean)
+    assert (mean % 1 == 0.5).any()
+    np.testing.assert_array_equal(crop_and_resize(image, 8), np.rint(mean))  # halves to even
+
+
+def test_crop_drops_the_last_line_of_an_odd_remainder() -> None:
+    image = np.arange(5 * 8 * 3, dtype=np.uint8).reshape(5, 8, 3)
+    np.testing.assert_array_equal(crop_and_resize(image, 5), image[:, 1:6])
+    np.testing.assert_array_equal(crop_and_resize(image.transpose(1, 0, 2), 5), image[:, 1:6].transpose(1, 0, 2))
+
+
+def test_prediction_levels() -> None:
+    y = np.array([-1, -1 + 0.5 / 128, -1 + 1.5 / 128, 0, 1, 1.5, -7, np.nan, np.inf], np.float32)
+    image = np.broadcast_to(y[:, None, None], (9, 9, 3))
+    np.testing.assert_array_equal(prediction_uint8(image, 9)[:, 0, 0], [0, 0, 2, 128, 255, 255, 0, 128, 255])
+
+
+# FID
+
+
+def moments_of(features: np.ndarray) -> Moments:
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    return moments
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray, count: int = 1000) -> Moments:
+    """Moments of a set that has exactly this mean and covariance."""
+    moments = Moments(len(mean))
+    outer = (count - 1) * covariance + count * np.outer(mean, mean)
+    moments.load_state({"count": np.array([float(count)]), "sum": count * mean, "outer": outer})
+    return moments
+
+
+def correlated(count: int, dim: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.abs(rng.standard_normal((count, dim)) @ rng.standard_normal((dim, dim))) / dim**0.5 + rng.random(dim)
+
+
+def test_known_gaussians() -> None:
+    mean_a, mean_b = RNG.standard_normal((2, 32))
+    a, b = RNG.uniform(0.1, 4, (2, 32))
+    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    distance = frechet_distance(gaussian(mean_a, np.diag(a)), gaussian(mean_b, np.diag(b), 500))
+    assert abs(distance - expected) < 1e-9 * expected
+    turn = np.linalg.qr(RNG.standard_normal((32, 32)))[0]  # commuting covariances, not diagonal
+    both = [gaussian(mean, turn @ np.diag(v) @ turn.T) for mean, v in ((mean_a, a), (mean_b, b))]
+    assert abs(frechet_distance(*both) - expected) < 1e-9 * expected
+
+
+@pytest.mark.parametrize("count", [500, 20, 2])
+def test_distance_to_itself_is_zero(count: int) -> None:
+    features = correlated(count, 64, 1)
+    assert 0 <= frechet_distance(moments_of(features), moments_of(features)) < 1e-6
+
+
+def test_constant_features() -> None:
+    a, b = moments_of(np.zeros((5, 8))), moments_of(np.full((3, 8), 0.5))
+    assert abs(frechet_distance(a, b) - 2.0) < 1e-12
+
+
+@pytest.mark.parametrize(("first", "second"), [(400, 300), (400, 30), (30, 20)])
+def test_symmetric_and_equal_to_the_matrix_root(first: int, second: int) -> None:
+    x, y = correlated(first, 64, 2), correlated(second, 64, 3)
+    a, b = moments_of(x), moments_of(y)
+    distance = frechet_distance(a, b)
+    assert abs(distance - frechet_distance(b, a)) < 1e-5 * distance
+    covariances = [np.cov(features, rowvar=False) for features in (x, y)]
+    np.testing.assert_allclose(a.covariance, covariances[0], atol=1e-12)
+    np.testing.assert_allclose(a.mean, x.mean(0), atol=1e-14)
+    root = np.asarray(scipy.linalg.sqrtm(covariances[0] @ covariances[1])).real
+    trace = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root)
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + trace
+    # The matrix root loses digits where the covariances are singular.
+    assert abs(distance - expected) < (1e-9 if second > 64 else 1e-4) * expected
+
+
+def test_moments_may_be_cut_up() -> None:
+    features = correlated(1200, 16, 4)
+    whole, parts = moments_of(features), [Moments(16), Moments(16)]
+    for start in range(0, 1200, 7):
+        parts[start % 2].add(features[start : start + 7])
+    assert whole.count == sum(part.count for part in parts) == 1200
+    merged = Moments(16)
+    merged.add(features[:5])
+    merged.load_state({key: value + parts[1].state()[key] for key, value in parts[0].state().items()})
+    assert merged.count == 1200 and all(v.dtype == np.float64 for v in merged.state().values())
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
+    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-10)
+    single = Moments(16)
+    single.add(features[:1].astype(np.float32))
+    assert single.state()["sum"].dtype == np.float64
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images(count: int) -> None:
+    few = moments_of(np.ones((count, 4)))
+    with pytest.raises(UserError, match="at least 2 images"):
+        frechet_distance(few, moments_of(RNG.random((5, 4))))
+
+
+def test_names_of_the_figure() -> None:
+    assert fid_name(5000, 5000, True) == "FID-5k"
+    assert fid_name(5000, 5000, False) == fid_name(5000, 300, True) == "FID-5000"
+    assert fid_name(300, 5000, True) == "FID-300"
+
+
+def test_inception_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "wrong.pth"
+    wrong.write_bytes(b"something else")
+    for path, what in (
+        ("", "there is no file ''"),
+        (tmp_path / "no.pth", "no.pth"),
+        (wrong, "wrong.pth is not"),
+        (tmp_path, "no file"),
+    ):
+        with pytest.raises(UserError) as error:
+            Inception(path, torch.device("cpu"))
+        text = str(error.value)
+        assert what in text and "\n" not in text and "task.inception_weights=PATH" in text
+        assert (
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth" in text
+        )
+    monkeypatch.setattr(fid, "_load_weights", lambda weights: {})
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match="pip install 'torch-fidelity"):
+        Inception(wrong, torch.device("cpu"))
+
+
+def test_inception_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights in a file whose hash is taken for the published one."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Unloaded(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:
+            pass
+
+    path = tmp_path / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    network = Unloaded("fid", ["2048"], feature_extractor_weights_path=path)
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):  # He's scale, so that the features are of order 1
+            value.normal_(0, (2 / value[0].numel()) ** 0.5)
+    torch.save(network.state_dict(), path)
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    inception = Inception(path, torch.device("cpu"))
+    images = RNG.integers(0, 256, (3, 64, 48, 3), dtype=np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = inception.features(images)
+    assert features.shape == (3, 2048) and features.dtype == np.float64 and 0.01 < features.std() < 100
+    with torch.inference_mode():
+        (expected,) = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_allclose(features, expected.double().numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(inception.features(images[1:2])[0], features[1], rtol=1e-3, atol=1e-5)
+
+
+# The adapter
+
+
+def photo(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> None:
+    """A PNG of one grey level under whatever name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8)).save(path, format="PNG")
+
+
+def val_name(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}.JPEG"
+
+
+def train_tree(folder: Path, classes: int = 3, each: int = 7) -> None:
+    for c in range(classes):
+        for i in range(each):
+            photo(folder / f"n{c:08d}" / f"n{c:08d}_{i}.JPEG", 10 * c + i)
+
+
+def values(source: PhotoSource) -> list[int]:
+    return [int(source[i].image[0, 0, 0]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", ["flat", "wnid", "numbers"])
+def test_imagenet_trees(tmp_path: Path, kind: str) -> None:
+    train_tree(tmp_path / "train")
+    folder = {"flat": "", "wnid": "n00000001", "numbers": "7"}[kind]
+    for i in range(1, 5):
+        photo(tmp_path / "val" / folder / val_name(i), 100 + i)
+    train, val = (open_source(str(tmp_path), split) for split in ("train", "val"))
+    assert train.info == {
+        "layout": "imagenet",
+        "split": "train",
+        "count": 21,
+        "official_count": 1_281_167,
+        "root": tmp_path.name,
+    }
+    assert val.info["official_count"] == 50_000 and val.info["layout"] == "imagenet"
+    assert values(val) == [101, 102, 103, 104] and values(train) == [10 * c + i for c in range(3) for i in range(7)]
+    copy = pickle.loads(pickle.dumps(val))
+    sample = copy[3]
+    assert copy.names == val.names and copy.root == tmp_path and sample.id == val.names[3]
+    assert sample.id == os.path.join("val", folder, val_name(4)) and sample.maps == {}
+    assert sample.meta["name"] == val_name(4) and sample.image.shape == (4, 6, 3) and sample.image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("root", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_kaggle_tree(tmp_path: Path, root: str) -> None:
+    base = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    train_tree(base / "train", 2, 3)
+    photo(base / "val" / val_name(1), 50)
+    photo(base / "test" / "ILSVRC2012_test_00000001.JPEG", 60)
+    photo(tmp_path / "ILSVRC" / "picture.png", 70)
+    train, val = (open_source(str(tmp_path / root), split) for split in ("train", "val"))
+    assert (values(train), values(val)) == ([0, 1, 2, 10, 11, 12], [50])
+    assert val.info["layout"] == "kaggle" and val.info["official_count"] == 50_000
+    assert open_source(str(val.root), "val").names == val.names
+
+
+def test_own_train_and_val(tmp_path: Path) -> None:
+    for i in range(3):
+        photo(tmp_path / "train" / "deep" / "er" / f"{i}.png", i)
+    photo(tmp_path / "val" / "x.jpeg", 9)
+    train = open_source(str(tmp_path), "train")
+    assert values(train) == [0, 1, 2]
+    assert train.info["layout"] == "train-val" and train.info["official_count"] is None
+
+
+def test_any_folder(tmp_path: Path) -> None:
+    for i in range(23):
+        photo(tmp_path / "abc"[i % 3] / f"{i:02d}.{('PNG', 'JpEg', 'jpg')[i % 3]}", i)
+    for name in (".hidden.jpg", "._00.jpg", "__MACOSX/00.jpg", ".git/01.jpg", "a/notes.txt", "a/list.csv"):
+        photo(tmp_path / name, 200)
+    in_order = [i for rest in range(3) for i in range(rest, 23, 3)]
+    train, val = (open_source(str(tmp_path), split) for split in ("train", "val"))
+    assert values(val) == in_order[::10] and len(val) == 3
+    assert values(train) == [v for i, v in enumerate(in_order) if i % 10]
+    assert train.info["layout"] == "folder" and train.info["official_count"] is None
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    photo(tmp_path / "far" / "1.png", 1)
+    (tmp_path / "set").mkdir()
+    photo(tmp_path / "set" / "0.png", 0)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "set")
+    assert values(open_source(str(tmp_path / "set"), "val")) + values(open_source(str(tmp_path / "set"), "train")) == [
+        0,
+        1,
+    ]
+
+
+def test_validation_photos_alone(tmp_path: Path) -> None:
+    for i in range(1, 13):
+        photo(tmp_path / val_name(i), i)
+    assert values(open_source(str(tmp_path), "val")) == list(range(1, 13))
+    with pytest.raises(UserError, match="only ImageNet's validation photos; split train needs train/"):
+        open_source(str(tmp_path), "train")
+
+
+def test_hold_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tree(tmp_path / "train", 5, 9)
+    train, holdout, rest = (open_source(str(tmp_path), split) for split in ("train", "holdout", "train_minus_holdout"))
+    by_hash = sorted(train.names, key=lambda name: hashlib.md5(os.path.basename(name).encode()).digest())
+    assert holdout.names == by_hash[:4]
+    assert sorted([*holdout.names, *rest.names]) == train.names and rest.names == sorted(rest.names)
+    monkeypatch.setattr(photos, "HOLDOUT", 3)
+    assert open_source(str(tmp_path), "holdout").names == by_hash[:3]
+
+
+def test_coltran_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [val_name(i) for i in (5, 2, 9)]
+    monkeypatch.setitem(photos.COLTRAN, "coltran_evaluation", lambda: wanted)
+    for i in range(1, 12):
+        photo(tmp_path / "val" / f"{i % 4}" / val_name(i), i)
+    source = open_source(str(tmp_path), "coltran_evaluation", min_side=100)
+    assert values(source) == [5, 2, 9] and source.info["official_count"] == 5000
+    (tmp_path / "val" / "2" / val_name(2)).unlink()
+    with pytest.raises(UserError, match=rf"1 of the 3 photos .* missing, the first is {val_name(2)}; unpack"):
+        open_source(str(tmp_path), "coltran_evaluation")
+    with pytest.raises(UserError, match=f"of the 5000 photos .* missing, the first is {reference_names()[0]}"):
+        open_source(str(tmp_path), "coltran_reference")
+    for path in list((tmp_path / "val").rglob("*.JPEG")):
+        path.rename(tmp_path / path.name)
+    for folder in sorted((tmp_path / "val").iterdir()):
+        folder.rmdir()
+    (tmp_path / "val").rmdir()
+    photo(tmp_path / val_name(2), 2)
+    assert values(open_source(str(tmp_path), "coltran_evaluation")) == [5, 2, 9]
+
+
+def test_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown split 'validation'; known: train, val, holdout"):
+        open_source(str(tmp_path), "validation")
+    with pytest.raises(UserError, match="no such folder"):
+        open_source(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(UserError, match="no photos found"):
+        open_source(str(tmp_path), "train")
+    archive = tmp_path / "ILSVRC2012_img_val.tar"
+    archive.write_bytes(b"")
+    with pytest.raises(UserError, match="it holds ILSVRC2012_img_val.tar, unpack that first"):
+        open_source(str(tmp_path), "train")
+    with pytest.raises(UserError, match="is a file; unpack it"):
+        open_source(str(archive), "train")
+    photo(tmp_path / "alone" / "x.png")
+    with pytest.raises(UserError, match="too few photos, none is left for split train"):
+        open_source(str(tmp_path / "alone"), "train")
+    photo(tmp_path / "half" / "val" / "x.png")
+    for split in ("train", "holdout", "train_minus_holdout"):
+        with pytest.raises(UserError, match=f"half holds only val/; split {split} needs train/ beside it"):
+            open_source(str(tmp_path / "half"), split)
+    photo(tmp_path / "other" / "train" / "x.png")
+    with pytest.raises(UserError, match="other holds only train/; split val needs val/ beside it"):
+        open_source(str(tmp_path / "other"), "val")
+
+
+def test_small_photos_are_left_out(tmp_path: Path) -> None:
+    for i, size in enumerate([(64, 64), (64, 8), (8, 64), (33, 32)]):
+        photo(tmp_path / "train" / f"{i}.png", i, size)
+    (tmp_path / "train" / "9.jpg").write_text("no photo")
+    source = open_source(str(tmp_path), "train", min_side=32)
+    assert source.names == [os.path.join("train", name) for name in ("0.png", "3.png", "9.jpg")]
+    assert source.info["left_out"] == 2 and source.info["count"] == len(source) == 3
+    with pytest.raises(UserError, match="9.jpg cannot be read"):
+        source[2]
+    (tmp_path / "train" / "9.jpg").unlink()
+    with pytest.raises(UserError, match="all 4 photos of split train have a side under 500 pixels"):
+        open_source(str(tmp_path), "train", min_side=500)
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64)
+    grey = ramp.astype(np.uint8)
+    Image.fromarray(np.stack([grey] * 3, -1)).convert("CMYK").save(tmp_path / "0_cmyk.JPEG", format="JPEG", quality=100)
+    Image.fromarray(grey).save(tmp_path / "1_grey.jpg", quality=100)
+    Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / "2_wide.png")
+    Image.fromarray(np.stack([grey, grey // 2, 255 - grey], -1)).save(tmp_path / "3_png.JPEG", format="PNG")
+    for name in ("4_cut.jpg", "5_text.jpg"):
+        Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / name)
+    cut = tmp_path / "4_cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:900])
+    (tmp_path / "5_text.jpg").write_text("404: not found")
+    every = {
+        name: open_source(str(tmp_path), split)
+        for split in ("train", "val")
+        for name in open_source(str(tmp_path), split).names
+    }
+    read = {name[0]: source[source.names.index(name)].image for name, source in every.items() if name[0] < "4"}
+    assert all(image.shape == (48, 64, 3) and image.dtype == np.uint8 for image in read.values())
+    for number, tolerance in (("0", 6), ("1", 2), ("2", 1)):
+        assert np.abs(read[number].astype(int) - grey[..., None].astype(int)).max() <= tolerance
+    np.testing.assert_array_equal(read["3"], np.stack([grey, grey // 2, 255 - grey], -1))
+    for name in ("4_cut.jpg", "5_text.jpg"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as an image") as error:
+            every[name][every[name].names.index(name)]
+        assert "\n" not in str(error.value)
+
+
+def test_paths_of_any_letters() -> None:
+    paths = ["a/b.jpg", "ünï/cödé.png", "new\nline.jpg", os.fsdecode(b"latin\xff.jpg"), ""]
+    packed = pickle.loads(pickle.dumps(Paths.of(paths)))
+    assert list(packed) == [packed[i] for i in range(len(packed))] == paths
+    assert list(Paths.of([])) == []
+
+
+# The cache
+
+
+def test_long_lists_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    train_tree(tmp_path / "train", 2, 3)
+    assert len(open_source(str(tmp_path), "train")) == 6 and not own_cache.exists()  # too short to be kept
+    monkeypatch.setattr(photos, "CACHE_ABOVE", 5)
+    scans: list[Path] = []
+    scan = photos._scan
+    monkeypatch.setattr(photos, "_scan", lambda root: scans.append(root) or scan(root))
+    names = open_source(str(tmp_path), "train").names
+    assert open_source(str(tmp_path), "train").names == names and len(scans) == 1
+    photo(tmp_path / "train" / "n00000001" / "n00000001_9.JPEG", 9)
+    assert open_source(str(tmp_path), "train").names == sorted([*names, "train/n00000001/n00000001_9.JPEG"])
+    (tmp_path / "train" / "n00000000" / "n00000000_0.JPEG").unlink()
+    assert len(open_source(str(tmp_path), "train")) == 6 and len(scans) == 3
+    photo(tmp_path / "train" / "new" / "deep" / "er" / "n00000009_9.JPEG", 9)
+    assert len(open_source(str(tmp_path), "train")) == 7
+    photo(tmp_path / "train" / "new" / "deep" / "er" / "n00000009_8.JPEG", 9)
+    assert len(open_source(str(tmp_path), "train")) == 8 and len(scans) == 5
+    assert len(list(own_cache.glob("photo_list-*.npz"))) == len(list(own_cache.iterdir())) == 1
+
+
+def test_cached_arrays(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, np.ndarray]:
+        made.append(len(made))
+        return {"a": np.arange(3) + len(made), "b": np.array(["x", "üü"])}
+
+    first = cached_arrays("kind", {"root": tmp_path, "n": 1}, make)
+    again = cached_arrays("kind", {"n": 1, "root": tmp_path}, make)
+    assert (
+        len(made) == 1
+        and again["b"].tolist() == ["x", "üü"]
+        and again["a"].tolist() == first["a"].tolist() == [1, 2, 3]
+    )
+    cached_arrays("kind", {"root": tmp_path, "n": 2}, make)
+    assert len(made) == 2
+    (file, _) = sorted(own_cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = file.read_bytes()
+    for broken in (b"", b"text", content[: len(content) // 2], content[:60] + b"\0" * 40 + content[100:]):
+        file.write_bytes(broken)
+        before = len(made)
+        assert cached_arrays("kind", {"root": tmp_path, "n": 1}, make)["a"][0] == before + 1
+    assert cached_arrays("kind", {"root": tmp_path, "n": 1}, make)["a"][0] == len(made)
+    assert cached_arrays("kind", {"root": tmp_path, "n": 1}, make, fresh=lambda old: False)["a"][0] == len(made)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("UVIM_FSQ_CACHE", str(blocked))
+    before = len(made)
+    assert [cached_arrays("kind", {}, make)["a"][0] for _ in range(2)] == [before + 1, before + 2]
+
+
+def test_full_disk_leaves_no_file(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert cached_arrays("kind", {}, lambda: {"a": np.ones(2)})["a"].tolist() == [1, 1]
+    assert list(own_cache.iterdir()) == []
+
+
+def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UVIM_FSQ_CACHE", "~/elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "elsewhere"
+    monkeypatch.delenv("UVIM_FSQ_CACHE")
+    assert cache_dir() == tmp_path / ".cache" / "uvim_fsq"
