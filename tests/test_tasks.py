@@ -1,4 +1,4 @@
-"""Contracts that every registered task keeps; a new task needs only a line in FORMATS."""
+"""Contracts that every built-in task keeps."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from uvim_fsq.tasks.base import Categorical, Task
 from uvim_fsq.tasks.registry import load_plugins, register_task, task_class, task_names
 
 load_plugins(())
-#: task -> format of `uvim-fsq synth`, and settings that fit small scenes.
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"nyu_depth": ("nyu", {"protocol": "full", "num_bins": 16})}
+#: Settings that fit small scenes.
+OPTIONS: dict[str, dict[str, Any]] = {"nyu_depth": {"protocol": "full", "num_bins": 16}}
 
 
 @pytest.fixture(scope="module", params=task_names())
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
-    kind, options = FORMATS[request.param]
     root = tmp_path_factory.mktemp(request.param) / "data"
-    write_dataset(kind, root, 3, (24, 32), num_val=2, workers=1)
     cls = task_class(request.param)
-    return cls(cls.Config(**options)), root
+    assert cls.synthetic is not None, "built-in tasks have synthetic data"
+    write_dataset(cls.synthetic, root, 12, (24, 32), num_val=2, workers=1)
+    return cls(cls.complete(cls.Config(**OPTIONS.get(request.param, {})), str(root))), root
 
 
 def batch_of(task: Task, root: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
