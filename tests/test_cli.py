@@ -60,7 +60,7 @@ def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], orac
     assert "no such configuration file" in failure(capsys, "config", tmp_path / "b.yaml")
     assert "use uvim-fsq train-oracle" in failure(capsys, "train-lm", file)
     assert "data.root is empty" in failure(capsys, "train-oracle", file, f"train.out={tmp_path / 'x'}")
-    assert "no such folder" in failure(capsys, "data", "check", tmp_path / "nowhere")
+    assert "no such folder" in failure(capsys, "data", "check", tmp_path / "nowhere", "--task", "nyu_depth")
     assert "no such run" in failure(capsys, "evaluate", tmp_path / "nowhere")
     assert "needs labels to predict" in failure(capsys, "predict", oracle_dir, __file__, "--out", tmp_path)
     assert "no such file" in failure(capsys, "predict", lm_dir, tmp_path / "no.jpg", "--out", tmp_path)
@@ -86,7 +86,7 @@ def test_synth_and_data_check(tmp_path: Path) -> None:
     out = tmp_path / "rooms"
     done = run("synth", "--format", "nyu", "--num", "4", "--num-val", "2", "--size", "16x20", "--out", out)
     assert done.returncode == 0, done.stderr
-    done = run("data", "check", out)
+    done = run("data", "check", out, "--task", "nyu_depth")
     assert done.returncode == 0 and "layout B" in done.stdout and "official 47584: DIFFERS" in done.stdout
     assert "16 x 20" in done.stdout
 

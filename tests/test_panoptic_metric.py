@@ -16,7 +16,7 @@ from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric, count_matches
-from uvim_fsq.tasks.coco_panoptic.official import OfficialResults, run_panopticapi
+from uvim_fsq.tasks.coco_panoptic.official import ResultWriter, run_panopticapi
 from uvim_fsq.tasks.coco_panoptic.segments import MAX_ID, Segments, ids_to_rgb, rgb_to_ids, segment_index
 
 GOLDEN = Path(os.environ.get("UVIM_FSQ_GOLDEN", Path(__file__).parent / "golden")) / "pq"
@@ -271,12 +271,14 @@ def test_ids_and_colours() -> None:
     np.testing.assert_array_equal(rgb_to_ids(rgb[::-1, ::2]), ids[::-1, ::2])
     assert rgb_to_ids(rgb).dtype == np.int32 and rgb.dtype == np.uint8
     listed = ids.ravel()[rng.permutation(40)]
-    values = np.append(listed, [0, -1, MAX_ID - 1, -(2**31), 2**31 - 1]).astype(np.int32)
-    np.testing.assert_array_equal(segment_index(values, listed), [*range(1, 41), 0, -1, -1, -1, -1])
+    # None of the last is listed; all 24 bits and more are looked at.
+    others = [-1, MAX_ID - 1, -(2**31), 2**31 - 1, *(listed + MAX_ID + 1), *(listed + MAX_ID + 1025), *-listed]
+    index = segment_index(np.array([0, *listed, *others], np.int32), listed)
+    np.testing.assert_array_equal(index, [*range(41), *[-1] * len(others)])
 
 
 def test_official_files_hold_the_same_segments(tmp_path: Path) -> None:
-    writer = OfficialResults(tmp_path / "new" / "official", CATEGORY_IDS)
+    writer = ResultWriter(tmp_path / "new" / "official", CATEGORY_IDS)
     cases = {i: random_case(*CASES[i]) for i in range(len(CASES))}
     entries = [writer.add(prediction, image_id, f"{image_id:012d}.png") for image_id, (prediction, _) in cases.items()]
     path = writer.finish(reversed(entries))
@@ -299,7 +301,7 @@ def compare_with_panopticapi(folder: Path, cases: dict[int, tuple[Segments, Segm
     """The largest difference between our figures and panopticapi's, in percent; one case is not evaluated."""
     truths = {i: truth for i, (_, truth) in cases.items()}
     gt_json, gt_folder = write_truth(folder, {-1: random_case("regions", 0)[1], **truths})
-    ours, writer = metric(), OfficialResults(folder / "pred", CATEGORY_IDS)
+    ours, writer = metric(), ResultWriter(folder / "pred", CATEGORY_IDS)
     entries = []
     for i, (prediction, truth) in cases.items():
         ours.update(prediction, sample(truth))
@@ -334,7 +336,7 @@ def test_running_panopticapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "lib/panopticapi/evaluation.py").write_text(FAKE)
     truth = segments([[1]], (1, 1, False))
     gt_json, gt_folder = write_truth(tmp_path, dict.fromkeys((4, 5, 6), truth))
-    writer = OfficialResults(tmp_path / "pred", CATEGORY_IDS)
+    writer = ResultWriter(tmp_path / "pred", CATEGORY_IDS)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert run_panopticapi(gt_json, gt_folder, writer.finish([]), writer.pngs) is None

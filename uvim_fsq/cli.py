@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,13 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
     official = Path(args.run) / "official" if args.official else None
     result = evaluate_run(
-        args.run, args.overrides, limit=args.limit, csv=args.csv, baseline=args.baseline, official=official
+        args.run,
+        args.overrides,
+        limit=args.limit,
+        csv=args.csv,
+        baseline=args.baseline,
+        official=official,
+        report=args.report,
     )
     if not PartialState().is_main_process:
         return
@@ -156,17 +163,23 @@ def command_synth(args: argparse.Namespace) -> None:
     print(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
 
 
-def command_data_check(args: argparse.Namespace) -> None:
-    """Says what lies under a folder and what is wrong with it."""
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields what is called with (done, total)."""
+    from rich.console import Console
     from rich.progress import Progress
 
+    with Progress(transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def command_data_check(args: argparse.Namespace) -> None:
+    """Says what lies under a folder and what is wrong with it."""
     from uvim_fsq.data.check import check_data
 
-    with Progress(transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        lines, ok = check_data(
-            args.task, args.path, args.overrides, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with _progress("reading") as update:
+        lines, ok = check_data(args.task, args.path, args.overrides, update)
     print("\n".join(lines))
     if not ok:
         raise SystemExit(2)
@@ -174,15 +187,12 @@ def command_data_check(args: argparse.Namespace) -> None:
 
 def command_data_prepare(args: argparse.Namespace) -> None:
     """Caches labels in a faster form."""
-    from rich.progress import Progress
-
     from uvim_fsq.config_io import load_run
     from uvim_fsq.models import build_task, complete
 
     run = complete(load_run({"task": {"name": args.task}, "data": {"root": args.path}}, args.overrides))
-    with Progress(transient=True) as bar:
-        task = bar.add_task("preparing", total=None)
-        said = build_task(run).prepare(args.path, lambda done, total: bar.update(task, completed=done, total=total))
+    with _progress("preparing") as update:
+        said = build_task(run).prepare(args.path, update)
     print(said)
 
 
@@ -243,6 +253,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--csv", type=Path, help="write each image's figures to this file")
     sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json)")
     sub.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
+    sub.add_argument("--report", type=Path, help="write an HTML page with figures, panels and curves to this file")
     sub.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
     sub.set_defaults(command=command_evaluate)
 

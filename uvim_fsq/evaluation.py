@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 
 import uvim_fsq
-from uvim_fsq.config import DataConfig, EvalConfig
+from uvim_fsq.config import DataConfig, EvalConfig, LMRun
 from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
@@ -30,6 +31,7 @@ from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.statistics import CodeStatistics
+from uvim_fsq.report import write_evaluation
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
 
@@ -162,9 +164,18 @@ class Evaluator:
                 figures |= self.statistics.compute()
         if official is not None:
             entries = gather_object(entries)
-            theirs = official.finish(entries) if state.is_main_process else None
+            theirs = _score(official, entries) if state.is_main_process else None
             figures |= {f"official/{name}": value for name, value in (theirs or {}).items()}
         return figures
+
+
+def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float] | None:
+    """The official figures; that program's refusal must not cost our own."""
+    try:
+        return official.finish(entries)
+    except UserError as error:
+        warnings.warn(f"no official figures: {error}", stacklevel=2)
+        return None
 
 
 def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -269,14 +280,21 @@ def evaluate_run(
     csv: Path | None = None,
     baseline: bool = False,
     official: Path | None = None,
+    report: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image.
 
-    `csv`, `baseline` and `official` are those of `evaluate_loaded`.
+    `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
     device = torch.device(PartialState().device or "cpu")
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    return evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)
+    result = evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)
+    if report is not None and PartialState().is_main_process:
+        runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
+        if isinstance(loaded.run, LMRun):
+            runs = {"oracle": Path(loaded.run.oracle), **runs}
+        write_evaluation(report, f"{loaded.task.name}: {result['protocol']}", loaded, result, runs, device)
+    return result

@@ -18,13 +18,9 @@ from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import (
-    evaluate_loaded,
-    ways_to_predict,
-)
-from uvim_fsq.models import Loaded, load_checkpoint, resolve
-from uvim_fsq.report import curve_figure, html_table, panel_rows, png_tag, tile, usage_figure, write_report
-from uvim_fsq.tasks.base import Task
+from uvim_fsq.evaluation import evaluate_loaded
+from uvim_fsq.models import load_checkpoint, resolve
+from uvim_fsq.report import result_table, write_evaluation
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.run import train
 
@@ -139,34 +135,15 @@ def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     loaded = load_checkpoint(runs["lm"], device=device)
     result = evaluate_loaded(loaded, device=device, baseline=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    _report(out, runs, loaded, result, device)
+    title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
+    write_evaluation(out / "report.html", title, loaded, result, runs, device)
     figures, metric = result["figures"], loaded.task.main_metric
     return {
         **{f"{way}_{metric}": figures[way][metric] for way in figures},
         "codebook_usage": figures["oracle"]["codebook_usage"],
-        "table": _table_rows(loaded.task, result),
+        "table": result_table(loaded.task, result),
         **{key: result[key] for key in ("figures", "protocol", "baseline", "task_options", "data", "versions")},
     }
-
-
-NAMES = {
-    "context_only": "oracle, all codes zeroed (context alone)",
-    "lm": "LM: image -> tokens -> labels",
-    "oracle": "oracle: labels -> tokens -> labels",
-}
-
-
-def _table_rows(task: Task, result: dict[str, Any]) -> list[list[str]]:
-    """Baseline, context alone, LM and oracle with the task's main figures; errors also as a share of the baseline's."""
-    figures, metric = result["figures"], task.main_metric
-    share = ["of the baseline"] if task.smaller_is_better else []
-    rows = [["", metric, *share, *task.headline, "codebook usage"]]
-    for key, title in {"baseline": f"baseline: {result['baseline']}", **NAMES}.items():
-        f = figures[key]
-        ratio = [f"{f[metric] / figures['baseline'][metric]:.2f}"] if share else []
-        usage = f"{f['codebook_usage']:.1%}" if "codebook_usage" in f else ""
-        rows.append([title, f"{f[metric]:.3f}", *ratio, *(f"{f[name]:.3f}" for name in task.headline), usage])
-    return rows
 
 
 def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
@@ -179,43 +156,3 @@ def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
     console.print(table)
     console.print("seconds: " + ", ".join(f"{name} {value}" for name, value in summary["seconds"].items()))
     console.print(f"report: {out / 'report.html'}   summary: {out / 'summary.json'}", soft_wrap=True)
-
-
-def _report(out: Path, runs: dict[str, Path], loaded: Loaded, result: dict[str, Any], device: torch.device) -> None:
-    task = loaded.task
-    ways = ways_to_predict(loaded)
-    named = {"oracle": ways["oracle"], "context alone": ways["context_only"], "LM": ways["lm"]}
-    rows = panel_rows(task, loaded.run.data, named, device, count=8)
-    wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error")
-    rows = [{title: row[title] for title in wanted if title in row} for row in rows]
-    panels = png_tag(tile(rows), ", ".join(wanted))
-    panels = png_tag(tile(rows), ", ".join(wanted))
-    legend = task.legend()
-    if legend is not None:
-        panels += png_tag(legend, "legend")
-    if legend is not None:
-        panels += png_tag(legend, "legend")
-    write_report(
-        out / "report.html",
-        f"uvim_fsq quickstart: {task.name} by discrete tokens",
-        [
-            ("Results", html_table(_table_rows(task, result)) + _facts(result)),
-            ("Panels", panels),
-            ("Training", png_tag(curve_figure(runs), "training loss of both stages")),
-            (
-                "Codebook",
-                png_tag(usage_figure(result["code_counts"]["oracle"], result["level_histogram"]["oracle"]), "usage"),
-            ),
-        ],
-    )
-
-
-def _facts(result: dict[str, Any]) -> str:
-    facts = {
-        "protocol": result["protocol"],
-        "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
-        "task": ", ".join(f"{key}={value}" for key, value in result["task_options"].items()),
-        "checkpoint": result["checkpoint_sha256"][:16],
-        "versions": ", ".join(f"{key} {value}" for key, value in result["versions"].items()),
-    }
-    return "<p>" + "<br>".join(f"{key}: <code>{value}</code>" for key, value in facts.items()) + "</p>"

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data.loader import eval_batches
-from uvim_fsq.data.sample import Batch, Sample
+from uvim_fsq.data.sample import Batch, Sample, SampleSource
+from uvim_fsq.models import Loaded
 from uvim_fsq.tasks.base import Task
 
 matplotlib.use("Agg")
@@ -43,10 +44,24 @@ def tile(rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def first_samples(task: Task, data: DataConfig, count: int) -> tuple[Batch, list[Sample]]:
-    """The first `count` evaluation images as one batch, with their native samples."""
-    source = task.source(data.root, data.eval_split)
-    return next(iter(eval_batches(source, task, data, batch_size=count, workers=0, limit=count, rank=0, world=1)))
+class _Spread:
+    """`count` samples of a source, evenly spread: neighbours are often frames of one film."""
+
+    def __init__(self, source: SampleSource, count: int) -> None:
+        self.source, self.info = source, source.info
+        self.rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.rows[index])]
+
+
+def spread_samples(task: Task, data: DataConfig, count: int) -> tuple[Batch, list[Sample]]:
+    """`count` evaluation images as one batch, with their native samples."""
+    source = _Spread(task.source(data.root, data.eval_split), count)
+    return next(iter(eval_batches(source, task, data, batch_size=count, workers=0, rank=0, world=1)))
 
 
 @torch.inference_mode()
@@ -56,7 +71,7 @@ def panel_rows(
     """Per image: the image, the truth and, for each named way of predicting, prediction and error."""
     from uvim_fsq.evaluation import to_device
 
-    batch, samples = first_samples(task, data, count)
+    batch, samples = spread_samples(task, data, count)
     on_device = to_device(batch, device)
     predicted = {name: predict(on_device).items for name, predict in predictors.items()}
     rows = []
@@ -156,3 +171,60 @@ def write_report(path: Path, title: str, sections: Sequence[tuple[str, str]]) ->
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
+
+
+NAMES = {
+    "context_only": "oracle, all codes zeroed (context alone)",
+    "lm": "LM: image -> tokens -> labels",
+    "oracle": "oracle: labels -> tokens -> labels",
+}
+
+
+def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
+    """The task's main figures, the header first; errors also as a share of the baseline's."""
+    figures, metric = result["figures"], task.main_metric
+    base = figures.get("baseline", {}).get(metric)
+    share = ["of the baseline"] if task.smaller_is_better and base is not None else []
+    rows = [["", metric, *share, *task.headline, "codebook usage"]]
+    for key, title in {"baseline": f"baseline: {result['baseline']}", **NAMES}.items():
+        if key not in figures:
+            continue
+        f = figures[key]
+        ratio = [f"{f[metric] / base:.2f}"] if share else []
+        usage = f"{f['codebook_usage']:.1%}" if "codebook_usage" in f else ""
+        rows.append([title, f"{f[metric]:.3f}", *ratio, *(f"{f.get(name, 0):.3f}" for name in task.headline), usage])
+    return rows
+
+
+def _facts(result: Mapping[str, Any]) -> str:
+    facts = {
+        "protocol": result["protocol"],
+        "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
+        "task": ", ".join(f"{key}={value}" for key, value in result["task_options"].items()),
+        "checkpoint": result["checkpoint_sha256"][:16],
+        "versions": ", ".join(f"{key} {value}" for key, value in result["versions"].items()),
+    }
+    return "<p>" + "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items()) + "</p>"
+
+
+def write_evaluation(
+    path: Path, title: str, loaded: Loaded, result: Mapping[str, Any], runs: Mapping[str, Path], device: torch.device
+) -> None:
+    """The page of one evaluation: figures, panels of eight images, training curves of `runs`, use of the codes."""
+    from uvim_fsq.evaluation import ways_to_predict
+
+    task, ways = loaded.task, ways_to_predict(loaded)
+    names = {"oracle": "oracle", "context_only": "context alone", "lm": "LM"}
+    named = {title: ways[way] for way, title in names.items() if way in ways}
+    wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error")
+    rows = panel_rows(task, loaded.run.data, named, device, count=8)
+    panels = png_tag(tile([{key: row[key] for key in wanted if key in row} for row in rows]), ", ".join(wanted))
+    legend = task.legend()
+    if legend is not None:
+        panels += png_tag(legend, "legend")
+    sections = [("Results", html_table(result_table(task, result)) + _facts(result)), ("Panels", panels)]
+    curves = {name: run for name, run in runs.items() if read_metrics(run)}
+    if curves:
+        sections.append(("Training", png_tag(curve_figure(curves), "training loss")))
+    usage = usage_figure(result["code_counts"]["oracle"], result["level_histogram"]["oracle"])
+    write_report(path, title, [*sections, ("Codebook", png_tag(usage, "usage"))])

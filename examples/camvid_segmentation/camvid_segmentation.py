@@ -113,7 +113,7 @@ class CamvidSegmentation(Task):
         return MeanIoU()
 
     def render(self, image, prediction, truth=None):
-        maps = {"prediction": prediction} | ({} if truth is None else {"ground truth": truth.maps["classes"]})
+        maps = ({} if truth is None else {"ground truth": truth.maps["classes"]}) | {"prediction": prediction}
         return {title: (0.4 * image + 0.6 * COLOURS[classes]).astype(np.uint8) for title, classes in maps.items()}
 
     def baseline(self, source, size):

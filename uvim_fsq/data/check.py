@@ -20,9 +20,10 @@ def check_data(
 
     Returns the lines to print and whether all is well. Raises UserError when nothing of this task is found.
     """
-    from uvim_fsq.config_io import load_run
+    from uvim_fsq.config_io import find_data_root, load_run
     from uvim_fsq.models import build_task, complete
 
+    find_data_root(root)
     run = complete(load_run({"task": {"name": name}, "data": {"root": root}}, overrides))
     task = build_task(run)
     lines: list[str] = []

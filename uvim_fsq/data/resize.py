@@ -16,7 +16,8 @@ def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if array.shape[:2] == tuple(size):
         return array
     rows, columns = nearest_index(array.shape[0], size[0]), nearest_index(array.shape[1], size[1])
-    return array[rows[:, None], columns[None]]
+    # Two takes are several times quicker than one pair of index arrays.
+    return array.take(rows, 0).take(columns, 1)
 
 
 def resize_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -28,7 +28,7 @@ with open(sys.argv[5], "w") as file:
 """
 
 
-class OfficialResults:
+class ResultWriter:
     """Writes predictions as the COCO server and panopticapi take them: `panoptic/` of id PNGs and `panoptic.json`.
 
     Args:

@@ -10,8 +10,7 @@ from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.tasks.base import OfficialResults
 from uvim_fsq.tasks.coco_panoptic.data import PanopticSource
-from uvim_fsq.tasks.coco_panoptic.official import OfficialResults as ResultWriter
-from uvim_fsq.tasks.coco_panoptic.official import run_panopticapi
+from uvim_fsq.tasks.coco_panoptic.official import ResultWriter, run_panopticapi
 from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 

@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.jpe?g", re.IGNORECASE)
 PLACES = ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 #: Shorter lists are read anew every time.
 CACHE_ABOVE = 20_000
+#: Clocks of file systems are coarse: a folder that changed so shortly before it was read may change again unnoticed.
+SETTLED_NS = 2_000_000_000
 ARCHIVES = (".tar", ".tgz", ".zip", ".parquet", ".arrow")
 
 
@@ -71,6 +74,9 @@ class Paths:
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self.data[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes())
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data.tobytes() + self.ends.tobytes()).hexdigest()
 
     def __iter__(self) -> Iterator[str]:
         start, data = 0, self.data.tobytes()
@@ -127,7 +133,7 @@ def list_photos(folder: Path) -> Paths:
     def fresh(arrays: dict[str, np.ndarray]) -> bool:
         # A photo that comes or goes changes the time of its folder, so a thousand look-ups stand for a million files.
         folders = Paths(arrays["folders"], arrays["folder_ends"])
-        return all(_time(folder / name) == time for name, time in zip(folders, arrays["times"].tolist(), strict=True))
+        return all(_time(folder / name) == then for name, then in zip(folders, arrays["times"].tolist(), strict=True))
 
     arrays = cached_arrays("photo_list", {"root": str(folder)}, make, fresh, lambda new: len(new["ends"]) > CACHE_ABOVE)
     return Paths(arrays["data"], arrays["ends"])
@@ -141,13 +147,15 @@ def _time(folder: Path) -> int:
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, int]]:
-    """All photos below `root`, sorted, and all folders with their times of change."""
+    """All photos below `root`, sorted, and all folders with their times of change (0: too recent to be relied on)."""
     photos: list[str] = []
     times: dict[str, int] = {}
     todo, linked = [""], {os.path.realpath(root)}
+    settled = time.time_ns() - SETTLED_NS
     while todo:
         folder = todo.pop()
-        times[folder] = _time(root / folder)
+        changed = _time(root / folder)
+        times[folder] = changed if changed < settled else 0
         try:
             with os.scandir(root / folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
@@ -183,7 +191,7 @@ def _shorter_sides(folder: Path, paths: Paths) -> np.ndarray:
         with ThreadPoolExecutor(8) as pool:
             return {"side": np.fromiter(pool.map(side, paths), np.int32, len(paths))}
 
-    key = {"root": str(folder), "paths": hashlib.sha256(paths.data.tobytes()).hexdigest()}
+    key = {"root": str(folder), "paths": paths.sha256()}
     return cached_arrays("photo_sides", key, make, keep=lambda new: len(new["side"]) > CACHE_ABOVE)["side"]
 
 
@@ -198,12 +206,21 @@ def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, fo
         return _listed_rows(split, paths, folder)
     if split in ("train", "val"):
         return train if split == "train" else val
-    names = [os.path.basename(path) for path in paths]
+    holdout = _holdout(paths, train)
+    return holdout if split == "holdout" else np.setdiff1d(train, holdout, assume_unique=True)
+
+
+def _holdout(paths: Paths, train: np.ndarray) -> np.ndarray:
+    """The first rows of `train` by the hash of their base names: of all classes, and the same in any tree."""
     count = HOLDOUT if len(train) >= 10 * HOLDOUT else min(len(train), max(1, len(train) // 10))
-    # By a hash of the name, so that it holds photos of all classes and is the same for every tree.
-    keys = {row: hashlib.md5(os.fsencode(names[row]), usedforsecurity=False).digest() for row in train.tolist()}
-    holdout = np.array(heapq.nsmallest(count, keys, key=keys.__getitem__), np.int64)
-    return holdout if split == "holdout" else np.setdiff1d(train, holdout)
+
+    def make() -> dict[str, np.ndarray]:
+        names = [os.path.basename(path) for path in paths]
+        keys = {row: hashlib.md5(os.fsencode(names[row]), usedforsecurity=False).digest() for row in train.tolist()}
+        return {"rows": np.array(heapq.nsmallest(count, keys, key=keys.__getitem__), np.int64)}
+
+    key = {"paths": paths.sha256(), "train": hashlib.sha256(train.tobytes()).hexdigest(), "count": count}
+    return cached_arrays("photo_holdout", key, make, keep=lambda _: len(paths) > CACHE_ABOVE)["rows"]
 
 
 def _listed_rows(split: str, paths: Paths, folder: Path) -> np.ndarray:
