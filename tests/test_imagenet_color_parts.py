@@ -17,6 +17,7 @@ from PIL import Image
 
 import uvim_fsq.tasks.imagenet_color.data as photos
 from tests.helpers import golden
+from uvim_fsq.data import splits
 from uvim_fsq.data.cache import cache_dir, cached_arrays
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color import fid
@@ -344,10 +345,10 @@ def test_hold_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_tree(tmp_path / "train", 5, 9)
     train, holdout, rest = (open_source(str(tmp_path), split) for split in ("train", "holdout", "train_minus_holdout"))
     by_hash = sorted(train.names, key=lambda name: hashlib.md5(os.path.basename(name).encode()).digest())
-    assert holdout.names == by_hash[:4]
+    assert holdout.names == sorted(by_hash[:4])
     assert sorted([*holdout.names, *rest.names]) == train.names and rest.names == sorted(rest.names)
-    monkeypatch.setattr(photos, "HOLDOUT", 3)
-    assert open_source(str(tmp_path), "holdout").names == by_hash[:3]
+    monkeypatch.setattr(splits, "HOLDOUT", 3)
+    assert open_source(str(tmp_path), "holdout").names == sorted(by_hash[:3])
 
 
 def test_coltran_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +356,7 @@ def test_coltran_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(photos.COLTRAN, "coltran_evaluation", lambda: wanted)
     for i in range(1, 12):
         photo(tmp_path / "val" / f"{i % 4}" / val_name(i), i)
-    source = open_source(str(tmp_path), "coltran_evaluation", min_side=100)
+    source = open_source(str(tmp_path), "coltran_evaluation")
     assert values(source) == [5, 2, 9] and source.info["official_count"] == 5000
     (tmp_path / "val" / "2" / val_name(2)).unlink()
     with pytest.raises(UserError, match=rf"1 of the 3 photos .* missing, the first is {val_name(2)}; unpack"):
@@ -394,20 +395,6 @@ def test_clear_errors(tmp_path: Path) -> None:
     photo(tmp_path / "other" / "train" / "x.png")
     with pytest.raises(UserError, match="other holds only train/; split val needs val/ beside it"):
         open_source(str(tmp_path / "other"), "val")
-
-
-def test_small_photos_are_left_out(tmp_path: Path) -> None:
-    for i, size in enumerate([(64, 64), (64, 8), (8, 64), (33, 32)]):
-        photo(tmp_path / "train" / f"{i}.png", i, size)
-    (tmp_path / "train" / "9.jpg").write_text("no photo")
-    source = open_source(str(tmp_path), "train", min_side=32)
-    assert source.names == [os.path.join("train", name) for name in ("0.png", "3.png", "9.jpg")]
-    assert source.info["left_out"] == 2 and source.info["count"] == len(source) == 3
-    with pytest.raises(UserError, match="9.jpg cannot be read"):
-        source[2]
-    (tmp_path / "train" / "9.jpg").unlink()
-    with pytest.raises(UserError, match="all 4 photos of split train have a side under 500 pixels"):
-        open_source(str(tmp_path), "train", min_side=500)
 
 
 def test_odd_files(tmp_path: Path) -> None:
@@ -456,8 +443,8 @@ def settle(root: Path) -> None:
 
 
 def test_long_lists_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    train_tree(tmp_path / "train", 2, 3)
-    assert len(open_source(str(tmp_path), "train")) == 6 and not own_cache.exists()  # too short to be kept
+    train_tree(tmp_path / "train", 2, 6)
+    assert len(open_source(str(tmp_path), "train")) == 12 and not own_cache.exists()  # too short to be kept
     monkeypatch.setattr(photos, "CACHE_ABOVE", 5)
     scans: list[Path] = []
     scan = photos._scan
@@ -473,15 +460,15 @@ def test_long_lists_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     photo(tmp_path / "train" / "n00000001" / "n00000001_9.JPEG", 9)
     assert listed() == [*names, "n00000001_9.JPEG"] and len(scans) == 4
     settle(tmp_path)
-    assert len(listed()) == len(listed()) == 7 and len(scans) == 5
+    assert len(listed()) == len(listed()) == 13 and len(scans) == 5
     (tmp_path / "train" / "n00000000" / "n00000000_0.JPEG").unlink()
-    assert len(listed()) == 6 and len(scans) == 6
+    assert len(listed()) == 12 and len(scans) == 6
     deep = tmp_path / "train" / "new" / "deep" / "er"
     photo(deep / "n00000009_9.JPEG", 9)
     settle(tmp_path)
-    assert len(listed()) == len(listed()) == 7 and len(scans) == 7
+    assert len(listed()) == len(listed()) == 13 and len(scans) == 7
     photo(deep / "n00000009_8.JPEG", 9)
-    assert len(listed()) == 8 and len(scans) == 8
+    assert len(listed()) == 14 and len(scans) == 8
     holdouts = [open_source(str(tmp_path), "holdout").names for _ in range(2)]
     assert holdouts[0] == holdouts[1] and len(list(own_cache.glob("photo_holdout-*.npz"))) == 1
     assert len(list(own_cache.glob("photo_list-*.npz"))) == 1 and len(list(own_cache.iterdir())) == 2

@@ -5,13 +5,15 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from uvim_fsq.data.sample import Array
+
 
 def nearest_index(size: int, new: int) -> np.ndarray:
     """(new,) int64 source positions floor((i + 0.5) * size / new)."""
     return np.minimum(((np.arange(new) * 2 + 1) * size) // (2 * new), size - 1)
 
 
-def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_nearest(array: Array, size: tuple[int, int]) -> Array:
     """(H, W, ...) of any dtype -> (height, width, ...), half-pixel centres; `F.interpolate`, PIL and OpenCV differ."""
     if array.shape[:2] == tuple(size):
         return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ HOLDOUT = 4096
 def holdout_mask(names: Sequence[str]) -> np.ndarray:
     """(N,) bool, True for the held-out names: the first 4096 by md5, of a set below 40,960 the first tenth."""
     count = HOLDOUT if len(names) >= 10 * HOLDOUT else len(names) // 10
-    order = sorted(range(len(names)), key=lambda i: hashlib.md5(names[i].encode()).digest())
+    order = sorted(range(len(names)), key=lambda i: hashlib.md5(os.fsencode(names[i]), usedforsecurity=False).digest())
     mask = np.zeros(len(names), bool)
     mask[order[:count]] = True
     return mask

@@ -6,20 +6,18 @@ Knows file names and sizes; of colour and of networks nothing. Every sample is t
 from __future__ import annotations
 
 import hashlib
-import heapq
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data import splits
 from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.images import IMAGE_SUFFIXES, read_image
 from uvim_fsq.data.sample import Sample
@@ -27,17 +25,15 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color.coltran import evaluation_names, reference_names
 
 COLTRAN = {"coltran_evaluation": evaluation_names, "coltran_reference": reference_names}
-SPLITS = ("train", "val", "holdout", "train_minus_holdout", *COLTRAN)
-#: Photos held out of training; of less than ten times as many a tenth.
-HOLDOUT = 4096
+SPLITS = (*splits.SPLITS, *COLTRAN)
 #: Of a folder without train/ and val/ every tenth photo is the evaluation split.
 VAL_STRIDE = 10
 #: split -> number of photos in ImageNet.
 OFFICIAL = {
     "train": 1_281_167,
     "val": 50_000,
-    "holdout": HOLDOUT,
-    "train_minus_holdout": 1_281_167 - HOLDOUT,
+    "holdout": splits.HOLDOUT,
+    "train_minus_holdout": 1_281_167 - splits.HOLDOUT,
     **dict.fromkeys(COLTRAN, 5_000),
 }
 TRAIN_NAME = re.compile(r"n\d{8}_\d+\.jpe?g", re.IGNORECASE)
@@ -90,8 +86,7 @@ class PhotoSource:
 
     Attributes:
         root: absolute folder of the data set; `open_source` finds the same photos there.
-        info: layout, split, count, official_count (None for other data than ImageNet), root (its name), and with a
-            lower bound on the size left_out.
+        info: layout, split, count, official_count (None for other data than ImageNet), root (its name).
     """
 
     def __init__(self, root: Path, folder: str, paths: Paths, rows: np.ndarray, info: dict[str, Any]) -> None:
@@ -177,31 +172,13 @@ def _scan(root: Path) -> tuple[list[str], dict[str, int]]:
     return sorted(photos), times
 
 
-def _shorter_sides(folder: Path, paths: Paths) -> np.ndarray:
-    """(n,) int32 from the files' headers; unreadable ones count as large, so that reading them names them."""
-
-    def side(path: str) -> int:
-        try:
-            with Image.open(folder / path) as image:
-                return min(image.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return np.iinfo(np.int32).max
-
-    def make() -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(8) as pool:
-            return {"side": np.fromiter(pool.map(side, paths), np.int32, len(paths))}
-
-    key = {"root": str(folder), "paths": paths.sha256()}
-    return cached_arrays("photo_sides", key, make, keep=lambda new: len(new["side"]) > CACHE_ABOVE)["side"]
-
-
 def _looks_like(paths: Paths, pattern: re.Pattern[str]) -> bool:
     probes = {0, len(paths) // 2, len(paths) - 1} if len(paths) else set()
     return bool(probes) and all(pattern.fullmatch(os.path.basename(paths[i])) for i in probes)
 
 
 def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, folder: Path) -> np.ndarray:
-    """Rows of `paths` that make up a split: the hold-out and ColTran's lists in their own order, the others sorted."""
+    """Rows of `paths` that make up a split: ColTran's lists in their own order, the others sorted."""
     if split in COLTRAN:
         return _listed_rows(split, paths, folder)
     if split in ("train", "val"):
@@ -211,16 +188,13 @@ def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, fo
 
 
 def _holdout(paths: Paths, train: np.ndarray) -> np.ndarray:
-    """The first rows of `train` by the hash of their base names: of all classes, and the same in any tree."""
-    count = HOLDOUT if len(train) >= 10 * HOLDOUT else min(len(train), max(1, len(train) // 10))
+    """The held-out rows of `train`, by base name: of all classes, and the same in any tree."""
 
     def make() -> dict[str, np.ndarray]:
-        names = [os.path.basename(path) for path in paths]
-        keys = {row: hashlib.md5(os.fsencode(names[row]), usedforsecurity=False).digest() for row in train.tolist()}
-        return {"rows": np.array(heapq.nsmallest(count, keys, key=keys.__getitem__), np.int64)}
+        return {"mask": splits.holdout_mask([os.path.basename(paths[row]) for row in train.tolist()])}
 
-    key = {"paths": paths.sha256(), "train": hashlib.sha256(train.tobytes()).hexdigest(), "count": count}
-    return cached_arrays("photo_holdout", key, make, keep=lambda _: len(paths) > CACHE_ABOVE)["rows"]
+    key = {"paths": paths.sha256(), "train": hashlib.sha256(train.tobytes()).hexdigest()}
+    return train[cached_arrays("photo_holdout", key, make, keep=lambda _: len(paths) > CACHE_ABOVE)["mask"]]
 
 
 def _listed_rows(split: str, paths: Paths, folder: Path) -> np.ndarray:
@@ -257,13 +231,13 @@ def _find(top: Path, split: str) -> tuple[str, Path, str]:
     return "folder", top, ""
 
 
-def open_source(root: str, split: str, min_side: int = 0) -> PhotoSource:
+def open_source(root: str, split: str) -> PhotoSource:
     """The photos of one split of whatever lies under `root`.
 
     Layouts: train/ and val/ of any photos, flat or in folders (ImageNet's own and Kaggle's tree among them); the
     ImageNet validation photos alone; any other folder of photos, of which every tenth is val and the rest train.
     Splits: train, val, holdout (4096 of train or a tenth, by name), train_minus_holdout, and the two lists of the
-    ColTran protocol. Photos with a shorter side under `min_side` are left out of all but these lists.
+    ColTran protocol.
     Raises UserError for an unknown split, a missing folder and a split without photos.
     """
     if split not in SPLITS:
@@ -276,11 +250,9 @@ def open_source(root: str, split: str, min_side: int = 0) -> PhotoSource:
     if not len(paths):
         raise _no_photos(base / folder)
     layout, train, val, official = _parts(layout, folder, paths)
-    every = _split_rows(split, paths, train, val, base / folder)
-    small = bool(min_side) and split not in COLTRAN
-    chosen = every[_shorter_sides(base / folder, paths)[every] >= min_side] if small else every
+    chosen = _split_rows(split, paths, train, val, base / folder)
     if not len(chosen):
-        raise UserError(_why_empty(base / folder, split, layout, len(every), min_side))
+        raise UserError(_why_empty(base / folder, split, layout))
     info = {
         "layout": layout,
         "split": split,
@@ -288,8 +260,6 @@ def open_source(root: str, split: str, min_side: int = 0) -> PhotoSource:
         "official_count": OFFICIAL[split] if official else None,
         "root": top.name,
     }
-    if small:
-        info["left_out"] = len(every) - len(chosen)
     return PhotoSource(base, folder, paths, chosen, info)
 
 
@@ -305,9 +275,7 @@ def _parts(layout: str, folder: str, paths: Paths) -> tuple[str, np.ndarray, np.
     return layout, rows[rows % VAL_STRIDE != 0], rows[::VAL_STRIDE], False
 
 
-def _why_empty(folder: Path, split: str, layout: str, found: int, min_side: int) -> str:
-    if found:
-        return f"{folder}: all {found} photos of split {split} have a side under {min_side} pixels; use larger ones"
+def _why_empty(folder: Path, split: str, layout: str) -> str:
     if layout == "imagenet":
         return f"{folder} holds only ImageNet's validation photos; split {split} needs train/ and val/ in one folder"
     return f"{folder}: too few photos, none is left for split {split}; add some"

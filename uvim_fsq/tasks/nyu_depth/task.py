@@ -126,7 +126,7 @@ class NYUDepth(Task):
         pictures = {"prediction": colour(prediction, high)}
         if depth is not None:
             valid = depth > self.config.min_depth
-            error = np.where(valid, np.abs(resize_nearest(prediction, depth.shape[:2]) - depth), 0)
+            error = np.where(valid, np.abs(resize_nearest(prediction, (depth.shape[0], depth.shape[1])) - depth), 0)
             pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
         return pictures
 
