@@ -27,19 +27,14 @@ BLOCK = 512
 class Inception:
     """The 2015-12-05 TensorFlow Inception graph up to its last pooling, in torch-fidelity's port.
 
-    Raises UserError, one line with where to get the weights, when the file is missing or another one, and when
-    torch-fidelity is not installed.
+    Raises UserError, one line with where to get the weights, when the file is missing or another one.
     """
 
     def __init__(self, weights: str | Path, device: torch.device) -> None:
         """`weights`: the local file; its SHA-256 must be that of the published one."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         state = _load_weights(weights)
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise UserError(
-                "FID needs torch-fidelity, which is not installed; pip install 'torch-fidelity>=0.4'"
-            ) from None
         # torch-fidelity unpickles its file without restraint, so it is handed a copy that this process wrote.
         copy = io.BytesIO()
         torch.save(state, copy)
@@ -61,10 +56,11 @@ class Inception:
         return features.double().cpu().numpy()
 
 
-def _load_weights(weights: str | Path) -> dict[str, torch.Tensor]:
+def _load_weights(given: str | Path) -> dict[str, torch.Tensor]:
     where = f"download {WEIGHTS_URL} and pass it as task.inception_weights=PATH"
-    if not str(weights) or not Path(weights).is_file():
-        raise UserError(f"FID needs the Inception weights, and there is no file {str(weights)!r}; {where}")
+    weights = Path(given).expanduser()
+    if not weights.is_file():
+        raise UserError(f"FID needs the Inception weights, and there is no file {str(given)!r}; {where}")
     digest = hashlib.sha256()
     try:
         with open(weights, "rb") as file:
