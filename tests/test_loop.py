@@ -111,10 +111,12 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, data: Path) -> None
 @pytest.mark.multi
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    for config, extra in ((ORACLE, ["model.code_dropout=none", f"data.root={data}"]), (LM, [f"oracle={oracle_dir}"])):
+    oracle = ["model.code_dropout=none", f"data.root={data}"]
+    vq = [*oracle, "model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8"]
+    for name, config, extra in (("oracle", ORACLE, oracle), ("vq", ORACLE, vq), ("lm", LM, [f"oracle={oracle_dir}"])):
         results = []
         for count in (1, 2):
-            out = tmp_path / f"{config['stage']}{count}"
+            out = tmp_path / f"{name}{count}"
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
             launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(29500 + os.getpid() % 1000)]

@@ -46,12 +46,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    kind: Literal["fsq"] = "fsq"
-    """Quantizer of the bottleneck."""
+    kind: Literal["fsq", "vq"] = "fsq"
+    """Quantizer of the bottleneck: fsq, or vq, the baseline it replaces."""
     levels: tuple[int, ...] | Literal["2^8", "2^10", "2^12", "2^14", "2^16"] = (7, 5, 5, 5, 5)
     """FSQ levels per channel, or a preset: 2^8, 2^10, 2^12, 2^14, 2^16."""
     shift: Literal["published", "centered"] = "published"
     """Offset inside FSQ's tanh for even levels: as published (tan), or centered (atanh, bound(0) = 0)."""
+    codebook_size: int = 4096
+    """VQ: number of codewords; FSQ's is the product of its levels."""
+    codeword_dim: int = 768
+    """VQ: channels of a codeword; FSQ's is the number of its levels."""
+    momentum: float = 0.995
+    """VQ: of the running counts and sums behind the codewords."""
+    split: bool = True
+    """VQ: codebook splitting, rare codewords are replaced by halves of the most frequent."""
+    commitment: float = 0.0
+    """VQ: weight of the mean squared distance between the encoder's output and its codeword, in the loss."""
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,18 @@ _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
     train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size optim.lr
     optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth model.num_heads
-    model.mlp_dim model.code_length model.head_chunks model.encoder.patch_size model.encoder.width model.encoder.depth
+    model.mlp_dim model.code_length model.head_chunks model.quantizer.codebook_size model.quantizer.codeword_dim
+    model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
-    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout"""
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
+    model.quantizer.commitment"""
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
-    ("model.dropout", lambda value: value < 1, "must be below 1"),
+    ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
 )
 
 

@@ -31,6 +31,7 @@ from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.statistics import CodeStatistics
+from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import write_evaluation
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
@@ -117,7 +118,7 @@ class Evaluator:
         config: EvalConfig,
         *,
         limit: int | None = None,
-        quantizer: FSQ | None = None,
+        quantizer: FSQ | VQ | None = None,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.limit = limit if limit is not None else config.limit

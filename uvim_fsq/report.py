@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
@@ -127,14 +128,20 @@ def curve_figure(runs: Mapping[str, Path]) -> Figure:
 
 
 def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figure:
-    """Code counts, sorted, and each channel's level histogram."""
+    """Code counts, sorted, and each FSQ channel's level histogram."""
     figure = Figure(figsize=(10, 3.2))
     axis = figure.add_subplot(1, 2, 1)
     axis.bar(range(len(counts)), sorted(counts, reverse=True), width=1.0)
     used = sum(count > 0 for count in counts)
     axis.set_title(f"codes by frequency: {used} of {len(counts)} used")
     axis.set_yscale("symlog")
-    axis = figure.add_subplot(1, 2, 2)
+    if levels:
+        _draw_levels(figure.add_subplot(1, 2, 2), levels)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_levels(axis: Axes, levels: Sequence[Sequence[int]]) -> None:
     for i, histogram in enumerate(levels):
         total, half = max(sum(histogram), 1), len(histogram) // 2
         # FSQ's values: an even number of levels is not symmetric about 0.
@@ -143,8 +150,6 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
     axis.set_title("share of each level per channel")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=7)
-    figure.tight_layout()
-    return figure
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:

@@ -26,20 +26,27 @@ from uvim_fsq.layers import (
 )
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, head_and_loss
+from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.tasks.base import LabelChannel
 
 
 @dataclass
 class OracleOutput:
-    """A training pass: `loss` (B,) float32, `logs` name -> (B,), `tokens` (B, L) int64 before code dropout."""
+    """A training pass: `loss` (B,) float32, `logs` name -> (B,), `tokens` (B, L) int64 before code dropout.
+
+    `bottleneck` (B, L, d) is what the quantizer was given.
+    """
 
     loss: torch.Tensor
     logs: dict[str, torch.Tensor]
     tokens: torch.Tensor
+    bottleneck: torch.Tensor
 
 
-def build_quantizer(config: QuantizerConfig) -> FSQ:
-    """The bottleneck's quantizer; all share `forward(z) -> codes, indices`, `indices_to_codes`, `codes_to_indices`."""
+def build_quantizer(config: QuantizerConfig) -> FSQ | VQ:
+    """The bottleneck's quantizer; both share `forward(z) -> codes, indices`, `indices_to_codes`, `codes_to_indices`."""
+    if config.kind == "vq":
+        return VQ(config.codebook_size, config.codeword_dim, momentum=config.momentum, split=config.split)
     return FSQ(config.levels, shift=config.shift)
 
 
@@ -136,11 +143,14 @@ class Oracle(nn.Module):
 
     def forward(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None, loss: Loss) -> OracleOutput:
         """One reconstruction pass with `loss` = `Task.loss`; code dropout in training mode only."""
-        codes, tokens = self.quantizer(self.encode(labels, image))
-        if self.training:
-            codes = drop_codes(codes, self.config.code_dropout)
+        bottleneck = self.encode(labels, image)
+        quantized, tokens = self.quantizer(bottleneck)
+        codes = drop_codes(quantized, self.config.code_dropout) if self.training else quantized
         hidden = self.decode_hidden(codes, image)
         patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
         chunks = self.config.head_chunks if self.training else 1
         value, logs = head_and_loss(self.label_head, hidden, patches, loss, chunks)
-        return OracleOutput(value, logs, tokens)
+        if isinstance(self.quantizer, VQ) and self.config.quantizer.commitment:
+            distance = (self.quantizer.standardize(bottleneck) - quantized.detach()).square().mean((1, 2))
+            value, logs = value + self.config.quantizer.commitment * distance, {**logs, "commitment": distance.detach()}
+        return OracleOutput(value, logs, tokens, bottleneck.detach())

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.vq import VQ
 
 
 class CodeStatistics:
     """Counts code indices. Usage is the share of codes used at least once (FSQ paper, Table 2)."""
 
-    def __init__(self, quantizer: FSQ) -> None:
+    def __init__(self, quantizer: FSQ | VQ) -> None:
         self.quantizer = quantizer
         self.counts = np.zeros(quantizer.codebook_size, np.int64)
 
@@ -29,7 +30,9 @@ class CodeStatistics:
         self.counts = state["code_counts"].astype(np.int64)
 
     def level_histogram(self) -> list[list[int]]:
-        """Per channel, how often each level was taken: d lists of L_i counts."""
+        """Per channel, how often each level was taken: d lists of L_i counts; none for VQ, which has no levels."""
+        if isinstance(self.quantizer, VQ):
+            return []
         digits = self.quantizer.indices_to_digits(torch.arange(self.quantizer.codebook_size)).cpu().numpy()
         return [
             np.bincount(digits[:, i], weights=self.counts, minlength=level).astype(int).tolist()

@@ -172,12 +172,18 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
             for name, value in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+        self.stage.after_step(self._sum, mix(self.train.seed, self.step))
         if self.ema is not None:
             decay = self.train.ema or 0.0
             for name, p in self.stage.model.named_parameters():
                 self.ema[name].lerp_(p.detach(), 1 - decay)
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        total = self.accelerator.reduce(values, "sum")
+        assert isinstance(total, torch.Tensor)
+        return total
 
     # --- evaluation --------------------------------------------------------------------------------------------
 

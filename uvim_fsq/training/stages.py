@@ -6,6 +6,7 @@ optimizer, wrapper or checkpoint ever sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from uvim_fsq.evaluation import Evaluator, lm_predictions, oracle_predictions
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import panel_picture
 from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class OracleStage:
@@ -33,12 +36,21 @@ class OracleStage:
     def __init__(self, run: OracleRun) -> None:
         self.run, self.task = run, build_task(run)
         torch.manual_seed(run.train.seed)
-        self.model: nn.Module = build_oracle(run, self.task)
+        oracle = build_oracle(run, self.task)
+        self.dictionary = oracle.quantizer if isinstance(oracle.quantizer, VQ) else None
+        self.model: nn.Module = oracle
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Mean task loss of a micro batch and its scalar logs, all on the device. `model` may be wrapped."""
         out = model(batch["labels"], batch["image"], self.task.loss)
+        if self.dictionary is not None:
+            self.dictionary.observe(out.bottleneck, out.tokens)
         return out.loss.mean(), {name: value.mean() for name, value in out.logs.items()}
+
+    def after_step(self, reduce: Reduce, seed: int) -> None:
+        """Once per optimizer step: `reduce` sums over processes, `seed` is the same in all of them."""
+        if self.dictionary is not None:
+            self.dictionary.update(reduce, seed)
 
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metric and the codebook's use over the evaluation split."""
@@ -75,6 +87,9 @@ class LMStage:
         logits = model(batch["image"], tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
         return loss, {"token_accuracy": (logits.argmax(-1) == tokens).float().mean()}
+
+    def after_step(self, reduce: Reduce, seed: int) -> None:
+        """Nothing: all of the model is trained by gradients."""
 
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metric over the evaluation split, decoding from the image alone."""

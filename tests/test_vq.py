@@ -1,0 +1,117 @@
+"""The VQ baseline: its dictionary by hand, splitting, resumption. Golden numbers: test_golden_oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.small import oracle_run
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.models import load_checkpoint
+from uvim_fsq.oracle.vq import RARE, VQ
+from uvim_fsq.training.run import train
+
+KEYS = ("model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8")
+
+
+def test_forward_is_the_nearest_codeword_and_passes_gradients_straight() -> None:
+    torch.manual_seed(0)
+    vq = VQ(12, 8)
+    z = torch.randn(3, 5, 8, requires_grad=True)
+    codes, indices = vq(z)
+    words = vq.sums / vq.counts[:, None]
+    words = words / words.norm(dim=1, keepdim=True)
+    standard = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.equal(indices, torch.cdist(standard.detach(), words[None]).argmin(-1))
+    torch.testing.assert_close(codes.detach(), words[indices])
+    weights = torch.randn(8)
+    (codes * weights).sum().backward()
+    other = z.detach().clone().requires_grad_()
+    (VQ.standardize(other) * weights).sum().backward()
+    torch.testing.assert_close(z.grad, other.grad)
+    assert torch.equal(vq.codes_to_indices(codes.detach()), indices)
+    torch.testing.assert_close(vq.indices_to_codes(indices), codes.detach())
+
+
+def test_running_sums_by_hand() -> None:
+    vq = VQ(3, 2, split=False)
+    counts, sums = vq.counts.clone(), vq.sums.clone()
+    z, indices = torch.tensor([[1.0, 3.0], [5.0, 4.0], [0.0, 2.0]]), torch.tensor([1, 2, 1])
+    vq.observe(z[:1], indices[:1])  # two micro batches of one step
+    vq.observe(z[1:], indices[1:])
+    assert torch.equal(vq.counts, counts)
+    vq.update(lambda x: 2 * x, seed=0)  # as of two equal processes
+    torch.testing.assert_close(vq.counts, 0.995 * counts + torch.tensor([0.0, 4.0, 2.0]))
+    standard = VQ.standardize(z)
+    expected = torch.stack([torch.zeros(2), 2 * (standard[0] + standard[2]), 2 * standard[1]])
+    torch.testing.assert_close(vq.sums, 0.995 * sums + expected)
+    after = vq.counts.clone()
+    vq.update(lambda x: x, seed=0)
+    assert torch.equal(vq.counts, after)  # nothing was observed since
+
+
+def test_splitting_halves_the_most_frequent() -> None:
+    vq = VQ(4, 3)
+    vq.counts.copy_(torch.tensor([8.0, 0.05, 1.0, 0.01]))
+    before = vq.sums.clone()
+    vq.observe(torch.randn(1, 3), torch.tensor([2]))
+    vq.update(lambda x: torch.zeros_like(x), seed=1)
+    # 3, the rarest, takes half of 0; then 1 takes half of the now most frequent, 0 or 3.
+    assert sorted(vq.counts.tolist()) == pytest.approx(sorted(0.995 * x for x in (4.0, 2.0, 2.0, 1.0)))
+    assert float(vq.counts.sum()) == pytest.approx(0.995 * 9.0)
+    for row in (1, 3):
+        share = vq.sums[row] / (0.995 * before[0])
+        assert bool(((share > 0.24) & (share < 0.51)).all()) and len(set(share.tolist())) == 3  # noise per entry
+        assert torch.cosine_similarity(vq.sums[row], before[0], 0) > 0.99999
+    torch.testing.assert_close(vq.sums[2], 0.995 * before[2])
+
+
+def test_splitting_ends_where_tokens_are_too_few() -> None:
+    vq = VQ(50, 3)
+    vq.counts.fill_(0.05)
+    vq.observe(torch.randn(1, 3), torch.tensor([0]))
+    vq.update(lambda x: x, seed=0)
+    assert bool(torch.isfinite(vq.codewords()).all()) and float(vq.counts.min()) < RARE
+
+
+def test_an_unused_codeword_keeps_its_direction_without_splitting() -> None:
+    vq = VQ(3, 4, split=False, momentum=0.5)
+    before = vq.codewords()[2].clone()
+    for _ in range(400):
+        vq.observe(torch.randn(2, 4), torch.tensor([0, 1]))
+        vq.update(lambda x: x, seed=0)
+    torch.testing.assert_close(vq.codewords()[2], before)
+    assert bool(torch.isfinite(vq.codewords()).all())
+
+
+def test_train_save_resume_and_evaluate(tmp_path: Path, data: Path) -> None:
+    whole = train(oracle_run(tmp_path / "whole", data, *KEYS, "train.save_every=3", "model.quantizer.commitment=0.25"))
+    found = load_checkpoint(whole).oracle.quantizer
+    assert isinstance(found, VQ) and not torch.equal(found.counts, torch.ones(16))
+    again = train(
+        oracle_run(
+            tmp_path / "again",
+            data,
+            *KEYS,
+            f"train.resume={whole}/checkpoints/step_00000003",
+            "model.quantizer.commitment=0.25",
+        )
+    )
+    resumed = load_checkpoint(again).oracle.quantizer
+    assert isinstance(resumed, VQ)
+    torch.testing.assert_close(resumed.sums, found.sums)
+    torch.testing.assert_close(resumed.counts, found.counts)
+    result = evaluate_run(whole, report=tmp_path / "page.html")
+    assert 0 < result["figures"]["oracle"]["codebook_usage"] <= 1 and result["level_histogram"]["oracle"] == []
+    assert len(result["code_counts"]["oracle"]) == 16
+    assert np.isfinite(result["figures"]["context_only"]["rmse"])
+
+
+@pytest.mark.parametrize("key", ["codebook_size=0", "momentum=1", "commitment=-1", "codeword_dim=0"])
+def test_impossible_settings(tmp_path: Path, data: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"model.quantizer.{key.split('=')[0]}"):
+        oracle_run(tmp_path / "x", data, *KEYS[:1], f"model.quantizer.{key}")
