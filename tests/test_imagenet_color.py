@@ -222,9 +222,37 @@ def test_coltran_lists_are_called_fid_5k_in_full_only(
         metric.update(np.zeros((16, 16, 3), np.float32), task.evaluation_view(source[i]))
     figures = metric.compute()
     assert figures["reference_images"] == 3 and "FID-2" in figures and "FID-5k" not in figures
+    for i in range(2):
+        metric.update(np.zeros((512, 512, 3), np.float32), task.evaluation_view(source[i]))
+    assert not metric.official  # a smaller model's pictures were among them
+    train_split = task.source(str(root), "train")
+    other = task.metric(train_split)
+    assert isinstance(other, FIDMetric) and not other.official
     monkeypatch.undo()
     with pytest.raises(UserError, match="4999 of the 5000 photos|5000 of the 5000 photos|missing, the first is"):
         ImagenetColor(ImagenetColorConfig(protocol="coltran")).source(str(root), "val")
+
+
+def test_what_evaluation_lacks_is_said_before_training(root: Path, tmp_path: Path, own_cache: Path) -> None:
+    section = {"task": {"name": "imagenet_color", "protocol": "fid"}}
+    with pytest.raises(UserError, match="FID needs the Inception weights"):
+        train(resolve(load_run({**ORACLE, **section}, [f"train.out={tmp_path / 'o'}", f"data.root={root}"])))
+    assert not list((tmp_path / "o").glob("checkpoints/*"))
+    lines, ok = check_data("imagenet_color", str(root), ["task.protocol=fid"])
+    assert not ok and any("FID needs the Inception weights" in line for line in lines)
+    (root / "train").rename(root / "elsewhere")
+    task = fid_task()
+    with pytest.raises(UserError, match="split train needs train/ beside it"):
+        task.metric(task.source(str(root), "val"))
+
+
+def test_training_watches_its_own_split(root: Path, tmp_path: Path) -> None:
+    section = {"task": {"name": "imagenet_color"}}
+    keys = [f"train.out={tmp_path / 'o'}", f"data.root={root}", "data.watch_split=holdout", "train.eval_every=3"]
+    out = train(resolve(load_run({**ORACLE, **section}, keys)))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval/images"] for line in lines if "eval/images" in line] == [1, 1]  # a tenth of 12 photos
+    assert json.loads((out / "evaluation.json").read_text())["images"] == 5
 
 
 def test_fid_mistakes(root: Path) -> None:

@@ -339,11 +339,12 @@ def test_running_panopticapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     writer = ResultWriter(tmp_path / "pred", CATEGORY_IDS)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        assert run_panopticapi(gt_json, gt_folder, writer.finish([]), writer.pngs) is None
+        with pytest.raises(UserError, match="panopticapi is not installed .pip install .* are ready for it"):
+            run_panopticapi(gt_json, gt_folder, writer.finish([]), writer.pngs)
     monkeypatch.syspath_prepend(tmp_path / "lib")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
     figures = run_panopticapi(gt_json, gt_folder, writer.finish([writer.add(truth, 5, "5.png")]), writer.pngs)
-    assert figures is not None and len(figures) == 9
+    assert len(figures) == 9
     assert figures["pq_stuff"] == 20 and figures["sq"] == 50 and figures["rq_things"] == 0
     entries = [writer.add(truth, i, f"{i}.png") for i in (4, 6)]
     with pytest.raises(UserError, match="panopticapi cannot score .*panoptic.json: KeyError: 'segment 7'$"):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,14 @@ def command_synth(args: argparse.Namespace) -> None:
     print(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
 
 
+def _one_line_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    """What the package warns of is meant for the user, who does not care where it was raised."""
+    return f"warning: {message}\n" if category is UserWarning else _PLAIN_WARNING(message, category, *place, **line)
+
+
+_PLAIN_WARNING = warnings.formatwarning
+
+
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, nothing elsewhere; yields what is called with (done, total)."""
@@ -311,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if target is not None:
         target += late
+    warnings.formatwarning = _one_line_warning
     # Plugins may lie beside the configuration.
     sys.path.insert(0, os.getcwd())
     try:

@@ -30,6 +30,8 @@ class DataConfig:
     """Split to train on."""
     eval_split: str = "val"
     """Split to evaluate on."""
+    watch_split: str = ""
+    """Split that training evaluates on and picks its best checkpoint by; empty: eval_split."""
     crop: Literal["inception", "none"] = "inception"
     """Training crop: inception (random area and aspect) or none (the whole image resized)."""
     crop_area: tuple[float, float] = (0.05, 1.0)

@@ -24,7 +24,7 @@ from uvim_fsq.errors import UserError
 Tree = dict[str, Any]
 
 #: Keys of `data` that an LM takes over from its oracle unless they are given.
-INHERITED = ("root", "image_size", "train_split", "eval_split", "crop", "crop_area", "hflip")
+INHERITED = ("root", "image_size", "train_split", "eval_split", "watch_split", "crop", "crop_area", "hflip")
 
 
 def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
@@ -171,6 +171,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if hint is bool and isinstance(value, bool):
         return value
+    if hint is str and value is None:
+        return ""  # `key=` on the command line
     if hint is str and isinstance(value, (str, int, float)):
         return str(value)
     raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")

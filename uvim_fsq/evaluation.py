@@ -165,18 +165,18 @@ class Evaluator:
                 figures |= self.statistics.compute()
         if official is not None:
             entries = gather_object(entries)
-            theirs = _score(official, entries) if state.is_main_process else None
-            figures |= {f"official/{name}": value for name, value in (theirs or {}).items()}
+            theirs = _score(official, entries) if state.is_main_process else {}
+            figures |= {f"official/{name}": value for name, value in theirs.items()}
         return figures
 
 
-def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float] | None:
+def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
     """The official figures; that program's refusal must not cost our own."""
     try:
         return official.finish(entries)
     except UserError as error:
         warnings.warn(f"no official figures: {error}", stacklevel=2)
-        return None
+        return {}
 
 
 def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -242,7 +242,7 @@ def evaluate_loaded(
     return {
         "task": task.name,
         "protocol": evaluator.protocol,
-        "data": dict(evaluator.source.info),
+        "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "baseline": trivial.name if trivial is not None else None,
         "limit": limit,
         "images": len(next(iter(rows.values()))),

@@ -107,6 +107,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
     """
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint, overrides)
+    _refuse_other_labels(run, read_config(checkpoint), overrides)
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
@@ -116,6 +117,15 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
     return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint)
+
+
+def _refuse_other_labels(run: Run, trained: Run, overrides: Sequence[str]) -> None:
+    if overrides and run.task is not None and trained.task is not None:
+        asked, known = build_task(run).label_channels, build_task(trained).label_channels
+        if asked != known:
+            raise UserError(
+                f"{' '.join(overrides)} changes the labels from {known} to {asked}; a trained model cannot follow"
+            )
 
 
 def find_oracle(checkpoint: Path, run: LMRun) -> Path:

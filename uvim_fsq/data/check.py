@@ -31,6 +31,8 @@ def check_data(
     for split in ("train", "val"):
         try:
             source = task.source(root, split)
+            if split == "val":
+                task.metric(source)  # a protocol may need more than this split
         except UserError as error:
             lines.append(f"{split}: {error}")
             ok = False

@@ -15,7 +15,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Any PIL image -> (H, W, 3) uint8: upright by EXIF, alpha over white, 16-bit scaled down."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range nothing says; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
         values = np.asarray(image, np.float64)
         # 16-bit greys would be clipped at 255 by convert().
         scale = 255.0 / 65535.0 if values.max(initial=0.0) > 255 else 1.0

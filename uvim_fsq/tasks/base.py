@@ -86,8 +86,11 @@ class OfficialResults(ABC):
         """Writes one image's files; arguments as for `Metric.update`. Returns its entry, gathered over processes."""
 
     @abstractmethod
-    def finish(self, entries: list[Any]) -> dict[str, float] | None:
-        """Writes what spans all images and returns the program's figures; None where it is not installed."""
+    def finish(self, entries: list[Any]) -> dict[str, float]:
+        """Writes what spans all images and returns the program's figures.
+
+        Raises UserError where it is not installed or refuses; what was written stays.
+        """
 
 
 class Task(ABC):

@@ -80,6 +80,9 @@ class Trainer:
         self.accelerator = make_accelerator(run.train)
         self.device = self.accelerator.device
         source = stage.task.source(run.data.root, run.data.train_split)
+        # What evaluation lacks is better said now than after hours of training.
+        for split in {run.data.eval_split, run.data.watch_split or run.data.eval_split}:
+            stage.task.metric(stage.task.source(run.data.root, split))
         self.loader = TrainLoader(
             source,
             stage.task,

@@ -7,6 +7,7 @@ optimizer, wrapper or checkpoint ever sees.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uvim_fsq.config import LMRun, OracleRun, Run
+from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import Evaluator, lm_predictions, oracle_predictions
 from uvim_fsq.lm.model import LM
@@ -26,6 +27,11 @@ from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def watched(data: DataConfig) -> DataConfig:
+    """The data as training evaluates on them."""
+    return replace(data, eval_split=data.watch_split or data.eval_split)
 
 
 class OracleStage:
@@ -55,13 +61,13 @@ class OracleStage:
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metric and the codebook's use over the evaluation split."""
         assert isinstance(model, Oracle)
-        evaluator = Evaluator(self.task, self.run.data, self.run.eval, limit=limit, quantizer=model.quantizer)
+        evaluator = Evaluator(self.task, watched(self.run.data), self.run.eval, limit=limit, quantizer=model.quantizer)
         return evaluator.run(oracle_predictions(model, self.task), device)
 
     def panel(self, model: nn.Module, device: torch.device) -> np.ndarray:
         """A picture (H, W, 3) uint8 of a few evaluation images: input, prediction, truth, error."""
         assert isinstance(model, Oracle)
-        return panel_picture(self.task, self.run.data, oracle_predictions(model, self.task), device)
+        return panel_picture(self.task, watched(self.run.data), oracle_predictions(model, self.task), device)
 
     def extra_files(self, out: Path) -> None:
         """Nothing beside the checkpoint."""
@@ -95,7 +101,9 @@ class LMStage:
         """The task's metric over the evaluation split, decoding from the image alone."""
         assert isinstance(model, LM)
         self.oracle.to(device)
-        evaluator = Evaluator(self.task, self.run.data, self.run.eval, limit=limit, quantizer=self.oracle.quantizer)
+        evaluator = Evaluator(
+            self.task, watched(self.run.data), self.run.eval, limit=limit, quantizer=self.oracle.quantizer
+        )
         return evaluator.run(lm_predictions(model, self.oracle, self.task, self.run.eval), device)
 
     def panel(self, model: nn.Module, device: torch.device) -> np.ndarray:
@@ -103,7 +111,7 @@ class LMStage:
         assert isinstance(model, LM)
         self.oracle.to(device)
         predictions = lm_predictions(model, self.oracle, self.task, self.run.eval)
-        return panel_picture(self.task, self.run.data, predictions, device)
+        return panel_picture(self.task, watched(self.run.data), predictions, device)
 
     def extra_files(self, out: Path) -> None:
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run can be moved alone."""

@@ -7,9 +7,12 @@ compact copies that `uvim-fsq data prepare` makes.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +55,9 @@ class PngStore:
     place: Path
     prefix: str = ""
     _zip: zipfile.ZipFile | None = field(default=None, repr=False)
+    _owner: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # An open file must not travel to a loader process.
         return {**self.__dict__, "_zip": None}
 
     def read(self, name: str) -> bytes:
@@ -62,12 +65,13 @@ class PngStore:
         try:
             if self.place.is_dir():
                 return (self.place / name).read_bytes()
-            if self._zip is None:
-                self._zip = zipfile.ZipFile(self.place)
+            # An open file must not travel to a loader process: after a fork both would move one position.
+            if self._zip is None or self._owner != os.getpid():
+                self._zip, self._owner = zipfile.ZipFile(self.place), os.getpid()
             return self._zip.read(self.prefix + name)
         except (FileNotFoundError, KeyError):
             raise UserError(f"{self.place / name}: no such PNG, but the annotation file names it") from None
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise UserError(f"{self.place}: {name} cannot be read ({error}); replace it") from error
 
 
@@ -193,7 +197,7 @@ class PanopticSource:
         meta = {
             "segments": Segments(numbers, np.arange(1, len(classes) + 1), classes, crowd),
             "areas": self.index.areas[part],
-            "image_id": int(self.index.image_ids[row]),
+            "image_id": self.index.image_ids[row].item(),
             "png": png,
         }
         return Sample(str(self.index.images[row]), image, {"segments": numbers}, meta)
@@ -230,13 +234,10 @@ def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
 
 
 def _fingerprint(annotations: Path, index: Index) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "annotations": annotations.name,
-        "size": annotations.stat().st_size,
-        "images": len(index.image_ids),
-        "segments": len(index.ids),
-    }
+    digest = hashlib.sha256()
+    for array in (index.first, index.ids, index.pngs):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return {"version": 2, "annotations": annotations.name, "segments_sha256": digest.hexdigest()}
 
 
 def _prepared_folder(root: Path, annotations: Path, index: Index) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Index:
 
     Attributes:
         file: the JSON.
-        image_ids, heights, widths: (N,) int64.
+        image_ids: (N,) int64, or str where the file has names as ids (Cityscapes).
         images, pngs: (N,) str, file names of photo and id map.
         first: (N + 1,) int64; the segments of image i are first[i]..first[i + 1] - 1.
         ids: (M,) int64 24-bit ids of the segments in the PNG.
@@ -36,8 +36,6 @@ class Index:
 
     file: Path
     image_ids: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
     images: np.ndarray
     pngs: np.ndarray
     first: np.ndarray
@@ -88,10 +86,12 @@ def _parse(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file} is no panoptic annotation file: it needs lists {', '.join(keys)}")
     try:
         return _tables(file, tree)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{file}: an entry lacks or garbles a field of the COCO panoptic format ({error!r}); "
-            "images need id, file_name, height, width; annotations image_id, file_name, segments_info"
+            "images need id, file_name; annotations image_id, file_name, segments_info; segments id, category_id"
         ) from error
 
 
@@ -100,8 +100,8 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     number = {int(category["id"]): i + 1 for i, category in enumerate(categories)}
     if len(number) != len(categories) or not categories:
         raise UserError(f"{file}: its categories are empty or one id stands there twice")
-    images = {int(image["id"]): image for image in tree["images"]}
-    annotations = {int(annotation["image_id"]): annotation for annotation in tree["annotations"]}
+    images = {image["id"]: image for image in tree["images"]}
+    annotations = {annotation["image_id"]: annotation for annotation in tree["annotations"]}
     for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
         if len(table) != len(tree[rows]):
             raise UserError(f"{file}: {len(tree[rows]) - len(table)} entries of `{rows}` repeat an {name}; remove them")
@@ -114,43 +114,52 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not order:
         raise UserError(f"{file} holds no annotations")
     segments: list[Mapping[str, Any]] = []
-    first = [0]
+    first, problems = [0], []
     for image_id in order:
         infos = annotations[image_id]["segments_info"]
-        _check_segments(file, annotations[image_id], infos, number)
+        problems += _segment_problems(annotations[image_id], infos, number)
         segments += infos
         first.append(len(segments))
+    if problems:
+        more = f" (and {len(problems) - 1} more annotations with such faults)" if len(problems) > 1 else ""
+        raise UserError(f"{file}: {problems[0]}{more}")
     entries = [images[image_id] for image_id in order]
     return {
-        "image_ids": np.array(order, np.int64),
-        "heights": np.array([entry["height"] for entry in entries], np.int64),
-        "widths": np.array([entry["width"] for entry in entries], np.int64),
+        "image_ids": np.array(order, np.int64 if isinstance(order[0], int) else np.str_),
         "images": np.array([entry["file_name"] for entry in entries], np.str_),
         "pngs": np.array([annotations[image_id]["file_name"] for image_id in order], np.str_),
         "first": np.array(first, np.int64),
         "ids": np.array([info["id"] for info in segments], np.int64),
         "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),
-        "areas": np.array([info.get("area", -1) for info in segments], np.int64),
+        "areas": np.array([-1 if info.get("area") is None else info["area"] for info in segments], np.int64),
         "crowd": np.array([bool(info.get("iscrowd", 0)) for info in segments], np.bool_),
         "category_ids": np.array([category["id"] for category in categories], np.int64),
-        "category_names": np.array([category.get("name", category["id"]) for category in categories], np.str_),
+        "category_names": np.array(_unique_names(categories), np.str_),
         "is_thing": np.array([bool(category["isthing"]) for category in categories], np.bool_),
         "without_annotation": np.array(len(images) - len(order)),
     }
 
 
-def _check_segments(
-    file: Path, annotation: Mapping[str, Any], infos: Sequence[Mapping[str, Any]], number: Mapping[int, int]
-) -> None:
+def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Figures are reported by name, so categories that share one carry their id too."""
+    names = [str(category.get("name", category["id"])) for category in categories]
+    return [
+        f"{name} ({category['id']})" if names.count(name) > 1 else name
+        for name, category in zip(names, categories, strict=True)
+    ]
+
+
+def _segment_problems(
+    annotation: Mapping[str, Any], infos: Sequence[Mapping[str, Any]], number: Mapping[int, int]
+) -> Iterator[str]:
+    """The first thing that is wrong with one annotation, if anything."""
     ids = [int(info["id"]) for info in infos]
     name = annotation["file_name"]
+    strangers = [info["category_id"] for info in infos if int(info["category_id"]) not in number]
     if len(set(ids)) != len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
-        raise UserError(f"{file}: segment id {twice} stands twice in the annotation of {name}; give each its own id")
-    if ids and not 0 < min(ids) <= max(ids) < 1 << 24:
-        raise UserError(f"{file}: {name} has a segment id outside 1..16777215, which its PNG cannot hold")
-    for info in infos:
-        if int(info["category_id"]) not in number:
-            raise UserError(
-                f"{file}: {name} has a segment of category {info['category_id']}, which `categories` does not list"
-            )
+        yield f"segment id {twice} stands twice in the annotation of {name}; give each its own id"
+    elif ids and not 0 < min(ids) <= max(ids) < 1 << 24:
+        yield f"{name} has a segment id outside 1..16777215, which its PNG cannot hold"
+    elif strangers:
+        yield f"{name} has a segment of category {strangers[0]}, which `categories` does not list"

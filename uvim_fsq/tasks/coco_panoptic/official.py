@@ -41,7 +41,7 @@ class ResultWriter:
         self.category_ids = [int(i) for i in category_ids]
         self.pngs.mkdir(parents=True, exist_ok=True)
 
-    def add(self, prediction: Segments, image_id: int, png_name: str) -> dict[str, Any]:
+    def add(self, prediction: Segments, image_id: int | str, png_name: str) -> dict[str, Any]:
         """Writes one PNG and returns its annotation; segments are renumbered 1..K, those without a pixel left out.
 
         Args:
@@ -66,7 +66,7 @@ class ResultWriter:
             {"id": i, "category_id": self.category_ids[int(prediction.classes[k]) - 1]}
             for i, k in enumerate(present, start=1)
         ]
-        return {"image_id": int(image_id), "file_name": png_name, "segments_info": infos}
+        return {"image_id": image_id, "file_name": png_name, "segments_info": infos}
 
     @staticmethod
     def _write_png(path: Path, ids: np.ndarray) -> None:
@@ -91,8 +91,8 @@ class ResultWriter:
         return path
 
 
-def run_panopticapi(gt_json: Path, gt_folder: Path, pred_json: Path, pred_folder: Path) -> dict[str, float] | None:
-    """COCO's own figures over the images of `pred_json`; None where panopticapi is not installed.
+def run_panopticapi(gt_json: Path, gt_folder: Path, pred_json: Path, pred_folder: Path) -> dict[str, float]:
+    """COCO's own figures over the images of `pred_json`.
 
     It takes the true areas from the JSON, `PanopticMetric` from the pixels: they differ where the JSON is wrong.
 
@@ -100,10 +100,13 @@ def run_panopticapi(gt_json: Path, gt_folder: Path, pred_json: Path, pred_folder
         pq, sq, rq, and each with _things and _stuff, in percent.
 
     Raises:
-        UserError: no image in common, or panopticapi's own message.
+        UserError: panopticapi is not installed, no image in common, or panopticapi's own message.
     """
     if importlib.util.find_spec("panopticapi") is None:
-        return None
+        raise UserError(
+            "panopticapi is not installed (pip install git+https://github.com/cocodataset/panopticapi.git); "
+            f"{pred_json} and its PNGs are ready for it"
+        )
     with tempfile.TemporaryDirectory() as name:
         reduced, result = Path(name) / "truth.json", Path(name) / "result.json"
         reduced.write_text(json.dumps(_reduced_truth(gt_json, pred_json)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
+from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import OfficialResults
 from uvim_fsq.tasks.coco_panoptic.data import PanopticSource
 from uvim_fsq.tasks.coco_panoptic.official import ResultWriter, run_panopticapi
@@ -15,7 +16,7 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 
 class CocoResults(OfficialResults):
-    """PNGs and JSON in COCO's format, scored by panopticapi where it is installed and the PNGs are unpacked."""
+    """PNGs and JSON in COCO's format, scored by panopticapi."""
 
     def __init__(self, folder: Path, source: PanopticSource, category_ids: Sequence[int]) -> None:
         self.source, self.writer = source, ResultWriter(folder, category_ids)
@@ -26,9 +27,11 @@ class CocoResults(OfficialResults):
         native = Segments(ids, prediction.segment_ids, prediction.classes, prediction.crowd)
         return self.writer.add(native, sample.meta["image_id"], sample.meta["png"])
 
-    def finish(self, entries: list[Any]) -> dict[str, float] | None:
+    def finish(self, entries: list[Any]) -> dict[str, float]:
         predictions = self.writer.finish(entries)
         truth = self.source.unpacked_pngs()
         if truth is None:
-            return None
+            raise UserError(
+                f"the true PNGs of {self.source.annotations} are still zipped, panopticapi needs them unpacked"
+            )
         return run_panopticapi(self.source.annotations, truth, predictions, self.writer.pngs)

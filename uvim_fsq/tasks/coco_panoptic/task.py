@@ -67,10 +67,15 @@ class CocoPanoptic(Task):
 
     @classmethod
     def complete(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
-        """Reads the categories from the training annotations."""
+        """Reads the categories from the training annotations, or those of val where there are no others."""
         if config.categories:
             return config
-        index = read_index(find_annotations(find_data_root(root), "train"))
+        place = find_data_root(root)
+        try:
+            file = find_annotations(place, "train")
+        except UserError:
+            file = find_annotations(place, "val")
+        index = read_index(file)
         return dataclasses.replace(config, categories=index.categories)
 
     @property

@@ -204,7 +204,7 @@ def _listed_rows(split: str, paths: Paths, folder: Path) -> np.ndarray:
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of the {len(wanted)} photos of split {split} are missing, the first is "
-            f"{missing[0]}; unpack all of ILSVRC2012_img_val.tar there, or use split val"
+            f"{missing[0]}; unpack all of ILSVRC2012_img_val.tar there, or use task.protocol=fid"
         )
     return np.array([rows[name] for name in wanted], np.int64)
 

@@ -20,6 +20,8 @@ from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frec
 #: Mean squared error below which two pictures count as equal: 100 dB instead of infinity.
 SMALLEST_ERROR = 4e-10
 FID_SIZE = 256
+#: Side at which the protocol colourises.
+COLTRAN_SIZE = 512
 FID_BATCH = 50
 
 
@@ -84,13 +86,25 @@ def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
 
     key = {
         "root": str(source.root.resolve()),
-        "names": hashlib.sha256("\n".join(source.names).encode()).hexdigest(),
+        "files": _fingerprint(source),
         "weights": inception.sha256,
         "size": FID_SIZE,
     }
     moments = Moments()
     moments.load_state(cached_arrays("fid_reference", key, make))
     return moments
+
+
+def _fingerprint(source: PhotoSource) -> str:
+    """Of names, sizes and times of change: another photo of the same name is another photo."""
+    digest = hashlib.sha256()
+    for name in source.names:
+        try:
+            stat = (source.root / name).stat()
+        except OSError:
+            continue  # reading it will say so
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class FIDMetric(Metric):
@@ -103,7 +117,7 @@ class FIDMetric(Metric):
         luma: see PSNRMetric.
         inception: the feature network.
         reference: gives the moments of the reference set when they are first needed.
-        official: whether the two lists are ColTran's, so that 5,000 images may be called FID-5k.
+        official: whether the two lists are ColTran's, so that 5,000 images, colourised at 512, may be called FID-5k.
     """
 
     def __init__(
@@ -117,6 +131,7 @@ class FIDMetric(Metric):
 
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
         item = np.asarray(prediction, np.float32)
+        self.official &= item.shape[0] == COLTRAN_SIZE
         if self.psnr.luma:
             item = keep_luma(item, to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample))
         self.waiting["prediction"].append(prediction_uint8(item, FID_SIZE))

@@ -17,12 +17,18 @@ from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
 from uvim_fsq.tasks.imagenet_color.fid import Inception
-from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, reference_moments, to_unit
+from uvim_fsq.tasks.imagenet_color.metrics import (
+    COLTRAN_SIZE,
+    FIDMetric,
+    PSNRMetric,
+    keep_luma,
+    reference_moments,
+    to_unit,
+)
 from uvim_fsq.tasks.registry import register_task
 
 #: Luma weights of the reference's grey image; they sum to 0.9999.
 GREY = (0.2989, 0.5870, 0.1140)
-COLTRAN_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -93,16 +99,17 @@ class ImagenetColor(Task):
         assert isinstance(source, PhotoSource)
         coltran = self.config.protocol == "coltran"
         split = "coltran_reference" if coltran else self.config.fid_reference
+        official = coltran and source.info["split"] == "coltran_evaluation"
         if source.info["split"] == split:
             raise UserError(f"task.fid_reference={split} is the evaluation split itself; name another one")
+        reference = open_source(str(source.root), split)
         inception = Inception(self.config.inception_weights, torch.device(PartialState().device or "cpu"))
-        root = str(source.root)
         return FIDMetric(
             protocol,
             self.config.keep_luma,
             inception,
-            lambda: reference_moments(open_source(root, split), inception),
-            official=coltran,
+            lambda: reference_moments(reference, inception),
+            official,
         )
 
     def to_size(self, prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
