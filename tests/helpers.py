@@ -6,8 +6,22 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
+
+
+def golden_path(name: str) -> Path:
+    """A file in the folder that UVIM_FSQ_GOLDEN names (default: tests/golden)."""
+    return Path(os.environ.get("UVIM_FSQ_GOLDEN", Path(__file__).parent / "golden")) / name
 
 
 def golden(name: str) -> np.lib.npyio.NpzFile:
-    """A file of golden numbers, from the folder UVIM_FSQ_GOLDEN names (default: tests/golden)."""
-    return np.load(Path(os.environ.get("UVIM_FSQ_GOLDEN", Path(__file__).parent / "golden")) / name)
+    """A file of golden numbers."""
+    return np.load(golden_path(name))
+
+
+def golden_checkpoint(name: str) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """A golden file's published-style checkpoint, and all other arrays of the file."""
+    arrays = dict(golden(name))
+    ours = {key for key in arrays if key.startswith(("params/", "state/"))}
+    tensors = {key.removeprefix("params/"): torch.tensor(arrays[key], dtype=torch.float32) for key in ours}
+    return tensors, {key: value for key, value in arrays.items() if key not in ours}

@@ -1,71 +1,92 @@
-"""The oracle's network carries the reference's weights and gives its numbers; only the quantizer (VQ there) differs."""
+"""The oracle carries the reference's weights, imported, and gives its numbers, codes and dictionary."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from tests.golden_oracle import oracle_state
-from tests.helpers import golden
+from tests.helpers import golden, golden_checkpoint
 from uvim_fsq.config import OracleModelConfig, QuantizerConfig
 from uvim_fsq.layers import resize_tokens, unpatchify
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.tasks.base import Categorical, Real
+from uvim_fsq.oracle.vq import VQ
+from uvim_fsq.published import oracle_rules, oracle_shape, translate
+from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
-CASES = {
-    "oracle_vq_depth": ("depth", Categorical(8), "both"),
-    "oracle_vq_depth_noctx": ("depth", Categorical(8), "none"),
-    "oracle_vq_color": ("color", Real(3), "both"),
+CASES: dict[str, dict[str, LabelChannel]] = {
+    "oracle_vq_depth": {"depth": Categorical(8)},
+    "oracle_vq_depth_noctx": {"depth": Categorical(8)},
+    "oracle_vq_panoptic": {"semantics": Categorical(5), "instances": Categorical(4)},
+    "oracle_vq_color": {"color": Real(3)},
 }
 
 
-def golden_oracle(name: str) -> tuple[Oracle, dict[str, np.ndarray], str]:
-    channel, kind, context = CASES[name]
-    arrays = dict(golden(f"{name}.npz"))
+def golden_oracle(name: str) -> tuple[Oracle, dict[str, np.ndarray]]:
+    tensors, arrays = golden_checkpoint(f"{name}.npz")
+    shape = oracle_shape(tensors, name)
+    assert shape.context == ("none" if "noctx" in name else "both")
     config = OracleModelConfig(
-        patch_size=8,
-        width=32,
-        encoder_depth=2,
-        decoder_depth=3,
-        num_heads=4,
-        mlp_dim=64,
+        patch_size=shape.patch_size,
+        width=shape.width,
+        encoder_depth=shape.encoder_depth,
+        decoder_depth=shape.decoder_depth,
+        num_heads=shape.num_heads,
+        mlp_dim=shape.mlp_dim,
         code_length=16,
-        context=context,
-        quantizer=QuantizerConfig(levels=(5, 5)),
+        context=shape.context,  # type: ignore[arg-type]
+        quantizer=QuantizerConfig(kind="vq", codebook_size=shape.codebook_size, codeword_dim=shape.codeword_dim),
     )
-    oracle = Oracle(config, {channel: kind}, 64).eval()
-    # The dictionary's 16 dimensions in the place of FSQ's two.
-    oracle.encoder_head, oracle.decoder_stem = nn.Linear(32, 16), nn.Linear(16, 32)
-    state = oracle_state(arrays, channel, real=isinstance(kind, Real), encoder_depth=2, decoder_depth=3)
-    oracle.load_state_dict(state, strict=True)
-    return oracle, arrays, channel
+    oracle = Oracle(config, CASES[name], 64).eval()
+    real = {channel: isinstance(kind, Real) for channel, kind in CASES[name].items()}
+    oracle.load_state_dict(translate(tensors, oracle_rules(shape, real), name), strict=True)
+    return oracle, arrays
+
+
+def golden_inputs(name: str, arrays: dict[str, np.ndarray]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    labels: dict[str, torch.Tensor] = {}
+    for channel, kind in CASES[name].items():
+        given = torch.tensor(arrays[f"in/{channel}"])  # (B, patches, pixels), or (B, patches, 3, pixels)
+        if isinstance(kind, Real):
+            labels[channel] = unpatchify(given.permute(0, 1, 3, 2).float(), 8)
+        else:
+            labels[channel] = unpatchify(given.unsqueeze(-1), 8).squeeze(-1)
+    return labels, torch.tensor(arrays["in/ctx"]).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_encoder_and_decoder_equal_the_reference(name: str) -> None:
-    oracle, arrays, channel = golden_oracle(name)
-    labels = torch.tensor(arrays[f"in/{channel}"])
-    if channel == "color":
-        labels = labels.permute(0, 1, 3, 2).float()  # (B, patches, pixels, 3)
-    labels = {channel: unpatchify(labels if channel == "color" else labels.unsqueeze(-1), 8)}
-    labels = {channel: labels[channel] if channel == "color" else labels[channel].squeeze(-1)}
-    image = torch.tensor(arrays["in/ctx"]).permute(0, 3, 1, 2)
-    z = oracle.encode(labels, image)
-    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    np.testing.assert_allclose(z.numpy(), arrays["out/bottleneck"], atol=2e-4)
-
-    words = torch.tensor(arrays["state/dictionary"] / arrays["state/counts"][:, None])
-    words = words / words.norm(dim=-1, keepdim=True)
-    tokens = torch.cdist(z, words).argmin(-1)
+def test_oracle_equals_the_reference(name: str) -> None:
+    oracle, arrays = golden_oracle(name)
+    labels, image = golden_inputs(name, arrays)
+    bottleneck = oracle.encode(labels, image)
+    np.testing.assert_allclose(VQ.standardize(bottleneck).numpy(), arrays["out/bottleneck"], atol=2e-4)
+    tokens = oracle.tokenize(labels, image)
     np.testing.assert_array_equal(tokens.numpy(), arrays["out/code"])
-    for codes, key in ((tokens, f"out/logits_{channel}"), (arrays["in/random_code"], f"out/decode_logits_{channel}")):
-        hidden = oracle.decode_hidden(words[torch.as_tensor(codes).long()], image)
-        logits = oracle.label_head(hidden)[channel].transpose(2, 3)  # theirs: classes before pixels
-        np.testing.assert_allclose(logits.numpy(), arrays[key], atol=2e-4)
+    for codes, key in ((tokens, "out/logits"), (torch.tensor(arrays["in/random_code"]).long(), "out/decode_logits")):
+        logits = oracle.label_head(oracle.decode_hidden(oracle.quantizer.indices_to_codes(codes), image))
+        for channel in CASES[name]:
+            theirs = arrays[f"{key}_{channel}"]  # classes before pixels
+            np.testing.assert_allclose(logits[channel].transpose(2, 3).numpy(), theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_one_training_step_of_the_dictionary_equals_the_reference(name: str) -> None:
+    oracle, arrays = golden_oracle(name)
+    labels, image = golden_inputs(name, arrays)
+    quantizer = oracle.quantizer
+    assert isinstance(quantizer, VQ)
+    bottleneck = oracle.encode(labels, image)
+    tokens = quantizer(bottleneck)[1]
+    quantizer.observe(bottleneck, tokens)
+    quantizer.update(lambda x: x, seed=0)
+    np.testing.assert_allclose(quantizer.counts.numpy(), arrays["out/ema_counts"], atol=1e-5)
+    np.testing.assert_allclose(quantizer.sums.numpy(), arrays["out/ema_dictionary"], atol=2e-4)
+    share = np.bincount(tokens.flatten(), minlength=quantizer.codebook_size) / tokens.numel()
+    assert share.max() == pytest.approx(float(arrays["out/codebook_max_ratio"]))
+    assert (share == 0).mean() == pytest.approx(float(arrays["out/codebook_zeros_ratio"]))
 
 
 def _fsq_levels() -> list[str]:

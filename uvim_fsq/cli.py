@@ -213,6 +213,21 @@ def command_coltran_lists(args: argparse.Namespace) -> None:
         print(path)
 
 
+def command_import(args: argparse.Namespace) -> None:
+    """Imports a published checkpoint."""
+    from uvim_fsq.importing import import_lm, import_oracle
+
+    if args.stage == "oracle":
+        if not args.task:
+            raise UserError("stage I needs --task depth, panoptic or color")
+        out = import_oracle(args.file, args.task, args.out, args.overrides)
+    else:
+        if args.oracle is None:
+            raise UserError("stage II needs --oracle, the run directory of its stage I")
+        out = import_lm(args.file, args.oracle, args.out, args.overrides)
+    print(f"imported: {out}")
+
+
 def command_quickstart(args: argparse.Namespace) -> None:
     """Runs the whole pipeline on synthetic scenes."""
     from uvim_fsq.quickstart import quickstart
@@ -297,6 +312,16 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub = data.add_parser("coltran-lists", help="write the image lists of the ColTran FID protocol")
     sub.add_argument("--out", required=True, help="folder for the two lists")
     sub.set_defaults(command=command_coltran_lists)
+
+    text = "turn a published UViM checkpoint (.npz) into a run directory"
+    sub = commands.add_parser("import-uvim", help=text, description=text)
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--stage", default="oracle", choices=("oracle", "lm"), help="stage I (default) or II")
+    sub.add_argument("--task", help="of stage I: depth, panoptic (needs data.root= for its categories) or color")
+    sub.add_argument("--oracle", type=Path, help="of stage II: the run directory of the imported stage I")
+    sub.add_argument("--out", required=True, type=Path, help="new run directory")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=coco eval.batch_size=8")
+    sub.set_defaults(command=command_import)
 
     sub = commands.add_parser("quickstart", help="make data, train both stages, evaluate, draw a report")
     sub.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")

@@ -122,6 +122,8 @@ class Trainer:
             return
         path = existing[-1] if how == "auto" else ckpt.resolve_checkpoint(how, prefer="last")
         state = ckpt.load_trainer_state(path)
+        if "optimizer" not in state:
+            raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
         ckpt.load_model_weights(self.stage.model, path)
         if self.ema is not None and "raw" in state:
             self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
