@@ -100,6 +100,22 @@ def command_evaluate(args: argparse.Namespace) -> None:
     print(f"written: {file}" + (f", {official}/" if official else ""))
 
 
+def command_analyze(args: argparse.Namespace) -> None:
+    """Says what a run's codes are."""
+    from accelerate.state import PartialState
+
+    from uvim_fsq.analysis import analyze_run
+
+    out = args.out or Path(args.run) / "analysis"
+    result = analyze_run(args.run, args.overrides, out=out, limit=args.limit)
+    if not PartialState().is_main_process:
+        return
+    print_result(result)
+    for way, text in result["ways"].items():
+        print(f"{way}: {text}")
+    print(f"written: {out / 'report.html'}, {out / 'analysis.json'} and the pictures")
+
+
 def print_result(result: dict[str, Any]) -> None:
     """The figures of an evaluation as a table, with what they were measured on."""
     from rich.console import Console
@@ -213,6 +229,46 @@ def command_coltran_lists(args: argparse.Namespace) -> None:
         print(path)
 
 
+def command_ablate(args: argparse.Namespace) -> None:
+    """Runs a grid and writes its tables; exit code 1 if a cell failed."""
+    from uvim_fsq.ablation import Runner, claim, command_line, finished, plan, prepare, read_grid
+    from uvim_fsq.ablation_report import write_results
+
+    grid = read_grid(args.grid)
+    out = args.out or Path("runs/ablations") / args.grid.stem
+    cells = plan(grid, out, args.overrides)
+    rows = [row.name for row in grid.rows]
+    unknown = [name for name in args.only or [] if name not in rows]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r}: no such row; rows: {'; '.join(rows)}")
+    chosen = [cell for cell in cells if not args.only or cell.row in args.only]
+    if args.dry_run:
+        for cell in chosen:
+            print(f"{cell.name}{' (finished)' if finished(cell.lm_dir) else ''}")
+            print(f"  {command_line(cell.oracle_command)}\n  {command_line(cell.lm_command)}")
+        return
+    claim(out, grid, args.overrides)
+    prepare(grid, out, print)
+    runner = Runner(out, args.jobs, lambda line: print(line, flush=True))
+    runner.run(chosen)
+    _print_lines(write_results(out, grid, cells, runner.failures), out)
+    if runner.failures:
+        raise SystemExit(1)
+
+
+def _print_lines(lines: list[list[str]], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for i, head in enumerate(lines[0]):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console().print(table)
+    print(f"report: {out / 'report.html'}   table: {out / 'table.md'}   figures: {out / 'results.json'}")
+
+
 def command_import(args: argparse.Namespace) -> None:
     """Imports a published checkpoint."""
     from uvim_fsq.importing import import_lm, import_oracle
@@ -281,6 +337,14 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
     sub.set_defaults(command=command_evaluate)
 
+    text = "what a run's codes are, and how much its predictions hang on them"
+    sub = _add_keyed(commands, "analyze", "lm", text, asked and "analyze" in argv)
+    sub.add_argument("run", help="run or checkpoint directory of either stage")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval.seed=1 data.eval_split=train")
+    sub.add_argument("--out", type=Path, help="folder for analysis.json, report.html, pictures (default: RUN/analysis)")
+    sub.add_argument("--limit", type=int, help="first N images only")
+    sub.set_defaults(command=command_analyze)
+
     sub = _add_keyed(commands, "predict", "lm", "predict pictures with a trained LM", asked and "predict" in argv)
     sub.add_argument("run", help="run or checkpoint directory of an LM")
     sub.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|key=value")
@@ -312,6 +376,16 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub = data.add_parser("coltran-lists", help="write the image lists of the ColTran FID protocol")
     sub.add_argument("--out", required=True, help="folder for the two lists")
     sub.set_defaults(command=command_coltran_lists)
+
+    text = "train and compare a grid of configurations x seeds"
+    sub = commands.add_parser("ablate", help=text, description=text)
+    sub.add_argument("grid", type=Path, help="a grid file, e.g. configs/ablations/table2_depth-small.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all cells, both stages")
+    sub.add_argument("--out", type=Path, help="default: runs/ablations/GRID")
+    sub.add_argument("--only", action="append", metavar="ROW", help="these rows only; may be given several times")
+    sub.add_argument("--jobs", type=int, help="cells at a time (default: one per GPU, or one)")
+    sub.add_argument("--dry-run", action="store_true", help="print cells and commands, do nothing")
+    sub.set_defaults(command=command_ablate)
 
     text = "turn a published UViM checkpoint (.npz) into a run directory"
     sub = commands.add_parser("import-uvim", help=text, description=text)

@@ -7,6 +7,7 @@ and every process sees its own share of the images.
 from __future__ import annotations
 
 import csv
+import math
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
 
@@ -39,10 +41,14 @@ from uvim_fsq.training.checkpoint import file_hash
 
 @dataclass
 class Predicted:
-    """Predictions of one batch, one item per image as `Task.decode` gives them, and the tokens behind them (B, L)."""
+    """Predictions of one batch, one item per image as `Task.decode` gives them, and the tokens behind them (B, L).
+
+    `bits` (B,): what the true tokens cost under an LM.
+    """
 
     items: list[Any]
     tokens: torch.Tensor | None
+    bits: torch.Tensor | None = None
 
 
 Predictor = Callable[[Batch], Predicted]
@@ -72,6 +78,11 @@ def context_predictions(oracle: Oracle, task: Task) -> Predictor:
 def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Predictor:
     """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own random stream."""
 
+    def cost(batch: Batch) -> torch.Tensor:
+        truth = oracle.tokenize(batch["labels"], batch["image"])
+        logits = lm(batch["image"], truth).float()
+        return F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").sum(1) / math.log(2)
+
     def predict(batch: Batch) -> Predicted:
         seeds = config.seed * 1_000_003 + batch["index"].cpu()
         tokens = generate(
@@ -82,7 +93,7 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
             top_p=config.top_p,
             seeds=seeds,
         )
-        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens)
+        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens, cost(batch))
 
     return predict
 
@@ -133,6 +144,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """The figures over the split (or its first `limit` images), the same on every process.
 
+        For an LM also the cross-entropy of the true tokens, in bits per token and per image (FSQ paper, Figure 3).
+
         With `official` also those of the benchmark's own program, as `official/NAME`, on the main process.
         """
         state = PartialState()
@@ -140,6 +153,7 @@ class Evaluator:
         self.protocol = metric.protocol
         self.rows = []
         entries: list[Any] = []
+        cost = np.zeros(3)  # bits, images, tokens
         for batch, samples in eval_batches(
             self.source,
             self.task,
@@ -155,6 +169,9 @@ class Evaluator:
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
                 if official is not None:
                     entries.append(official.add(item, sample))
+            if predicted.bits is not None and predicted.tokens is not None:
+                bits = predicted.bits.double().cpu().numpy()
+                cost += [bits.sum(), len(bits), predicted.tokens.numel()]
             if self.statistics is not None and predicted.tokens is not None:
                 self.statistics.update(predicted.tokens)
         metric.load_state(_summed(metric.state()))
@@ -163,6 +180,9 @@ class Evaluator:
             self.statistics.load_state(_summed(self.statistics.state()))
             if self.statistics.counts.any():
                 figures |= self.statistics.compute()
+        bits, images, tokens = _summed({"cost": cost})["cost"]
+        if images:
+            figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
         if official is not None:
             entries = gather_object(entries)
             theirs = _score(official, entries) if state.is_main_process else {}
@@ -242,6 +262,7 @@ def evaluate_loaded(
     return {
         "task": task.name,
         "protocol": evaluator.protocol,
+        "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "baseline": trivial.name if trivial is not None else None,
         "limit": limit,

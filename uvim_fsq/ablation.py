@@ -1,0 +1,298 @@
+"""`uvim-fsq ablate`: a grid of configurations x seeds, each an oracle and its LM, restartable at any point.
+
+A grid is a YAML file: two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of
+keys with several values, `seeds`. Oracles and LMs lie under names made from their whole configuration, so that cells
+share what is equal and nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from uvim_fsq.config import LMRun, OracleRun, Run
+from uvim_fsq.config_io import load_run, resolve_lm, to_dict
+from uvim_fsq.config_rules import validate
+from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.errors import UserError
+
+KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol")
+STAGES = ("oracle", "lm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: settings `key=value` of both stages, and what the paper reports for it."""
+
+    name: str
+    oracle: tuple[str, ...]
+    lm: tuple[str, ...]
+    paper: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file. `synthetic`: arguments of `write_dataset` for the scenes to make, None for data that are there.
+
+    `paper_protocol`: the protocol whose results may stand beside the paper's.
+    """
+
+    title: str
+    oracle: Path
+    lm: Path
+    synthetic: dict[str, Any] | None
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    paper_protocol: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed: the two training commands (without the program) and the run directories."""
+
+    row: str
+    seed: int
+    oracle_dir: Path
+    lm_dir: Path
+    oracle_command: tuple[str, ...]
+    lm_command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+
+def read_grid(file: Path) -> Grid:
+    """Raises UserError, naming the key, for anything but a grid file."""
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError:
+        raise UserError(f"{file}: no such grid file; see configs/ablations/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is no grid: it needs the keys oracle, lm, rows or grid")
+    unknown = sorted(set(tree) - set(KEYS))
+    if unknown:
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
+    for key in STAGES:
+        if not isinstance(tree.get(key), str):
+            raise UserError(f"{file}: `{key}` must name the configuration of that stage")
+    seeds = tree.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise UserError(f"{file}: `seeds` must be a list of integers")
+    return Grid(
+        title=str(tree.get("title", file.stem)),
+        oracle=Path(os.path.normpath(file.parent / tree["oracle"])),
+        lm=Path(os.path.normpath(file.parent / tree["lm"])),
+        synthetic=tree.get("synthetic"),
+        rows=_rows(file, tree),
+        seeds=tuple(seeds),
+        paper_protocol=str(tree.get("paper_protocol", "")),
+    )
+
+
+def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
+    named, grid = tree.get("rows") or {"": {}}, tree.get("grid") or {}
+    if not isinstance(named, dict) or not isinstance(grid, dict):
+        raise UserError(f"{file}: `rows` and `grid` must be mappings")
+    for key, values in grid.items():
+        if key.partition(".")[0] not in STAGES or not isinstance(values, list) or not values:
+            raise UserError(f"{file}: grid.{key}: needs a key that begins with oracle. or lm., and a list of values")
+    common = _settings(file, "set", tree.get("set") or {})
+    rows = []
+    for name, given in named.items():
+        own = _settings(file, f"rows.{name}", given or {})
+        for values in itertools.product(*grid.values()):
+            varied: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+            for key, value in zip(grid, values, strict=True):
+                stage, _, rest = key.partition(".")
+                varied[stage][rest] = value
+            parts = [name] if name else []
+            parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in zip(grid, values, strict=True)]
+            merged = {stage: {**common[stage], **own[stage], **varied[stage]} for stage in STAGES}
+            oracle, lm = (tuple(f"{k}={_text(v)}" for k, v in merged[stage].items()) for stage in STAGES)
+            rows.append(Row(", ".join(parts), oracle, lm, str((given or {}).get("paper", ""))))
+    names = [row.name for row in rows]
+    if len(set(names)) != len(names) or not all(names):
+        raise UserError(f"{file}: it has no rows, or two of one name")
+    return tuple(rows)
+
+
+def _settings(file: Path, where: str, tree: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(tree, dict) or set(tree) - {*STAGES, "paper"}:
+        raise UserError(f"{file}: `{where}` may hold only oracle: and lm: (settings key: value) and paper:")
+    found = {stage: tree.get(stage) or {} for stage in STAGES}
+    for stage, settings in found.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}: `{where}.{stage}` must be settings key: value")
+    return found
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace(" ", "")
+
+
+def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """All cells, each configuration checked. `overrides` go to both stages of all cells.
+
+    Raises UserError naming the cell for an unknown key or an impossible combination.
+    """
+    data = [f"data.root={(out / 'data').resolve()}"] if grid.synthetic is not None else []
+    cells = []
+    for row, seed in itertools.product(grid.rows, grid.seeds):
+        common = [f"train.seed={seed}", *overrides]
+        try:
+            settings = [*data, *row.oracle, *common]
+            # Without a look at the data, which may not be made yet.
+            run = load_run(grid.oracle, [*settings, f"train.out={out / 'planned'}"])
+            if not isinstance(run, OracleRun):
+                raise UserError(f"{grid.oracle} is no configuration of stage oracle")
+            validate(run)
+            oracle_dir = out / "oracles" / _digest(run)
+            target = [f"train.out={oracle_dir}", "train.resume=auto"]
+            oracle = ("train-oracle", str(grid.oracle), *settings, *target)
+            settings = [*row.lm, *common, f"oracle={oracle_dir}"]
+            lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
+            if not isinstance(lm_run, LMRun):
+                raise UserError(f"{grid.lm} is no configuration of stage lm")
+            lm_run = resolve_lm(lm_run, run)
+            validate(lm_run)
+            lm_dir = out / "lms" / _digest(lm_run)
+            target = [f"train.out={lm_dir}", "train.resume=auto"]
+            cells.append(
+                Cell(row.name, seed, oracle_dir, lm_dir, oracle, ("train-lm", str(grid.lm), *settings, *target))
+            )
+        except UserError as error:
+            raise UserError(f"cell {row.name!r}, seed {seed}: {error}") from error
+    return cells
+
+
+def _digest(run: Run) -> str:
+    tree = to_dict(run)
+    # Where things lie, and how a run goes on, does not change what comes out.
+    for key in ("out", "resume"):
+        tree["train"].pop(key, None)
+    tree["data"].pop("root", None)
+    if "oracle" in tree:
+        tree["oracle"] = Path(tree["oracle"]).name
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def command_line(command: Sequence[str]) -> str:
+    """As a user would type it."""
+    return shlex.join(["uvim-fsq", *command])
+
+
+def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
+    """Makes the scenes of a synthetic grid, once."""
+    if grid.synthetic is None or (out / "data").exists():
+        return
+    say(f"making scenes in {out / 'data'}")
+    arguments = dict(grid.synthetic)
+    try:
+        write_dataset(arguments.pop("format"), out / "data", arguments.pop("num"), arguments.pop("size"), **arguments)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"`synthetic` of the grid: {error}; it needs format, num, size and may have num_val") from error
+
+
+def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
+    """Marks `out` as this grid's. Raises UserError if it is another's."""
+    mark, file = json.dumps({"grid": to_dict_of(grid), "overrides": list(overrides)}, indent=1), out / "grid.json"
+    if file.is_file() and file.read_text() != mark + "\n":
+        raise UserError(f"{out} holds the results of another grid or other settings; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(mark + "\n")
+
+
+def to_dict_of(grid: Grid) -> dict[str, Any]:
+    """What makes a grid this grid, for the mark in its folder."""
+    rows = {row.name: {"oracle": row.oracle, "lm": row.lm} for row in grid.rows}
+    return {
+        "oracle": grid.oracle.name,
+        "lm": grid.lm.name,
+        "synthetic": grid.synthetic,
+        "rows": rows,
+        "seeds": grid.seeds,
+    }
+
+
+def finished(run_dir: Path) -> bool:
+    """Training and evaluation are done."""
+    return (run_dir / "evaluation.json").is_file()
+
+
+class Runner:
+    """Trains cells, one per device at a time, each stage in a process of its own.
+
+    Attributes:
+        failures: cell name -> the last line that its process wrote.
+    """
+
+    def __init__(self, out: Path, jobs: int | None, say: Callable[[str], None]) -> None:
+        """`jobs`: cells at a time; None: one per GPU, or one."""
+        devices = torch.cuda.device_count()
+        self.out, self.say, self.jobs = out, say, jobs or max(devices, 1)
+        self.failures: dict[str, str] = {}
+        self._devices: queue.Queue[int] = queue.Queue()
+        for i in range(self.jobs):
+            self._devices.put(i % devices if devices else -1)
+        self._locks: dict[Path, threading.Lock] = {}
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Trains what is not finished; a cell that fails does not stop the others."""
+        for cell in cells:
+            for path in (cell.oracle_dir, cell.lm_dir):
+                self._locks.setdefault(path, threading.Lock())
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self._cell, cells))
+
+    def _cell(self, cell: Cell) -> None:
+        stages = (("oracle", cell.oracle_dir, cell.oracle_command), ("lm", cell.lm_dir, cell.lm_command))
+        for stage, path, command in stages:
+            # Cells share oracles: the first one trains, the others wait.
+            with self._locks[path]:
+                if finished(path):
+                    continue
+                self.say(f"{cell.name}: training the {stage}")
+                error = self._train(command, path)
+            if error is not None:
+                self.failures[cell.name] = f"{stage}: {error}"
+                self.say(f"{cell.name}: FAILED, {stage}: {error}")
+                return
+        self.say(f"{cell.name}: done")
+
+    def _train(self, command: Sequence[str], run_dir: Path) -> str | None:
+        log = self.out / "logs" / f"{run_dir.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        device = self._devices.get()
+        environment = {**os.environ}
+        if device >= 0:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        elif self.jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        try:
+            with log.open("w") as file:
+                program = [sys.executable, "-m", "uvim_fsq", *command]
+                done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        finally:
+            self._devices.put(device)
+        if done.returncode == 0:
+            return None
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else f'exit code {done.returncode}'} ({log})"

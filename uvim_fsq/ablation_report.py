@@ -1,0 +1,163 @@
+"""The results of a grid: mean and deviation over seeds, as Markdown, CSV, JSON and one page with plots and panels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from uvim_fsq.ablation import Cell, Grid, finished
+from uvim_fsq.evaluation import ways_to_predict
+from uvim_fsq.models import load_checkpoint
+from uvim_fsq.report import html_table, panel_rows, png_tag, tile, write_report
+
+matplotlib.use("Agg")
+
+#: Title of a column -> where the figure lies in a cell's evaluation; None stands for the task's main metric.
+COLUMNS: dict[str, tuple[str, str | None]] = {
+    "LM": ("lm", None),
+    "oracle": ("oracle", None),
+    "context alone": ("context_only", None),
+    "codebook usage (%)": ("oracle", "codebook_usage"),
+    "bits per token": ("lm", "bits_per_token"),
+    "bits per image": ("lm", "bits_per_image"),
+}
+
+
+def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that is finished. Rows: name, cells (seed, figures, checkpoint) and per column mean, std and n."""
+    rows: list[dict[str, Any]] = []
+    metric = protocol = ""
+    data: dict[str, Any] = {}
+    for row in grid.rows:
+        entries: list[dict[str, Any]] = []
+        for cell in (cell for cell in cells if cell.row == row.name and finished(cell.lm_dir)):
+            result = json.loads((cell.lm_dir / "evaluation.json").read_text())
+            metric, protocol, data = result["main_metric"], result["protocol"], result["data"]
+            keys = ("figures", "checkpoint_sha256", "images", "versions")
+            entries.append({"seed": cell.seed, "run": str(cell.lm_dir), **{key: result[key] for key in keys}})
+        rows.append(
+            {
+                "name": row.name,
+                "paper": row.paper,
+                "settings": {"oracle": row.oracle, "lm": row.lm},
+                "cells": entries,
+                "columns": {title: _summary(entries, way, key or metric) for title, (way, key) in COLUMNS.items()},
+            }
+        )
+    return {
+        "title": grid.title,
+        "protocol": protocol,
+        "metric": metric,
+        "data": data,
+        "seeds": list(grid.seeds),
+        "same_protocol_as_the_paper": bool(grid.paper_protocol) and _is_papers(grid, protocol, data),
+        "rows": rows,
+        "failures": dict(failures),
+    }
+
+
+def _is_papers(grid: Grid, protocol: str, data: Mapping[str, Any]) -> bool:
+    return protocol == grid.paper_protocol and data.get("count") == data.get("official_count")
+
+
+def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[str, Any] | None:
+    values = [entry["figures"][way][key] for entry in entries if key in entry["figures"].get(way, {})]
+    if key == "codebook_usage":
+        values = [100 * value for value in values]
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+
+
+def table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows as text; columns without any figure are left out."""
+    rows = results["rows"]
+    titles = [title for title in COLUMNS if any(row["columns"][title] for row in rows)]
+    paper = results["same_protocol_as_the_paper"] and any(row["paper"] for row in rows)
+    heads = [f"{title} {results['metric']}" if COLUMNS[title][1] is None else title for title in titles]
+    lines = [["", *heads, *(["paper"] if paper else []), "seeds"]]
+    for row in rows:
+        figures = [_format(row["columns"][title]) for title in titles]
+        lines.append([row["name"], *figures, *([row["paper"]] if paper else []), str(len(row["cells"]))])
+    return lines
+
+
+def _format(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return ""
+    digits = 3 if abs(summary["mean"]) < 10 else 1
+    deviation = f" ± {summary['std']:.{digits}f}" if summary["std"] is not None else ""
+    return f"{summary['mean']:.{digits}f}{deviation}"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, and what it is about."""
+    head, *body = table(results)
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines += [f"| {' | '.join(row)} |" for row in body]
+    about = f"{results['title']}. Protocol `{results['protocol']}`, {results['data'].get('count', 0)} images"
+    lost = "".join(f"\nFailed: {name}: {why}" for name, why in results["failures"].items())
+    return f"{about}; mean ± standard deviation over seeds {results['seeds']}.\n\n" + "\n".join(lines) + "\n" + lost
+
+
+def plots(results: Mapping[str, Any]) -> Figure:
+    """One axis per column: the rows as points with error bars."""
+    rows = results["rows"]
+    titles = [title for title in COLUMNS if any(row["columns"][title] for row in rows)]
+    figure = Figure(figsize=(3.2 * len(titles), 1.2 + 0.35 * len(rows)))
+    for i, title in enumerate(titles):
+        axis = figure.add_subplot(1, len(titles), i + 1)
+        for y, row in enumerate(rows):
+            summary = row["columns"][title]
+            if summary:
+                axis.errorbar(summary["mean"], y, xerr=summary["std"] or 0, fmt="o", capsize=3, color="C0")
+        axis.set_title(f"{title} {results['metric']}" if COLUMNS[title][1] is None else title, fontsize=9)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows] if i == 0 else [""] * len(rows), fontsize=8)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]:
+    """(row name, picture) for every row's first finished cell: two images, oracle and LM beside the truth."""
+    found: dict[str, str] = {}
+    for cell in cells:
+        if cell.row in found or not finished(cell.lm_dir):
+            continue
+        loaded = load_checkpoint(cell.lm_dir, device=device)
+        ways = ways_to_predict(loaded)
+        named = {title: ways[way] for way, title in (("oracle", "oracle"), ("lm", "LM")) if way in ways}
+        found[cell.row] = png_tag(tile(panel_rows(loaded.task, loaded.run.data, named, device, count=2)), cell.row)
+    return list(found.items())
+
+
+def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[list[str]]:
+    """table.md, table.csv, results.json and report.html in `out`; returns the table."""
+    results = collect(grid, cells, failures)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(results))
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "column", "mean", "std", "n"])
+        for row in results["rows"]:
+            for title, summary in row["columns"].items():
+                if summary:
+                    writer.writerow([row["name"], title, summary["mean"], summary["std"], summary["n"]])
+    lines = table(results)
+    pictures = panels(cells, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sections = [("Results", html_table(lines)), ("Plots", png_tag(plots(results), "figures of all rows"))]
+    if failures:
+        sections.append(("Failed", html_table([["cell", "why"], *([name, why] for name, why in failures.items())])))
+    sections += [(f"Panels: {name}", picture) for name, picture in pictures]
+    write_report(out / "report.html", grid.title, sections)
+    return lines
