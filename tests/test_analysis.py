@@ -1,0 +1,153 @@
+"""`uvim-fsq analyze`: swapped, stitched, shared and drawn codes, and what the figures are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.small import oracle_run, small_data
+from tests.test_cli import failure
+from uvim_fsq.analysis import analyze_run, collect_tokens, partners, shuffled_predictions
+from uvim_fsq.cli import main
+from uvim_fsq.code_pictures import Painter, code_colours, sample_marginals, stitch
+from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.models import load_checkpoint
+from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.vq import VQ
+from uvim_fsq.report import spread_samples
+from uvim_fsq.training.run import train
+
+CPU = torch.device("cpu")
+PICTURES = {"swapped_codes", "usage_oracle", "token_maps", "stitched", "shared_codes", "marginals"}
+VQ_KEYS = ("model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8")
+
+
+def analysed(run: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    main(["analyze", str(run), "--out", str(out), *arguments])
+    return json.loads((out / "analysis.json").read_text())
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 100])
+def test_partners_are_one_cycle_of_others(count: int) -> None:
+    partner = partners(count, 3)
+    assert sorted(partner) == list(range(count)) and not (partner == np.arange(count)).any()
+    assert np.array_equal(partner, partners(count, 3))
+    assert count < 7 or not np.array_equal(partner, partners(count, 4))
+
+
+def test_stitched_tokens_are_the_halves() -> None:
+    upper, lower = np.arange(36), np.arange(100, 136)
+    both = stitch(upper, lower)
+    assert np.array_equal(both[:18], upper[:18]) and np.array_equal(both[18:], lower[18:])
+    # An odd side is cut between rows, never inside one.
+    both = stitch(np.arange(9), np.arange(100, 109))
+    assert both.tolist() == [0, 1, 2, 103, 104, 105, 106, 107, 108]
+
+
+def test_marginals_respect_the_counts() -> None:
+    tokens = np.stack([np.full(1000, 7), np.random.default_rng(0).choice([1, 2], 1000, p=[0.25, 0.75])], axis=1)
+    anywhere = sample_marginals(tokens, 4000, np.random.default_rng(1), own_position=False)
+    share = np.bincount(anywhere.ravel(), minlength=8) / anywhere.size
+    expected = np.bincount(tokens.ravel(), minlength=8) / tokens.size
+    np.testing.assert_allclose(share, expected, atol=0.02)
+    assert set(anywhere[:, 0]) == {1, 2, 7}
+    own = sample_marginals(tokens, 4000, np.random.default_rng(1), own_position=True)
+    assert set(own[:, 0]) == {7} and abs((own[:, 1] == 2).mean() - (tokens[:, 1] == 2).mean()) < 0.03
+
+
+def test_code_colours_put_close_codes_together() -> None:
+    counts = np.ones(25)
+    colours = code_colours(FSQ((5, 5)), counts).astype(int)
+    assert colours.shape == (25, 3) and len(np.unique(colours, axis=0)) == 25 and (colours[:, 2] == 128).all()
+    # Code 1 is one level from code 0, code 24 is the opposite corner.
+    assert np.abs(colours[1] - colours[0]).sum() < np.abs(colours[24] - colours[0]).sum()
+    assert code_colours(VQ(16, 8), np.eye(16)[3]).shape == (16, 3)
+
+
+def test_shuffled_predictions_decode_the_partners_tokens(oracle_dir: Path) -> None:
+    loaded = load_checkpoint(oracle_dir)
+    # A trained model's codes must tell images apart here, whatever six steps have learned.
+    tokens = np.random.default_rng(0).integers(25, size=(6, 4))
+    batch, _ = spread_samples(loaded.task, loaded.run.data, 6)
+    partner = partners(6, 0)
+    with torch.inference_mode():
+        got = shuffled_predictions(loaded.oracle, loaded.task, tokens, partner)(batch)
+        assert got.tokens is not None and np.array_equal(got.tokens.numpy(), tokens[partner])
+        logits = loaded.oracle.detokenize(torch.from_numpy(tokens[partner]), batch["image"])
+    for item, expected in zip(got.items, loaded.task.decode(logits), strict=True):
+        assert np.array_equal(item, expected)
+
+
+def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
+    few = load_checkpoint(oracle_dir, ["eval.batch_size=4"])
+    tokens = collect_tokens(few, None, CPU)
+    assert tokens.shape == (6, 4) and np.array_equal(tokens, collect_tokens(load_checkpoint(oracle_dir), None, CPU))
+    assert np.array_equal(collect_tokens(few, 3, CPU), tokens[:3])
+    # Six images are all that the pictures' spread can take: the same images, the same tokens.
+    assert np.array_equal(Painter(few, CPU).tokens, tokens[np.linspace(0, 5, 5).astype(int)])
+
+
+def test_oracles_run(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = analysed(oracle_dir, tmp_path / "a")
+    said = capsys.readouterr().out
+    assert list(found["figures"]) == list(found["ways"]) == ["oracle", "shuffled_codes", "context_only"]
+    assert "zero codes and context alone are one thing" in said and "FSQ's code 12 is zero, too" in said
+    evaluated = evaluate_run(oracle_dir)
+    for way in ("oracle", "context_only"):
+        assert found["figures"][way] == evaluated["figures"][way]
+    assert found["checkpoint_sha256"] == evaluated["checkpoint_sha256"] and "oracle_sha256" not in found
+    assert found["protocol"] == "nyu_depth/full" and found["data"]["split"] == "val" and found["images"] == 6
+    assert found["seed"] == 0 and sum(found["code_counts"]["oracle"]) == 24
+    assert {file.stem for file in (tmp_path / "a").glob("*.png")} == PICTURES
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(PICTURES) and "src=" not in page.replace('src="data:', "")
+    again = analysed(oracle_dir, tmp_path / "b")
+    assert again == found
+    for name in PICTURES:
+        assert (tmp_path / "a" / f"{name}.png").read_bytes() == (tmp_path / "b" / f"{name}.png").read_bytes(), name
+
+
+def test_lms_run_also_counts_its_own_tokens(lm_dir: Path, oracle_dir: Path) -> None:
+    main(["analyze", str(lm_dir), "--limit", "4"])  # into RUN/analysis
+    found = json.loads((lm_dir / "analysis" / "analysis.json").read_text())
+    assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
+    assert found["images"] == found["limit"] == 4 and "all 4 images" in found["ways"]["shuffled_codes"]
+    assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
+    assert found["oracle_sha256"] == evaluate_run(oracle_dir, limit=2)["checkpoint_sha256"]
+    assert found["oracle_sha256"] != found["checkpoint_sha256"]
+    assert {file.stem for file in (lm_dir / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
+
+
+def test_vq_without_context(tmp_path: Path, data: Path) -> None:
+    run = train(oracle_run(tmp_path / "run", data, "model.context=none", "model.code_dropout=none", *VQ_KEYS))
+    found = analyze_run(run, out=tmp_path / "out")
+    assert list(found["figures"]) == ["oracle", "shuffled_codes", "zero_codes"]
+    assert "constant" in found["ways"]["zero_codes"] and "code dropout was off" in found["ways"]["zero_codes"]
+    assert "FSQ" not in found["ways"]["zero_codes"] and "no image" in found["ways"]["shuffled_codes"]
+    assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
+    # Without context the image makes no difference: one row.
+    with Image.open(tmp_path / "out" / "marginals.png") as sheet:
+        assert sheet.size[1] < 200
+    painter = Painter(load_checkpoint(run), CPU)
+    first, second = (painter.oracle.decode(torch.zeros(1, 4, 8), painter.batch["image"][i : i + 1]) for i in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], oracle_dir: Path) -> None:
+    assert "no such run" in failure(capsys, "analyze", tmp_path / "nowhere")
+    assert "holds no checkpoint" in failure(capsys, "analyze", tmp_path)
+    assert "unknown key eval.sed" in failure(capsys, "analyze", oracle_dir, "eval.sed=1")
+    for limit in ("1", "0", "-2"):
+        assert "at least 2" in failure(capsys, "analyze", oracle_dir, "--limit", limit)
+    lonely = small_data(tmp_path / "lonely", 2, 1)
+    assert "'val' has 1 image" in failure(capsys, "analyze", oracle_dir, f"data.root={lonely}")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in failure(capsys, "analyze", oracle_dir, "--out", tmp_path / "file")
+    assert not (oracle_dir / "analysis" / "report.html").exists()
