@@ -53,8 +53,8 @@ def test_a_grid_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(list((out / "oracles").iterdir())) <= 2 and len(list((out / "lms").iterdir())) == 2  # one oracle shared
     results = json.loads((out / "results.json").read_text())
     first, second, failed = results["rows"]
-    assert first["columns"]["oracle"] == second["columns"]["oracle"] and failed["cells"] == []
-    assert first["columns"]["LM"]["n"] == 1 and math.isfinite(first["columns"]["bits per token"]["mean"])
+    assert first["columns"]["oracle rmse"] == second["columns"]["oracle rmse"] and failed["cells"] == []
+    assert first["columns"]["LM rmse"]["n"] == 1 and math.isfinite(first["columns"]["bits per token"]["mean"])
     bits = first["columns"]["bits per image"]["mean"] / first["columns"]["bits per token"]["mean"]
     assert bits == pytest.approx(4)  # tokens
     assert "too large a batch, seed 3" in results["failures"]

@@ -31,7 +31,7 @@ from uvim_fsq.config_rules import validate
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
 
-KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol")
+KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
 STAGES = ("oracle", "lm")
 
 
@@ -49,7 +49,8 @@ class Row:
 class Grid:
     """A grid file. `synthetic`: arguments of `write_dataset` for the scenes to make, None for data that are there.
 
-    `paper_protocol`: the protocol whose results may stand beside the paper's.
+    `paper_protocol`: the protocol whose results may stand beside the paper's. `figures`: names of further figures of
+    oracle and LM that get columns, e.g. FID-5k.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Grid:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     paper_protocol: str
+    figures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def read_grid(file: Path) -> Grid:
         rows=_rows(file, tree),
         seeds=tuple(seeds),
         paper_protocol=str(tree.get("paper_protocol", "")),
+        figures=tuple(map(str, tree.get("figures") or ())),
     )
 
 

@@ -20,15 +20,18 @@ from uvim_fsq.report import html_table, panel_rows, png_tag, tile, write_report
 
 matplotlib.use("Agg")
 
-#: Title of a column -> where the figure lies in a cell's evaluation; None stands for the task's main metric.
-COLUMNS: dict[str, tuple[str, str | None]] = {
-    "LM": ("lm", None),
-    "oracle": ("oracle", None),
-    "context alone": ("context_only", None),
-    "codebook usage (%)": ("oracle", "codebook_usage"),
-    "bits per token": ("lm", "bits_per_token"),
-    "bits per image": ("lm", "bits_per_image"),
-}
+WAYS = {"LM": "lm", "oracle": "oracle", "context alone": "context_only"}
+
+
+def columns(metric: str, further: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Title of a column -> where its figure lies in a cell's evaluation."""
+    measured = {f"{title} {name}": (way, name) for name in (metric, *further) for title, way in WAYS.items()}
+    return {
+        **measured,
+        "codebook usage (%)": ("oracle", "codebook_usage"),
+        "bits per token": ("lm", "bits_per_token"),
+        "bits per image": ("lm", "bits_per_image"),
+    }
 
 
 def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
@@ -49,9 +52,11 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
                 "paper": row.paper,
                 "settings": {"oracle": row.oracle, "lm": row.lm},
                 "cells": entries,
-                "columns": {title: _summary(entries, way, key or metric) for title, (way, key) in COLUMNS.items()},
             }
         )
+    titles = columns(metric, grid.figures)
+    for row in rows:
+        row["columns"] = {title: _summary(row["cells"], way, key) for title, (way, key) in titles.items()}
     return {
         "title": grid.title,
         "protocol": protocol,
@@ -81,14 +86,19 @@ def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[s
 def table(results: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows as text; columns without any figure are left out."""
     rows = results["rows"]
-    titles = [title for title in COLUMNS if any(row["columns"][title] for row in rows)]
+    titles = _titles(results)
     paper = results["same_protocol_as_the_paper"] and any(row["paper"] for row in rows)
-    heads = [f"{title} {results['metric']}" if COLUMNS[title][1] is None else title for title in titles]
-    lines = [["", *heads, *(["paper"] if paper else []), "seeds"]]
+    lines = [["", *titles, *(["paper"] if paper else []), "seeds"]]
     for row in rows:
         figures = [_format(row["columns"][title]) for title in titles]
         lines.append([row["name"], *figures, *([row["paper"]] if paper else []), str(len(row["cells"]))])
     return lines
+
+
+def _titles(results: Mapping[str, Any]) -> list[str]:
+    """The columns that hold anything."""
+    rows = results["rows"]
+    return [title for title in rows[0]["columns"] if any(row["columns"][title] for row in rows)]
 
 
 def _format(summary: Mapping[str, Any] | None) -> str:
@@ -112,7 +122,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 def plots(results: Mapping[str, Any]) -> Figure:
     """One axis per column: the rows as points with error bars."""
     rows = results["rows"]
-    titles = [title for title in COLUMNS if any(row["columns"][title] for row in rows)]
+    titles = _titles(results)
     figure = Figure(figsize=(3.2 * len(titles), 1.2 + 0.35 * len(rows)))
     for i, title in enumerate(titles):
         axis = figure.add_subplot(1, len(titles), i + 1)
@@ -120,7 +130,7 @@ def plots(results: Mapping[str, Any]) -> Figure:
             summary = row["columns"][title]
             if summary:
                 axis.errorbar(summary["mean"], y, xerr=summary["std"] or 0, fmt="o", capsize=3, color="C0")
-        axis.set_title(f"{title} {results['metric']}" if COLUMNS[title][1] is None else title, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(rows)), [row["name"] for row in rows] if i == 0 else [""] * len(rows), fontsize=8)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(alpha=0.3)
