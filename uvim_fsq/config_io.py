@@ -267,8 +267,8 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             "point `oracle=` at an oracle of this task"
         )
     section = _build_task({**theirs, **own}, plugins)
-    cls = task_class(name)
-    if cls(section.options).label_channels != cls(oracle.task.options).label_channels:
+    cls, changed = task_class(name), section.options != oracle.task.options
+    if changed and cls(section.options).label_channels != cls(oracle.task.options).label_channels:
         raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
     explicit = _explicit(run)
     data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
