@@ -124,12 +124,12 @@ def test_lms_run_also_counts_its_own_tokens(lm_dir: Path, oracle_dir: Path) -> N
     assert {file.stem for file in (lm_dir / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
 
 
-def test_vq_without_context(tmp_path: Path, data: Path) -> None:
+def test_vq_without_context(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(oracle_run(tmp_path / "run", data, "model.context=none", "model.code_dropout=none", *VQ_KEYS))
     found = analyze_run(run, out=tmp_path / "out")
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "zero_codes"]
     assert "constant" in found["ways"]["zero_codes"] and "code dropout was off" in found["ways"]["zero_codes"]
-    assert "FSQ" not in found["ways"]["zero_codes"] and "no image" in found["ways"]["shuffled_codes"]
+    assert "FSQ" not in found["ways"]["zero_codes"] and "own image" not in found["ways"]["shuffled_codes"]
     assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
     # Without context the image makes no difference: one row.
@@ -138,6 +138,11 @@ def test_vq_without_context(tmp_path: Path, data: Path) -> None:
     painter = Painter(load_checkpoint(run), CPU)
     first, second = (painter.oracle.decode(torch.zeros(1, 4, 8), painter.batch["image"][i : i + 1]) for i in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    # Where the photo is the truth (colorization), the grey ground of the decoded codes must not replace it.
+    monkeypatch.setattr(painter.task, "render", lambda image, item, truth: {"ground truth": image, "prediction": image})
+    truth = painter.truth(1)
+    assert truth is not None and np.array_equal(truth, painter.samples[1].image)
+    assert (painter.decoded(painter.tokens[1], 1) == 128).all()
 
 
 def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], oracle_dir: Path) -> None:

@@ -92,10 +92,10 @@ def describe_ways(oracle: Oracle, images: int) -> dict[str, str]:
     if isinstance(quantizer, FSQ):
         code = int(quantizer.codes_to_indices(torch.zeros(quantizer.dim, device=quantizer.level.device)))
         zero += f"; FSQ's code {code} is zero, too"
-    own = "its own image" if sees_image(oracle) else "no image"
+    own = "its own image with " if sees_image(oracle) else ""
     return {
         "oracle": "each image's own codes, made from its labels",
-        "shuffled_codes": f"{own}, but another image's codes: one random cycle through all {images} images",
+        "shuffled_codes": f"{own}another image's codes: one random cycle through all {images} images",
         name: zero,
         "lm": "codes predicted by the language model",
     }

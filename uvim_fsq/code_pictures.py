@@ -91,18 +91,25 @@ class Painter:
             self.lm_tokens = predicted.tokens.cpu().numpy()
 
     @torch.inference_mode()
-    def paint(self, tokens: np.ndarray | None, row: int) -> dict[str, np.ndarray]:
-        """`Task.render` of tokens (L,), None for zero codes, decoded for image `row`, beside its truth (one scale)."""
-        image, sample = self.batch["image"][row : row + 1], self.samples[row]
+    def predicted(self, tokens: np.ndarray | None, row: int) -> Any:
+        """An item of `Task.decode`: tokens (L,), None for zero codes, decoded for image `row`."""
+        image = self.batch["image"][row : row + 1]
         codes = torch.zeros(1, self.oracle.code_length, self.oracle.quantizer.dim, device=image.device)
         if tokens is not None:
             codes = self.oracle.quantizer.indices_to_codes(torch.from_numpy(tokens)[None].to(image.device))
-        canvas = sample.image if sees_image(self.oracle) else np.full_like(sample.image, 128)
-        item = self.task.to_size(self.task.decode(self.oracle.decode(codes, image))[0], canvas)
-        return self.task.render(canvas, item, sample)
+        return self.task.decode(self.oracle.decode(codes, image))[0]
 
     def decoded(self, tokens: np.ndarray | None, row: int) -> np.ndarray:
-        return self.paint(tokens, row)["prediction"]
+        """The picture of `predicted`, on the scale of the image's truth."""
+        sample = self.samples[row]
+        canvas = sample.image if sees_image(self.oracle) else np.full_like(sample.image, 128)
+        return self.task.render(canvas, self.task.to_size(self.predicted(tokens, row), canvas), sample)["prediction"]
+
+    def truth(self, row: int) -> np.ndarray | None:
+        # Over the photo, always: in colorization the photo is the truth.
+        sample = self.samples[row]
+        item = self.task.to_size(self.predicted(self.tokens[row], row), sample.image)
+        return self.task.render(sample.image, item, sample).get("ground truth")
 
     def photo(self, row: int) -> np.ndarray:
         return as_picture(self.task.model_image(self.samples[row]))
@@ -111,8 +118,7 @@ class Painter:
         """Per image: own, another image's and zero codes, and the LM's."""
         rows, zero = [], "context alone" if sees_image(self.oracle) else "zero codes"
         for i, tokens in enumerate(self.tokens):
-            own = self.paint(tokens, i)
-            row = {"image": self.photo(i), "ground truth": own.get("ground truth"), "own codes": own["prediction"]}
+            row = {"image": self.photo(i), "ground truth": self.truth(i), "own codes": self.decoded(tokens, i)}
             row |= {"codes of next row": self.decoded(np.roll(self.tokens, -1, 0)[i], i), zero: self.decoded(None, i)}
             if self.lm_tokens is not None:
                 row["LM's codes"] = self.decoded(self.lm_tokens[i], i)
