@@ -33,7 +33,8 @@ class CodeStatistics:
         """Per channel, how often each level was taken: d lists of L_i counts; none for VQ, which has no levels."""
         if isinstance(self.quantizer, VQ):
             return []
-        digits = self.quantizer.indices_to_digits(torch.arange(self.quantizer.codebook_size)).cpu().numpy()
+        codes = torch.arange(self.quantizer.codebook_size, device=self.quantizer.level.device)
+        digits = self.quantizer.indices_to_digits(codes).cpu().numpy()
         return [
             np.bincount(digits[:, i], weights=self.counts, minlength=level).astype(int).tolist()
             for i, level in enumerate(self.quantizer.levels)
