@@ -70,9 +70,10 @@ def import_lm(file: Path, oracle: Path, out: Path, overrides: Sequence[str] = ()
     ):
         if found != wanted:
             raise UserError(f"{file} has {found} {what}, the oracle {oracle} {wanted}; import the oracle it belongs to")
-    lm = build_lm(run, frozen, published=False)
-    normalisation = {name: value for name, value in lm.state_dict().items() if name in ("mean", "std")}
-    weights = translate(tensors, lm_rules(shape), str(file)) | normalisation
+    with torch.device("meta"):
+        lm = build_lm(run, frozen, published=False)
+    half = torch.full((1, 3, 1, 1), 0.5)  # images in [-1, 1]
+    weights = translate(tensors, lm_rules(shape), str(file)) | {"mean": half, "std": half.clone()}
     path = _write(out, run, _fitting(lm, weights, file), file)
     copy_checkpoint(resolve_checkpoint(oracle), out / "oracle")
     return path
