@@ -88,7 +88,8 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
         file = Path(config.weights)
         if not file.is_file():
             raise UserError(f"model.encoder.weights={file}: no such file; give none, hub or a local weights file")
-        arguments["pretrained_cfg_overlay"] = {"file": str(file)}
+        # timm's own loader of the .npz files in which ViTs were first published.
+        arguments["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": file.suffix == ".npz"}
     try:
         published = timm.create_model(config.name, **arguments)
     except Exception as error:  # timm, the hub client and three file formats raise many kinds
