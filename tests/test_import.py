@@ -39,7 +39,7 @@ def published(path: Path, name: str, **changes: np.ndarray | None) -> Path:
     """A golden file's checkpoint alone, as it would be published; `changes` replace arrays, None removes them."""
     arrays: dict[str, Any] = {k: v for k, v in golden(name).items() if k.startswith(("params/", "state/"))}
     arrays |= changes
-    np.savez(path, allow_pickle=True, **{key: value for key, value in arrays.items() if value is not None})
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
 
 

@@ -157,7 +157,7 @@ def vit_npz(state: dict[str, torch.Tensor], heads: int) -> dict[str, np.ndarray]
 def test_public_vit_npz(tmp_path: Path) -> None:
     name = "vit_tiny_patch16_224.augreg_in21k"
     published = timm.create_model(name)
-    np.savez(tmp_path / "vit.npz", allow_pickle=False, **vit_npz(published.state_dict(), heads=3))
+    np.savez(tmp_path / "vit.npz", **vit_npz(published.state_dict(), heads=3))
     encoder, mean, std = build_image_encoder(EncoderConfig(name=name, weights=str(tmp_path / "vit.npz")), 224)
     assert mean == std == (0.5, 0.5, 0.5)
     found, expected = encoder.state_dict(), published.state_dict()

@@ -71,7 +71,7 @@ def _store(path: Path, arrays: Arrays) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
         os.replace(temporary, path)
     except OSError:
         if temporary is not None:
