@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,21 @@ def test_a_grid_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["ablate", str(other), "--out", str(out)])
     assert "holds the results of another grid" in capsys.readouterr().err
+
+
+def test_a_stopped_grid_ends_its_processes_and_goes_on_later(tmp_path: Path) -> None:
+    file, out = write_grid(tmp_path, rows={"FSQ": {"oracle": {"train.steps": 100000}}}), tmp_path / "out"
+    command = [sys.executable, "-m", "uvim_fsq", "ablate", str(file), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if any("images/s" in log.read_text() for log in out.glob("logs/*.log")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in said and "FAILED" not in said
+    (log,) = out.glob("logs/*.log")
+    assert "stopped by signal" in log.read_text() and list(out.glob("oracles/*/checkpoints/step_*"))
 
 
 @pytest.mark.parametrize(

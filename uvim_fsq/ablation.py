@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -240,6 +241,10 @@ def finished(run_dir: Path) -> bool:
     return (run_dir / "evaluation.json").is_file()
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 class Runner:
     """Trains cells, one per device at a time, each stage in a process of its own.
 
@@ -256,16 +261,35 @@ class Runner:
         for i in range(self.jobs):
             self._devices.put(i % devices if devices else -1)
         self._locks: dict[Path, threading.Lock] = {}
+        self._stopped = threading.Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Trains what is not finished; a cell that fails does not stop the others."""
+        """Trains what is not finished; a cell that fails does not stop the others.
+
+        On Ctrl-C and SIGTERM the running processes save and end too, and no further one is started.
+        """
         for cell in cells:
             for path in (cell.oracle_dir, cell.lm_dir):
                 self._locks.setdefault(path, threading.Lock())
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self._cell, cells))
+        # Also where a shell has made its background jobs deaf to Ctrl-C.
+        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    list(pool.map(self._cell, cells))
+                except BaseException:
+                    self._stopped.set()
+                    for process in list(self._running):
+                        process.terminate()
+                    raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _cell(self, cell: Cell) -> None:
+        if self._stopped.is_set():
+            return
         stages = (("oracle", cell.oracle_dir, cell.oracle_command), ("lm", cell.lm_dir, cell.lm_command))
         for stage, path, command in stages:
             # Cells share oracles: the first one trains, the others wait.
@@ -274,6 +298,8 @@ class Runner:
                     continue
                 self.say(f"{cell.name}: training the {stage}")
                 error = self._train(command, path)
+            if self._stopped.is_set():
+                return
             if error is not None:
                 self.failures[cell.name] = f"{stage}: {error}"
                 self.say(f"{cell.name}: FAILED, {stage}: {error}")
@@ -292,10 +318,15 @@ class Runner:
         try:
             with log.open("w") as file:
                 program = [sys.executable, "-m", "uvim_fsq", *command]
-                done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                process = subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                self._running.add(process)
+                if self._stopped.is_set():
+                    process.terminate()
+                code = process.wait()
+                self._running.discard(process)
         finally:
             self._devices.put(device)
-        if done.returncode == 0:
+        if code == 0:
             return None
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1] if lines else f'exit code {done.returncode}'} ({log})"
+        return f"{lines[-1] if lines else f'exit code {code}'} ({log})"

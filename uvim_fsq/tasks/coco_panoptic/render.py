@@ -14,6 +14,8 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 #: Segments below this share of the picture carry no name.
 NAMED_SHARE = 0.01
+#: In smaller pictures outlines would hide the things.
+OUTLINED_FROM = 64
 ROW = 18
 
 
@@ -53,6 +55,8 @@ def overlay(
     colours = segment_colours(segments, class_colours(len(names) - 1), is_thing)[ids]
     mixed = (image * (1 - share) + colours * share).astype(np.uint8)
     mixed[ids == 0] = image[ids == 0]
+    if min(ids.shape) < OUTLINED_FROM:
+        return mixed
     edge = np.zeros(ids.shape, bool)
     edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     edge[1:] |= ids[1:] != ids[:-1]
