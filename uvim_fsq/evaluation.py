@@ -260,16 +260,24 @@ def evaluate_loaded(
     if csv_file is not None and PartialState().is_main_process:
         write_csv(csv_file, rows)
     return {
-        "task": task.name,
-        "protocol": evaluator.protocol,
-        "main_metric": task.main_metric,
-        "data": {**evaluator.source.info, "image_size": run.data.image_size},
+        **_circumstances(loaded, evaluator, device),
         "baseline": trivial.name if trivial is not None else None,
         "limit": limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
         "code_counts": counts,
         "level_histogram": levels,
+    }
+
+
+def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
+    """What figures were obtained with: without it they mean nothing."""
+    run, task = loaded.run, loaded.task
+    return {
+        "task": task.name,
+        "protocol": evaluator.protocol,
+        "main_metric": task.main_metric,
+        "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")},
         "task_options": to_dict(task.config),
         "checkpoint": str(loaded.checkpoint),
