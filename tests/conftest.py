@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.small import lm_run, oracle_run, small_data
+from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.training.run import train
 
 torch.set_num_threads(1)
@@ -26,3 +27,11 @@ def oracle_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 @pytest.fixture(scope="session")
 def lm_dir(tmp_path_factory: pytest.TempPathFactory, oracle_dir: Path) -> Path:
     return train(lm_run(tmp_path_factory.mktemp("runs") / "lm", oracle_dir))
+
+
+@pytest.fixture(scope="session")
+def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 + 4 rooms of 24 x 32 in the COCO panoptic format; tests that change it copy it."""
+    root = tmp_path_factory.mktemp("coco") / "coco"
+    write_dataset("coco_panoptic", root, 12, (24, 32), num_val=4, workers=1)
+    return root

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import shutil
 import warnings
-import zipfile
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,43 +19,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import golden
+from tests.panoptic import CONFIG, edit, task_for
 from uvim_fsq.config import DataConfig
-from uvim_fsq.data.check import check_data
-from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, make_canonical, panoptic_from_logits, to_segments
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
-from uvim_fsq.tasks.coco_panoptic.official import ResultWriter
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
-from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic, CocoPanopticConfig
-
-CONFIG = CocoPanopticConfig()
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("coco") / "coco"
-    write_dataset("coco_panoptic", root, 12, (24, 32), num_val=4, workers=1)
-    return root
+from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic
 
 
 @pytest.fixture
-def root(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "coco"))
-
-
-def task_for(root: Path, **options: Any) -> CocoPanoptic:
-    return CocoPanoptic(CocoPanoptic.complete(CocoPanopticConfig(**options), str(root)))
-
-
-def edit(root: Path, change: Any, split: str = "val") -> None:
-    """Applies `change` to the parsed annotation file."""
-    file = root / f"annotations/panoptic_{split}2017.json"
-    tree = json.loads(file.read_text())
-    change(tree)
-    file.write_text(json.dumps(tree))
+def root(coco_scenes: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(coco_scenes, tmp_path / "coco"))
 
 
 # ---------------------------------------------------------------- labels and predictions
@@ -254,210 +228,6 @@ def test_crop_renumbers(root: Path) -> None:
 
 
 # ---------------------------------------------------------------- bad input
-
-
-def first_png(root: Path) -> Path:
-    return sorted((root / "annotations/panoptic_val2017").glob("*.png"))[0]
-
-
-def break_png(root: Path, kind: str) -> None:
-    png = first_png(root)
-    if kind == "missing":
-        png.unlink()
-    elif kind == "text":
-        png.write_text("not a picture")
-    elif kind == "grey":
-        Image.fromarray(np.zeros((24, 32), np.uint8)).save(png)
-    elif kind == "16-bit":
-        Image.fromarray(np.zeros((24, 32), np.uint16)).save(png)
-    elif kind == "size":
-        Image.fromarray(np.zeros((20, 32, 3), np.uint8)).save(png)
-    elif kind == "stranger":
-        Image.fromarray(np.full((24, 32, 3), 7, np.uint8)).save(png)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing", "no such PNG, but the annotation file names it"),
-        ("text", "cannot be read as a PNG"),
-        ("grey", "panoptic PNGs are 8-bit RGB"),
-        ("16-bit", "16-bit"),
-        ("size", "24 x 32 but its PNG .* 20 x 32"),
-        ("stranger", "does not list, e.g. 460551"),
-    ],
-)
-def test_broken_png(root: Path, kind: str, message: str) -> None:
-    break_png(root, kind)
-    with pytest.raises(UserError, match=message):
-        open_source(str(root), "val", CONFIG)[0]
-    lines, ok = check_data("coco_panoptic", str(root))
-    assert not ok and sum("val: " in line for line in lines) == 2 and "\n" not in "".join(lines)
-
-
-def first_segments(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    return tree["annotations"][0]["segments_info"]
-
-
-def repeat_id(tree: dict[str, Any]) -> None:
-    first_segments(tree)[1]["id"] = first_segments(tree)[0]["id"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (repeat_id, "stands twice"),
-        (lambda tree: first_segments(tree)[0].update(category_id=77), "category 77, which `categories` does not list"),
-        (lambda tree: first_segments(tree)[0].update(id=1 << 24), "outside 1..16777215"),
-        (lambda tree: tree["annotations"].append(tree["annotations"][0]), "repeat an image_id"),
-        (lambda tree: tree["images"].pop(0), "of images that `images` lacks"),
-        (lambda tree: tree["annotations"][0].pop("segments_info"), "lacks or garbles a field"),
-        (lambda tree: tree.pop("categories"), "needs lists images, annotations, categories"),
-        (lambda tree: tree.update(annotations=[]), "holds no annotations"),
-        (lambda tree: first_segments(tree)[0].update(id="one"), "lacks or garbles a field"),
-        (lambda tree: first_segments(tree)[0].update(area="large"), "lacks or garbles a field"),
-        (
-            lambda tree: [s.update(category_id=77) for a in tree["annotations"] for s in a["segments_info"]],
-            r"category 77.*\(and 3 more annotations",
-        ),
-    ],
-)
-def test_broken_json(root: Path, change: Any, message: str) -> None:
-    edit(root, change)
-    with pytest.raises(UserError, match=message) as caught:
-        open_source(str(root), "val", CONFIG)
-    assert "\n" not in str(caught.value)
-
-
-def test_ids_that_are_names_and_fields_that_nobody_needs(root: Path, tmp_path: Path) -> None:
-    """Cityscapes names its images; some files lack sizes and areas, or use one name for two categories."""
-    truth = open_source(str(root), "val", CONFIG)[0].meta["segments"]
-
-    def change(tree: dict[str, Any]) -> None:
-        for image in tree["images"]:
-            image["id"] = f"city_{image['id']}"
-            del image["height"], image["width"]
-        for annotation in tree["annotations"]:
-            annotation["image_id"] = f"city_{annotation['image_id']}"
-            for info in annotation["segments_info"]:
-                info["area"] = None
-        for category in tree["categories"][:2]:
-            category["name"] = "same"
-
-    edit(root, change)
-    source = open_source(str(root), "val", CONFIG)
-    sample = source[0]
-    np.testing.assert_array_equal(sample.meta["segments"].ids, truth.ids)
-    assert isinstance(sample.meta["image_id"], str) and set(sample.meta["areas"]) == {-1}
-    names = [name for _, name, _ in source.index.categories]
-    assert len(set(names)) == len(names) and names[0].startswith("same (")
-    writer = ResultWriter(tmp_path / "out", [category[0] for category in source.index.categories])
-    entry = writer.add(sample.meta["segments"], sample.meta["image_id"], sample.meta["png"])
-    assert json.loads(writer.finish([entry]).read_text())["annotations"][0]["image_id"] == sample.meta["image_id"]
-
-
-def zip_pngs(root: Path, compression: int) -> Path:
-    folder = root / "annotations/panoptic_val2017"
-    with zipfile.ZipFile(folder.with_suffix(".zip"), "w", compression) as archive:
-        for png in sorted(folder.glob("*.png")):
-            archive.write(png, f"panoptic_val2017/{png.name}")
-    shutil.rmtree(folder)
-    return folder.with_suffix(".zip")
-
-
-def test_a_damaged_member_of_a_zip(root: Path) -> None:
-    archive = zip_pngs(root, zipfile.ZIP_DEFLATED)
-    with zipfile.ZipFile(archive) as file:
-        first = file.infolist()[0]
-    data = bytearray(archive.read_bytes())
-    start = first.header_offset + 30 + len(first.filename)
-    data[start : start + first.compress_size] = bytes(reversed(data[start : start + first.compress_size]))
-    archive.write_bytes(bytes(data))
-    lines, ok = check_data("coco_panoptic", str(root))
-    assert not ok and any("cannot be read" in line and "replace it" in line for line in lines)
-
-
-def test_a_zip_is_opened_anew_after_a_fork(root: Path) -> None:
-    zip_pngs(root, zipfile.ZIP_STORED)
-    source = open_source(str(root), "val", CONFIG)
-    whole = [source[i].meta["segments"].ids for i in range(len(source))]
-    before = source.pngs._zip
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        again = all(np.array_equal(source[i].meta["segments"].ids, ids) for i, ids in enumerate(whole))
-        os.write(writer, b"y" if again and source.pngs._zip is not before else b"n")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 1) == b"y"
-
-
-def test_val_alone_can_be_checked(root: Path) -> None:
-    (root / "annotations/panoptic_train2017.json").unlink()
-    lines, ok = check_data("coco_panoptic", str(root))
-    assert not ok and lines[0].startswith("train: ") and "holds no annotations/panoptic_train" in lines[0]
-    assert any(line.startswith("val: all files readable") for line in lines)
-
-
-def test_prepared_labels_of_another_order_are_refused(root: Path) -> None:
-    prepare(str(root), lambda done, total: None)
-
-    def turn(tree: dict[str, Any]) -> None:
-        for annotation in tree["annotations"]:
-            annotation["segments_info"].reverse()
-
-    edit(root, turn)
-    with pytest.raises(UserError, match="was prepared from another panoptic_val2017.json; delete that folder"):
-        open_source(str(root), "val", CONFIG)
-
-
-def test_missing_parts(root: Path, tmp_path: Path) -> None:
-    shutil.rmtree(root / "annotations/panoptic_train2017")
-    with pytest.raises(UserError, match="is there, but not its PNGs"):
-        open_source(str(root), "train", CONFIG)
-    (root / "annotations/panoptic_train2017.zip").write_bytes(b"half a zip")
-    with pytest.raises(UserError, match="no zip file or truncated"):
-        open_source(str(root), "train", CONFIG)
-    shutil.rmtree(root / "val2017")
-    with pytest.raises(UserError, match="holds no photos"):
-        open_source(str(root), "val", CONFIG)
-    (root / "annotations/panoptic_val2017.json").write_text('{"images": [')
-    with pytest.raises(UserError, match="no valid JSON"):
-        open_source(str(root), "val", CONFIG)
-    with pytest.raises(UserError, match="holds no annotations/panoptic_val"):
-        open_source(str(tmp_path), "val", CONFIG)
-    with pytest.raises(UserError, match="unknown split"):
-        open_source(str(root), "test", CONFIG)
-
-
-def test_check_reports_what_is_suspicious(root: Path) -> None:
-    lines, ok = check_data("coco_panoptic", str(root))
-    assert ok and "12 images" in lines[0] and "classes 7" in lines[0]
-
-    def change(tree: dict[str, Any]) -> None:
-        first_segments(tree)[0]["area"] = 1
-        tree["annotations"][1]["segments_info"].append({"id": 99, "category_id": 1, "iscrowd": 0})
-        tree["annotations"].pop()
-
-    edit(root, change)
-    lines, ok = check_data("coco_panoptic", str(root))
-    assert not ok and any("areas of the JSON contradict the PNG, e.g. 1 for" in line for line in lines)
-    assert any("1 segments of the JSON have no pixel" in line for line in lines)
-    assert any("images without annotation 1" in line for line in lines)
-
-
-def test_an_image_without_segments_is_all_void(root: Path) -> None:
-    edit(root, lambda tree: tree["annotations"][0].update(segments_info=[]))
-    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(first_png(root))
-    task = task_for(root)
-    sample = task.source(str(root), "val")[0]
-    assert all(not labels.any() for labels in task.encode(sample).values())
-    assert "no segment at all" in str(task.inspect(sample))
-    row = task.metric(task.source(str(root), "val")).update(sample.meta["segments"], sample)
-    assert row["pq"] == 0 and row["segments_gt"] == 0
-
-
-# ---------------------------------------------------------------- files
 
 
 def test_predictions_can_be_read_back(root: Path, tmp_path: Path) -> None:

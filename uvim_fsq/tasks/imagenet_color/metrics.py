@@ -19,6 +19,8 @@ from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frec
 
 #: Mean squared error below which two pictures count as equal: 100 dB instead of infinity.
 SMALLEST_ERROR = 4e-10
+#: Luma weights of the reference's grey image; they sum to 0.9999.
+GREY = (0.2989, 0.5870, 0.1140)
 FID_SIZE = 256
 #: Side at which the protocol colourises.
 COLTRAN_SIZE = 512
@@ -30,7 +32,7 @@ def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
 
     Shifting all three channels by the difference in luma keeps the chroma of YCbCr as it is.
     """
-    weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
+    weights = np.array(GREY, np.float32)
     shift = (image - prediction) @ weights / weights.sum()
     return (prediction + shift[..., None]).clip(-1, 1)
 

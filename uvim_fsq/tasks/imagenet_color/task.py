@@ -19,6 +19,7 @@ from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
 from uvim_fsq.tasks.imagenet_color.fid import Inception
 from uvim_fsq.tasks.imagenet_color.metrics import (
     COLTRAN_SIZE,
+    GREY,
     FIDMetric,
     PSNRMetric,
     keep_luma,
@@ -26,9 +27,6 @@ from uvim_fsq.tasks.imagenet_color.metrics import (
     to_unit,
 )
 from uvim_fsq.tasks.registry import register_task
-
-#: Luma weights of the reference's grey image; they sum to 0.9999.
-GREY = (0.2989, 0.5870, 0.1140)
 
 
 @dataclass(frozen=True)
