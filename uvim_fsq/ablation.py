@@ -153,13 +153,14 @@ def _text(value: Any) -> str:
 
 
 def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """All cells, each configuration checked. `overrides` go to both stages of all cells.
+    """All cells, each configuration checked; all rows of the first seed come first, so that a table that is under way
+    can be compared. `overrides` go to both stages of all cells.
 
     Raises UserError naming the cell for an unknown key or an impossible combination.
     """
     data = [f"data.root={(out / 'data').resolve()}"] if grid.synthetic is not None else []
     cells = []
-    for row, seed in itertools.product(grid.rows, grid.seeds):
+    for seed, row in itertools.product(grid.seeds, grid.rows):
         common = [f"train.seed={seed}", *overrides]
         try:
             settings = [*data, *row.oracle, *common]
@@ -252,11 +253,18 @@ class Runner:
         failures: cell name -> the last line that its process wrote.
     """
 
-    def __init__(self, out: Path, jobs: int | None, say: Callable[[str], None]) -> None:
-        """`jobs`: cells at a time; None: one per GPU, or one."""
+    def __init__(
+        self,
+        out: Path,
+        jobs: int | None,
+        say: Callable[[str], None],
+        after_cell: Callable[[Mapping[str, str]], object] = lambda failures: None,
+    ) -> None:
+        """`jobs`: cells at a time; None: one per GPU, or one. `after_cell`: gets `failures` after each cell."""
         devices = torch.cuda.device_count()
         self.out, self.say, self.jobs = out, say, jobs or max(devices, 1)
         self.failures: dict[str, str] = {}
+        self._after_cell, self._after_cell_lock = after_cell, threading.Lock()
         self._devices: queue.Queue[int] = queue.Queue()
         for i in range(self.jobs):
             self._devices.put(i % devices if devices else -1)
@@ -303,8 +311,11 @@ class Runner:
             if error is not None:
                 self.failures[cell.name] = f"{stage}: {error}"
                 self.say(f"{cell.name}: FAILED, {stage}: {error}")
-                return
-        self.say(f"{cell.name}: done")
+                break
+        else:
+            self.say(f"{cell.name}: done")
+        with self._after_cell_lock:
+            self._after_cell(self.failures)
 
     def _train(self, command: Sequence[str], run_dir: Path) -> str | None:
         log = self.out / "logs" / f"{run_dir.name}.log"

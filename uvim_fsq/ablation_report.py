@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -139,20 +140,21 @@ def plots(results: Mapping[str, Any]) -> Figure:
 
 
 def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]:
-    """(row name, picture) for every row's first finished cell: two images, oracle and LM beside the truth."""
-    found: dict[str, str] = {}
+    """(row name, picture) for every row: the first image once per finished cell, oracle and LM beside the truth."""
+    found: dict[str, list[Mapping[str, np.ndarray]]] = {}
     for cell in cells:
-        if cell.row in found or not finished(cell.lm_dir):
+        if not finished(cell.lm_dir):
             continue
         loaded = load_checkpoint(cell.lm_dir, device=device)
         ways = ways_to_predict(loaded)
         named = {title: ways[way] for way, title in (("oracle", "oracle"), ("lm", "LM")) if way in ways}
-        found[cell.row] = png_tag(tile(panel_rows(loaded.task, loaded.run.data, named, device, count=2)), cell.row)
-    return list(found.items())
+        rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)
+        found.setdefault(cell.row, []).extend(rows)
+    return [(name, png_tag(tile(rows), name)) for name, rows in found.items()]
 
 
-def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[list[str]]:
-    """table.md, table.csv, results.json and report.html in `out`; returns the table."""
+def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
+    """table.md, table.csv and results.json in `out`, of all that is finished; returns the results."""
     results = collect(grid, cells, failures)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(markdown(results))
@@ -163,11 +165,17 @@ def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mappin
             for title, summary in row["columns"].items():
                 if summary:
                     writer.writerow([row["name"], title, summary["mean"], summary["std"], summary["n"]])
+    return results
+
+
+def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[list[str]]:
+    """The tables and report.html in `out`; returns the table."""
+    results = write_tables(out, grid, cells, failures)
     lines = table(results)
     pictures = panels(cells, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sections = [("Results", html_table(lines)), ("Plots", png_tag(plots(results), "figures of all rows"))]
     if failures:
         sections.append(("Failed", html_table([["cell", "why"], *([name, why] for name, why in failures.items())])))
-    sections += [(f"Panels: {name}", picture) for name, picture in pictures]
+    sections += [(f"Panels: {name}, one row per seed", picture) for name, picture in pictures]
     write_report(out / "report.html", grid.title, sections)
     return lines

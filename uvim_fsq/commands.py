@@ -198,7 +198,7 @@ def command_coltran_lists(args: argparse.Namespace) -> None:
 def command_ablate(args: argparse.Namespace) -> None:
     """Runs a grid and writes its tables; exit code 1 if a cell failed."""
     from uvim_fsq.ablation import Runner, claim, command_line, finished, plan, prepare, read_grid
-    from uvim_fsq.ablation_report import write_results
+    from uvim_fsq.ablation_report import write_results, write_tables
 
     grid = read_grid(args.grid)
     out = args.out or Path("runs/ablations") / args.grid.stem
@@ -215,7 +215,12 @@ def command_ablate(args: argparse.Namespace) -> None:
         return
     claim(out, grid, args.overrides)
     prepare(grid, out, print)
-    runner = Runner(out, args.jobs, lambda line: print(line, flush=True))
+    runner = Runner(
+        out,
+        args.jobs,
+        say=lambda line: print(line, flush=True),
+        after_cell=lambda failures: write_tables(out, grid, cells, failures),
+    )
     runner.run(chosen)
     _print_lines(write_results(out, grid, cells, runner.failures), out)
     if runner.failures:
