@@ -71,7 +71,10 @@ def test_a_grid_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     # Finished cells are not run again; a chosen row leaves the others as they are.
     main(["ablate", str(file), "--out", str(out), "--only", "FSQ", "--only", "FSQ, small LM"])
     assert "training the" not in capsys.readouterr().out
-    other = write_grid(tmp_path, seeds=[4])
+    further = write_grid(tmp_path, seeds=[3, 4])
+    main(["ablate", str(further), "--out", str(out), "--only", "FSQ"])
+    assert "FSQ, seed 3: training" not in (said := capsys.readouterr().out) and "FSQ, seed 4: training the lm" in said
+    other = write_grid(tmp_path, set={"oracle": {"train.steps": 7}})
     with pytest.raises(SystemExit):
         main(["ablate", str(other), "--out", str(out)])
     assert "holds the results of another grid" in capsys.readouterr().err

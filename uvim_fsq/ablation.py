@@ -217,7 +217,10 @@ def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
 
 
 def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
-    """Marks `out` as this grid's. Raises UserError if it is another's."""
+    """Marks `out` as this grid's, whatever its seeds: further ones may be added later.
+
+    Raises UserError if it is another's.
+    """
     mark, file = json.dumps({"grid": to_dict_of(grid), "overrides": list(overrides)}, indent=1), out / "grid.json"
     if file.is_file() and file.read_text() != mark + "\n":
         raise UserError(f"{out} holds the results of another grid or other settings; choose another --out")
@@ -233,7 +236,6 @@ def to_dict_of(grid: Grid) -> dict[str, Any]:
         "lm": grid.lm.name,
         "synthetic": grid.synthetic,
         "rows": rows,
-        "seeds": grid.seeds,
     }
 
 
