@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from uvim_fsq.benchmark.floors import Ceilings, OracleCost, decode_seconds, lm_cost, oracle_cost
+from uvim_fsq.benchmark.ceilings import Ceilings
+from uvim_fsq.benchmark.floors import OracleCost, decode_seconds, lm_cost, oracle_cost
 from uvim_fsq.config import LMModelConfig, OracleModelConfig
 from uvim_fsq.lm.model import LM
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real

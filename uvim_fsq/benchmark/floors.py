@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from uvim_fsq.benchmark.ceilings import Ceilings
 from uvim_fsq.config import OracleModelConfig
 from uvim_fsq.lm.model import LM
 from uvim_fsq.tasks.base import LabelChannel, Real
@@ -116,13 +117,12 @@ def lm_cost(lm: LM) -> LMCost:
     e, d, m, t = encoder.num_features, config.width, config.mlp_dim, lm.length
     patch = encoder.patch_embed.patch_size[0]
     n = encoder.patch_embed.num_patches
-    block = encoder.blocks[0]
-    assert not isinstance(block, int)
-    encoder_mlp = int(block.get_submodule("mlp.fc1").get_parameter("weight").shape[0])
+    blocks = list(encoder.blocks.children())
+    encoder_mlp = int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0])
     layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, cross-attention's query and output, MLP
     return LMCost(
         patch_embed=2 * e * 3 * patch * patch * n,
-        encoder=len(encoder.blocks) * encoder_layer(e, encoder_mlp, n),
+        encoder=len(blocks) * encoder_layer(e, encoder_mlp, n),
         decoder=config.depth * decoder_layer(d, m, e, t, n),
         cross_kv=config.depth * 4 * d * e * n,
         head=2 * d * lm.vocab_size * t,
@@ -131,20 +131,6 @@ def lm_cost(lm: LM) -> LMCost:
         self_numbers=config.depth * 2 * d,
         length=t,
     )
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device was measured to do: a large matrix product in `precision`, and a copy (bytes read + written).
-
-    `datasheet`: the maker's figure for the matrix product, FLOP/s, None if not known.
-    """
-
-    device: str
-    precision: str
-    flops: float
-    bandwidth: float
-    datasheet: float | None = None
 
 
 def decode_seconds(cost: LMCost, batch: int, ceilings: Ceilings, *, number_bytes: int, cross_bytes: float) -> float:

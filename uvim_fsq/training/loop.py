@@ -1,4 +1,4 @@
-"""The one training loop, for both stages, and the one place that configures Accelerate. It knows no task.
+"""The one training loop, for both stages. It knows no task.
 
 Resume is exact: the data order is a pure function of (seed, step), and every step seeds its own random numbers, so
 that no generator state has to travel.
@@ -10,47 +10,27 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from PIL import Image
 from torch import nn
 
-from uvim_fsq.config import Run, TrainConfig
+from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
-from uvim_fsq.data.loader import TrainLoader, mix
-from uvim_fsq.data.sample import Batch
+from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import to_device
 from uvim_fsq.training import checkpoint as ckpt
-from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
+from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage
-
-PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+from uvim_fsq.training.step import Stepper
 
 
 class Interrupted(SystemExit):
     """Training ended early on a signal, after saving; the exit code is 128 + the signal's number."""
-
-
-def make_accelerator(train: TrainConfig) -> Accelerator:
-    """Accelerate as this project uses it."""
-    # A process may train several stages in turn, each in its own precision; the process group stays.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision=PRECISION[train.precision],
-        # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulate, sync_with_dataloader=False),
-        # Ranks wait for each other through long evaluations.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
-    )
 
 
 @contextlib.contextmanager
@@ -71,14 +51,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-class Trainer:
+class Trainer(Stepper):
     """State of one training run; `fit` drives it."""
 
     def __init__(self, stage: Stage, run: Run) -> None:
-        self.stage, self.run, self.train = stage, run, run.train
+        super().__init__(stage, run, total=0)
         self.out = Path(run.train.out)
-        self.accelerator = make_accelerator(run.train)
-        self.device = self.accelerator.device
         source = stage.task.source(run.data.root, run.data.train_split)
         # What evaluation lacks is better said now than after hours of training.
         for split in {run.data.eval_split, run.data.watch_split or run.data.eval_split}:
@@ -96,15 +74,6 @@ class Trainer:
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
-        optimizer = build_optimizer(stage.model.named_parameters(), run.optim, run.stage)
-        model = torch.compile(stage.model) if run.train.compile else stage.model
-        # The schedule is not prepared: it would step once per process.
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ema = self._ema_start() if run.train.ema is not None else None
-        self.step = 0
-
-    def _ema_start(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to(self.device, copy=True) for name, p in self.stage.model.named_parameters()}
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -151,44 +120,6 @@ class Trainer:
             ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
             ckpt.prune(self.out, self.train.keep)
         self.accelerator.wait_for_everyone()
-
-    # --- one optimizer step ------------------------------------------------------------------------------------
-
-    def optimizer_step(self, batches: Iterator[Batch], progress: Progress) -> dict[str, torch.Tensor]:
-        """Micro batches, backward, clip, update. Returns device tensors: loss, logs and gradient norm."""
-        rank = self.accelerator.process_index
-        set_rates(self.optimizer, learning_rate(self.step, self.total, self.run.optim))
-        self.model.train()
-        sums: dict[str, torch.Tensor] = {}
-        for micro in range(self.train.accumulate):
-            start = time.perf_counter()
-            batch = to_device(next(batches), self.device)
-            progress.waited(time.perf_counter() - start)
-            # After the loader, whose start draws from the same generator.
-            torch.manual_seed(mix(self.train.seed, self.step, rank, micro))
-            with self.accelerator.accumulate(self.model):
-                with self.accelerator.autocast():
-                    loss, logs = self.stage.step(self.model, batch)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_norm)
-                    sums["grad_norm"] = torch.as_tensor(norm) * self.train.accumulate
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            for name, value in {"loss": loss, **logs}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
-        self.stage.after_step(self._sum, mix(self.train.seed, self.step))
-        if self.ema is not None:
-            decay = self.train.ema or 0.0
-            for name, p in self.stage.model.named_parameters():
-                self.ema[name].lerp_(p.detach(), 1 - decay)
-        self.step += 1
-        return {name: value / self.train.accumulate for name, value in sums.items()}
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        total = self.accelerator.reduce(values, "sum")
-        assert isinstance(total, torch.Tensor)
-        return total
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
@@ -256,7 +187,7 @@ def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
     window: list[dict[str, torch.Tensor]] = []
     saved = trainer.step
     while trainer.step < trainer.total:
-        window.append(trainer.optimizer_step(batches, progress))
+        window.append(trainer.optimizer_step(batches, progress.waited))
         last = trainer.step == trainer.total
         stop = _agree(trainer, bool(received))
         evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
