@@ -9,11 +9,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 
 from uvim_fsq.config import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.cache import attend_int8, to_int8
 from uvim_fsq.lm.encoder import build_image_encoder
-from uvim_fsq.lm.generate import example_uniforms, generate, sample
+from uvim_fsq.lm.generate import Decoder, Sampling, example_uniforms, generate, sample
 from uvim_fsq.lm.model import LM
 
 SMALL = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
@@ -67,8 +69,63 @@ def test_step_logits_equal_teacher_forced() -> None:
     whole, cache = lm.decode(tokens, memory), lm.new_cache(memory)
     previous = torch.zeros(5, 1, dtype=torch.long)
     for i in range(9):
-        torch.testing.assert_close(lm.decode(previous, None, cache)[:, 0], whole[:, i], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(lm.decode_step(previous, cache), whole[:, i], atol=1e-5, rtol=1e-4)
+        cache.position += 1
         previous = tokens[:, i : i + 1]
+
+
+def test_a_decoder_is_used_again() -> None:
+    lm, first, second = make_lm(), images(), images().flip(0)
+    decoder = Decoder(lm)
+    assert torch.equal(decoder(first), generate(lm, first)) and torch.equal(decoder(second), generate(lm, second))
+    assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
+
+
+@torch.inference_mode()
+def test_int8_memory_is_close_to_full() -> None:
+    lm = make_lm()
+    memory, tokens = lm.encode(images()), torch.randint(0, 11, (5, 9))
+    full, small = lm.new_cache(memory), lm.new_cache(memory, int8=True)
+    assert small.layers[0].cross_key.dtype == torch.int8
+    lm.refill_cache(small, memory.flip(0))
+    lm.refill_cache(small, memory)
+    for i in range(9):
+        one, two = lm.decode_step(tokens[:, i : i + 1], full), lm.decode_step(tokens[:, i : i + 1], small)
+        assert (one - two).norm() < 0.02 * one.norm()
+        assert not torch.equal(one, two)
+        for cache in (full, small):
+            cache.position += 1
+    decoded = Decoder(lm, int8=True)(images())
+    assert (decoded == generate(lm, images())).float().mean() > 0.8
+
+
+def test_int8_attention_is_that_of_its_rounded_numbers() -> None:
+    query, key, value = (torch.randn(2, 3, n, 8) * torch.arange(1, 9) for n in (1, 7, 7))
+    (small_key, key_scale), (small_value, value_scale) = to_int8(key), to_int8(value)
+    assert (small_key * key_scale - key).abs().max() <= 0.51 * key_scale.max()
+    expected = F.scaled_dot_product_attention(query, small_key * key_scale, small_value * value_scale)
+    got = attend_int8(query, small_key, key_scale, small_value, value_scale)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_decoding_leaves_the_model_alone() -> None:
+    lm = make_lm()
+    decoder = Decoder(lm, precision="bf16")
+    assert lm.blocks[0].mlp.fc1.weight.dtype == torch.float32  # type: ignore[union-attr]
+    tokens = decoder(images())
+    assert tokens.shape == (5, 9) and (tokens == generate(lm, images())).float().mean() > 0.6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_captured_step_decodes_as_the_plain_one(compile: bool, temperature: float) -> None:
+    lm, batch = make_lm().cuda(), images().cuda()
+    plain = naive(lm.cpu(), batch.cpu(), temperature, torch.arange(5))
+    decoder = Decoder(lm.cuda(), Sampling(temperature), compile=compile)
+    for count in (5, 3, 5):  # the smaller batch is padded
+        assert torch.equal(decoder(batch[:count]).cpu(), plain[:count])
+    assert len(decoder._buffers) == 1
 
 
 @torch.no_grad()

@@ -123,7 +123,6 @@ def test_a_task_out_of_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_fsq_inside_cuda_autocast() -> None:
     quantizer, z = FSQ([8, 6, 5]), torch.randn(64, 3) * 2
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -27,7 +27,7 @@ from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.generate import generate
+from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
@@ -37,6 +37,9 @@ from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import write_evaluation
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
+
+#: What of `eval.` may change the figures; named by each result.
+DECODING_KEYS = ("temperature", "top_k", "top_p", "seed", "precision", "int8_memory")
 
 
 @dataclass
@@ -75,8 +78,20 @@ def context_predictions(oracle: Oracle, task: Task) -> Predictor:
     return predict
 
 
+def build_decoder(lm: LM, config: EvalConfig) -> Decoder:
+    """The decoding that a configuration asks for."""
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    return Decoder(lm, sampling, precision=config.precision, int8=config.int8_memory, compile=config.compile)
+
+
+def arithmetic(config: EvalConfig, device: torch.device) -> torch.autocast:
+    """The context in which predictions are made: `eval.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Predictor:
     """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own random stream."""
+    decoder = build_decoder(lm, config)
 
     def cost(batch: Batch) -> torch.Tensor:
         truth = oracle.tokenize(batch["labels"], batch["image"])
@@ -85,14 +100,7 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
 
     def predict(batch: Batch) -> Predicted:
         seeds = config.seed * 1_000_003 + batch["index"].cpu()
-        tokens = generate(
-            lm,
-            batch["image"],
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seeds=seeds,
-        )
+        tokens = decoder(batch["image"], seeds)
         return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens, cost(batch))
 
     return predict
@@ -164,7 +172,8 @@ class Evaluator:
             rank=state.process_index,
             world=state.num_processes,
         ):
-            predicted = predict(to_device(batch, device))
+            with arithmetic(self.config, device):
+                predicted = predict(to_device(batch, device))
             for item, sample in zip(predicted.items, samples, strict=True):
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
                 if official is not None:
@@ -278,7 +287,7 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "protocol": evaluator.protocol,
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
-        "decoding": {key: getattr(run.eval, key) for key in ("temperature", "top_k", "top_p", "seed")},
+        "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
         "task_options": to_dict(task.config),
         "checkpoint": str(loaded.checkpoint),
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),

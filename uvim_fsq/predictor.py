@@ -16,7 +16,7 @@ from uvim_fsq.data.images import list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.generate import generate
+from uvim_fsq.evaluation import arithmetic, build_decoder
 from uvim_fsq.models import Loaded, load_checkpoint
 
 
@@ -30,6 +30,7 @@ class Predictor:
             )
         self.lm, self.oracle, self.task, self.run = loaded.lm, loaded.oracle, loaded.task, loaded.run
         self.device = torch.device(device)
+        self.decoder = build_decoder(self.lm, self.run.eval)
 
     @classmethod
     def from_run(
@@ -42,7 +43,6 @@ class Predictor:
         device = torch.device(device or PartialState().device or "cpu")
         return cls(load_checkpoint(path, overrides, device), device)
 
-    @torch.inference_mode()
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Any:
         """One picture of any size -> the task's prediction at that picture's own size.
 
@@ -51,18 +51,20 @@ class Predictor:
         Args:
             image: a file, a PIL image, or an (H, W, 3) uint8 RGB array.
         """
-        rgb = self._array(image)
+        return self.predict_batch([image])[0]
+
+    @torch.inference_mode()
+    def predict_batch(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> list[Any]:
+        """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results."""
+        rgb = [self._array(image) for image in images]
         size = self.run.data.image_size
-        small = self.task.model_image(Sample("", resize_linear(rgb, (size, size))))
-        small = np.ascontiguousarray(small.transpose(2, 0, 1))
-        tensor = torch.from_numpy(small).unsqueeze(0).to(self.device)
-        config = self.run.eval
-        seeds = torch.tensor([config.seed])
-        tokens = generate(
-            self.lm, tensor, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seeds=seeds
-        )
-        item = self.task.decode(self.oracle.detokenize(tokens, tensor))[0]
-        return self.task.to_size(item, rgb)
+        small = [self.task.model_image(Sample("", resize_linear(picture, (size, size)))) for picture in rgb]
+        tensor = torch.from_numpy(np.stack(small).transpose(0, 3, 1, 2).copy()).to(self.device)
+        with arithmetic(self.run.eval, self.device):
+            # Each picture draws from the same stream as when it is alone.
+            tokens = self.decoder(tensor, torch.full((len(rgb),), self.run.eval.seed))
+            items = self.task.decode(self.oracle.detokenize(tokens, tensor))
+        return [self.task.to_size(item, picture) for item, picture in zip(items, rgb, strict=True)]
 
     @staticmethod
     def _array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -92,19 +94,26 @@ def predict_files(
     written: list[dict[str, str]] = []
     broken: list[str] = []
     taken: set[str] = set()
-    for file in files:
-        stem = file.stem if file.stem not in taken else f"{file.parent.name}_{file.stem}"
-        while stem in taken:
-            stem += "_"
-        taken.add(stem)
-        try:
-            image = read_image(file)
-        except UserError as error:
-            broken.append(str(error))
-            continue
-        paths = predictor.task.save_prediction(predictor.predict(image), image, str(out / stem))
-        written.append({"image": str(file), **paths})
+    for start in range(0, len(files), predictor.run.eval.batch_size):
+        readable: list[tuple[Path, np.ndarray]] = []
+        for file in files[start : start + predictor.run.eval.batch_size]:
+            try:
+                readable.append((file, read_image(file)))
+            except UserError as error:
+                broken.append(str(error))
+        items = predictor.predict_batch([image for _, image in readable]) if readable else []
+        for (file, image), item in zip(readable, items, strict=True):
+            paths = predictor.task.save_prediction(item, image, str(out / _free_stem(file, taken)))
+            written.append({"image": str(file), **paths})
     (out / "predictions.json").write_text(json.dumps(written, indent=2) + "\n")
     if broken:
         raise UserError(f"{broken[0]} ({len(broken)} of {len(files)} pictures unreadable; the others are in {out})")
     return written
+
+
+def _free_stem(file: Path, taken: set[str]) -> str:
+    stem = file.stem if file.stem not in taken else f"{file.parent.name}_{file.stem}"
+    while stem in taken:
+        stem += "_"
+    taken.add(stem)
+    return stem

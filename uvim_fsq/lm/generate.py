@@ -1,15 +1,179 @@
-"""Decoding: image -> tokens, one position at a time with a cache. Free functions over an LM; no host synchronisation
-inside the loop. Results do not depend on the batch an image was decoded in.
+"""Decoding: image -> tokens, one position at a time with a cache. No host synchronisation inside the loop. Results do
+not depend on the batch an image was decoded in.
 
 B batch, L code length, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import nn
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.cache import DecoderCache
 from uvim_fsq.lm.model import LM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits.
+
+    Attributes:
+        temperature: 0 takes the argmax; above 0 samples.
+        top_k: sample among the k likeliest tokens. Not together with top_p.
+        top_p: sample among the fewest likeliest tokens that hold this much probability.
+
+    Raises UserError for impossible settings.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} is negative; 0 is greedy")
+        if self.top_k is not None and self.top_p is not None:
+            raise UserError("top_k and top_p exclude each other; give one of them")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k}: keep at least one token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
+
+
+GREEDY = Sampling()
+
+
+@dataclass
+class _Buffers:
+    """What decoding a batch of one size needs; on a GPU with the captured step."""
+
+    cache: DecoderCache
+    tokens: torch.Tensor
+    previous: torch.Tensor
+    uniforms: torch.Tensor
+    graph: Any = None
+
+
+class Decoder:
+    """Decodes batches of images with one LM; keeps static buffers, and on a GPU a captured step, for each batch size.
+
+    The LM's weights are taken as they are when the decoder is made if `precision` is bf16, else as they are when used.
+
+    Args:
+        model: in evaluation mode.
+        sampling: how tokens are chosen.
+        precision: "fp32" or "bf16", of products and cache; norms, residuals and logits stay float32.
+        int8: cross-attention keys and values in 8 bits. They are most of what a step reads from memory; the tokens may
+            change.
+        compile: torch.compile the step (first use takes a minute at full size).
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        sampling: Sampling = GREEDY,
+        *,
+        precision: str = "fp32",
+        int8: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.sampling, self.int8, self.precision = sampling, int8, precision
+        self.model = _with_bf16_weights(model) if precision == "bf16" else model
+        self._next = torch.compile(self._next_tokens, fullgraph=True, dynamic=False) if compile else self._next_tokens
+        self._buffers: dict[int, _Buffers] = {}
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3, S, S) images, uint8 or normalised -> tokens (B, L) int64 in [0, V).
+
+        `seeds`: (B,) int64, one stream of random numbers per example; default 0..B-1. Unused when greedy.
+        """
+        batch = len(images)
+        size = self._size(batch, images.device)
+        if size > batch:
+            # A captured step has one batch size: a smaller batch repeats its last image.
+            images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
+        with self._autocast(images.device):
+            buffers = self._ready(self.model.encode(images))
+            if self.sampling.temperature > 0:
+                seeds = torch.arange(batch) if seeds is None else seeds
+                uniforms = example_uniforms(seeds, self.model.length)
+                buffers.uniforms[:batch].copy_(uniforms, non_blocking=True)
+            for _ in range(self.model.length):
+                if buffers.graph is not None:
+                    buffers.graph.replay()
+                else:
+                    self._step(buffers)
+        return buffers.tokens[:batch].clone()
+
+    def _size(self, batch: int, device: torch.device) -> int:
+        if device.type != "cuda":
+            return batch
+        return min((size for size in self._buffers if size >= batch), default=batch)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        # Weights are bf16 already; autocast's cache of casts would end up inside the graph.
+        bf16 = self.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    def _ready(self, memory: torch.Tensor) -> _Buffers:
+        batch, device = len(memory), memory.device
+        if batch in self._buffers:
+            buffers = self._buffers[batch]
+            self.model.refill_cache(buffers.cache, memory)
+            return buffers
+        shape = (batch, self.model.length)
+        tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        cache = self.model.new_cache(memory, int8=self.int8)
+        uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
+        buffers = _Buffers(cache, tokens, torch.zeros_like(tokens[:, :1]), uniforms)
+        if device.type == "cuda":
+            self._capture(buffers)
+        self._buffers[batch] = buffers
+        return buffers
+
+    def _capture(self, buffers: _Buffers) -> None:
+        # Lazy initialisation of libraries, and compilation, may not happen while a graph is captured.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._step(buffers)
+                buffers.cache.position.zero_()
+        torch.cuda.current_stream().wait_stream(aside)
+        buffers.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(buffers.graph):
+            self._step(buffers)
+        buffers.cache.position.zero_()
+
+    def _step(self, buffers: _Buffers) -> None:
+        """Chooses the next token of every image, writes it down and moves on by one."""
+        position = buffers.cache.position
+        chosen = self._next(buffers.previous, buffers.cache, buffers.uniforms)
+        buffers.tokens.index_copy_(1, position, chosen)
+        buffers.previous.copy_(chosen)
+        position += 1
+
+    def _next_tokens(self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor) -> torch.Tensor:
+        logits = self.model.decode_step(previous, cache).float()
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        drawn = uniforms.index_select(1, cache.position)
+        return sample(logits / self.sampling.temperature, drawn, self.sampling.top_k, self.sampling.top_p)
+
+
+def _with_bf16_weights(model: LM) -> LM:
+    """A copy whose matrices are bf16; embeddings, norms and the image's normalisation stay float32."""
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(torch.bfloat16)
+    return model
 
 
 def generate(
@@ -21,60 +185,8 @@ def generate(
     top_p: float | None = None,
     seeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Predicts the tokens of `images` (B, 3, S, S) uint8 -> (B, L) int64 in [0, V).
-
-    Args:
-        temperature: 0 takes the argmax; above 0 samples.
-        top_k: sample among the k likeliest tokens. Not together with top_p.
-        top_p: sample among the fewest likeliest tokens that hold this much probability.
-        seeds: (B,) int64, one stream of random numbers per example; default 0..B-1. Unused when greedy.
-
-    Raises UserError for impossible settings.
-    """
-    check_sampling(temperature, top_k, top_p)
-    with torch.inference_mode():
-        return generate_from_memory(
-            model, model.encode(images), temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds
-        )
-
-
-def generate_from_memory(
-    model: LM,
-    memory: torch.Tensor,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seeds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`generate` for an encoded image: memory (B, M, E) -> (B, L) int64."""
-    batch, device = len(memory), memory.device
-    uniforms = None
-    if temperature > 0:
-        uniforms = example_uniforms(torch.arange(batch) if seeds is None else seeds, model.length).to(device)
-    cache = model.new_cache(memory)
-    tokens = torch.zeros(batch, model.length, dtype=torch.long, device=device)
-    previous = tokens[:, :1]
-    for i in range(model.length):
-        logits = model.decode(previous, None, cache)[:, 0].float()
-        if uniforms is None:
-            previous = logits.argmax(-1, keepdim=True)
-        else:
-            previous = sample(logits / temperature, uniforms[:, i : i + 1], top_k, top_p)
-        tokens[:, i : i + 1] = previous
-    return tokens
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises UserError for a negative temperature, both filters at once, or filters out of range."""
-    if temperature < 0:
-        raise UserError(f"temperature={temperature} is negative; 0 is greedy")
-    if top_k is not None and top_p is not None:
-        raise UserError("top_k and top_p exclude each other; give one of them")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: keep at least one token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
+    """Predicts the tokens of `images` (B, 3, S, S) uint8 -> (B, L) int64 in [0, V), once; see Decoder and Sampling."""
+    return Decoder(model, Sampling(temperature, top_k, top_p))(images, seeds)
 
 
 def example_uniforms(seeds: torch.Tensor, length: int) -> torch.Tensor:

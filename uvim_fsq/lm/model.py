@@ -5,32 +5,16 @@ B batch, S image side, M memory tokens (patches), L code length, V vocabulary, D
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from uvim_fsq.config import LMModelConfig
 from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding
+from uvim_fsq.lm.cache import DecoderCache, LayerCache
 from uvim_fsq.lm.encoder import build_image_encoder
-
-
-@dataclass
-class LayerCache:
-    """One block's keys and values: own (B, H, L, hd), filled step by step, and cross (B, H, M, hd), computed once."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    cross_key: torch.Tensor
-    cross_value: torch.Tensor
-
-
-@dataclass
-class DecoderCache:
-    """Static buffers of one `generate` call and the position of the next token, a tensor (1,) on the device."""
-
-    layers: list[LayerCache]
-    position: torch.Tensor
 
 
 class DecoderBlock(nn.Module):
@@ -61,8 +45,8 @@ class DecoderBlock(nn.Module):
         cache.value.index_copy_(2, position, attn.heads(y, attn.value).to(cache.value.dtype))
         query = attn.heads(y, attn.query).to(cache.key.dtype)
         x = x + attn.attend(query, cache.key, cache.value, mask=seen)
-        query = cross.heads(self.norm2(x), cross.query).to(cache.cross_key.dtype)
-        x = x + cross.attend(query, cache.cross_key, cache.cross_value)
+        attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
+        x = x + cross.out(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm3(x))
 
 
@@ -104,18 +88,9 @@ class LM(nn.Module):
             image = (image.float() / 255 - self.mean) / self.std
         return self.encoder.forward_features(image)
 
-    def decode(
-        self, tokens: torch.Tensor, memory: torch.Tensor | None, cache: DecoderCache | None = None
-    ) -> torch.Tensor:
-        """Token logits.
-
-        Without a cache: all targets (B, L) int64, shifted right inside -> (B, L, V). With one: the previous token
-        (B, 1), ignored at position 0 -> the next token's logits (B, 1, V); the cache moves on by one.
-        """
+    def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Logits of all positions at once, teacher-forced: targets (B, L) int64, shifted right inside -> (B, L, V)."""
         embedded = self.token_embedding(tokens)
-        if cache is not None:
-            return self._step(embedded, cache)
-        assert memory is not None
         start = self.start.to(embedded.dtype).expand(len(tokens), -1, -1)
         x = torch.cat([start, embedded[:, :-1]], dim=1) + self.positions[:, : tokens.shape[1]]
         x = self.dropout(x)
@@ -123,28 +98,41 @@ class LM(nn.Module):
             x = block(x, memory)
         return self.head(self.norm(x))
 
-    def _step(self, previous: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
+    def decode_step(self, previous: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
+        """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
+
+        Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
+        position is a tensor operation, so that one step can be captured as a graph.
+        """
         position = cache.position
-        # Everything that depends on the position is a tensor operation, so that one step can be captured as a graph.
-        x = torch.where(position == 0, self.start.to(previous.dtype), previous)
+        embedded = self.token_embedding(previous)
+        x = torch.where(position == 0, self.start.to(embedded.dtype), embedded)
         x = x + self.positions.index_select(1, position)
         seen = (torch.arange(self.length, device=position.device) <= position)[None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
             x = block.step(x, layer, position, seen)
-        position += 1
-        return self.head(self.norm(x))
+        return self.head(self.norm(x))[:, 0]
 
-    def new_cache(self, memory: torch.Tensor) -> DecoderCache:
-        """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once."""
-        layers = []
-        shape = (len(memory), self.config.num_heads, self.length, self.config.width // self.config.num_heads)
+    def _cross(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
             cross = block.cross_attn
-            key, value = cross.heads(memory, cross.key), cross.heads(memory, cross.value)
-            layers.append(LayerCache(key.new_zeros(shape), key.new_zeros(shape), key, value))
+            yield cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+
+    def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
+        """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once.
+
+        `int8` keeps those in 8 bits: half of the bytes that a decoding step reads, or nearly.
+        """
+        layers = [LayerCache.create(key, value, self.length, int8=int8) for key, value in self._cross(memory)]
         return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
+
+    def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
+        """Makes the buffers ready for other images, in place; what own keys and values they hold is masked."""
+        for layer, (key, value) in zip(cache.layers, self._cross(memory), strict=True):
+            layer.refill(key, value)
+        cache.position.zero_()
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Teacher-forced training pass: (B, 3, S, S) uint8 and targets (B, L) -> logits (B, L, V)."""
