@@ -1,0 +1,103 @@
+"""The decoder that a user of Hugging Face's transformers would take: a ViT and an mBART decoder of the LM's sizes.
+
+`VisionEncoderDecoderModel` is the library's model for image -> tokens, and mBART's decoder is the one nearest to ours
+(pre-norm, learned positions, cross-attention), compiled as a whole by `generate`; the published Donut is such a pair.
+What differs: projections have biases and the output map none, a norm follows the embedding, the start symbol is a
+token, and the ViT has a class token. transformers is a dependency of the benchmark alone, imported when called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from uvim_fsq.lm.model import LM
+
+
+def hugging_face_twin(lm: LM) -> Any:
+    """An untrained `VisionEncoderDecoderModel` of the LM's depths, widths, heads, vocabulary, image size, device and
+    number type. Token V is its start symbol."""
+    hf: Any = importlib.import_module("transformers")
+    vit, config = lm.encoder, lm.config
+    blocks: list[Any] = list(vit.blocks.children())
+    block = blocks[0]
+    activation = "gelu" if block.mlp.act.approximate == "none" else "gelu_pytorch_tanh"
+    (side, _), (patch, _) = vit.patch_embed.img_size or (0, 0), vit.patch_embed.patch_size
+    encoder = hf.ViTConfig(
+        hidden_size=vit.num_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        image_size=side,
+        patch_size=patch,
+        hidden_act=activation,
+    )
+    decoder = hf.MBartConfig(
+        vocab_size=lm.vocab_size + 1,
+        max_position_embeddings=lm.length,
+        d_model=config.width,
+        decoder_layers=config.depth,
+        decoder_attention_heads=config.num_heads,
+        decoder_ffn_dim=config.mlp_dim,
+        activation_function="gelu_pytorch_tanh",
+        tie_word_embeddings=False,
+        is_decoder=True,
+        add_cross_attention=True,
+        **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "forced_eos_token_id"]),
+    )
+    pair = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    weight = lm.head.weight
+    with torch.device(weight.device):
+        model = hf.VisionEncoderDecoderModel(pair, encoder=hf.ViTModel(encoder, add_pooling_layer=False))
+    return model.to(weight.dtype).eval()
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def hugging_face_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[str, Callable[[], torch.Tensor]]:
+    """Greedy `generate` of `images` (B, 3, S, S) uint8 -> (B, L) tokens: as it comes, and with a static cache.
+
+    The static cache is made once and emptied before each call, as one who serves many batches of one size would: the
+    cache that `cache_implementation="static"` makes anew in each call lies at other addresses, for which CUDA graphs
+    must be recorded again. With it, `generate` compiles the step by itself on a GPU (and never on a CPU).
+
+    Args:
+        twin: of `hugging_face_twin`, where one serves several batches.
+    """
+    hf: Any = importlib.import_module("transformers")
+    twin = hugging_face_twin(lm) if twin is None else twin
+    start = lm.vocab_size
+    # No end symbol: nothing stops before L tokens.
+    settings: dict[str, Any] = {"max_new_tokens": lm.length, "do_sample": False, "num_beams": 1}
+    settings |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": start, "decoder_start_token_id": start}
+    own, cross = (
+        hf.StaticCache(config=twin.config.decoder, max_cache_len=count)
+        for count in (lm.length, lm.encoder.patch_embed.num_patches + 1)
+    )
+    cache = hf.EncoderDecoderCache(own, cross)
+
+    def work(static: bool) -> torch.Tensor:
+        pixels = ((images.float() / 255 - lm.mean) / lm.std).to(lm.head.weight.dtype)
+        config, more = hf.GenerationConfig(**settings), {}
+        if static:
+            cache.reset()
+            more["past_key_values"] = cache
+            if images.is_cuda:
+                # Each batch size its own graphs.
+                config.compile_config = hf.CompileConfig(dynamic=False)
+        tokens = twin.generate(pixels, generation_config=config, **more)
+        assert tokens.shape == (len(images), lm.length + 1), tokens.shape
+        return tokens[:, 1:]
+
+    compiled = ", compiled" if images.is_cuda else ""
+    return {
+        "Hugging Face, dynamic cache": functools.partial(work, False),
+        f"Hugging Face, static cache{compiled}": functools.partial(work, True),
+    }
