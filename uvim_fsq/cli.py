@@ -145,6 +145,22 @@ def _add_comparisons(commands: Any) -> None:
     sub.set_defaults(command=do.command_import)
 
 
+def _add_benchmark(commands: Any) -> None:
+    text = "how fast training, decoding, loading and the metrics are, beside what the machine allows"
+    sub = commands.add_parser("benchmark", help=text, description=text)
+    jobs = ("train-oracle", "train-lm", "decode", "loader", "metrics", "all")
+    sub.add_argument("job", choices=jobs)
+    sub.add_argument("config", type=Path, nargs="?", help="of either stage, e.g. configs/nyu_depth/quickstart_lm.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub.add_argument("--oracle", type=Path, help="configuration of an LM's oracle (default: the one beside it)")
+    sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes of decoding; of training the first")
+    sub.add_argument("--repeats", type=int, default=5, help="timed repeats; their median is printed (default 5)")
+    sub.add_argument("--json", type=Path, help="write everything measured to this file")
+    sub.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier run's --json")
+    sub.add_argument("--operators", type=int, default=0, metavar="N", help="also the N operators that take most time")
+    sub.set_defaults(command=do.command_benchmark)
+
+
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """All commands. `argv` decides whether the long list of keys is worth making."""
     parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction by discrete tokens.")
@@ -158,6 +174,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_use(commands, asked)
     _add_data(commands)
     _add_comparisons(commands)
+    _add_benchmark(commands)
     sub = commands.add_parser("quickstart", help="make data, train both stages, evaluate, draw a report")
     sub.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
     sub.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")

@@ -195,6 +195,22 @@ def command_coltran_lists(args: argparse.Namespace) -> None:
         print(path)
 
 
+def command_benchmark(args: argparse.Namespace) -> None:
+    """Measures speed and prints it beside its floor."""
+    from uvim_fsq.benchmark.run import request, run_benchmark
+
+    asked = request(
+        args.job, args.config, args.overrides, oracle=args.oracle, batches=tuple(args.batch), repeats=args.repeats
+    )
+    run_benchmark(
+        asked,
+        json_file=args.json,
+        against=args.against,
+        num_operators=args.operators,
+        say=lambda text: print(text, flush=True),
+    )
+
+
 def command_ablate(args: argparse.Namespace) -> None:
     """Runs a grid and writes its tables; exit code 1 if a cell failed."""
     from uvim_fsq.ablation import Runner, claim, command_line, finished, plan, prepare, read_grid

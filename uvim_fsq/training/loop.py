@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from uvim_fsq.benchmark.ceilings import matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import TrainLoader
@@ -170,7 +171,12 @@ def fit(stage: Stage, run: Run) -> Path:
         (trainer.out / "config.yaml").write_text(dump_yaml(run))
         stage.extra_files(trainer.out)
     progress = Progress(
-        run.train, stage.main_prefix, trainer.total, trainer.step, main=trainer.accelerator.is_main_process
+        run.train,
+        stage.main_prefix,
+        trainer.total,
+        trainer.step,
+        main=trainer.accelerator.is_main_process,
+        ceiling=_ceiling(trainer),
     )
     try:
         with stop_signals() as received:
@@ -179,6 +185,14 @@ def fit(stage: Stage, run: Run) -> Path:
         progress.close()
         trainer.accelerator.wait_for_everyone()
     return trainer.out
+
+
+def _ceiling(trainer: Trainer) -> float:
+    """Images/s of all processes' devices at the rate of a large matrix product."""
+    # bf16 and fp16 products are no quicker than float32's on most CPUs; on a GPU they are what training is made of.
+    precision = trainer.train.precision if trainer.device.type == "cuda" else "fp32"
+    rate = matrix_rate(trainer.device, precision) * trainer.accelerator.num_processes
+    return rate / trainer.stage.train_flops()
 
 
 def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:

@@ -27,10 +27,15 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Logs of one run. `start_step` > 0 continues an earlier one: lines past it are dropped from metrics.jsonl."""
+    """Logs of one run. `start_step` > 0 continues an earlier one: lines past it are dropped from metrics.jsonl.
 
-    def __init__(self, train: TrainConfig, title: str, total: int, start_step: int, *, main: bool) -> None:
-        self.train, self.title, self.total, self.main = train, title, total, main
+    `ceiling`: the images/s that all devices together would reach at the rate of a large matrix product.
+    """
+
+    def __init__(
+        self, train: TrainConfig, title: str, total: int, start_step: int, *, main: bool, ceiling: float | None = None
+    ) -> None:
+        self.train, self.title, self.total, self.main, self.ceiling = train, title, total, main, ceiling
         self.first = self.last_step = start_step
         self.begin = self.last_time = time.perf_counter()
         self.waiting = 0.0
@@ -64,23 +69,25 @@ class Progress:
         self.waiting += seconds
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A log line after optimizer step `step`: values plus images/s and the share of time spent waiting for data."""
+        """A log line after optimizer step `step`: values plus images/s, the share of the devices' arithmetic that this
+        takes (MFU, see benchmark/floors.py) and the share of time spent waiting for data."""
         now = time.perf_counter()
         elapsed = max(now - self.last_time, 1e-9)
-        values = {
-            **values,
-            "images_per_second": (step - self.last_step) * self.train.batch_size / elapsed,
-            "data_wait": min(1.0, self.waiting / elapsed),
-        }
+        rate = (step - self.last_step) * self.train.batch_size / elapsed
+        speed = {"images_per_second": rate}
+        if self.ceiling is not None:
+            speed["mfu"] = rate / self.ceiling
+        speed["data_wait"] = min(1.0, self.waiting / elapsed)
         eta = (self.total - step) * (now - self.begin) / max(step - self.first, 1)
         self.last_step, self.last_time, self.waiting = step, now, 0.0
         if not self.main:
             return
-        self._write(step, values)
-        text = f"{self.title} {step}/{self.total}  eta {clock(eta)}  {values['images_per_second']:.0f} images/s"
-        shown = {key: value for key, value in values.items() if key not in ("images_per_second", "data_wait")}
-        text += "  " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        text += f"  data {values['data_wait']:.0%}"
+        self._write(step, {**values, **speed})
+        text = f"{self.title} {step}/{self.total}  eta {clock(eta)}  {rate:.0f} images/s"
+        if "mfu" in speed:
+            text += f"  mfu {speed['mfu']:.0%}"
+        text += "  " + "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        text += f"  data {speed['data_wait']:.0%}"
         if self.live is not None:
             self.live.update(Text(text))
         else:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from uvim_fsq.benchmark.floors import OracleCost, lm_cost, oracle_cost
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import Evaluator, lm_predictions, oracle_predictions
@@ -23,10 +24,16 @@ from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import panel_picture
+from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cost_of(oracle: Oracle, task: Task) -> OracleCost:
+    """FLOP of an oracle's pieces, per image."""
+    return oracle_cost(oracle.config, task.label_channels, oracle.image_size, oracle.quantizer.dim)
 
 
 def watched(data: DataConfig) -> DataConfig:
@@ -58,6 +65,11 @@ class OracleStage:
         if self.dictionary is not None:
             self.dictionary.update(reduce, seed)
 
+    def train_flops(self) -> float:
+        """Floating-point operations of a training step, per image."""
+        assert isinstance(self.model, Oracle)
+        return cost_of(self.model, self.task).train
+
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metric and the codebook's use over the evaluation split."""
         assert isinstance(model, Oracle)
@@ -78,10 +90,10 @@ class LMStage:
 
     main_prefix = "lm"
 
-    def __init__(self, run: LMRun) -> None:
+    def __init__(self, run: LMRun, oracle: tuple[Oracle, Task] | None = None) -> None:
+        """`oracle`: a frozen oracle and its task, in place of the checkpoint that `run` names."""
         self.run = run
-        self.oracle_dir = resolve_checkpoint(run.oracle)
-        self.oracle, self.task = load_oracle(self.oracle_dir, run)
+        self.oracle, self.task = oracle or load_oracle(resolve_checkpoint(run.oracle), run)
         torch.manual_seed(run.train.seed)
         self.model: nn.Module = build_lm(run, self.oracle)
 
@@ -96,6 +108,11 @@ class LMStage:
 
     def after_step(self, reduce: Reduce, seed: int) -> None:
         """Nothing: all of the model is trained by gradients."""
+
+    def train_flops(self) -> float:
+        """Floating-point operations of a training step, per image, the frozen oracle's included."""
+        assert isinstance(self.model, LM)
+        return lm_cost(self.model).train + cost_of(self.oracle, self.task).tokenize
 
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metric over the evaluation split, decoding from the image alone."""
@@ -115,7 +132,7 @@ class LMStage:
 
     def extra_files(self, out: Path) -> None:
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run can be moved alone."""
-        copy_checkpoint(self.oracle_dir, out / "oracle")
+        copy_checkpoint(resolve_checkpoint(self.run.oracle), out / "oracle")
 
 
 Stage = OracleStage | LMStage

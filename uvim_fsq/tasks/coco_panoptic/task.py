@@ -78,6 +78,11 @@ class CocoPanoptic(Task):
         index = read_index(file)
         return dataclasses.replace(config, categories=index.categories)
 
+    @classmethod
+    def without_data(cls, config: CocoPanopticConfig) -> CocoPanopticConfig:
+        """COCO's 80 things and 53 stuff classes, numbered."""
+        return dataclasses.replace(config, categories=tuple((i, f"class {i}", i <= 80) for i in range(1, 134)))
+
     @property
     def label_channels(self) -> dict[str, LabelChannel]:
         return {"semantics": Categorical(len(self.names)), "instances": Categorical(self.config.max_instances + 1)}

@@ -1,0 +1,47 @@
+"""How fast the LM decodes, image encoder included: batch by batch, beside the floor of what a step has to read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from uvim_fsq.benchmark.ceilings import Ceilings
+from uvim_fsq.benchmark.floors import decode_seconds, lm_cost
+from uvim_fsq.benchmark.measure import Measurement, rate, time_ways
+from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, made_up_batch
+from uvim_fsq.lm.generate import Decoder
+from uvim_fsq.models import build_lm
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def measure_decoding(
+    sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
+) -> list[Measurement]:
+    """Greedy decoding with cache: with full and with 8-bit cross-attention memory; on a GPU also compiled."""
+    assert sizes.lm is not None
+    oracle, task = fresh_oracle(sizes)
+    lm = build_lm(sizes.lm, oracle, published=False).to(device).eval()
+    torch.nn.init.normal_(lm.head.weight)  # it starts at zero, which may be quicker
+    cost, cuda = lm_cost(lm), device.type == "cuda"
+    precision = "bf16" if cuda else "fp32"
+    size, lines = BYTES[precision], []
+    kinds = [(int8, compiled) for compiled in ((False, True) if cuda else (False,)) for int8 in (False, True)]
+    decoders = {
+        f"{', 8-bit memory' * int8}{', compiled' * compiled}": Decoder(
+            lm, precision=precision, int8=int8, compile=compiled
+        )
+        for int8, compiled in kinds
+    }
+    for batch in batches:
+        images = made_up_batch(task, sizes.lm.data.image_size, batch, device)["image"]
+        ways = {title: functools.partial(decoder, images) for title, decoder in decoders.items()}
+        timings = time_ways(ways, device, repeats=repeats)
+        for title, timing in timings.items():
+            int8 = decoders[title].int8
+            least = decode_seconds(cost, batch, ceilings, number_bytes=size, cross_bytes=1 if int8 else size)
+            name = f"decode {sizes.oracle.task.name}, {precision}, batch {batch}{title}"
+            lines.append(rate(name, timing, batch, floor=batch / least))
+    return lines

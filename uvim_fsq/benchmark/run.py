@@ -1,0 +1,123 @@
+"""`uvim-fsq benchmark`: which jobs there are and what each one measures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+
+from uvim_fsq.benchmark.ceilings import Ceilings, measure_ceilings
+from uvim_fsq.benchmark.decoding import measure_decoding
+from uvim_fsq.benchmark.measure import Measurement
+from uvim_fsq.benchmark.metrics import measure_metrics
+from uvim_fsq.benchmark.setup import Sizes, made_up_batch, read_sizes
+from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
+from uvim_fsq.benchmark.training import measure_training, stepper_of, steps
+from uvim_fsq.errors import UserError
+
+JOBS = ("train-oracle", "train-lm", "decode", "loader", "metrics", "all")
+BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. `batches`: of decoding; the first one of training; () for the usual ones."""
+
+    job: str
+    sizes: Sizes | None
+    batches: tuple[int, ...] = ()
+    repeats: int = 5
+
+
+def request(
+    job: str,
+    config: Path | None,
+    overrides: Sequence[str],
+    *,
+    oracle: Path | None = None,
+    batches: tuple[int, ...] = (),
+    repeats: int = 5,
+) -> Request:
+    """Raises UserError for a job that lacks its configuration or gets one of the other stage."""
+    if repeats < 1 or any(batch < 1 for batch in batches):
+        raise UserError("--repeats and --batch must be at least 1")
+    if job == "metrics":
+        return Request(job, None, batches, repeats)
+    if config is None:
+        raise UserError(f"benchmark {job} needs a configuration, e.g. configs/nyu_depth/lm.yaml")
+    sizes = read_sizes(config, overrides, oracle)
+    if job in ("train-lm", "decode", "all") and sizes.lm is None:
+        raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is one of stage oracle")
+    if job == "train-oracle":
+        sizes = Sizes(sizes.oracle, None)
+    return Request(job, sizes, batches, repeats)
+
+
+def measure(asked: Request, say: Callable[[str], None]) -> tuple[list[Measurement], Ceilings]:
+    """Runs the job; the ceilings come first, in the same run."""
+    device = torch.device(PartialState().device or "cpu")
+    precision = asked.sizes.run.train.precision if asked.sizes else "fp32"
+    ceilings = measure_ceilings(device, precision)
+    say(about(ceilings))
+    lines: list[Measurement] = []
+    for job in JOBS[:-1] if asked.job == "all" else (asked.job,):
+        say(f"measuring {job}")
+        lines += _measure(job, asked, ceilings, device)
+    return lines, ceilings
+
+
+def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device) -> list[Measurement]:
+    sizes, repeats = asked.sizes, asked.repeats
+    if sizes is None or job == "metrics":
+        return measure_metrics(repeats=repeats)
+    if job == "decode":
+        return measure_decoding(sizes, ceilings, device, batches=asked.batches or BATCHES[device.type], repeats=repeats)
+    if job == "loader":
+        from uvim_fsq.benchmark.loader import measure_loader
+
+        return measure_loader(sizes.run, repeats=repeats)
+    sizes = Sizes(sizes.oracle, None) if job == "train-oracle" else sizes
+    batch = asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)
+    return measure_training(sizes, ceilings, device, batch_size=batch, repeats=repeats)
+
+
+def operators(asked: Request, count: int) -> str:
+    """Where the time of a training step goes: the `count` operators that take most of it, as torch's profiler says."""
+    if asked.sizes is None or not asked.job.startswith("train"):
+        raise UserError("--operators goes with train-oracle and train-lm")
+    device = torch.device(PartialState().device or "cpu")
+    batch = asked.batches[0] if asked.batches else min(asked.sizes.run.train.batch_size, 64)
+    stepper = stepper_of(asked.sizes, batch)
+    data = made_up_batch(stepper.stage.task, asked.sizes.run.data.image_size, batch, device)
+    step = steps(stepper, itertools.repeat(data))
+    for _ in range(3):
+        step()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(3):
+            step()
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=order, row_limit=count, max_name_column_width=60)
+
+
+def run_benchmark(
+    asked: Request, *, json_file: Path | None, against: Path | None, num_operators: int, say: Callable[[str], None]
+) -> None:
+    """Measures, prints the table, writes and compares."""
+    earlier = read_earlier(against) if against else None
+    lines, ceilings = measure(asked, say)
+    say(markdown(lines, earlier))
+    if earlier is not None and earlier["ceilings"]["device"] != ceilings.device:
+        say(f"note: {against} was measured on another device: {earlier['ceilings']['device']}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(to_json(lines, ceilings), indent=1) + "\n")
+    if num_operators:
+        say(operators(asked, num_operators))

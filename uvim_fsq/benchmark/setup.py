@@ -1,0 +1,102 @@
+"""From a configuration to models of its sizes with random weights, and batches that need no data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from uvim_fsq.config import LMRun, OracleRun
+from uvim_fsq.config_io import load_run, resolve_lm
+from uvim_fsq.config_rules import validate
+from uvim_fsq.data.sample import Batch
+from uvim_fsq.errors import UserError
+from uvim_fsq.models import build_oracle, build_task, read_oracle_config
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.tasks.base import Real, Task
+from uvim_fsq.tasks.registry import load_plugins, task_class
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The configurations that a benchmark is about. `lm` is None for one of stage I."""
+
+    oracle: OracleRun
+    lm: LMRun | None
+
+    @property
+    def run(self) -> OracleRun | LMRun:
+        return self.lm or self.oracle
+
+
+def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
+    """Reads a configuration of either stage; weights and data need not exist.
+
+    The oracle of an LM's is `oracle` (a configuration), the run that it names, or else the configuration beside it
+    that is called "oracle" where it is called "lm".
+
+    Raises UserError where there is none of these.
+    """
+    place = ["train.out=unused"]
+    run = load_run(config, [*place, *overrides])
+    if isinstance(run, OracleRun):
+        run = _with_categories(run)
+        validate(run)
+        return Sizes(run, None)
+    oracle_run = _with_categories(_oracle_of(config, run, oracle))
+    run = resolve_lm(run, oracle_run)
+    validate(run)
+    return Sizes(oracle_run, run)
+
+
+def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
+    if given is None and Path(run.oracle).exists():
+        return read_oracle_config(run.oracle)[0]
+    file = given or config.with_name(config.name.replace("lm", "oracle"))
+    if not file.is_file() or file == config:
+        raise UserError(f"{config}: neither the run oracle={run.oracle} nor {file} exists; name a file with --oracle")
+    found = load_run(file, ["train.out=unused"])
+    if not isinstance(found, OracleRun):
+        raise UserError(f"{file} is no configuration of stage oracle")
+    return found
+
+
+def _with_categories(run: OracleRun) -> OracleRun:
+    load_plugins(run.plugins)
+    task = task_class(run.task.name)
+    try:
+        options = task.complete(run.task.options, run.data.root)
+    except UserError:
+        options = task.without_data(run.task.options)
+    return replace(run, task=replace(run.task, options=options))
+
+
+def fresh_oracle(sizes: Sizes) -> tuple[Oracle, Task]:
+    """An oracle with random weights, frozen, and its task."""
+    torch.manual_seed(0)
+    task = build_task(sizes.oracle)
+    return build_oracle(sizes.oracle, task).eval().requires_grad_(False), task
+
+
+def made_up_batch(task: Task, size: int, count: int, device: torch.device) -> Batch:
+    """Random images, and label maps of constant blocks an eighth of the image wide, as scenes mostly are."""
+    generator = torch.Generator().manual_seed(0)
+    block = max(1, size // 8)
+    cells = -(-size // block)
+    labels = {}
+    for name, channel in task.label_channels.items():
+        if isinstance(channel, Real):
+            labels[name] = torch.rand(count, size, size, channel.channels, generator=generator) * 2 - 1
+        else:
+            coarse = torch.randint(channel.num_classes, (count, cells, cells), generator=generator)
+            fine = coarse.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :size, :size]
+            labels[name] = fine.to(torch.uint8 if channel.num_classes <= 256 else torch.int16)
+    image = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Batch(
+        image=image.to(device),
+        labels={name: x.to(device) for name, x in labels.items()},
+        index=torch.arange(count),
+        id=[str(i) for i in range(count)],
+    )
