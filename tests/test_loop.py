@@ -52,6 +52,18 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON
 
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
+def test_log_lines_say_how_fast(stage: str, oracle_dir: Path, lm_dir: Path) -> None:
+    run_dir = oracle_dir if stage == "oracle" else lm_dir
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    stepped = [line for line in lines if "loss" in line]
+    assert stepped
+    for line in stepped:
+        assert line["images_per_second"] > 0 and 0 < line["mfu"] < 1 and 0 <= line["data_wait"] <= 1
+    ceilings = [line["images_per_second"] / line["mfu"] for line in stepped]
+    assert max(ceilings) == pytest.approx(min(ceilings))
+
+
+@pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
     """2N steps = N, stop, resume, N; over an epoch's end, with augmentation, dropout and EMA."""
     extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
