@@ -9,9 +9,13 @@ from dataclasses import replace
 import torch
 
 from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.measure import Measurement, Timing, rate, time_repeats
+from uvim_fsq.benchmark.measure import Measurement, Timing, rate, time_ways
 from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, made_up_batch
+from uvim_fsq.config import Run
+from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.data.sample import Batch
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.stages import LMStage, OracleStage, Stage
 from uvim_fsq.training.step import Stepper
 
@@ -36,26 +40,40 @@ def steps(stepper: Stepper, batches: Iterator[Batch]) -> Callable[[], object]:
     return lambda: stepper.optimizer_step(batches, lambda seconds: None)
 
 
+def fed_batches(run: Run, task: Task, batch_size: int) -> Iterator[Batch] | None:
+    """Training's own loader, from its first batch on; None where `data.root` holds no data."""
+    try:
+        source = task.source(run.data.root, run.data.train_split)
+    except UserError:
+        return None
+    loader = TrainLoader(source, task, run.data, batch_size=batch_size, seed=run.train.seed)
+    return loader.batches(0, 2**31)
+
+
 def measure_training(
-    sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batch_size: int, repeats: int, plain: bool = True
+    sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batch_size: int, repeats: int
 ) -> list[Measurement]:
-    """Training steps on a batch that lies on the device, beside their floor and the plainest code for the same.
+    """Training steps on a batch that lies on the device, beside their floor; where the data are at hand also fed by
+    the loader; and on a CPU the plainest code for the same mathematics.
 
     On a GPU each repeat is several steps, so that the host may run ahead as it does in training.
     """
     stepper = stepper_of(sizes, batch_size)
-    batch = made_up_batch(stepper.stage.task, sizes.run.data.image_size, batch_size, device)
-    one = steps(stepper, itertools.repeat(batch))
+    task, run = stepper.stage.task, sizes.run
+    batch = made_up_batch(task, run.data.image_size, batch_size, device)
     at_once = 5 if device.type == "cuda" else 1
 
-    def several() -> None:
-        for _ in range(at_once):
-            one()
+    def several(step: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [step() for _ in range(at_once)]
 
-    timing = time_repeats(several, device, warmup=3, repeats=repeats)
+    ways = {"": several(steps(stepper, itertools.repeat(batch)))}
+    fed = fed_batches(run, task, batch_size)
+    if fed is not None:
+        ways[f", fed by {run.data.workers} workers"] = several(steps(stepper, fed))
+    timings = time_ways(ways, device, warmup=3, repeats=repeats)
+    name = f"train-{run.stage} {sizes.oracle.task.name}, batch {batch_size}"
     flops = stepper.stage.train_flops()
-    name = f"train-{sizes.run.stage} {sizes.oracle.task.name}, batch {batch_size}"
-    return [training_line(name, timing, at_once * batch_size, flops, ceilings)]
+    return [training_line(name + way, t, at_once * batch_size, flops, ceilings) for way, t in timings.items()]
 
 
 def training_line(name: str, timing: Timing, images: int, flops: float, ceilings: Ceilings) -> Measurement:
