@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All figures of docs/performance.md that need a GPU, at the reference's sizes; no data set and no weights needed.
+# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train decode beside ends; all by default, minutes each)
+set -euo pipefail
+out=$1
+steps=${*:2}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+measure() { # name, arguments of the benchmark
+  python -m uvim_fsq benchmark "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.md"
+}
+for step in ${steps:-tests train decode beside ends}; do
+  case $step in
+  tests) python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true ;;
+  train)
+    for task in coco_panoptic nyu_depth imagenet_color; do
+      for compile in true false; do
+        measure "oracle_${task}_compile_$compile" train-oracle configs/$task/oracle.yaml train.compile=$compile --batch 64
+        measure "lm_${task}_compile_$compile" train-lm configs/$task/lm.yaml train.compile=$compile --batch 32
+      done
+    done
+    measure operators train-oracle configs/coco_panoptic/oracle.yaml train.compile=true --batch 64 --operators 25
+    ;;
+  decode) measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 ;;
+  beside) measure beside side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
+  ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" ;;
+  *) echo "unknown step $step" >&2 && exit 2 ;;
+  esac
+done
