@@ -5,7 +5,8 @@ B batch, N patches, p patch side, C classes or channels, D width. Logits are cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +19,68 @@ from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 Loss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-class CategoricalEmbed(nn.Module):
-    """Linear map of a patch's one-hot labels, without ever building the one-hot: a sum of p*p table rows.
+#: Most numbers that one piece of an end's one-hot labels or logits may hold; what is larger is cut into pieces.
+#: Measured in docs: smaller pieces read and write the weights too often.
+BUDGET = 2**28
 
-    A label of -1 adds nothing, as an all-zero one-hot would.
+
+class OneHotProduct(torch.autograd.Function):
+    """(B, N, p*p) integer classes times (p*p * C, D) weight -> (B, N, D), one-hot labels made piece by piece, twice.
+
+    The product runs in autocast's precision; the weight's gradient is summed over the pieces in float32.
     """
+
+    @staticmethod
+    def _pieces(patches: torch.Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        flat, known = patches.flatten(0, 1), torch.arange(classes, device=patches.device, dtype=patches.dtype)
+        step = max(1, BUDGET // (flat.shape[1] * classes))
+        for first in range(0, len(flat), step):
+            rows = slice(first, first + step)
+            # No class equals -1, whose one-hot is all zero.
+            yield rows, (flat[rows].unsqueeze(-1) == known).flatten(1).to(dtype)
+
+    @staticmethod
+    def forward(ctx: Any, patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        device = weight.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.classes = len(weight) // patches.shape[2]
+        ctx.save_for_backward(patches)
+        table = weight.to(ctx.dtype)
+        products = [one_hot @ table for _, one_hot in OneHotProduct._pieces(patches, ctx.classes, ctx.dtype)]
+        return torch.cat(products).view(*patches.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+        (patches,) = ctx.saved_tensors
+        flat = gradient.flatten(0, 1).to(ctx.dtype)
+        pieces = OneHotProduct._pieces(patches, ctx.classes, ctx.dtype)
+        return None, torch.stack([(one_hot.T @ flat[rows]).float() for rows, one_hot in pieces]).sum(0)
+
+
+def bag_of_rows(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same as a sum of table rows: (B, N, p*p) and (p*p * C, D) -> (B, N, D)."""
+    b, n, pixels = patches.shape
+    classes = patches.long()
+    rows = classes.clamp_min(0) + torch.arange(pixels, device=patches.device) * (len(weight) // pixels)
+    present = (classes >= 0).to(weight.dtype)
+    summed = F.embedding_bag(rows.view(-1, pixels), weight, mode="sum", per_sample_weights=present.view(-1, pixels))
+    return summed.view(b, n, -1)
+
+
+class CategoricalEmbed(nn.Module):
+    """Linear map of a patch's one-hot labels. A label of -1 adds nothing, as an all-zero one-hot would."""
 
     def __init__(self, num_classes: int, pixels: int, dim: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
         # Row (pixel * classes + class); the deviation is that of a linear map with pixels * classes inputs.
         self.weight = nn.Parameter(torch.randn(pixels * num_classes, dim) * (pixels * num_classes) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(B, N, p*p) integer classes -> (B, N, D)."""
-        b, n, pixels = patches.shape
-        classes = patches.long()
-        rows = classes.clamp_min(0) + torch.arange(pixels, device=patches.device) * self.num_classes
-        present = (classes >= 0).to(self.weight.dtype)
-        summed = F.embedding_bag(
-            rows.view(-1, pixels), self.weight, mode="sum", per_sample_weights=present.view(-1, pixels)
-        )
-        return summed.view(b, n, -1) + self.bias
+        # Measured by tools/label_embeddings.py.
+        product = OneHotProduct.apply if patches.is_cuda else bag_of_rows
+        return product(patches, self.weight) + self.bias
 
 
 class RealEmbed(nn.Module):
