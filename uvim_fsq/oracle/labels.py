@@ -19,8 +19,8 @@ from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 Loss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-#: Most numbers that one piece of an end's one-hot labels or logits may hold; what is larger is cut into pieces.
-#: Measured in docs: smaller pieces read and write the weights too often.
+#: Most one-hot labels or logits that exist at a time; what holds more is done in pieces. With their float32 copies and
+#: gradients 2^28 logits are some 5 GB. Smaller pieces are slower: each reads the weights and adds to their gradient.
 BUDGET = 2**28
 
 
@@ -53,8 +53,10 @@ class OneHotProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
         (patches,) = ctx.saved_tensors
         flat = gradient.flatten(0, 1).to(ctx.dtype)
-        pieces = OneHotProduct._pieces(patches, ctx.classes, ctx.dtype)
-        return None, torch.stack([(one_hot.T @ flat[rows]).float() for rows, one_hot in pieces]).sum(0)
+        total = flat.new_zeros(patches.shape[2] * ctx.classes, flat.shape[1], dtype=torch.float32)
+        for rows, one_hot in OneHotProduct._pieces(patches, ctx.classes, ctx.dtype):
+            total += one_hot.T @ flat[rows]
+        return None, total
 
 
 def bag_of_rows(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -119,8 +121,10 @@ class LabelHead(nn.Module):
         super().__init__()
         self.pixels = patch * patch
         self.heads = nn.ModuleDict()
-        for name, channel in channels.items():
-            size = channel.channels if isinstance(channel, Real) else channel.num_classes
+        sizes = {name: c.channels if isinstance(c, Real) else c.num_classes for name, c in channels.items()}
+        #: Numbers that one patch gets from all channels.
+        self.logits = self.pixels * sum(sizes.values())
+        for name, size in sizes.items():
             head = nn.Linear(dim, self.pixels * size)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -131,14 +135,21 @@ class LabelHead(nn.Module):
         return {name: head(hidden).view(b, n, self.pixels, -1) for name, head in self.heads.items()}
 
 
-def head_and_loss(
-    head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss, chunks: int = 1
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Task loss of hidden states (B, N, D) against patchified labels, in `chunks` pieces over the patches.
+def cut(length: int, most: int) -> list[slice]:
+    """0..length in the fewest slices of at most `most` (but at least one) each, as even as can be."""
+    count = -(-length // max(1, most))
+    size = -(-length // count)
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
-    With several chunks each piece's logits are thrown away and recomputed in the backward pass, so that peak memory
-    does not grow with classes x pixels x patches. The loss is a mean over pixels, hence a mean of the pieces' means
-    weighted by their size.
+
+def head_and_loss(
+    head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Task loss of hidden states (B, N, D) against patchified labels, in pieces of at most `BUDGET` logits.
+
+    A piece is some examples, or some patches of one example. With several pieces each one's logits are thrown away
+    and recomputed in the backward pass, so that peak memory does not grow with classes x pixels x batch. The loss of an
+    example is a mean over its pixels, hence the mean of its pieces' means weighted by their size.
 
     Args:
         labels: channel -> (B, N, p*p) or (B, N, p*p, C).
@@ -151,18 +162,19 @@ def head_and_loss(
         logits = {name: x.float().flatten(1, 2) for name, x in head(h).items()}
         return loss(logits, {name: x.flatten(1, 2) for name, x in part.items()})
 
-    if chunks <= 1:
+    b, n, _ = hidden.shape
+    examples, patches = cut(b, BUDGET // (n * head.logits)), cut(n, BUDGET // head.logits)
+    if len(examples) * len(patches) == 1:
         return piece(hidden, dict(labels))
-    n = hidden.shape[1]
-    total: torch.Tensor | None = None
-    logs: dict[str, torch.Tensor] = {}
-    for rows in torch.arange(n).tensor_split(chunks):
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        part = {name: x[:, first:last] for name, x in labels.items()}
-        value, part_logs = checkpoint(piece, hidden[:, first:last], part, use_reentrant=False)  # type: ignore[misc]
-        weight = (last - first) / n
-        total = value * weight if total is None else total + value * weight
-        for name, log in part_logs.items():
-            logs[name] = logs.get(name, torch.zeros_like(log)) + log * weight
-    assert total is not None
-    return total, logs
+    rows: list[dict[str, torch.Tensor]] = []
+    for some in examples:
+        row: dict[str, torch.Tensor] = {}
+        for few in patches:
+            part = {name: x[some, few] for name, x in labels.items()}
+            value, logs = checkpoint(piece, hidden[some, few], part, use_reentrant=False)  # type: ignore[misc]
+            weight = (few.stop - few.start) / n
+            for name, x in {"": value, **logs}.items():
+                row[name] = row[name] + x * weight if name in row else x * weight
+        rows.append(row)
+    means = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return means.pop(""), means

@@ -31,7 +31,7 @@ from uvim_fsq.evaluation import to_device
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
 from uvim_fsq.training.progress import Progress
-from uvim_fsq.training.stages import Stage
+from uvim_fsq.training.stages import Stage, compiled
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -97,7 +97,7 @@ class Trainer:
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
         optimizer = build_optimizer(stage.model.named_parameters(), run.optim, run.stage)
-        model = torch.compile(stage.model) if run.train.compile else stage.model
+        model = compiled(stage.model) if run.train.compile else stage.model
         # The schedule is not prepared: it would step once per process.
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema = self._ema_start() if run.train.ema is not None else None
