@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.models import resolve
+from uvim_fsq.tasks.base import Categorical, Task
+from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic, CocoPanopticConfig
+from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
+from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
 ORACLE: dict[str, Any] = {
     "stage": "oracle",
@@ -49,6 +55,27 @@ LM: dict[str, Any] = {
     "train": {"batch_size": 8, "steps": 6, "precision": "fp32", "log_every": 1},
     "eval": {"batch_size": 4, "workers": 0},
 }
+#: The three tasks with few classes.
+TASKS: dict[str, Task] = {
+    "depth": NYUDepth(NYUDepthConfig(num_bins=16)),
+    "panoptic": CocoPanoptic(
+        CocoPanopticConfig(max_instances=5, categories=((1, "cat", True), (2, "sky", False)), void="ignore")
+    ),
+    "color": ImagenetColor(ImagenetColorConfig()),
+}
+
+
+def random_batch(task: Task, batch: int, side: int = 16) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Random labels of the task, -1 among them, and random images."""
+    generator = torch.Generator().manual_seed(0)
+    labels: dict[str, torch.Tensor] = {}
+    for name, channel in task.label_channels.items():
+        if isinstance(channel, Categorical):
+            drawn = torch.randint(-1, channel.num_classes, (batch, side, side), generator=generator)
+            labels[name] = drawn.to(torch.int16)
+        else:
+            labels[name] = torch.rand(batch, side, side, channel.channels, generator=generator) * 2 - 1
+    return labels, torch.randint(0, 256, (batch, 3, side, side), generator=generator).to(torch.uint8)
 
 
 def small_data(folder: Path, num: int = 24, num_val: int = 6, layout: str = "h5") -> Path:

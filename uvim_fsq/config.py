@@ -86,8 +86,6 @@ class OracleModelConfig:
     """Number of tokens, a square number."""
     code_dropout: Literal["none", "random", "ordered"] = "random"
     """Codes zeroed in training: a random share of them, in random order, or always from the last on."""
-    head_chunks: int = 1
-    """Pieces in which label head and loss are computed and recomputed in training, to bound memory."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
 
@@ -163,7 +161,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per optimizer step and process."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile the model and, in stage II, the oracle that makes its tokens."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, used for evaluation and saved; null for none."""
     log_every: int = 50

@@ -34,7 +34,7 @@ def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
 
     Raises UserError naming the key for unknown keys (with "did you mean"), wrong types and values out of range.
     """
-    tree = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
+    tree = read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"override {override!r} is not of the form key=value")
@@ -52,7 +52,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
+def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
+    """A configuration file as a tree, what it extends included. Raises UserError for anything but keys and values."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     if path.resolve() in children:
@@ -76,7 +77,7 @@ def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
         return tree
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends={parent!r} must be the path of one file")
-    base = _read_yaml(path.parent / parent, (*children, path.resolve()))
+    base = read_yaml(path.parent / parent, (*children, path.resolve()))
     if _task_name(tree) not in (None, _task_name(base)):
         # Another task has other keys.
         base.pop("task", None)

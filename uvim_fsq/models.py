@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, resolve_lm
+from uvim_fsq.config_io import load_run, read_yaml, resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
@@ -17,6 +17,9 @@ from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.checkpoint import load_model_weights, resolve_checkpoint
+
+#: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
+RETIRED = (("model", "head_chunks"),)
 
 
 def build_task(run: Run) -> Task:
@@ -49,7 +52,11 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
     file = checkpoint / "config.yaml"
     if not file.is_file():
         raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
-    return load_run(file, overrides)
+    tree = read_yaml(file)
+    for section, key in RETIRED:
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(key, None)
+    return load_run(tree, overrides)
 
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:

@@ -148,8 +148,7 @@ class Oracle(nn.Module):
         codes = drop_codes(quantized, self.config.code_dropout) if self.training else quantized
         hidden = self.decode_hidden(codes, image)
         patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        chunks = self.config.head_chunks if self.training else 1
-        value, logs = head_and_loss(self.label_head, hidden, patches, loss, chunks)
+        value, logs = head_and_loss(self.label_head, hidden, patches, loss)
         if isinstance(self.quantizer, VQ) and self.config.quantizer.commitment:
             distance = (self.quantizer.standardize(bottleneck) - quantized.detach()).square().mean((1, 2))
             value, logs = value + self.config.quantizer.commitment * distance, {**logs, "commitment": distance.detach()}

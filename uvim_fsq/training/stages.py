@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
+
+
+def compiled(function: Compilable) -> Compilable:
+    """`torch.compile` as this project uses it: one graph per batch size, of which there are at most two."""
+    # Its splitting of the graph for DistributedDataParallel knows no recomputation, which the label head needs.
+    torch._dynamo.config.optimize_ddp = False
+    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
 def cost_of(oracle: Oracle, task: Task) -> OracleCost:
@@ -94,14 +103,16 @@ class LMStage:
         """`oracle`: a frozen oracle and its task, in place of the checkpoint that `run` names."""
         self.run = run
         self.oracle, self.task = oracle or load_oracle(resolve_checkpoint(run.oracle), run)
+        self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)
         self.model: nn.Module = build_lm(run, self.oracle)
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """Mean cross-entropy over the tokens, and the share of tokens whose argmax is right."""
-        self.oracle.to(batch["image"].device)
+        if next(self.oracle.parameters()).device != batch["image"].device:
+            self.oracle.to(batch["image"].device)
         with torch.no_grad():
-            tokens = self.oracle.tokenize(batch["labels"], batch["image"])
+            tokens = self.tokenize(batch["labels"], batch["image"])
         logits = model(batch["image"], tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
         return loss, {"token_accuracy": (logits.argmax(-1) == tokens).float().mean()}

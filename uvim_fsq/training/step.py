@@ -16,7 +16,7 @@ from uvim_fsq.data.loader import mix
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import to_device
 from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
-from uvim_fsq.training.stages import Stage
+from uvim_fsq.training.stages import Stage, compiled
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -45,7 +45,7 @@ class Stepper:
         self.accelerator = make_accelerator(run.train)
         self.device = self.accelerator.device
         optimizer = build_optimizer(stage.model.named_parameters(), run.optim, run.stage)
-        model = torch.compile(stage.model) if run.train.compile else stage.model
+        model = compiled(stage.model) if run.train.compile else stage.model
         # The schedule is not prepared: it would step once per process.
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema = self._ema_start() if run.train.ema is not None else None

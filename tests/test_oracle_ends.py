@@ -1,0 +1,135 @@
+"""The oracle's two ends in pieces equal the plain way, and never make more numbers at a time than their budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.small import TASKS, random_batch
+from uvim_fsq.config import OracleModelConfig, QuantizerConfig
+from uvim_fsq.models import load_checkpoint
+from uvim_fsq.oracle import labels as ends
+from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.tasks.base import Task
+
+CONFIG = OracleModelConfig(
+    patch_size=4,
+    width=16,
+    encoder_depth=1,
+    decoder_depth=1,
+    num_heads=2,
+    mlp_dim=32,
+    code_length=4,
+    code_dropout="none",
+    quantizer=QuantizerConfig(levels=(5, 5)),
+)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor made inside, leaving out those of the shapes in `but`."""
+
+    def __init__(self, *but: torch.Size) -> None:
+        super().__init__()
+        self.numbers, self.but = 0, but
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape not in self.but:
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+def test_cuts_are_even_and_complete() -> None:
+    assert cut(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert cut(8, 5) == [slice(0, 4), slice(4, 8)]
+    assert cut(3, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]  # one at least, whatever the budget
+    assert cut(5, 5) == cut(5, 99) == [slice(0, 5)]
+
+
+@pytest.mark.parametrize("form", [OneHotProduct.apply, bag_of_rows], ids=["product", "rows"])
+@pytest.mark.parametrize("budget", [1, 500, 2**28])
+def test_label_embedding_is_the_one_hot_product(form: Callable, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "BUDGET", budget)
+    torch.manual_seed(0)
+    weight = torch.randn(16 * 7, 5, requires_grad=True)
+    patches = torch.randint(-1, 7, (2, 3, 16)).to(torch.int16)
+    one_hot = F.one_hot(patches.long().clamp_min(0), 7) * (patches >= 0).unsqueeze(-1)
+    expected, gradient = one_hot.flatten(2).float() @ weight, torch.randn(2, 3, 5)
+    found = form(patches, weight)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, weight, gradient), torch.autograd.grad(expected, weight, gradient)
+    )
+    embed = CategoricalEmbed(7, 16, 5)
+    torch.testing.assert_close(embed(patches), one_hot.flatten(2).float() @ embed.weight + embed.bias)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@pytest.mark.parametrize("pieces", ["examples", "patches", "a patch"])
+def test_pieces_equal_the_plain_way(task: Task, pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, logs and gradients; two examples of three at a time, then 5 of 16 patches, then one."""
+    labels, image = random_batch(task, 3)
+    results = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        oracle = Oracle(CONFIG, task.label_channels, 16).train()
+        for head in oracle.label_head.heads.values():
+            torch.nn.init.normal_(head.weight, std=0.1)
+        logits = oracle.label_head.logits
+        size = {"examples": 2 * 16 * logits, "patches": 5 * logits + 3, "a patch": 1}[pieces]
+        monkeypatch.setattr(ends, "BUDGET", 2**28 if whole else size)
+        out = oracle(labels, image, task.loss)
+        (out.loss * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        results.append((out.loss, out.logs, {n: p.grad for n, p in oracle.named_parameters()}))
+    for plain, pieced in zip(*results, strict=True):
+        torch.testing.assert_close(pieced, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_no_tensor_exceeds_the_budget(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, whatever the batch: neither logits nor one-hot labels of more than the budget."""
+    head = LabelHead(task.label_channels, 4, 2)
+    budget = 6 * head.logits  # of 16 patches
+    for batch in (2, 5):
+        labels, _ = random_batch(task, batch)
+        patches = {name: ends.patchify(x, 4) for name, x in labels.items()}
+        hidden = torch.randn(batch, 16, 2, requires_grad=True)
+        most = []
+        for limit in (budget, 2**28):
+            monkeypatch.setattr(ends, "BUDGET", limit)
+            with Largest(hidden.shape, *(p.shape for p in head.parameters())) as largest:
+                value, _ = head_and_loss(head, hidden, patches, task.loss)
+                value.mean().backward()
+            most.append(largest.numbers)
+        assert most[0] <= budget < most[1]
+
+
+def test_one_hot_labels_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "BUDGET", 1000)
+    weight = torch.randn(16 * 7, 5, requires_grad=True)
+    for batch in (1, 4):
+        patches = torch.randint(-1, 7, (batch, 16, 16)).to(torch.int16)
+        with Largest() as largest:
+            OneHotProduct.apply(patches, weight).sum().backward()
+        assert 800 < largest.numbers <= 1000  # 8 patches of 16 pixels and 7 classes
+
+
+def test_checkpoints_with_retired_settings_load(oracle_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(oracle_dir, copy)
+    for file in copy.glob("checkpoints/*/config.yaml"):
+        file.write_text(file.read_text().replace("  code_length:", "  head_chunks: 4\n  code_length:"))
+        assert "head_chunks" in file.read_text()
+    assert load_checkpoint(copy).run == load_checkpoint(oracle_dir).run
