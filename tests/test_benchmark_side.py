@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -71,8 +72,6 @@ def test_a_broken_package_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "vector_quantize_pytorch.py").write_text("import a_package_that_nobody_has")
     (tmp_path / "panopticapi.py").write_text("raise ImportError('made for another Python\\nmore')")
     (tmp_path / "transformers.py").write_text("five = 5")
-    without(monkeypatch, *beside.PACKAGES)
-    monkeypatch.undo()
     for name in beside.PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -186,6 +185,22 @@ def test_vector_quantize_pytorch_agrees(levels: tuple[int, ...]) -> None:
     lines = by_name(side_by_side.measure_quantizer(levels, (4, 16), CPU, 1))
     assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, ours"].further["equal indices"] > 0.9
     assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, vector-quantize-pytorch"].further["time / ours"] > 0
+
+
+def test_other_sizes_follow_the_model() -> None:
+    """The other model's settings, read off a real one: a decoder narrower than its encoder included."""
+    pytest.importorskip("transformers")
+    lm = tiny_lm(replace(TINY, width=8, depth=2))
+    twin: Any = hugging_face.hugging_face_twin(lm)
+    encoder, decoder = twin.config.encoder, twin.config.decoder
+    assert (encoder.hidden_size, encoder.num_hidden_layers, encoder.intermediate_size) == (16, 1, 32)
+    assert (encoder.num_attention_heads, encoder.patch_size, encoder.image_size) == (2, 4, 16)
+    assert encoder.hidden_act == decoder.activation_function == "gelu_pytorch_tanh"
+    assert (decoder.d_model, decoder.decoder_layers, decoder.decoder_attention_heads) == (8, 2, 2)
+    assert (decoder.decoder_ffn_dim, decoder.vocab_size, decoder.max_position_embeddings) == (32, 26, 4)
+    assert twin.enc_to_dec_proj.in_features == 16 and not twin.training
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert all(way().shape == (2, 4) for way in side_by_side.decode_ways(lm, images, twin).values())
 
 
 def test_naive_loop_gives_the_cached_tokens() -> None:
