@@ -17,8 +17,9 @@ import torch
 from tests import small
 from uvim_fsq.benchmark import beside, hugging_face, metrics, side_by_side
 from uvim_fsq.benchmark.measure import Measurement, Timing
+from uvim_fsq.benchmark.setup import Sizes
 from uvim_fsq.config import EncoderConfig, LMModelConfig, LMRun, OracleRun
-from uvim_fsq.config_io import load_run
+from uvim_fsq.config_io import load_run, resolve_lm
 from uvim_fsq.data.synthetic import render
 from uvim_fsq.lm.generate import generate
 from uvim_fsq.lm.model import LM
@@ -219,24 +220,25 @@ def test_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["decoding, batch 2, naive loop"].unit == "images/s"
 
 
-def small_runs(*quantizer: str) -> tuple[LMRun, OracleRun]:
-    run, oracle = load_run(small.LM, ["oracle=none"]), load_run(small.ORACLE, list(quantizer))
+def small_sizes(*quantizer: str) -> Sizes:
+    oracle = load_run(small.ORACLE, ["train.out=unused", *quantizer])
+    run = load_run(small.LM, ["train.out=unused", "oracle=none"])
     assert isinstance(run, LMRun) and isinstance(oracle, OracleRun)
-    return run, oracle
+    return Sizes(oracle, resolve_lm(run, oracle))
 
 
 def test_all_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *beside.PACKAGES)
     monkeypatch.setattr(side_by_side, "MANY", (8, 4))
-    run, oracle = small_runs()
-    lines = by_name(side_by_side.measure_side_by_side(run, CPU, 1, oracle=oracle))
+    sizes = small_sizes()
+    lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     assert [name for name in lines if "forward," in name] == [
         "quantizer forward, 32 x 4 x 2, ours",
         "quantizer forward, 8 x 4 x 2, ours",
     ]
     assert [name for name in lines if "naive" in name] == [f"decoding, batch {b}, naive loop" for b in (1, 32)]
-    run, oracle = small_runs("model.quantizer.kind=vq", "model.quantizer.codebook_size=9")
-    lines = by_name(side_by_side.measure_side_by_side(run, CPU, 1, oracle=oracle))
+    sizes = small_sizes("model.quantizer.kind=vq", "model.quantizer.codebook_size=9")
+    lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     assert not [name for name in lines if "quantizer" in name] and len(lines) == 4
 
 
@@ -285,8 +287,8 @@ def test_hugging_face_is_of_equal_size(file: str) -> None:
 def test_hugging_face_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(side_by_side, "MANY", (8, 4))
-    run, oracle = small_runs()
-    lines = by_name(side_by_side.measure_side_by_side(run, CPU, 1, oracle=oracle))
+    sizes = small_sizes()
+    lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     for batch in (1, 32):
         ours = lines[f"decoding, batch {batch}, ours"]
         theirs = lines[f"decoding, batch {batch}, Hugging Face, static cache"]

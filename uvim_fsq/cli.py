@@ -148,7 +148,7 @@ def _add_comparisons(commands: Any) -> None:
 def _add_benchmark(commands: Any) -> None:
     text = "how fast training, decoding, loading and the metrics are, beside what the machine allows"
     sub = commands.add_parser("benchmark", help=text, description=text)
-    jobs = ("train-oracle", "train-lm", "decode", "loader", "metrics", "all")
+    jobs = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "all")
     sub.add_argument("job", choices=jobs)
     sub.add_argument("config", type=Path, nargs="?", help="of either stage, e.g. configs/nyu_depth/quickstart_lm.yaml")
     sub.add_argument("overrides", nargs="*", metavar="key=value")

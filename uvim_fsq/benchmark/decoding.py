@@ -10,9 +10,8 @@ import torch
 from uvim_fsq.benchmark.ceilings import Ceilings
 from uvim_fsq.benchmark.floors import decode_seconds, lm_cost
 from uvim_fsq.benchmark.measure import Measurement, rate, time_ways
-from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, made_up_batch
+from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch
 from uvim_fsq.lm.generate import Decoder
-from uvim_fsq.models import build_lm
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -22,9 +21,7 @@ def measure_decoding(
 ) -> list[Measurement]:
     """Greedy decoding with cache: with full and with 8-bit cross-attention memory; on a GPU also compiled."""
     assert sizes.lm is not None
-    oracle, task = fresh_oracle(sizes)
-    lm = build_lm(sizes.lm, oracle, published=False).to(device).eval()
-    torch.nn.init.normal_(lm.head.weight)  # it starts at zero, which may be quicker
+    lm, task = fresh_lm(sizes, device)
     cost, cuda = lm_cost(lm), device.type == "cuda"
     precision = "bf16" if cuda else "fp32"
     size, lines = BYTES[precision], []

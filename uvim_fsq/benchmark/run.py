@@ -16,11 +16,12 @@ from uvim_fsq.benchmark.decoding import measure_decoding
 from uvim_fsq.benchmark.measure import Measurement
 from uvim_fsq.benchmark.metrics import measure_metrics
 from uvim_fsq.benchmark.setup import Sizes, made_up_batch, read_sizes
+from uvim_fsq.benchmark.side_by_side import measure_side_by_side
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stepper_of, steps
 from uvim_fsq.errors import UserError
 
-JOBS = ("train-oracle", "train-lm", "decode", "loader", "metrics", "all")
+JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "all")
 BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
 
 
@@ -51,7 +52,7 @@ def request(
     if config is None:
         raise UserError(f"benchmark {job} needs a configuration, e.g. configs/nyu_depth/lm.yaml")
     sizes = read_sizes(config, overrides, oracle)
-    if job in ("train-lm", "decode", "all") and sizes.lm is None:
+    if job in ("train-lm", "decode", "side-by-side", "all") and sizes.lm is None:
         raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is one of stage oracle")
     if job == "train-oracle":
         sizes = Sizes(sizes.oracle, None)
@@ -75,8 +76,11 @@ def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device)
     sizes, repeats = asked.sizes, asked.repeats
     if sizes is None or job == "metrics":
         return measure_metrics(repeats=repeats)
+    batches = asked.batches or BATCHES[device.type]
     if job == "decode":
-        return measure_decoding(sizes, ceilings, device, batches=asked.batches or BATCHES[device.type], repeats=repeats)
+        return measure_decoding(sizes, ceilings, device, batches=batches, repeats=repeats)
+    if job == "side-by-side":
+        return measure_side_by_side(sizes, device, batches=batches, repeats=repeats)
     if job == "loader":
         from uvim_fsq.benchmark.loader import measure_loader
 

@@ -13,7 +13,8 @@ from uvim_fsq.config_io import load_run, resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import build_oracle, build_task, read_oracle_config
+from uvim_fsq.lm.model import LM
+from uvim_fsq.models import build_lm, build_oracle, build_task, read_oracle_config
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Real, Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
@@ -78,6 +79,16 @@ def fresh_oracle(sizes: Sizes) -> tuple[Oracle, Task]:
     torch.manual_seed(0)
     task = build_task(sizes.oracle)
     return build_oracle(sizes.oracle, task).eval().requires_grad_(False), task
+
+
+def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[LM, Task]:
+    """An LM with random weights, in evaluation mode, and its task."""
+    assert sizes.lm is not None
+    oracle, task = fresh_oracle(sizes)
+    lm = build_lm(sizes.lm, oracle, published=False)
+    # The head starts at 0, and then every way decodes zeros.
+    torch.nn.init.normal_(lm.head.weight, generator=torch.Generator().manual_seed(0))
+    return lm.to(device).eval(), task
 
 
 def made_up_batch(task: Task, size: int, count: int, device: torch.device) -> Batch:

@@ -6,9 +6,7 @@ B batch, L code length, N tokens, d channels.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,40 +14,25 @@ import torch
 from uvim_fsq.benchmark.beside import compare, find_package
 from uvim_fsq.benchmark.hugging_face import hugging_face_twin, hugging_face_ways, parameter_count
 from uvim_fsq.benchmark.measure import Measurement, time_ways
-from uvim_fsq.config import LMRun, OracleRun
-from uvim_fsq.lm.generate import generate
+from uvim_fsq.benchmark.setup import Sizes, fresh_lm
+from uvim_fsq.lm.generate import Decoder
 from uvim_fsq.lm.model import LM
-from uvim_fsq.models import read_oracle_config
 from uvim_fsq.oracle.fsq import FSQ, resolve_levels
 
-BATCHES = (1, 32)
 #: Code vectors of a large call: 1024 images of 256 tokens.
 MANY = (1024, 256)
 
 
 def measure_side_by_side(
-    run: LMRun, device: torch.device, repeats: int, *, oracle: OracleRun | None = None
+    sizes: Sizes, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """The quantizer and decoding at the sizes of an LM's configuration, untrained.
-
-    Args:
-        run: stage II.
-        oracle: stage I, where `run.oracle` holds no checkpoint yet; tells code length, vocabulary and image size.
-    """
-    oracle = read_oracle_config(run.oracle)[0] if oracle is None else oracle
-    quantizer, length = oracle.model.quantizer, oracle.model.code_length
-    lines: list[Measurement] = []
-    vocab_size = quantizer.codebook_size
-    if quantizer.kind == "fsq":
-        levels = resolve_levels(quantizer.levels)
-        vocab_size = math.prod(levels)
-        for shape in ((32, length), MANY):
+    """The quantizer and decoding at the sizes of an LM's configuration, untrained."""
+    model, lines = sizes.oracle.model, []
+    if model.quantizer.kind == "fsq":
+        levels = resolve_levels(model.quantizer.levels)
+        for shape in ((32, model.code_length), MANY):
             lines += measure_quantizer(levels, shape, device, repeats)
-    model = replace(run.model, encoder=replace(run.model.encoder, weights="none"))
-    lm = LM(model, image_size=oracle.data.image_size, vocab_size=vocab_size, length=length).eval().to(device)
-    # The head starts at 0, and then every way decodes zeros.
-    torch.nn.init.normal_(lm.head.weight, generator=torch.Generator(device).manual_seed(0))
-    return lines + measure_decoding(lm, repeats)
+    return lines + measure_decoding(fresh_lm(sizes, device)[0], repeats, batches)
 
 
 def quantizer_ways(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> dict[str, Callable[[], object]]:
@@ -118,10 +101,16 @@ def decode_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[str, Cal
     return ways
 
 
-def measure_decoding(lm: LM, repeats: int, batches: Sequence[int] = BATCHES) -> list[Measurement]:
+def measure_decoding(lm: LM, repeats: int, batches: Sequence[int]) -> list[Measurement]:
     """Images per second of our `generate` beside `decode_ways`, on the LM's device and in its number type."""
     module, version = find_package("transformers")
     device = lm.head.weight.device
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    decoders = {"ours": Decoder(lm, precision=precision)}
+    if device.type == "cuda":
+        # The others have all of their numbers in bf16.
+        decoders["ours, compiled"] = Decoder(lm, precision=precision, compile=True)
+        lm = lm.to(torch.bfloat16)
     further: dict[str, Any] = {"transformers": version, "parameters": parameter_count(lm)}
     twin = None
     if module is not None:
@@ -132,9 +121,9 @@ def measure_decoding(lm: LM, repeats: int, batches: Sequence[int] = BATCHES) -> 
     for batch in batches:
         images = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0))
         images = images.to(torch.uint8).to(device)
-        ours = functools.partial(generate, lm, images)
-        ways = {"ours": ours, **decode_ways(lm, images, twin)}
-        further["naive loop's tokens equal"] = (ours() == ways["naive loop"]()).double().mean().item()
+        ours = {name: functools.partial(decoder, images) for name, decoder in decoders.items()}
+        ways = {**ours, **decode_ways(lm, images, twin)}
+        further["naive loop's tokens equal"] = (ways["ours"]() == ways["naive loop"]()).double().mean().item()
         timings = time_ways(ways, device, warmup=2, repeats=repeats)
         lines += compare(f"decoding, batch {batch}", timings, ours="ours", count=batch, unit="images/s", **further)
     return lines

@@ -85,7 +85,7 @@ class LM(nn.Module):
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8, normalised here, or floating and already normalised -> memory (B, M, encoder width)."""
         if not image.is_floating_point():
-            image = (image.float() / 255 - self.mean) / self.std
+            image = ((image.float() / 255 - self.mean) / self.std).to(self.start.dtype)
         return self.encoder.forward_features(image)
 
     def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
