@@ -54,4 +54,5 @@ class JointTransform:
         resized = Sample(view.id, done["image"], maps, view.meta)
         image = self.task.model_image(resized)
         labels = self.task.encode(resized)
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), labels, view
+        # OpenCV takes the channels apart several times faster than NumPy copies the transposed picture.
+        return np.stack(cv2.split(image)), labels, view
