@@ -91,14 +91,14 @@ def test_encode_drops_the_smallest_and_the_unlabelled() -> None:
     segments = np.array([[4, 4, 4, 1], [2, 2, 3, 3], [2, 0, 3, 3]])
     classes = np.array([0, 9, 8, 7, 6])
     no_crowd = np.zeros(5, bool)
-    labels = encode_panoptic(segments, classes, no_crowd, N_CLASSES, 99, 0)
+    labels = encode_panoptic(segments, classes, no_crowd, 10, 99, 0)
     # Centres of mass: 4 lies leftmost in the first row.
     np.testing.assert_array_equal(labels["instances"], [[1, 1, 1, 2], [3, 3, 4, 4], [3, 0, 4, 4]])
     np.testing.assert_array_equal(labels["semantics"], [[6, 6, 6, 9], [8, 8, 7, 7], [8, 0, 7, 7]])
-    fewer = encode_panoptic(segments, classes, no_crowd, N_CLASSES, 3, -1)
+    fewer = encode_panoptic(segments, classes, no_crowd, 10, 3, -1)
     np.testing.assert_array_equal(fewer["instances"], [[1, 1, 1, -1], [2, 2, 3, 3], [2, -1, 3, 3]])
     np.testing.assert_array_equal(fewer["semantics"], [[6, 6, 6, -1], [8, 8, 7, 7], [8, -1, 7, 7]])
-    crowd = encode_panoptic(segments, classes, np.arange(5) == 3, N_CLASSES, 99, 0)
+    crowd = encode_panoptic(segments, classes, np.arange(5) == 3, 10, 99, 0)
     np.testing.assert_array_equal(crowd["instances"], [[1, 1, 1, 2], [3, 3, -1, -1], [3, 0, -1, -1]])
 
 
