@@ -24,7 +24,13 @@ from uvim_fsq.config import DataConfig
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare
-from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, make_canonical, panoptic_from_logits, to_segments
+from uvim_fsq.tasks.coco_panoptic.labels import (
+    canonical_order,
+    encode_panoptic,
+    make_canonical,
+    panoptic_from_logits,
+    to_segments,
+)
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic
@@ -85,6 +91,21 @@ def test_canonical_order_does_not_depend_on_the_numbers(seed: int, count: int) -
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(make_canonical(first), first)
     assert centres(first) == sorted(found) and set(np.unique(first)) <= {-1, *range(len(found) + 1)}
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_order_is_that_of_the_mean_key_of_all_pixels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width, count = rng.integers(1, 12, 3)
+    segments = rng.integers(-2, count + 3, (height, width)).astype(np.int32)
+    key = np.arange(width)[None] + height * np.arange(height)[:, None]
+    centres = {
+        k: key[segments == k].sum() / (segments == k).sum() for k in range(1, count + 1) if (segments == k).any()
+    }
+    order, area = canonical_order(segments, count)
+    assert order.tolist() == sorted(centres, key=lambda k: (centres[k], k))
+    assert area[1:].tolist() == [mask.sum() for mask in masks.values()] and area.sum() == segments.size
 
 
 def test_encode_drops_the_smallest_and_the_unlabelled() -> None:

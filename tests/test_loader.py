@@ -100,6 +100,36 @@ def test_a_worker_hands_over_shared_tensors_and_views(data: Path) -> None:
             np.testing.assert_array_equal(ours.maps["depth"], theirs.maps["depth"])
 
 
+def test_too_little_shared_memory_is_said_in_one_line(data: Path) -> None:
+    run = oracle_run(Path("x"), data)
+    task = build_task(run)
+    source = task.source(str(data), "train")
+
+    class Small:
+        info = source.info
+
+        def __init__(self, problem: str) -> None:
+            self.problem = problem
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int):
+            raise RuntimeError(self.problem)
+
+    config = replace(run.data, workers=1)
+    for problem, kind, match in (
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>",
+            UserError,
+            "^no room .*data.workers",
+        ),
+        ("another problem", RuntimeError, "another problem"),
+    ):
+        with pytest.raises(kind, match=match):
+            list(TrainLoader(Small(problem), task, config, batch_size=8, seed=0).batches(0, 1))
+
+
 def test_smallest_integer() -> None:
     kinds = [smallest_integer(*span).name for span in ((0, 255), (-1, 127), (-1, 128), (0, 256), (-1, 40000))]
     assert kinds == ["uint8", "int8", "int16", "int16", "int32"]
@@ -140,7 +170,7 @@ def test_turned_and_broken_jpegs(tmp_path: Path) -> None:
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match="short.jpg cannot be read as an image"):
             read_image(file)
-    # A second start of frame: OpenCV, for one, would take it.
+    # A second start of frame, of a kind that the decoder does not know; not every reader minds.
     start = whole.index(b"\xff\xda")
     (tmp_path / "twice.jpg").write_bytes(whole[:start] + b"\xff\xf3\x00\x04ab" + whole[start:])
     with pytest.raises(UserError, match="twice.jpg cannot be read as an image"):

@@ -45,6 +45,7 @@ def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
         pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
     except RuntimeError:
         return None
+    assert isinstance(pixels, torch.Tensor)
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 

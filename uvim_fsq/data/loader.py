@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,8 +172,9 @@ def _start_worker(_number: int) -> None:
     keep_freed_memory()
 
 
-def _loader(dataset: _Samples, batches: Any, workers: int) -> DataLoader[Collated]:
-    return DataLoader(
+def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
+    """Raises UserError where shared memory is too small for the workers, as it is in many containers."""
+    loader: Iterable[Collated] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -183,6 +184,15 @@ def _loader(dataset: _Samples, batches: Any, workers: int) -> DataLoader[Collate
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise UserError(
+            f"no room in shared memory (/dev/shm) for the batches of {workers} workers; give a container more "
+            "(docker run --shm-size=16g or --ipc=host), or lower data.workers, eval.workers or the batch size"
+        ) from error
 
 
 class TrainLoader:
@@ -215,7 +225,7 @@ class TrainLoader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The micro batches of optimizer steps start..stop-1, `accumulate` per step."""
         plan = _MicroBatches(self.plan, start, stop, self.accumulate, self.rank, self.world)
-        for batch, _, errors in _loader(self.dataset, plan, self.data.workers):
+        for batch, _, errors in _load(self.dataset, plan, self.data.workers):
             self.bad += errors
             if len(self.bad) > self.data.max_bad_samples or batch is None:
                 allowed = self.data.max_bad_samples
@@ -245,7 +255,7 @@ def eval_batches(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     dataset = _Samples(source, JointTransform(data, task, train=False), cache=False, keep_view=True)
     workers = min(workers, math.ceil(len(batches) / 2))
-    for batch, views, errors in _loader(dataset, batches, workers):
+    for batch, views, errors in _load(dataset, batches, workers):
         if errors or batch is None:
             raise UserError(errors[0])
         yield batch, [view for view in views if view is not None]
