@@ -100,9 +100,8 @@ def test_order_is_that_of_the_mean_key_of_all_pixels(seed: int) -> None:
     height, width, count = rng.integers(1, 12, 3)
     segments = rng.integers(-2, count + 3, (height, width)).astype(np.int32)
     key = np.arange(width)[None] + height * np.arange(height)[:, None]
-    centres = {
-        k: key[segments == k].sum() / (segments == k).sum() for k in range(1, count + 1) if (segments == k).any()
-    }
+    masks = {k: segments == k for k in range(1, count + 1)}
+    centres = {k: key[mask].sum() / mask.sum() for k, mask in masks.items() if mask.any()}
     order, area = canonical_order(segments, count)
     assert order.tolist() == sorted(centres, key=lambda k: (centres[k], k))
     assert area[1:].tolist() == [mask.sum() for mask in masks.values()] and area.sum() == segments.size
