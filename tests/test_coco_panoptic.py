@@ -24,7 +24,13 @@ from uvim_fsq.config import DataConfig
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare
-from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, make_canonical, panoptic_from_logits, to_segments
+from uvim_fsq.tasks.coco_panoptic.labels import (
+    canonical_order,
+    encode_panoptic,
+    make_canonical,
+    panoptic_from_logits,
+    to_segments,
+)
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic
@@ -87,18 +93,32 @@ def test_canonical_order_does_not_depend_on_the_numbers(seed: int, count: int) -
     assert centres(first) == sorted(found) and set(np.unique(first)) <= {-1, *range(len(found) + 1)}
 
 
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_order_is_that_of_the_mean_key_of_all_pixels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width, count = rng.integers(1, 12, 3)
+    segments = rng.integers(-2, count + 3, (height, width)).astype(np.int32)
+    key = np.arange(width)[None] + height * np.arange(height)[:, None]
+    masks = {k: segments == k for k in range(1, count + 1)}
+    centres = {k: key[mask].sum() / mask.sum() for k, mask in masks.items() if mask.any()}
+    order, area = canonical_order(segments, count)
+    assert order.tolist() == sorted(centres, key=lambda k: (centres[k], k))
+    assert area[1:].tolist() == [mask.sum() for mask in masks.values()] and area.sum() == segments.size
+
+
 def test_encode_drops_the_smallest_and_the_unlabelled() -> None:
     segments = np.array([[4, 4, 4, 1], [2, 2, 3, 3], [2, 0, 3, 3]])
     classes = np.array([0, 9, 8, 7, 6])
     no_crowd = np.zeros(5, bool)
-    labels = encode_panoptic(segments, classes, no_crowd, 99, 0)
+    labels = encode_panoptic(segments, classes, no_crowd, 10, 99, 0)
     # Centres of mass: 4 lies leftmost in the first row.
     np.testing.assert_array_equal(labels["instances"], [[1, 1, 1, 2], [3, 3, 4, 4], [3, 0, 4, 4]])
     np.testing.assert_array_equal(labels["semantics"], [[6, 6, 6, 9], [8, 8, 7, 7], [8, 0, 7, 7]])
-    fewer = encode_panoptic(segments, classes, no_crowd, 3, -1)
+    fewer = encode_panoptic(segments, classes, no_crowd, 10, 3, -1)
     np.testing.assert_array_equal(fewer["instances"], [[1, 1, 1, -1], [2, 2, 3, 3], [2, -1, 3, 3]])
     np.testing.assert_array_equal(fewer["semantics"], [[6, 6, 6, -1], [8, 8, 7, 7], [8, -1, 7, 7]])
-    crowd = encode_panoptic(segments, classes, np.arange(5) == 3, 99, 0)
+    crowd = encode_panoptic(segments, classes, np.arange(5) == 3, 10, 99, 0)
     np.testing.assert_array_equal(crowd["instances"], [[1, 1, 1, 2], [3, 3, -1, -1], [3, 0, -1, -1]])
 
 

@@ -20,16 +20,16 @@ from uvim_fsq.cli import main
 from uvim_fsq.config import DataConfig
 from uvim_fsq.config_io import load_run
 from uvim_fsq.data.check import check_data
-from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.sample import Batch, Sample
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.evaluation import evaluate_run, to_device
 from uvim_fsq.models import resolve
 from uvim_fsq.predictor import predict_files
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.fid import DIM, Moments, frechet_distance
-from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma
+from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, to_unit
 from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.training.run import train
 
@@ -95,9 +95,22 @@ def test_grey_image_golden() -> None:
 
 def test_labels_are_the_photo() -> None:
     sample = photo()
-    label = TASK.encode(sample)["color"]
+    np.testing.assert_array_equal(TASK.encode(sample)["color"], sample.image)
+    travelling = torch.from_numpy(TASK.encode(sample)["color"])[None]
+    batch = Batch(image=travelling, labels={"color": travelling}, index=torch.zeros(1), id=["x"])
+    label = to_device(batch, torch.device("cpu"))["labels"]["color"][0].numpy()
+    # To the last bit what the host would make of it.
+    assert travelling.dtype == torch.uint8
+    np.testing.assert_array_equal(label, to_unit(sample.image, sample))
     assert label.dtype == np.float32 and label.min() >= -1 and label.max() <= 1
-    np.testing.assert_allclose((label + 1) * 127.5, sample.image, atol=1e-4)
+
+
+def test_grey_is_the_product_with_the_weights() -> None:
+    image = RNG.integers(0, 256, (400, 301, 3), dtype=np.uint8)
+    weights = np.array(LUMA, np.float32) / np.float32(255)
+    expected = ((image.astype(np.float32) @ weights) * np.float32(255.5)).astype(np.uint8)
+    for view, grey in ((image, expected), (image[:, ::-1], expected[:, ::-1]), (image[7:9, 3:6], expected[7:9, 3:6])):
+        np.testing.assert_array_equal(task_module.grey(view), np.repeat(grey[..., None], 3, -1))
 
 
 def test_fid_view_is_the_cropped_area_resized_photo() -> None:
@@ -142,7 +155,7 @@ def test_keep_luma_changes_the_brightness_and_nothing_else() -> None:
     task = ImagenetColor(ImagenetColorConfig(keep_luma=True))
     metric = task.metric(object())  # type: ignore[arg-type]
     assert metric.protocol == "imagenet_color/psnr+keep_luma"
-    grey, label = TASK.model_image(sample).astype(np.float32) / 127.5 - 1, TASK.encode(sample)["color"]
+    grey, label = (to_unit(x, sample) for x in (TASK.model_image(sample), TASK.encode(sample)["color"]))
     right_colour = label + RNG.uniform(-0.2, 0.2, (8, 8, 1)).astype(np.float32)
     inside = np.abs(right_colour).max() <= 1
     assert metric.update(right_colour, sample)["mse"] < (1e-10 if inside else 1e-2)

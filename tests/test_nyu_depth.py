@@ -70,6 +70,15 @@ def test_depth_files(tmp_path: Path) -> None:
     np.save(odd, np.full((2, 2), 2000.0))
     with pytest.raises(UserError, match="scale"):
         read_depth_file(odd)
+    # The median decides, however it is found: two equal halves have the mean of their inner ends.
+    fit = ([0.01, 0.05, 3000], [0, 0, 0, 99, 99.5], [0.001, 0.05], [0, 0])
+    for values in (*fit, [0.01, 0.01, 3], [1, 1, 500, 500]):
+        np.save(odd, np.array([values]))
+        if values in fit:
+            np.testing.assert_array_equal(read_depth_file(odd), np.array([values], np.float32))
+        else:
+            with pytest.raises(UserError, match="median depth"):
+                read_depth_file(odd)
     wide.write_bytes(wide.read_bytes()[:40])
     with pytest.raises(UserError, match="wide.png cannot be read"):
         read_depth_file(wide)
@@ -126,6 +135,19 @@ def test_protocol_crops() -> None:
         assert view.maps["depth"][0, 0] == first * 640 + 41
     with pytest.raises(UserError, match="task.protocol=full"):
         NYUDepth(NYUDepthConfig()).evaluation_view(sample_of(np.ones((24, 32))))
+
+
+def test_bins_are_the_floor_of_the_share() -> None:
+    depth = np.random.default_rng(0).uniform(-0.1, 12, (64, 64)).astype(np.float32)
+    for bins, missing, kind in ((256, "bin0", "uint8"), (256, "void", "int16"), (99, "void", "int8")):
+        config = NYUDepthConfig(num_bins=bins, missing=missing)
+        share = (depth - config.min_depth) / (config.max_depth - config.min_depth)
+        expected = np.floor(share * bins).clip(0, bins - 1).astype(np.int64)
+        if missing == "void":
+            expected[depth <= config.min_depth] = -1
+        labels = NYUDepth(config).encode(sample_of(depth))["depth"]
+        np.testing.assert_array_equal(labels, expected)
+        assert labels.dtype == kind
 
 
 def test_missing_depth_and_decoding() -> None:

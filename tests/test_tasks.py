@@ -12,11 +12,12 @@ import torch
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.config_io import describe_keys, load_run
+from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.synth_writers import write_dataset
-from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import to_device
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.tasks.base import Categorical, Task
 from uvim_fsq.tasks.registry import load_plugins, register_task, task_class, task_names
@@ -38,9 +39,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def batch_of(task: Task, root: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Labels (2, 16, 16[, C]) and random logits (2, 16, 16, C) of two validation samples."""
     source = task.source(str(root), "val")
-    transform = JointTransform(DataConfig(image_size=16), task, train=False)
-    done = [transform(source[i], 0) for i in range(2)]
-    labels = {name: torch.from_numpy(np.stack([d[1][name] for d in done])) for name in task.label_channels}
+    batches = eval_batches(source, task, DataConfig(image_size=16), batch_size=2, workers=0)
+    labels = to_device(next(batches)[0], torch.device("cpu"))["labels"]
     g = torch.Generator().manual_seed(0)
     logits = {}
     for name, channel in task.label_channels.items():
@@ -48,7 +48,7 @@ def batch_of(task: Task, root: Path) -> tuple[dict[str, torch.Tensor], dict[str,
         logits[name] = torch.randn(2, 16, 16, size, generator=g)
         assert labels[name].shape[:3] == (2, 16, 16)
         if isinstance(channel, Categorical):
-            assert labels[name].dtype == torch.int16
+            assert labels[name].dtype in (torch.uint8, torch.int8, torch.int16)
             assert int(labels[name].min()) >= -1 and int(labels[name].max()) < channel.num_classes
         else:
             assert labels[name].dtype == torch.float32 and float(labels[name].abs().max()) <= 1

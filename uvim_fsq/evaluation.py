@@ -117,8 +117,9 @@ def baseline_predictions(baseline: Baseline) -> Predictor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves image and labels; ids and indices stay on the host."""
+    """Moves image and labels, and makes real labels of 8 bits float32 in [-1, 1]; ids and indices stay on the host."""
     labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
+    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
     return Batch(
         image=batch["image"].to(device, non_blocking=True), labels=labels, index=batch["index"], id=batch["id"]
     )

@@ -13,6 +13,7 @@ from accelerate.state import PartialState
 
 from uvim_fsq.benchmark.ceilings import Ceilings, measure_ceilings
 from uvim_fsq.benchmark.decoding import measure_decoding
+from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.benchmark.measure import Measurement
 from uvim_fsq.benchmark.metrics import measure_metrics
 from uvim_fsq.benchmark.setup import Sizes, made_up_batch, read_sizes
@@ -82,8 +83,6 @@ def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device)
     if job == "side-by-side":
         return measure_side_by_side(sizes, device, batches=batches, repeats=repeats)
     if job == "loader":
-        from uvim_fsq.benchmark.loader import measure_loader
-
         return measure_loader(sizes.run, repeats=repeats)
     sizes = Sizes(sizes.oracle, None) if job == "train-oracle" else sizes
     batch = asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)

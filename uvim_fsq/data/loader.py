@@ -5,14 +5,16 @@ The order of the data is our own: Accelerate's resume is known to replay the fir
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
@@ -123,28 +125,74 @@ class _Samples(Dataset[Item | str]):
         return error or "unreadable sample"
 
 
-def _collate(items: list[Item | str]) -> list[Item | str]:
-    return items
+class Collated(NamedTuple):
+    """What a worker hands over: a batch of what could be read (None if nothing could), the views, and every error."""
+
+    batch: Batch | None
+    views: list[Sample | None]
+    errors: list[str]
 
 
-def _stack(items: Sequence[Item]) -> Batch:
-    names = items[0].labels
-    return Batch(
-        image=torch.from_numpy(np.stack([item.image for item in items])),
-        labels={name: torch.from_numpy(np.stack([item.labels[name] for item in items])) for name in names},
-        index=torch.tensor([item.index for item in items]),
-        id=[item.id for item in items],
-    )
+def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """One tensor of equal arrays; in a worker PyTorch puts it into shared memory at once."""
+    # Arrays may be views, mirrored or read-only, which tensors may not; and of types that only NumPy reconciles.
+    kind = np.result_type(*arrays)
+    return default_collate([torch.from_numpy(np.require(array, kind, ("C", "W"))) for array in arrays])
 
 
-def _loader(dataset: _Samples, batches: Any, workers: int) -> DataLoader[Any]:
-    return DataLoader(
+def collate(items: Sequence[Item | str]) -> Collated:
+    """One batch of all that could be read."""
+    errors = [item if isinstance(item, str) else item.error for item in items]
+    good = [item for item in items if isinstance(item, Item)]
+    batch = None
+    if good:
+        batch = Batch(
+            image=_stack([item.image for item in good]),
+            labels={name: _stack([item.labels[name] for item in good]) for name in good[0].labels},
+            index=torch.tensor([item.index for item in good]),
+            id=[item.id for item in good],
+        )
+    return Collated(batch, [item.view for item in good], [error for error in errors if error])
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory that it frees. For loader processes, which need the same again for each sample.
+
+    By default GNU's C library gives arrays of a photo's size back to the kernel, and to have them mapped anew takes
+    as long as all else that happens to a sample.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        library.mallopt(trim_threshold, 1 << 30)
+
+
+def _start_worker(_number: int) -> None:
+    keep_freed_memory()
+
+
+def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
+    """Raises UserError where shared memory is too small for the workers, as it is in many containers."""
+    loader: Iterable[Collated] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
-        prefetch_factor=4 if workers else None,
+        collate_fn=collate,
+        prefetch_factor=2 if workers else None,
+        # Copies to the GPU go on beside its work only from such memory.
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise UserError(
+            f"no room in shared memory (/dev/shm) for the batches of {workers} workers; give a container more "
+            "(docker run --shm-size=16g or --ipc=host), or lower data.workers, eval.workers or the batch size"
+        ) from error
 
 
 class TrainLoader:
@@ -177,16 +225,14 @@ class TrainLoader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The micro batches of optimizer steps start..stop-1, `accumulate` per step."""
         plan = _MicroBatches(self.plan, start, stop, self.accumulate, self.rank, self.world)
-        for items in _loader(self.dataset, plan, self.data.workers):
-            errors = [item if isinstance(item, str) else item.error for item in items]
-            self.bad += [error for error in errors if error]
-            good = [item for item in items if isinstance(item, Item)]
-            if len(self.bad) > self.data.max_bad_samples or not good:
+        for batch, _, errors in _load(self.dataset, plan, self.data.workers):
+            self.bad += errors
+            if len(self.bad) > self.data.max_bad_samples or batch is None:
                 allowed = self.data.max_bad_samples
                 raise UserError(
                     f"{self.bad[-1]} ({len(self.bad)} unreadable training samples, data.max_bad_samples={allowed})"
                 )
-            yield _stack(good)
+            yield batch
 
 
 def eval_batches(
@@ -209,8 +255,7 @@ def eval_batches(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     dataset = _Samples(source, JointTransform(data, task, train=False), cache=False, keep_view=True)
     workers = min(workers, math.ceil(len(batches) / 2))
-    for items in _loader(dataset, batches, workers):
-        for item in items:
-            if isinstance(item, str) or item.error:
-                raise UserError(item if isinstance(item, str) else str(item.error))
-        yield _stack(items), [item.view for item in items]
+    for batch, views, errors in _load(dataset, batches, workers):
+        if errors or batch is None:
+            raise UserError(errors[0])
+        yield batch, [view for view in views if view is not None]

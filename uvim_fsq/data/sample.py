@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -33,6 +34,12 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+def smallest_integer(lowest: int, highest: int) -> np.dtype[Any]:
+    """The smallest of uint8, int8, int16 and int32 that holds all values from `lowest` to `highest`."""
+    kinds = [np.dtype(kind) for kind in (np.uint8, np.int8, np.int16, np.int32)]
+    return next(kind for kind in kinds if np.iinfo(kind).min <= lowest and highest <= np.iinfo(kind).max)
+
+
 class SampleSource(Protocol):
     """A data adapter: a sized, indexable source of `Sample`s, cheap to pickle to loader workers (no open files).
 
@@ -50,7 +57,8 @@ class SampleSource(Protocol):
 class Batch(TypedDict):
     """What the loader delivers; nothing is normalised before it is on the device.
 
-    image: (B, 3, S, S) uint8. labels: name -> (B, S, S) int16 class indices (-1 = no label) or (B, S, S, C) float32.
+    image: (B, 3, S, S) uint8. labels: name -> (B, S, S) integer class indices (-1 = no label) or (B, S, S, C) float32
+    or uint8, as `Task.encode` made them; `uvim_fsq.evaluation.to_device` makes the latter float32 in [-1, 1].
     index: (B,) int64 position of each sample in its source. id: list of B strings.
     """
 

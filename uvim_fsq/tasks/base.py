@@ -151,7 +151,12 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, sample: Sample) -> dict[str, Array]:
-        """Labels of a sample at the label size: channel -> (S, S) int16, or (S, S, C) float32 in [-1, 1]."""
+        """Labels of a sample at the label size, in the form in which they travel to the device.
+
+        A Categorical channel: (S, S) integers of any type, the smaller the faster (see `smallest_integer`); always
+        the same one. A Real channel: (S, S, C) float32 in [-1, 1], or uint8, whose 0 to 255 become -1 to 1 on the
+        device, before any model or loss sees them.
+        """
 
     @abstractmethod
     def loss(

@@ -5,18 +5,20 @@ Knows nothing of files. S label side, C classes beside void, K segments of an im
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 
+from uvim_fsq.data.sample import smallest_integer
 from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 
-@functools.lru_cache(maxsize=8)
-def _pixel_keys(height: int, width: int) -> np.ndarray:
-    """x + H * y of every pixel; its mean over a segment is the key of the segment's centre."""
-    return (np.arange(width)[None] + height * np.arange(height)[:, None]).ravel().astype(np.float64)
+def _runs(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Number, row, first column and length of every stretch of equal neighbours within a row of (H, W)."""
+    new = np.ones(segments.shape, np.bool_)
+    np.not_equal(segments[:, 1:], segments[:, :-1], out=new[:, 1:])
+    first = np.flatnonzero(new)
+    rows, columns = np.divmod(first, max(segments.shape[1], 1))
+    return segments.ravel()[first], rows, columns, np.diff(first, append=segments.size)
 
 
 def canonical_order(segments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,10 +30,12 @@ def canonical_order(segments: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
     Returns:
         The numbers (K,) of the segments that have pixels, in order, and areas (count + 1,) of all.
     """
-    height, width = segments.shape
-    flat = np.where((segments >= 1) & (segments <= count), segments, 0).ravel()
-    area = np.bincount(flat, minlength=count + 1)
-    key = np.bincount(flat, weights=_pixel_keys(height, width), minlength=count + 1) / np.maximum(area, 1)
+    # Some thousand runs stand for a quarter of a million pixels; the sums are whole numbers below 2^53, hence exact.
+    numbers, rows, columns, lengths = _runs(segments)
+    numbers = np.where((numbers >= 1) & (numbers <= count), numbers, 0)
+    area = np.bincount(numbers, weights=lengths, minlength=count + 1).astype(np.int64)
+    sums = lengths * (columns + segments.shape[0] * rows) + lengths * (lengths - 1) // 2
+    key = np.bincount(numbers, weights=sums, minlength=count + 1) / np.maximum(area, 1)
     present = np.flatnonzero(area[1:]) + 1
     return present[np.argsort(key[present], kind="stable")], area
 
@@ -47,7 +51,7 @@ def make_canonical(instances: np.ndarray) -> np.ndarray:
 
 
 def encode_panoptic(
-    segments: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray, max_instances: int, void: int
+    segments: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray, num_classes: int, max_instances: int, void: int
 ) -> dict[str, np.ndarray]:
     """The two label maps of one image.
 
@@ -55,23 +59,25 @@ def encode_panoptic(
         segments: (S, S) integers 0..K, 0 = void.
         classes: (K + 1,) class 1..C of each segment; entry 0 is not used.
         unlabelled: (K + 1,) bool, segments without label (-1 in both maps), e.g. crowds.
+        num_classes: C + 1.
         max_instances: of more segments the largest are kept, the others get -1.
         void: label of void pixels in both maps: 0 (a class, as the reference trains it) or -1 (ignored).
 
     Returns:
-        semantics and instances, (S, S) int16.
+        semantics and instances, (S, S), each of the smallest type that holds its labels.
     """
     order, area = canonical_order(segments, len(classes) - 1)
     order = order[~unlabelled[order]]
     if len(order) > max_instances:
         largest = np.argsort(-area[order], kind="stable")[:max_instances]
         order = order[np.sort(largest)]
-    semantics = np.full(len(classes), -1, np.int16)
-    instances = np.full(len(classes), -1, np.int16)
+    semantics = np.full(len(classes), -1, smallest_integer(-1, num_classes - 1))
+    instances = np.full(len(classes), -1, smallest_integer(-1, max_instances))
     semantics[order] = classes[order]
     instances[order] = np.arange(1, len(order) + 1)
     semantics[0] = instances[0] = void
-    return {"semantics": semantics[segments], "instances": instances[segments]}
+    # `take` is twice as fast as brackets.
+    return {"semantics": semantics.take(segments), "instances": instances.take(segments)}
 
 
 def panoptic_from_logits(

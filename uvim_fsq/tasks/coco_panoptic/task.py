@@ -91,12 +91,14 @@ class CocoPanoptic(Task):
         return open_source(root, split, self.config)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        """semantics (0 void, 1..C) and instances (0 void, 1..N by centre of mass, after the crop), (S, S) int16."""
+        """semantics (0 void, 1..C) and instances (0 void, 1..N by centre of mass, after the crop), (S, S);
+        -1 in both: no label. Each is of the smallest type that holds it, for COCO int16 and int8."""
         truth: Segments = sample.meta["segments"]
         unlabelled = np.concatenate([[False], truth.crowd & (self.config.crowd == "ignore")])
         classes = np.concatenate([[0], truth.classes])
         void = -1 if self.config.void == "ignore" else 0
-        return encode_panoptic(sample.maps["segments"], classes, unlabelled, self.config.max_instances, void)
+        numbers = sample.maps["segments"]
+        return encode_panoptic(numbers, classes, unlabelled, len(self.names), self.config.max_instances, void)
 
     def loss(
         self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]

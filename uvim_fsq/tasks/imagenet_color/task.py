@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 from accelerate.state import PartialState
@@ -77,7 +78,8 @@ class ImagenetColor(Task):
         return grey(sample.image)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        return {"color": to_unit(sample.image, sample)}
+        """The photo itself, (S, S, 3) uint8; under the FID protocols float32 in [-1, 1]."""
+        return {"color": to_unit(sample.image, sample) if "scale" in sample.meta else sample.image}
 
     def loss(
         self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
@@ -140,9 +142,14 @@ class ImagenetColor(Task):
 
 def grey(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> three equal channels, uint8, as the reference makes them."""
-    values = image.astype(np.float32) @ (np.array(GREY, np.float32) / np.float32(255))
+    weights = np.array(GREY, np.float32) / np.float32(255)
+    # Summed from red to blue, as a product of matrices does it: the last bit decides between two integers.
+    red, green, blue = (plane * weight for plane, weight in zip(cv2.split(image), weights, strict=True))
+    red += green
+    red += blue
     # How the reference's image library turns [0, 1] into integers.
-    return np.repeat((values * np.float32(255.5)).astype(np.uint8)[..., None], 3, axis=-1)
+    red *= np.float32(255.5)
+    return cv2.merge([red.astype(np.uint8)] * 3)
 
 
 def to_picture(prediction: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import h5py
 import numpy as np
 import scipy.io
@@ -35,11 +36,16 @@ def metres(values: np.ndarray, name: str) -> np.ndarray:
     if values.ndim != 2:
         raise UserError(f"{name}: the depth map has shape {values.shape}, expected (H, W)")
     depth = np.asarray(values, np.float32)
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
-    positive = depth[depth > 0]
-    if positive.size and not 0.02 <= float(np.median(positive)) <= 100:
+    valid = (depth > 0) & (depth < np.inf)
+    if not valid.all():
+        depth = np.where(valid, depth, np.float32(0))
+    # Where most depths are usual ones so is their median, which takes ten times as long.
+    if 2 * np.count_nonzero((depth > 0.1) & (depth < 90)) > np.count_nonzero(valid) or not valid.any():
+        return depth
+    median = float(np.median(depth[valid]))
+    if not 0.02 <= median <= 100:
         raise UserError(
-            f"{name}: median depth {float(np.median(positive)):.3g} m; the scale is wrong (metres expected; "
+            f"{name}: median depth {median:.3g} m; the scale is wrong (metres expected; "
             "set task.depth_scale for your own data)"
         )
     return depth
@@ -138,14 +144,15 @@ class LabelledMat:
         if self._handle is None:
             self._handle = _open_h5(self.file)
         try:
-            image = np.asarray(self._handle["images"][row]).transpose(2, 1, 0)  # type: ignore[index]
-            depth = np.asarray(self._handle[self.key][row]).T  # type: ignore[index]
+            # OpenCV joins planes and transposes many times faster than NumPy copies.
+            image = cv2.transpose(cv2.merge(list(self._handle["images"][row])))  # type: ignore[index]
+            depth = cv2.transpose(np.asarray(self._handle[self.key][row], np.float32))  # type: ignore[index]
         except OSError as error:
             raise UserError(
                 f"{self.file}: image {row + 1} cannot be read ({_first(error)}); fetch the file again"
             ) from error
         name = f"{self.file.name}#{row + 1}"
-        return Sample(name, np.ascontiguousarray(image), {"depth": metres(depth, name)}, {"row": row})
+        return Sample(name, image, {"depth": metres(depth, name)}, {"row": row})
 
 
 def _open_h5(path: Path) -> h5py.File:
@@ -192,7 +199,7 @@ def _read_fastdepth(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
         raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
-    return np.ascontiguousarray(rgb.transpose(1, 2, 0)), metres(depth, str(path))
+    return cv2.merge(list(rgb)), metres(depth, str(path))
 
 
 def _fastdepth(root: Path, split: str) -> PairSource:

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.data.resize import resize_nearest
-from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
@@ -63,6 +63,7 @@ class NYUDepth(Task):
         if config.num_bins < 2 or not 0 <= config.min_depth < config.max_depth:
             raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
         super().__init__(config)
+        self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
         self.centres = torch.arange(config.num_bins) * self.step + self.step / 2 + config.min_depth
 
@@ -88,10 +89,12 @@ class NYUDepth(Task):
         return Sample(sample.id, sample.image[top:bottom, left:right], maps, sample.meta)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
+        """The bin of each pixel, (S, S), of the smallest type: uint8 for up to 256 bins without void."""
         depth = sample.maps["depth"]
         c = self.config
         share = (depth - c.min_depth) / (c.max_depth - c.min_depth)
-        bins = np.floor(share * c.num_bins).clip(0, c.num_bins - 1).astype(np.int16)
+        share *= c.num_bins
+        bins = share.clip(0, c.num_bins - 1, out=share).astype(self.dtype)
         if c.missing == "void":
             bins[depth <= c.min_depth] = -1
         return {"depth": bins}

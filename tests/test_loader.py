@@ -1,0 +1,177 @@
+"""Batches are built in the worker processes: their types, what is wrong with samples, views, shared memory."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.small import oracle_run
+from uvim_fsq.data.images import read_image, to_rgb
+from uvim_fsq.data.loader import Item, TrainLoader, collate, eval_batches
+from uvim_fsq.data.sample import smallest_integer
+from uvim_fsq.errors import UserError
+from uvim_fsq.models import build_task
+
+RNG = np.random.default_rng(0)
+IMAGE = np.zeros((3, 2, 2), np.uint8)
+
+
+def item(index: int, labels: np.ndarray, error: str | None = None) -> Item:
+    return Item(index, str(index), IMAGE + index, {"x": labels}, error)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "uint16", "int32", "int64", "float32", "bool"])
+def test_labels_keep_their_type(kind: str) -> None:
+    labels = [RNG.integers(0, 2, (4, 4)).astype(kind) for _ in range(3)]
+    batch = collate([item(i, x) for i, x in enumerate(labels)]).batch
+    assert batch is not None and batch["labels"]["x"].dtype == getattr(torch, kind)
+    np.testing.assert_array_equal(batch["labels"]["x"].numpy(), np.stack(labels))
+    assert batch["index"].tolist() == [0, 1, 2] and batch["id"] == ["0", "1", "2"]
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (3, 3, 2, 2)
+
+
+def test_labels_may_be_views_and_of_mixed_types() -> None:
+    fixed = np.arange(16, dtype=np.int16).reshape(4, 4)
+    fixed.flags.writeable = False
+    mirrored = np.arange(16, dtype=np.uint8).reshape(4, 4)[:, ::-1]
+    batch = collate([item(0, fixed), item(1, mirrored), item(2, fixed.T)]).batch
+    assert batch is not None
+    np.testing.assert_array_equal(batch["labels"]["x"].numpy(), np.stack([fixed, mirrored, fixed.T]))
+
+
+def test_errors_are_counted_with_and_without_a_substitute() -> None:
+    labels = np.zeros((2, 2), np.uint8)
+    done = collate([item(0, labels), item(1, labels, "a.png is broken"), "b.png is broken"])
+    assert done.errors == ["a.png is broken", "b.png is broken"]
+    assert done.batch is not None and done.batch["id"] == ["0", "1"]
+    assert collate(["b.png is broken"]).batch is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_counted_whatever_the_workers(tmp_path: Path, data: Path, workers: int) -> None:
+    run = oracle_run(Path("x"), data)
+    task = build_task(run)
+    source = task.source(str(data), "train")
+    victims = {3, 4}
+
+    class Broken:
+        info = source.info
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int):
+            if index in victims:
+                raise UserError(f"number {index} is broken")
+            return source[index]
+
+    def load(allowed: int, stop: int) -> TrainLoader:
+        config = replace(run.data, workers=workers, max_bad_samples=allowed)
+        loader = TrainLoader(Broken(), task, config, batch_size=8, seed=0)
+        assert [len(batch["id"]) for batch in loader.batches(0, stop)] == [8] * stop
+        return loader
+
+    assert sorted(load(2, 3).bad) == ["number 3 is broken", "number 4 is broken"]
+    with pytest.raises(UserError, match="number . is broken .2 unreadable training samples, data.max_bad_samples=1"):
+        load(1, 3)
+    with pytest.raises(UserError, match="^number 3 is broken$"):
+        list(eval_batches(Broken(), task, run.data, batch_size=4, workers=workers))
+
+
+def test_a_worker_hands_over_shared_tensors_and_views(data: Path) -> None:
+    run = oracle_run(Path("x"), data)
+    task = build_task(run)
+    source = task.source(str(data), "val")
+    every = [list(eval_batches(source, task, run.data, batch_size=4, workers=workers)) for workers in (0, 2)]
+    assert [len(views) for _, views in every[0]] == [4, 2]
+    for (here, our_views), (there, their_views) in zip(*every, strict=True):
+        assert there["image"].is_shared() and there["labels"]["depth"].is_shared() and there["id"] == here["id"]
+        assert torch.equal(here["image"], there["image"]) and torch.equal(here["index"], there["index"])
+        assert torch.equal(here["labels"]["depth"], there["labels"]["depth"])
+        for ours, theirs in zip(our_views, their_views, strict=True):
+            assert ours.id == theirs.id and ours.meta == theirs.meta
+            np.testing.assert_array_equal(ours.image, theirs.image)
+            np.testing.assert_array_equal(ours.maps["depth"], theirs.maps["depth"])
+
+
+def test_too_little_shared_memory_is_said_in_one_line(data: Path) -> None:
+    run = oracle_run(Path("x"), data)
+    task = build_task(run)
+    source = task.source(str(data), "train")
+
+    class Small:
+        info = source.info
+
+        def __init__(self, problem: str) -> None:
+            self.problem = problem
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int):
+            raise RuntimeError(self.problem)
+
+    config = replace(run.data, workers=1)
+    for problem, kind, match in (
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>",
+            UserError,
+            "^no room .*data.workers",
+        ),
+        ("another problem", RuntimeError, "another problem"),
+    ):
+        with pytest.raises(kind, match=match):
+            list(TrainLoader(Small(problem), task, config, batch_size=8, seed=0).batches(0, 1))
+
+
+def test_smallest_integer() -> None:
+    kinds = [smallest_integer(*span).name for span in ((0, 255), (-1, 127), (-1, 128), (0, 256), (-1, 40000))]
+    assert kinds == ["uint8", "int8", "int16", "int16", "int32"]
+
+
+# ---------------------------------------------------------------- JPEG
+
+
+def jpeg(mode: str, **options: object) -> bytes:
+    grey = RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    smooth = Image.fromarray(grey).resize((75, 53), Image.Resampling.BICUBIC).convert(mode)
+    file = io.BytesIO()
+    smooth.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpegs_are_what_pillow_makes_of_them(tmp_path: Path, mode: str, progressive: bool, subsampling: int) -> None:
+    file = tmp_path / "a.png"  # its name says nothing
+    file.write_bytes(jpeg(mode, quality=80, progressive=progressive, subsampling=subsampling) + b"rest of another file")
+    with Image.open(file) as image:
+        expected = to_rgb(image)
+    pixels = read_image(file)
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.shape == (53, 75, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+
+
+def test_turned_and_broken_jpegs(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "turned.jpg").write_bytes(jpeg("RGB", exif=exif))
+    assert read_image(tmp_path / "turned.jpg").shape == (75, 53, 3)
+    whole = jpeg("RGB", quality=95)
+    for size in (1, 30, 200, len(whole) // 2, len(whole) - 9):
+        file = tmp_path / "short.jpg"
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="short.jpg cannot be read as an image"):
+            read_image(file)
+    # A second start of frame, of a kind that the decoder does not know; not every reader minds.
+    start = whole.index(b"\xff\xda")
+    (tmp_path / "twice.jpg").write_bytes(whole[:start] + b"\xff\xf3\x00\x04ab" + whole[start:])
+    with pytest.raises(UserError, match="twice.jpg cannot be read as an image"):
+        read_image(tmp_path / "twice.jpg")
