@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small import TASKS, lm_run, oracle_run, random_batch
@@ -17,6 +18,7 @@ from tests.test_loop import losses, weights
 from uvim_fsq.config import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import to_device
+from uvim_fsq.layers import Attention
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.oracle import labels as ends
@@ -123,6 +125,43 @@ def test_training_in_one_graph(
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_training_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["oracle", "lm"])
+def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+    trainer, batches = trainer_and_batches(run_of(stage, tmp_path, data, oracle_dir))
+    with Kernels() as kernels:
+        trainer.optimizer_step(batches, Unheard())  # type: ignore[arg-type]
+    attention = {name for name in kernels.names if "attention" in name}
+    way = "_scaled_dot_product_flash_attention_for_cpu"
+    assert attention == {way, f"{way}_backward"} or trainer.device.type != "cpu"
+    assert not any("math" in name for name in attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [12, 16])
+def test_flash_or_cudnn_attention_runs_at_full_size(heads: int) -> None:
+    """Self-attention of oracle and image encoder, causal and cross-attention of the LM, in bf16, backward too."""
+    own = Attention(64 * heads, heads).cuda()
+    patches = torch.randn(2, 1024, 64 * heads, device="cuda", requires_grad=True)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        with torch.autocast("cuda", torch.bfloat16):
+            tokens = patches[:, :256]
+            out = own(patches).sum() + own(tokens, is_causal=True).sum() + own(tokens, patches).sum()
+        out.backward()
+    assert patches.grad is not None and bool(torch.isfinite(patches.grad).all())
 
 
 class NoWaiting(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from uvim_fsq.models import load_checkpoint
 from uvim_fsq.oracle import labels as ends
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.tasks.base import Task
+from uvim_fsq.tasks.base import Categorical, Task
 
 CONFIG = OracleModelConfig(
     patch_size=4,
@@ -133,3 +134,44 @@ def test_checkpoints_with_retired_settings_load(oracle_dir: Path, tmp_path: Path
         file.write_text(file.read_text().replace("  code_length:", "  head_chunks: 4\n  code_length:"))
         assert "head_chunks" in file.read_text()
     assert load_checkpoint(copy).run == load_checkpoint(oracle_dir).run
+
+
+def test_pieces_add_up_gradients_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the head's gradient is no worse in 32 pieces than in one."""
+    torch.manual_seed(0)
+    task = TASKS["depth"]
+    head = LabelHead(task.label_channels, 4, 16)
+    torch.nn.init.normal_(head.heads["depth"].weight, std=0.1)
+    labels, _ = random_batch(task, 32)
+    patches, hidden = {"depth": ends.patchify(labels["depth"], 4)}, torch.randn(32, 16, 16)
+    gradients = []
+    for budget, low in ((2**28, False), (2**28, True), (16 * head.logits, True)):
+        monkeypatch.setattr(ends, "BUDGET", budget)
+        head.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            value, _ = head_and_loss(head, hidden, patches, task.loss)
+        value.mean().backward()
+        gradients.append(torch.nn.utils.parameters_to_vector(p.grad for p in head.parameters()))
+    exact, whole, pieced = gradients
+    assert (pieced - exact).norm() < 1.2 * (whole - exact).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_memory_on_a_gpu_does_not_grow_with_the_batch(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 59,904 logits a patch: four times the batch adds its hidden states and labels, not its logits."""
+    monkeypatch.setattr(ends, "BUDGET", 2**25)
+    channels = {"semantics": Categorical(134), "instances": Categorical(100)}
+    oracle = Oracle(replace(CONFIG, patch_size=16, context="none"), channels, 128).cuda().train()
+    peaks = []
+    for batch in (16, 64):
+        labels = {n: torch.zeros(batch, 128, 128, dtype=torch.int16, device="cuda") for n in channels}
+        model = torch.compile(oracle, dynamic=False) if compile else oracle
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                value = model(labels, None, TASKS["panoptic"].loss).loss.mean()
+            value.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    logits = 64 * 64 * oracle.label_head.logits
+    assert peaks[1] - peaks[0] < 0.25 * 2 * logits  # a quarter of the larger batch's logits in bf16

@@ -55,9 +55,9 @@ def rooms(setting: Setting, batch: int) -> Labels:
             maps.append(task.encode(Sample("", scene.image, {"depth": scene.depth})))
             continue
         classes = np.array([0, *(info["category_id"] for info in scene.segments_info)])
-        classes = classes % setting.channels["semantics"]
-        instances = setting.channels["instances"] - 1
-        maps.append(encode_panoptic(scene.segments, classes, np.zeros(len(classes), bool), instances, 0))
+        known, instances = setting.channels["semantics"], setting.channels["instances"] - 1
+        unlabelled = np.zeros(len(classes), bool)
+        maps.append(encode_panoptic(scene.segments, classes % known, unlabelled, known, instances, 0))
     return {name: torch.from_numpy(np.stack([m[name] for m in maps])) for name in setting.channels}
 
 

@@ -20,10 +20,8 @@ from uvim_fsq.oracle.fsq import EPS, resolve_levels
 from uvim_fsq.oracle.model import Oracle, drop_codes
 from uvim_fsq.tasks.base import Categorical, Task
 
-gelu_tanh = partial(F.gelu, approximate="tanh")
 
-
-def encoder(dim: int, depth: int, heads: int, mlp: int, activation: Any = gelu_tanh) -> nn.Sequential:
+def encoder(dim: int, depth: int, heads: int, mlp: int, activation: Any) -> nn.Sequential:
     """Pre-norm blocks and the final LayerNorm."""
     block = partial(nn.TransformerEncoderLayer, dropout=0.0, layer_norm_eps=1e-6, batch_first=True, norm_first=True)
     blocks = [block(dim, heads, mlp, activation=activation) for _ in range(depth)]
@@ -31,41 +29,33 @@ def encoder(dim: int, depth: int, heads: int, mlp: int, activation: Any = gelu_t
 
 
 class PlainOracle(nn.Module):
-    """Stage I with FSQ."""
+    """Stage I with FSQ as published."""
 
     def __init__(self, config: OracleModelConfig, task: Task, image_size: int) -> None:
         super().__init__()
-        assert config.quantizer.kind == "fsq" and config.quantizer.shift == "published"
-        self.config, self.task, dim, p = config, task, config.width, config.patch_size
-        self.channels = task.label_channels
+        self.config, self.task, self.channels = config, task, task.label_channels
+        dim, p = config.width, config.patch_size
         sizes = {k: c.num_classes if isinstance(c, Categorical) else c.channels for k, c in self.channels.items()}
         self.embed = nn.ModuleDict({name: nn.Linear(p * p * size, dim) for name, size in sizes.items()})
         self.heads = nn.ModuleDict({name: nn.Linear(dim, p * p * size) for name, size in sizes.items()})
         sides = [side for side in ("encoder", "decoder") if config.context in ("both", side)]
         self.context = nn.ModuleDict({side: nn.Conv2d(3, dim, p, p) for side in sides})
         self.positions = nn.ParameterList([position_embedding((image_size // p) ** 2, dim) for _ in range(2)])
-        self.encoder = encoder(dim, config.encoder_depth, config.num_heads, config.mlp_dim)
-        self.decoder = encoder(dim, config.decoder_depth, config.num_heads, config.mlp_dim)
-        levels = torch.tensor(resolve_levels(config.quantizer.levels), dtype=torch.float32)
-        self.register_buffer("levels", levels, persistent=False)
-        self.into, self.out_of = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
-
-    levels: torch.Tensor
+        self.encoder = encoder(dim, config.encoder_depth, config.num_heads, config.mlp_dim, nn.GELU("tanh"))
+        self.decoder = encoder(dim, config.decoder_depth, config.num_heads, config.mlp_dim, nn.GELU("tanh"))
+        self.levels = nn.Buffer(torch.tensor(resolve_levels(config.quantizer.levels), dtype=torch.float32))
+        self.into, self.out_of = nn.Linear(dim, len(self.levels)), nn.Linear(len(self.levels), dim)
 
     def quantize(self, z: torch.Tensor) -> torch.Tensor:
         half, offset = (self.levels - 1) * (1 - EPS) / 2, (1 - self.levels % 2) / 2
         z = torch.tanh(z.float() + torch.tan(offset / half)) * half - offset
         return (z + (z.round() - z).detach()) / (self.levels // 2)
 
-    def see(self, side: str, image: torch.Tensor) -> torch.Tensor | float:
-        if side not in self.context:
-            return 0.0
-        return self.context[side](image).flatten(2).transpose(1, 2)
-
     def forward(self, labels: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-        image = image if image.is_floating_point() else image.float() / 127.5 - 1
+        image = image.float() if image.is_floating_point() else image.float() / 127.5 - 1
+        seen = {side: context(image).flatten(2).transpose(1, 2) for side, context in self.context.items()}
         patches = {name: patchify(y, self.config.patch_size) for name, y in labels.items()}
-        x = self.positions[0] + self.see("encoder", image)
+        x = self.positions[0] + seen.get("encoder", 0)
         for name, channel in self.channels.items():
             y = patches[name]
             if isinstance(channel, Categorical):
@@ -73,8 +63,7 @@ class PlainOracle(nn.Module):
             x = x + self.embed[name](y.flatten(2))
         z = self.into(resize_tokens(self.encoder(x), self.config.code_length))
         codes = self.out_of(drop_codes(self.quantize(z), self.config.code_dropout))
-        x = resize_tokens(codes, self.positions[0].shape[1]) + self.see("decoder", image) + self.positions[1]
-        x = self.decoder(x)
+        x = self.decoder(resize_tokens(codes, x.shape[1]) + seen.get("decoder", 0) + self.positions[1])
         return torch.stack([self.loss(name, self.heads[name](x).float(), y) for name, y in patches.items()]).sum()
 
     def loss(self, name: str, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -108,24 +97,21 @@ class PlainLM(nn.Module):
 
     def __init__(self, run: LMRun, vocab: int, length: int, vit: Any) -> None:
         super().__init__()
-        config, size = run.model, vit.embed_dim
-        assert config.dropout == 0
-        p, block = vit.patch_embed.patch_size[0], vit.blocks[0]
-        self.patch = nn.Conv2d(3, size, p, p)
+        config, size, block = run.model, vit.embed_dim, vit.blocks[0]
+        self.patch = nn.Conv2d(3, size, vit.patch_embed.patch_size, vit.patch_embed.patch_size)
         self.positions = nn.Parameter(torch.randn(vit.pos_embed.shape) * 0.02)
-        mlp, activation = block.mlp.fc1.out_features, block.mlp.act
-        self.encoder = encoder(size, len(vit.blocks), block.attn.num_heads, mlp, activation)
+        attention, mlp = block.attn.num_heads, block.mlp
+        self.encoder = encoder(size, len(vit.blocks), attention, mlp.fc1.out_features, mlp.act)
         self.words, self.start = nn.Embedding(vocab, config.width), nn.Parameter(torch.randn(1, 1, config.width))
         self.places = position_embedding(length, config.width)
-        keys = (config.width, config.num_heads, config.mlp_dim, size)
-        self.blocks = nn.ModuleList([PlainBlock(*keys) for _ in range(config.depth)])
+        block = partial(PlainBlock, config.width, config.num_heads, config.mlp_dim, size)
+        self.blocks = nn.ModuleList([block() for _ in range(config.depth)])
         self.norm, self.head = nn.LayerNorm(config.width, eps=1e-6), nn.Linear(config.width, vocab)
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         image = (image.float() / 255 - 0.5) / 0.5 if not image.is_floating_point() else image
         memory = self.encoder(self.patch(image).flatten(2).transpose(1, 2) + self.positions)
-        start = self.start.expand(len(tokens), -1, -1)
-        x = torch.cat([start, self.words(tokens)[:, :-1]], 1) + self.places
+        x = torch.cat([self.start.expand(len(tokens), -1, -1), self.words(tokens)[:, :-1]], 1) + self.places
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
         for block in self.blocks:
             x = block(x, memory, mask)
@@ -144,29 +130,19 @@ def plain_model(run: OracleRun | LMRun, task: Task, oracle: Oracle | None) -> Pl
 def plain_step(
     run: OracleRun | LMRun, task: Task, oracle: Oracle | None, batch: Batch, device: torch.device
 ) -> Callable[[], torch.Tensor]:
-    """One training step on `batch`, again and again: forward, backward, clipping, AdamW. Returns the loss.
-
-    Stage II's tokens are made by `oracle` in every step, as in training.
-    """
+    """A training step on `batch`: tokens by `oracle` (stage II), forward, backward, clipping, AdamW -> the loss."""
     model = plain_model(run, task, oracle).to(device).train()
-    optim = run.optim
-    optimizer = torch.optim.AdamW(
-        model.parameters(), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
-    labels = {name: x.to(device) for name, x in batch["labels"].items()}
-    image = batch["image"].to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), run.optim.lr, betas=run.optim.betas, fused=True)
+    labels, image = {name: x.to(device) for name, x in batch["labels"].items()}, batch["image"].to(device)
 
     def step() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
-            if oracle is None:
-                loss = model(labels, image)
-            else:
-                with torch.no_grad():
-                    tokens = oracle.tokenize(labels, image)
-                loss = model(image, tokens)
+            with torch.no_grad():
+                arguments = (labels, image) if oracle is None else (image, oracle.tokenize(labels, image))
+            loss = model(*arguments)
         loss.backward()
-        if optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        if run.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

@@ -158,8 +158,13 @@ def head_and_loss(
         (B,) float32 loss and the task's logs, each (B,).
     """
 
+    device = hidden.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
     def piece(h: torch.Tensor, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = {name: x.float().flatten(1, 2) for name, x in head(h).items()}
+        # One cast of the weights that all pieces share would add up their gradients in its own low precision.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            logits = {name: x.float().flatten(1, 2) for name, x in head(h).items()}
         return loss(logits, {name: x.flatten(1, 2) for name, x in part.items()})
 
     b, n, _ = hidden.shape

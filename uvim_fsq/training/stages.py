@@ -35,7 +35,8 @@ Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
 def compiled(function: Compilable) -> Compilable:
     """`torch.compile` as this project uses it: one graph per batch size, of which there are at most two."""
-    # Its splitting of the graph for DistributedDataParallel knows no recomputation, which the label head needs.
+    # Splitting the graph for DistributedDataParallel, to overlap communication, has failed with recomputed parts, which
+    # the label head has (pytorch issue 104674).
     torch._dynamo.config.optimize_ddp = False
     return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
