@@ -53,7 +53,8 @@ def measure_loader(run: OracleRun | LMRun, *, repeats: int) -> list[Measurement]
     source = task.source(run.data.root, run.data.train_split)
     name = f"loader {task.name} at {run.data.image_size}"
     lines = _one_core(name, source, JointTransform(run.data, task, train=True), repeats)
-    cores = min(max(run.data.workers, 1), len(os.sched_getaffinity(0)))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(max(run.data.workers, 1), available)
     return [*lines, _whole_loader(name, run, task, source, repeats, floor=cores * lines[0].value)]
 
 
