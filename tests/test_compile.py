@@ -25,7 +25,7 @@ from uvim_fsq.oracle import labels as ends
 from uvim_fsq.oracle.labels import OneHotProduct
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.training import checkpoint as ckpt
-from uvim_fsq.training import loop, stages
+from uvim_fsq.training import stages, step
 from uvim_fsq.training.loop import Trainer, fit
 from uvim_fsq.training.stages import build_stage
 
@@ -116,7 +116,7 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
 def test_training_in_one_graph(
     stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (loop, stages):
+    for module in (step, stages):
         monkeypatch.setattr(module, "compiled", one_graph)
     _train_compiled(stage, tmp_path, data, oracle_dir, "fp32")
 

@@ -10,6 +10,7 @@ import torch
 
 from uvim_fsq.benchmark.ceilings import Ceilings
 from uvim_fsq.benchmark.measure import Measurement, Timing, rate, time_ways
+from uvim_fsq.benchmark.plain import plain_step
 from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, made_up_batch
 from uvim_fsq.config import Run
 from uvim_fsq.data.loader import TrainLoader
@@ -54,7 +55,7 @@ def measure_training(
     sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batch_size: int, repeats: int
 ) -> list[Measurement]:
     """Training steps on a batch that lies on the device, beside their floor; where the data are at hand also fed by
-    the loader; and on a CPU the plainest code for the same mathematics.
+    the loader; and, not compiled, the plainest code for the same mathematics (with AdamW, whatever the optimizer is).
 
     On a GPU each repeat is several steps, so that the host may run ahead as it does in training.
     """
@@ -70,6 +71,9 @@ def measure_training(
     fed = fed_batches(run, task, batch_size)
     if fed is not None:
         ways[f", fed by {run.data.workers} workers"] = several(steps(stepper, fed))
+    if not run.train.compile:
+        oracle = stepper.stage.oracle if isinstance(stepper.stage, LMStage) else None
+        ways[", plain code"] = several(plain_step(run, task, oracle, batch, device))
     timings = time_ways(ways, device, warmup=3, repeats=repeats)
     name = f"train-{run.stage} {sizes.oracle.task.name}, batch {batch_size}"
     flops = stepper.stage.train_flops()
