@@ -20,7 +20,7 @@ Loss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[
 
 
 #: Most one-hot labels or logits that exist at a time; what holds more is done in pieces. With their float32 copies and
-#: gradients 2^28 logits are some 5 GB. Smaller pieces are slower: each reads the weights and adds to their gradient.
+#: gradients 2^28 logits are 2 to 5 GB. Smaller pieces are slower: each reads the weights and adds to their gradient.
 BUDGET = 2**28
 
 
