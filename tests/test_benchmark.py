@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from uvim_fsq.benchmark import metrics, run, side_by_side
 from uvim_fsq.benchmark.ceilings import matrix_rate
 from uvim_fsq.benchmark.measure import Measurement, Timing, milliseconds, rate, time_repeats, time_ways
 from uvim_fsq.benchmark.setup import made_up_batch, read_sizes
@@ -86,6 +88,24 @@ def test_jobs_from_beginning_to_end(job: str, tmp_path: Path, capsys: pytest.Cap
     main(["benchmark", job, str(config), "--repeats", "1", "--batch", "2", "--against", str(file), *more])
     said = capsys.readouterr().out
     assert "speed-up" in said and (" x |" in said) and (job == "decode" or "aten::" in said)
+
+
+def test_further_figures_of_any_kind_are_printed() -> None:
+    line = Measurement("x", 1.0, "ms", further={"share": 0.12345, "levels": [8, 8], "note": "not installed"})
+    assert "share 0.123; levels [8, 8]; note not installed |" in markdown([line])
+
+
+@pytest.mark.parametrize("job", ["side-by-side", "metrics"])
+def test_all_lines_of_the_other_jobs_are_printed(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "MANY", (4, 4))
+    fewer = functools.partial(metrics.measure_metrics, images=1, features=40, dim=8)
+    monkeypatch.setattr(run, "measure_metrics", fewer)
+    config = [] if job == "metrics" else [str(CONFIGS / "nyu_depth" / "quickstart_lm.yaml"), "--batch", "1"]
+    main(["benchmark", job, *config, "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert ("naive loop" if job == "side-by-side" else "FID") in said
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

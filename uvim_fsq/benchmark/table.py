@@ -68,10 +68,15 @@ def _row(line: Measurement, then: Mapping[str, Any] | None) -> list[str]:
         f"{line.peak_memory / 2**30:.2f} GiB" if line.peak_memory is not None else "",
         f"{number(then['value'])} {then['unit']}" if then is not None else "",
         speed_up,
-        "; ".join(f"{key} {value if isinstance(value, str) else number(value)}" for key, value in line.further.items()),
+        "; ".join(f"{key} {text(value)}" for key, value in line.further.items()),
     ]
 
 
 def number(value: float) -> str:
     """Three significant digits, or all those before the point."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def text(value: Any) -> str:
+    """A further figure: a number shortened, anything else as it is."""
+    return number(value) if isinstance(value, (int, float)) else str(value)
