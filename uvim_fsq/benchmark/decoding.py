@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.floors import decode_seconds, lm_cost
+from uvim_fsq.benchmark.floors import decode_seconds, lm_cost, step_bytes
 from uvim_fsq.benchmark.measure import Measurement, rate, time_ways
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch
 from uvim_fsq.lm.generate import Decoder
@@ -37,8 +37,11 @@ def measure_decoding(
         ways = {title: functools.partial(decoder, images) for title, decoder in decoders.items()}
         timings = time_ways(ways, device, repeats=repeats)
         for title, timing in timings.items():
-            int8 = decoders[title].int8
-            least = decode_seconds(cost, batch, ceilings, number_bytes=size, cross_bytes=1 if int8 else size)
+            bytes_of = {"number_bytes": size, "cross_bytes": 1 if decoders[title].int8 else size}
+            least = decode_seconds(cost, batch, ceilings, **bytes_of)
+            read = sum(step_bytes(cost, batch, past, **bytes_of) for past in range(1, cost.length + 1))
+            # Of all the time, the encoder's included.
+            share = {"bandwidth share": read / timing.median / ceilings.bandwidth}
             name = f"decode {sizes.oracle.task.name}, {precision}, batch {batch}{title}"
-            lines.append(rate(name, timing, batch, floor=batch / least))
+            lines.append(rate(name, timing, batch, floor=batch / least, further=share))
     return lines

@@ -133,16 +133,21 @@ def lm_cost(lm: LM) -> LMCost:
     )
 
 
+def step_bytes(cost: LMCost, batch: int, past: int, *, number_bytes: int, cross_bytes: float) -> float:
+    """What a decoding step must read: all weights once, and each image's cross keys and values and those of the `past`
+    tokens so far."""
+    own = cost.self_numbers * past
+    return cost.step_weights * number_bytes + batch * (cost.cross_numbers * cross_bytes + own * number_bytes)
+
+
 def decode_seconds(cost: LMCost, batch: int, ceilings: Ceilings, *, number_bytes: int, cross_bytes: float) -> float:
     """Least seconds to decode `batch` images greedily with a cache, image encoder included.
 
-    A step reads all weights once, and each image's cross keys and values and those of the tokens so far; or it is
-    bound by arithmetic: 2 FLOP per weight and 2 per cached number.
+    A step is bound by what it reads (`step_bytes`) or by arithmetic, 2 FLOP per weight and per cached number.
     """
     seconds = batch * cost.encode / ceilings.flops
     for past in range(1, cost.length + 1):
-        own = cost.self_numbers * past
-        size = cost.step_weights * number_bytes + batch * (cost.cross_numbers * cross_bytes + own * number_bytes)
-        flop = 2 * batch * (cost.step_weights + cost.cross_numbers + own)
+        size = step_bytes(cost, batch, past, number_bytes=number_bytes, cross_bytes=cross_bytes)
+        flop = 2 * batch * (cost.step_weights + cost.cross_numbers + cost.self_numbers * past)
         seconds += max(size / ceilings.bandwidth, flop / ceilings.flops)
     return seconds
