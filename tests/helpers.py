@@ -1,12 +1,16 @@
-"""Shared by the tests: where the golden numbers are."""
+"""Shared by the tests: where the golden numbers are, and what a test needs."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+from uvim_fsq.compilation import COMPILERS
 
 
 def golden_path(name: str) -> Path:
@@ -25,3 +29,7 @@ def golden_checkpoint(name: str) -> tuple[dict[str, torch.Tensor], dict[str, np.
     ours = {key for key in arrays if key.startswith(("params/", "state/"))}
     tensors = {key.removeprefix("params/"): torch.tensor(arrays[key], dtype=torch.float32) for key in ours}
     return tensors, {key: value for key, value in arrays.items() if key not in ours}
+
+
+#: torch.compile generates C++ on a CPU.
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import needs_compiler
 from tests.small import TASKS, lm_run, oracle_run, random_batch
 from tests.test_loop import losses, weights
 from uvim_fsq.config import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
@@ -122,6 +123,7 @@ def test_training_in_one_graph(
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_training_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import needs_compiler
 from uvim_fsq.config import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.cache import attend_int8, to_int8
@@ -114,6 +115,21 @@ def test_bf16_decoding_leaves_the_model_alone() -> None:
     assert lm.blocks[0].mlp.fc1.weight.dtype == torch.float32  # type: ignore[union-attr]
     tokens = decoder(images())
     assert tokens.shape == (5, 9) and (tokens == generate(lm, images())).float().mean() > 0.6
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_step_decodes_as_the_plain_one() -> None:
+    lm, batch = make_lm(), images()
+    decoder = Decoder(lm, Sampling(1.0, top_k=5), compile=True)
+    assert torch.equal(decoder(batch), generate(lm, batch, temperature=1.0, top_k=5))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
+        Decoder(make_lm(), compile=True)
 
 
 @pytest.mark.gpu

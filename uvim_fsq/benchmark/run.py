@@ -63,7 +63,7 @@ def request(
 def measure(asked: Request, say: Callable[[str], None]) -> tuple[list[Measurement], Ceilings]:
     """Runs the job; the ceilings come first, in the same run."""
     device = torch.device(PartialState().device or "cpu")
-    precision = asked.sizes.run.train.precision if asked.sizes else "fp32"
+    precision = asked.sizes.run.train.precision if asked.sizes and asked.job.startswith("train") else "bf16"
     ceilings = measure_ceilings(device, precision)
     say(about(ceilings))
     lines: list[Measurement] = []

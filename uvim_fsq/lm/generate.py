@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from uvim_fsq.compilation import compiled
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.cache import DecoderCache
 from uvim_fsq.lm.model import LM
@@ -67,7 +68,7 @@ class Decoder:
     Args:
         model: in evaluation mode.
         sampling: how tokens are chosen.
-        precision: "fp32" or "bf16", of products and cache; norms, residuals and logits stay float32.
+        precision: "fp32" or "bf16", of products and cache; norms and residuals stay float32.
         int8: cross-attention keys and values in 8 bits. They are most of what a step reads from memory; the tokens may
             change.
         compile: torch.compile the step (first use takes a minute at full size).
@@ -84,7 +85,7 @@ class Decoder:
     ) -> None:
         self.sampling, self.int8, self.precision = sampling, int8, precision
         self.model = _with_bf16_weights(model) if precision == "bf16" else model
-        self._next = torch.compile(self._next_tokens, fullgraph=True, dynamic=False) if compile else self._next_tokens
+        self._next = compiled(self._next_tokens, fullgraph=True) if compile else self._next_tokens
         self._buffers: dict[int, _Buffers] = {}
 
     @torch.inference_mode()
@@ -147,7 +148,8 @@ class Decoder:
                 buffers.cache.position.zero_()
         torch.cuda.current_stream().wait_stream(aside)
         buffers.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(buffers.graph):
+        # Other threads may go on meanwhile: the loader's pins memory.
+        with torch.cuda.graph(buffers.graph, capture_error_mode="thread_local"):
             self._step(buffers)
         buffers.cache.position.zero_()
 

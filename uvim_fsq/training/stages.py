@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.benchmark.floors import OracleCost, lm_cost, oracle_cost
+from uvim_fsq.compilation import compiled
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import Evaluator, lm_predictions, oracle_predictions
@@ -30,15 +30,6 @@ from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
 
 Logs = dict[str, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-Compilable = TypeVar("Compilable", bound=Callable[..., Any])
-
-
-def compiled(function: Compilable) -> Compilable:
-    """`torch.compile` as this project uses it: one graph per batch size, of which there are at most two."""
-    # Splitting the graph for DistributedDataParallel, to overlap communication, has failed with recomputed parts, which
-    # the label head has (pytorch issue 104674).
-    torch._dynamo.config.optimize_ddp = False
-    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
 def cost_of(oracle: Oracle, task: Task) -> OracleCost:

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from uvim_fsq.compilation import compiled
 from uvim_fsq.config import Run, TrainConfig
 from uvim_fsq.data.loader import mix
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import to_device
 from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
-from uvim_fsq.training.stages import Stage, compiled
+from uvim_fsq.training.stages import Stage
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 

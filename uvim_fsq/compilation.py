@@ -1,0 +1,27 @@
+"""`torch.compile` as this project uses it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from uvim_fsq.errors import UserError
+
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
+COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def compiled(function: Compilable, **options: Any) -> Compilable:
+    """One graph per batch size, of which there are at most a few. `options` are those of `torch.compile`.
+
+    Raises UserError without a C++ compiler, which torch would only find out in the first step.
+    """
+    if "CXX" not in os.environ and not any(map(shutil.which, COMPILERS)):
+        raise UserError("compiling needs a C++ compiler; install g++, or set train.compile=false eval.compile=false")
+    # Its splitting of the graph for DistributedDataParallel knows no recomputation, which the label head needs.
+    torch._dynamo.config.optimize_ddp = False
+    return torch.compile(function, dynamic=False, **options)  # type: ignore[return-value]
