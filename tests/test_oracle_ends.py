@@ -13,24 +13,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small import TASKS, random_batch
-from uvim_fsq.config import OracleModelConfig, QuantizerConfig
+from tests.test_oracle import CONFIG as WITH_DROPOUT
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.oracle import labels as ends
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Categorical, Task
 
-CONFIG = OracleModelConfig(
-    patch_size=4,
-    width=16,
-    encoder_depth=1,
-    decoder_depth=1,
-    num_heads=2,
-    mlp_dim=32,
-    code_length=4,
-    code_dropout="none",
-    quantizer=QuantizerConfig(levels=(5, 5)),
-)
+CONFIG = replace(WITH_DROPOUT, code_dropout="none")
 
 
 class Largest(TorchDispatchMode):

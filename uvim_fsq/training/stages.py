@@ -94,7 +94,9 @@ class LMStage:
     def __init__(self, run: LMRun, oracle: tuple[Oracle, Task] | None = None) -> None:
         """`oracle`: a frozen oracle and its task, in place of the checkpoint that `run` names."""
         self.run = run
-        self.oracle, self.task = oracle or load_oracle(resolve_checkpoint(run.oracle), run)
+        # Found once: the oracle's best checkpoint may be another one by the time that it is copied.
+        self.oracle_dir = resolve_checkpoint(run.oracle) if oracle is None else None
+        self.oracle, self.task = oracle or load_oracle(self.oracle_dir or run.oracle, run)
         self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)
         self.model: nn.Module = build_lm(run, self.oracle)
@@ -135,7 +137,8 @@ class LMStage:
 
     def extra_files(self, out: Path) -> None:
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run can be moved alone."""
-        copy_checkpoint(resolve_checkpoint(self.run.oracle), out / "oracle")
+        if self.oracle_dir is not None:
+            copy_checkpoint(self.oracle_dir, out / "oracle")
 
 
 Stage = OracleStage | LMStage
