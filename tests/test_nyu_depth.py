@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import h5py
@@ -15,7 +16,8 @@ from uvim_fsq.data.check import check_data
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.synthetic import render
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.nyu_depth.data import open_source, read_depth_file
+from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
+from uvim_fsq.tasks.nyu_depth.files import read_depth_file
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
@@ -103,6 +105,56 @@ def test_broken_sets(tmp_path: Path) -> None:
     assert not ok and any(files[0].name in line for line in lines)
     with pytest.raises(UserError, match="unknown split"):
         open_source(str(root), "validation", CONFIG)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_prepared_pictures_are_the_same(tmp_path: Path, own: bool) -> None:
+    root = small_data(tmp_path / "data", num=21, num_val=2, layout="png")
+    if own:  # the same files as somebody's own folder, without splits
+        for kind, pattern in (("images", "rgb_*.jpg"), ("depth", "*depth_*.png")):
+            (root / kind).mkdir()
+            for i, file in enumerate(sorted(root.rglob(pattern))):
+                file.rename(root / kind / f"{i:02d}{file.suffix}")
+        for folder in ("sync", "official_splits"):
+            shutil.rmtree(root / folder)
+    config = NYUDepthConfig(protocol="full", depth_scale=500.0 if own else None)
+    splits = ("train", "val", "holdout", "train_minus_holdout")
+    before = [open_source(str(root), split, config) for split in splits]
+    seen: list[tuple[int, int]] = []
+    (root / "prepared_depth.partial" / "rest").mkdir(parents=True)  # of an interrupted try
+    assert "23 images" in prepare(str(root), config, lambda done, total: seen.append((done, total)))
+    assert (23, 23) in seen and not (root / "prepared_depth.partial").exists()
+    for split, source in zip(splits, before, strict=True):
+        after = open_source(str(root), split, config)
+        assert len(after) == len(source) > 0 and "(prepared)" in after.info["layout"]
+        for i in range(len(source)):
+            assert after[i].id == source[i].id
+            np.testing.assert_array_equal(after[i].image, source[i].image)
+            np.testing.assert_array_equal(after[i].maps["depth"], source[i].maps["depth"])
+    assert "is there already" in prepare(str(root), config, lambda done, total: None)
+    assert any("(prepared)" in line for line in check_data("nyu_depth", str(root), ["task.protocol=full"])[0]) != own
+    if own:
+        with pytest.raises(UserError, match="task.depth_scale=500.0, not 1000.0; delete"):
+            open_source(str(root), "train", NYUDepthConfig(depth_scale=1000.0))
+        first = sorted((root / "images").iterdir())[0]
+        shutil.copy(first, first.with_stem("new"))
+        shutil.copy(root / "depth" / f"{first.stem}.png", root / "depth" / "new.png")
+        with pytest.raises(UserError, match=r"lacks 1 of the images, the first is images/new.jpg; delete"):
+            open_source(str(root), "train", config)
+
+
+def test_broken_prepared_pictures(tmp_path: Path) -> None:
+    root = small_data(tmp_path / "data", num=3, num_val=1, layout="png")
+    prepare(str(root), CONFIG, lambda done, total: None)
+    for file in (root / "prepared_depth").rglob("*.h5"):
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(UserError, match="rgb_.*h5 cannot be read .* delete .*prepared_depth and"):
+        open_source(str(root), "val", CONFIG)[0]
+    (root / "prepared_depth" / "contents.json").write_text("{")
+    with pytest.raises(UserError, match=r"contents.json cannot be read; delete .*prepared_depth"):
+        open_source(str(root), "val", CONFIG)
+    with pytest.raises(UserError, match="HDF5 already .layout B.*nothing to prepare"):
+        prepare(str(small_data(tmp_path / "h5", num=2, num_val=1)), CONFIG, lambda done, total: None)
 
 
 def sample_of(depth: np.ndarray) -> Sample:

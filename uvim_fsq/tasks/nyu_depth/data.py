@@ -6,7 +6,7 @@ Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 metres, 0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ import cv2
 import h5py
 import numpy as np
 import scipy.io
-from PIL import Image, UnidentifiedImageError
 
 from uvim_fsq.config_io import find_data_root
-from uvim_fsq.data.images import IMAGE_SUFFIXES, read_image
+from uvim_fsq.data.images import IMAGE_SUFFIXES
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.nyu_depth.files import PairSource, first_line, h5_dataset, metres
+from uvim_fsq.tasks.nyu_depth.prepared import prepare as prepare_pairs
+from uvim_fsq.tasks.nyu_depth.prepared import use_prepared
 
 if TYPE_CHECKING:
     from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
@@ -29,63 +31,6 @@ OFFICIAL = {"A": {"train": 795, "val": 654}, "B": {"train": 47_584, "val": 654},
 SPLITS = ("train", "val", "holdout", "train_minus_holdout")
 #: Layouts without the FastDepth holdout: every 20th training sample.
 HOLDOUT_STRIDE = 20
-
-
-def metres(values: np.ndarray, name: str) -> np.ndarray:
-    """Depth as float32 with everything invalid (NaN, infinite, negative) as 0. Raises UserError for a wrong scale."""
-    if values.ndim != 2:
-        raise UserError(f"{name}: the depth map has shape {values.shape}, expected (H, W)")
-    depth = np.asarray(values, np.float32)
-    valid = (depth > 0) & (depth < np.inf)
-    if not valid.all():
-        depth = np.where(valid, depth, np.float32(0))
-    # Where most depths are usual ones so is their median, which takes ten times as long.
-    if 2 * np.count_nonzero((depth > 0.1) & (depth < 90)) > np.count_nonzero(valid) or not valid.any():
-        return depth
-    median = float(np.median(depth[valid]))
-    if not 0.02 <= median <= 100:
-        raise UserError(
-            f"{name}: median depth {median:.3g} m; the scale is wrong (metres expected; "
-            "set task.depth_scale for your own data)"
-        )
-    return depth
-
-
-def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
-    """A depth map of any supported kind -> (H, W) float32 metres, 0 where invalid.
-
-    16-bit PNG: millimetres unless `scale` (units per metre) says otherwise. 8-bit PNG: 255 is 10 m (DenseDepth).
-    .npy and .h5 (dataset `depth`): metres unless `scale`. Raises UserError naming the file.
-    """
-    try:
-        if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False) / (scale or 1.0)
-        elif path.suffix in (".h5", ".hdf5"):
-            with h5py.File(path, "r") as file:
-                values = np.asarray(_dataset(file, "depth", path)) / (scale or 1.0)
-        else:
-            with Image.open(path) as image:
-                image.load()
-                wide = image.mode.startswith("I")
-                values = np.asarray(image, np.float32) / (scale or (1000.0 if wide else 25.5))
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a depth map ({_first(error)}); replace or remove it") from error
-    return metres(values, str(path))
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def _dataset(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
-    found = file.get(key)
-    if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
-    return found
 
 
 def _info(layout: str, split: str, truth: str, count: int, root: Path) -> dict[str, Any]:
@@ -121,10 +66,10 @@ class LabelledMat:
             splits = scipy.io.loadmat(splits_file)
             train, val = (splits[name].ravel().astype(int) - 1 for name in ("trainNdxs", "testNdxs"))
         except (ValueError, KeyError, OSError, TypeError, NotImplementedError) as error:
-            raise UserError(f"{splits_file} is broken ({_first(error)}); fetch it again") from error
+            raise UserError(f"{splits_file} is broken ({first_line(error)}); fetch it again") from error
         with _open_h5(file) as handle:
-            count = len(_dataset(handle, "images", file))
-            _dataset(handle, self.key, file)
+            count = len(h5_dataset(handle, "images", file))
+            h5_dataset(handle, self.key, file)
         rows = _take_split(split, list(train), list(val), set(range(0, len(train), HOLDOUT_STRIDE)))
         if rows and max(rows) >= count:
             raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
@@ -149,7 +94,7 @@ class LabelledMat:
             depth = cv2.transpose(np.asarray(self._handle[self.key][row], np.float32))  # type: ignore[index]
         except OSError as error:
             raise UserError(
-                f"{self.file}: image {row + 1} cannot be read ({_first(error)}); fetch the file again"
+                f"{self.file}: image {row + 1} cannot be read ({first_line(error)}); fetch the file again"
             ) from error
         name = f"{self.file.name}#{row + 1}"
         return Sample(name, image, {"depth": metres(depth, name)}, {"row": row})
@@ -159,47 +104,7 @@ def _open_h5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({_first(error)}); it is truncated or no HDF5 file") from error
-
-
-@dataclass
-class PairSource:
-    """Layouts B, C and own data: a list of (id, image file, depth file); both are the same .h5 file in layout B."""
-
-    root: Path
-    pairs: list[tuple[str, Path, Path]]
-    info: dict[str, Any]
-    scale: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        name, image_file, depth_file = self.pairs[index]
-        if image_file == depth_file:
-            image, depth = _read_fastdepth(image_file)
-        else:
-            image, depth = read_image(image_file), read_depth_file(depth_file, self.scale)
-        if image.shape[:2] != depth.shape:
-            raise UserError(
-                f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"
-            )
-        return Sample(name, image, {"depth": depth})
-
-
-def _read_fastdepth(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with h5py.File(path, "r") as file:
-            rgb, depth = np.asarray(_dataset(file, "rgb", path)), np.asarray(_dataset(file, "depth", path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the data set is incomplete") from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({_first(error)}); it is truncated or no HDF5 file, replace it"
-        ) from error
-    if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
-        raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
-    return cv2.merge(list(rgb)), metres(depth, str(path))
+        raise UserError(f"{path} cannot be opened ({first_line(error)}); it is truncated or no HDF5 file") from error
 
 
 def _fastdepth(root: Path, split: str) -> PairSource:
@@ -320,6 +225,20 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
         return LabelledMat(place, split, config.ground_truth)
     if layout == "B":
         return _fastdepth(place, split)
-    if layout == "C":
-        return _bts(place, split)
-    return _folder(place, split, config)
+    return use_prepared(_decoded(layout, place, split, config))
+
+
+def _decoded(layout: str, place: Path, split: str, config: NYUDepthConfig) -> PairSource:
+    """Layouts of pictures that take long to decode."""
+    return _bts(place, split) if layout == "C" else _folder(place, split, config)
+
+
+def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], None]) -> str:
+    """Unpacks the pictures of layout C and of own data into .h5 files; says what was done.
+
+    Raises UserError for layouts A and B, which are HDF5 already.
+    """
+    layout, place = detect(find_data_root(root), config)
+    if layout in "AB":
+        raise UserError(f"{place} is HDF5 already (layout {layout}) and loads as fast; there is nothing to prepare")
+    return prepare_pairs([_decoded(layout, place, split, config) for split in ("train", "val")], progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
-from uvim_fsq.tasks.nyu_depth.data import open_source
+from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.registry import register_task
 
@@ -159,6 +159,9 @@ class NYUDepth(Task):
 
     def inspect(self, sample: Sample) -> str | None:
         return None if (sample.maps["depth"] > 0).any() else f"{sample.id}: no valid depth pixel in this image"
+
+    def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
+        return prepare(root, self.config, progress)
 
 
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:

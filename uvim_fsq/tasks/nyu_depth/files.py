@@ -1,0 +1,116 @@
+"""Files of photos and depth maps, and a list of them as a `SampleSource` with one map `depth`: (H, W) float32 metres, 0
+where invalid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import h5py
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from uvim_fsq.data.images import read_image
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.errors import UserError
+
+
+def metres(values: np.ndarray, name: str) -> np.ndarray:
+    """Depth as float32 with everything invalid (NaN, infinite, negative) as 0. Raises UserError for a wrong scale."""
+    if values.ndim != 2:
+        raise UserError(f"{name}: the depth map has shape {values.shape}, expected (H, W)")
+    depth = np.asarray(values, np.float32)
+    valid = (depth > 0) & (depth < np.inf)
+    if not valid.all():
+        depth = np.where(valid, depth, np.float32(0))
+    # Where most depths are usual ones so is their median, which takes ten times as long.
+    if 2 * np.count_nonzero((depth > 0.1) & (depth < 90)) > np.count_nonzero(valid) or not valid.any():
+        return depth
+    median = float(np.median(depth[valid]))
+    if not 0.02 <= median <= 100:
+        raise UserError(
+            f"{name}: median depth {median:.3g} m; the scale is wrong (metres expected; "
+            "set task.depth_scale for your own data)"
+        )
+    return depth
+
+
+def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
+    """A depth map of any supported kind -> (H, W) float32 metres, 0 where invalid.
+
+    16-bit PNG: millimetres unless `scale` (units per metre) says otherwise. 8-bit PNG: 255 is 10 m (DenseDepth).
+    .npy and .h5 (dataset `depth`): metres unless `scale`. Raises UserError naming the file.
+    """
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False) / (scale or 1.0)
+        elif path.suffix in (".h5", ".hdf5"):
+            with h5py.File(path, "r") as file:
+                values = np.asarray(h5_dataset(file, "depth", path)) / (scale or 1.0)
+        else:
+            with Image.open(path) as image:
+                image.load()
+                wide = image.mode.startswith("I")
+                values = np.asarray(image, np.float32) / (scale or (1000.0 if wide else 25.5))
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a depth map ({first_line(error)}); replace or remove it") from error
+    return metres(values, str(path))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def h5_dataset(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
+    found = file.get(key)
+    if not isinstance(found, h5py.Dataset):
+        raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
+    return found
+
+
+@dataclass
+class PairSource:
+    """Layouts B, C and own data: a list of (id, image file, depth file); both are the same .h5 file in layout B."""
+
+    root: Path
+    pairs: list[tuple[str, Path, Path]]
+    info: dict[str, Any]
+    scale: float | None = None
+    broken: str = "replace it"
+    """What to do about an .h5 file that is broken."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, image_file, depth_file = self.pairs[index]
+        if image_file == depth_file:
+            image, depth = _read_fastdepth(image_file, self.broken)
+        else:
+            image, depth = read_image(image_file), read_depth_file(depth_file, self.scale)
+        if image.shape[:2] != depth.shape:
+            raise UserError(
+                f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"
+            )
+        return Sample(name, image, {"depth": depth})
+
+
+def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with h5py.File(path, "r") as file:
+            rgb, depth = np.asarray(h5_dataset(file, "rgb", path)), np.asarray(h5_dataset(file, "depth", path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the data set is incomplete") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}); it is truncated or no HDF5 file, {advice}"
+        ) from error
+    if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
+        raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
+    return cv2.merge(list(rgb)), metres(depth, str(path))
