@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How fast the loader makes samples at 512 x 512 from synthetic files of real sizes: one core step by step, then workers.
-# usage: tools/benchmark_loader.sh OUT [key=value ...]     (OUT: 300 MB of data, made once, and the figures; minutes)
+# usage: tools/benchmark_loader.sh OUT [key=value ...]     (OUT: 450 MB of data, made once, and the figures; minutes)
 # One process and thread is measured first; set OMP_NUM_THREADS=1 and leave the machine alone.
 set -euo pipefail
 out=$1
@@ -14,14 +14,16 @@ synth() { # folder, format, height x width, further options
 synth nyu_h5 nyu 480x640
 synth nyu_mat nyu 480x640 --layout mat
 synth nyu_png nyu 480x640 --layout png
+synth nyu_png_prepared nyu 480x640 --layout png
 synth coco coco_panoptic 480x640
 synth coco_prepared coco_panoptic 480x640
 synth imagenet imagenet 375x500
 python -m uvim_fsq data prepare "$out/coco_prepared" --task coco_panoptic
+python -m uvim_fsq data prepare "$out/nyu_png_prepared" --task nyu_depth
 measure() { # folder, task, key=value ...
   python -m uvim_fsq benchmark loader "configs/$2/oracle.yaml" "data.root=$out/$1" data.train_split=train "${@:3}" \
     --json "$out/$1.json" | tee "$out/$1.md"
 }
-for folder in nyu_h5 nyu_mat nyu_png; do measure $folder nyu_depth "$@"; done
+for folder in nyu_h5 nyu_mat nyu_png nyu_png_prepared; do measure $folder nyu_depth "$@"; done
 for folder in coco coco_prepared; do measure $folder coco_panoptic "$@"; done
 measure imagenet imagenet_color "$@"

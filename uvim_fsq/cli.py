@@ -111,7 +111,7 @@ def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="look after data sets").add_subparsers(required=True, metavar="ACTION")
     for name, text, command in (
         ("check", "say which layout a folder has, count, find what is broken", do.command_data_check),
-        ("prepare", "cache labels in a form that loads faster", do.command_data_prepare),
+        ("prepare", "cache a data set in a form that loads faster", do.command_data_prepare),
     ):
         sub = data.add_parser(name, help=text, description=text)
         sub.add_argument("path")

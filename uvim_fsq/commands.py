@@ -177,7 +177,7 @@ def command_data_check(args: argparse.Namespace) -> None:
 
 
 def command_data_prepare(args: argparse.Namespace) -> None:
-    """Caches labels in a faster form."""
+    """Caches data in a faster form."""
     from uvim_fsq.config_io import load_run
     from uvim_fsq.models import build_task, complete
 

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
     def heads(self, x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
         """(B, N, D) -> (B, H, N, D / H) by one of the projections."""
-        return rearrange(projection(x), "b n (h d) -> b h n d", h=self.num_heads)
+        return projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(
         self,
@@ -41,7 +41,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention of (B, H, N, d) queries over (B, H, M, d) keys and values -> (B, N, D), output map included."""
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+        return self.out(x.transpose(1, 2).flatten(2))
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, *, is_causal: bool = False) -> torch.Tensor:
         """(B, N, D) attends to `memory` (B, M, memory_dim), or to itself."""

@@ -19,13 +19,14 @@ BYTES = {"fp32": 4, "bf16": 2}
 def measure_decoding(
     sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """Greedy decoding with cache: with full and with 8-bit cross-attention memory; on a GPU also compiled."""
+    """Greedy decoding with full and with 8-bit cross-attention memory; on a GPU or with `eval.compile` also compiled."""
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
     cost, cuda = lm_cost(lm), device.type == "cuda"
     precision = "bf16" if cuda else "fp32"
     size, lines = BYTES[precision], []
-    kinds = [(int8, compiled) for compiled in ((False, True) if cuda else (False,)) for int8 in (False, True)]
+    compiles = (False, True) if cuda or sizes.lm.eval.compile else (False,)
+    kinds = [(int8, compiled) for compiled in compiles for int8 in (False, True)]
     decoders = {
         f"{', 8-bit memory' * int8}{', compiled' * compiled}": Decoder(
             lm, precision=precision, int8=int8, compile=compiled

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from uvim_fsq.config import LMModelConfig
@@ -46,7 +45,7 @@ class DecoderBlock(nn.Module):
         query = attn.heads(y, attn.query).to(cache.key.dtype)
         x = x + attn.attend(query, cache.key, cache.value, mask=seen)
         attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
-        x = x + cross.out(rearrange(attended, "b h n d -> b n (h d)"))
+        x = x + cross.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm3(x))
 
 

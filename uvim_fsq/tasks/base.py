@@ -223,7 +223,7 @@ class Task(ABC):
         return None
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
-        """Caches labels in a form that loads faster and returns one line about it.
+        """Caches data in a form that loads faster and returns one line about it.
 
         `progress` is called with (done, total). Raises UserError where there is nothing to prepare.
         """
