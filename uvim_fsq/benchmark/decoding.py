@@ -19,7 +19,7 @@ BYTES = {"fp32": 4, "bf16": 2}
 def measure_decoding(
     sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """Greedy decoding with full and with 8-bit cross-attention memory; on a GPU or with `eval.compile` also compiled."""
+    """Greedy decoding, with full and 8-bit cross-attention memory; on a GPU or with `eval.compile` also compiled."""
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
     cost, cuda = lm_cost(lm), device.type == "cuda"
