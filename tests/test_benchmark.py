@@ -108,7 +108,10 @@ def test_all_lines_of_the_other_jobs_are_printed(
     assert ("naive loop" if job == "side-by-side" else "FID") in said
 
 
-def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from runs/quickstart, which configurations name
     oracle, lm = (str(CONFIGS / "nyu_depth" / f"quickstart_{stage}.yaml") for stage in ("oracle", "lm"))
     alone = tmp_path / "my_lm.yaml"
     alone.write_text(Path(lm).read_text())
