@@ -91,7 +91,7 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
         lm = generate._with_bf16_weights(lm) if precision == "bf16" else lm
     monkeypatch.setattr(generate, "_with_bf16_weights", lambda model: model)
     monkeypatch.setattr(generate, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double())
-    monkeypatch.setattr(Decoder, "_capture", lambda self, buffers: None)
+    monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: None)
     monkeypatch.setattr(cache, "_compiled_int8", cache.attend_int8)
     decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]

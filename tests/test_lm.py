@@ -16,16 +16,16 @@ from uvim_fsq.config import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.cache import attend_int8, to_int8
 from uvim_fsq.lm.encoder import build_image_encoder
-from uvim_fsq.lm.generate import Decoder, Sampling, example_uniforms, generate, sample
+from uvim_fsq.lm.generate import SPAN, Decoder, Sampling, example_uniforms, generate, sample
 from uvim_fsq.lm.model import LM
 
 SMALL = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
 CONFIG = LMModelConfig(encoder=SMALL, width=24, depth=2, num_heads=2, mlp_dim=32)
 
 
-def make_lm() -> LM:
+def make_lm(length: int = 9) -> LM:
     torch.manual_seed(0)
-    lm = LM(CONFIG, image_size=32, vocab_size=11, length=9).eval()
+    lm = LM(CONFIG, image_size=32, vocab_size=11, length=length).eval()
     torch.nn.init.normal_(lm.head.weight)  # it starts at zero
     return lm
 
@@ -63,14 +63,23 @@ def test_cached_equals_naive_and_no_batch_matters(temperature: float, filters: d
     assert int(cached.min()) >= 0 and int(cached.max()) < 11
 
 
+@pytest.mark.parametrize("length", [SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 7])
+def test_long_codes_equal_naive_decoding(length: int) -> None:
+    """Steps that read the cache in part."""
+    lm, batch = make_lm(length), images(2)
+    seeds = torch.arange(2)
+    assert torch.equal(generate(lm, batch, temperature=1.0, seeds=seeds), naive(lm, batch, 1.0, seeds))
+
+
 @torch.no_grad()
-def test_step_logits_equal_teacher_forced() -> None:
+@pytest.mark.parametrize("span", [None, 3])
+def test_step_logits_equal_teacher_forced(span: int | None) -> None:
     lm, tokens = make_lm(), torch.randint(0, 11, (5, 9))
     memory = lm.encode(images())
     whole, cache = lm.decode(tokens, memory), lm.new_cache(memory)
     previous = torch.zeros(5, 1, dtype=torch.long)
-    for i in range(9):
-        torch.testing.assert_close(lm.decode_step(previous, cache), whole[:, i], atol=1e-5, rtol=1e-4)
+    for i in range(span or 9):
+        torch.testing.assert_close(lm.decode_step(previous, cache, span), whole[:, i], atol=1e-5, rtol=1e-4)
         cache.position += 1
         previous = tokens[:, i : i + 1]
 
@@ -80,6 +89,8 @@ def test_a_decoder_is_used_again() -> None:
     decoder = Decoder(lm)
     assert torch.equal(decoder(first), generate(lm, first)) and torch.equal(decoder(second), generate(lm, second))
     assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
+    torch.nn.init.normal_(lm.blocks[0].self_attn.value.weight)  # type: ignore[union-attr]
+    assert torch.equal(decoder(first), naive(lm, first, 0.0, torch.arange(5)))  # the weights of the moment
 
 
 @torch.inference_mode()
@@ -120,7 +131,7 @@ def test_bf16_decoding_leaves_the_model_alone() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_step_decodes_as_the_plain_one() -> None:
-    lm, batch = make_lm(), images()
+    lm, batch = make_lm(SPAN + 5), images()
     decoder = Decoder(lm, Sampling(1.0, top_k=5), compile=True)
     assert torch.equal(decoder(batch), generate(lm, batch, temperature=1.0, top_k=5))
 
@@ -136,7 +147,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_captured_step_decodes_as_the_plain_one(compile: bool, temperature: float) -> None:
-    lm, batch = make_lm().cuda(), images().cuda()
+    lm, batch = make_lm(SPAN + 5).cuda(), images().cuda()
     plain = naive(lm.cpu(), batch.cpu(), temperature, torch.arange(5))
     decoder = Decoder(lm.cuda(), Sampling(temperature), compile=compile)
     for count in (5, 3, 5):  # the smaller batch is padded

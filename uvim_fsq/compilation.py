@@ -16,7 +16,7 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 def compiled(function: Compilable, **options: Any) -> Compilable:
-    """One graph per batch size, of which there are at most a few. `options` are those of `torch.compile`.
+    """One graph per batch size, of which there are not many. `options` are those of `torch.compile`.
 
     Raises UserError without a C++ compiler, which torch would only find out in the first step.
     """
@@ -24,4 +24,6 @@ def compiled(function: Compilable, **options: Any) -> Compilable:
         raise UserError("compiling needs a C++ compiler; install g++, or set train.compile=false eval.compile=false")
     # Its splitting of the graph for DistributedDataParallel knows no recomputation, which the label head needs.
     torch._dynamo.config.optimize_ddp = False
+    # Decoding has a graph for each batch size and part of the cache; eight, the default, are few.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False, **options)  # type: ignore[return-value]

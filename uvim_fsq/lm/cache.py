@@ -1,6 +1,6 @@
 """The keys and values that decoding keeps, in static buffers, so that one step can be captured as a graph.
 
-B batch, H heads, L code length, M memory tokens, hd head size.
+B batch, H heads, L code length, M memory tokens, hd head size, D decoder width.
 """
 
 from __future__ import annotations
@@ -36,30 +36,34 @@ _compiled_int8 = torch.compile(attend_int8)
 
 @dataclass
 class LayerCache:
-    """One block's keys and values: own (B, H, L, hd), filled step by step, and cross (B, H, M, hd), computed once.
+    """One block's own keys and values (2, B, H, L, hd), filled step by step, and cross ones (B, H, M, hd), made once.
 
-    With scales (B, H, 1, hd) the cross ones are int8.
+    With scales (B, H, 1, hd) the cross ones are int8. `projection` (3 D, D) holds the maps to the own queries, keys and
+    values in one: a step is bound by the number of its operators where few images are decoded.
     """
 
-    key: torch.Tensor
-    value: torch.Tensor
+    projection: torch.Tensor
+    own: torch.Tensor
     cross_key: torch.Tensor
     cross_value: torch.Tensor
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
 
     @classmethod
-    def create(cls, key: torch.Tensor, value: torch.Tensor, length: int, *, int8: bool) -> LayerCache:
+    def create(
+        cls, projection: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, *, int8: bool
+    ) -> LayerCache:
         """For cross keys and values (B, H, M, hd); the own ones are of their type."""
         b, heads, _, size = key.shape
-        own_key, own_value = (key.new_zeros(b, heads, length, size) for _ in range(2))
+        own = key.new_zeros(2, b, heads, length, size)
         if not int8:
-            return cls(own_key, own_value, key, value)
+            return cls(projection, own, key, value)
         (key, key_scale), (value, value_scale) = to_int8(key), to_int8(value)
-        return cls(own_key, own_value, key, value, key_scale, value_scale)
+        return cls(projection, own, key, value, key_scale, value_scale)
 
-    def refill(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Takes over the cross keys and values of other images, in place."""
+    def refill(self, projection: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes over the present weights, and the cross keys and values of other images, in place."""
+        self.projection.copy_(projection)
         for x, buffer, scale in ((key, self.cross_key, self.key_scale), (value, self.cross_value, self.value_scale)):
             if scale is not None:
                 x, new_scale = to_int8(x)

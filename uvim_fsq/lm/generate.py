@@ -7,7 +7,7 @@ B batch, L code length, V vocabulary.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,17 +47,20 @@ class Sampling:
 
 
 GREEDY = Sampling()
+#: A step reads the cache up to the next multiple of this.
+SPAN = 64
 
 
 @dataclass
 class _Buffers:
-    """What decoding a batch of one size needs; on a GPU with the captured step."""
+    """What decoding a batch of one size needs; on a GPU with the captured steps."""
 
     cache: DecoderCache
     tokens: torch.Tensor
     previous: torch.Tensor
     uniforms: torch.Tensor
-    graph: Any = None
+    graphs: dict[int, Any] = field(default_factory=dict)
+    """By the number of positions that a step reads."""
 
 
 class Decoder:
@@ -71,7 +74,7 @@ class Decoder:
         precision: "fp32" or "bf16", of products and cache; norms and residuals stay float32.
         int8: cross-attention keys and values in 8 bits. They are most of what a step reads from memory; the tokens may
             change.
-        compile: torch.compile the step (first use takes a minute at full size).
+        compile: torch.compile the step (at full size the first use takes minutes for each batch size).
     """
 
     def __init__(
@@ -105,11 +108,12 @@ class Decoder:
                 seeds = torch.arange(batch) if seeds is None else seeds
                 uniforms = example_uniforms(seeds, self.model.length)
                 buffers.uniforms[:batch].copy_(uniforms, non_blocking=True)
-            for _ in range(self.model.length):
-                if buffers.graph is not None:
-                    buffers.graph.replay()
+            for position in range(self.model.length):
+                span = min((position // SPAN + 1) * SPAN, self.model.length)
+                if span in buffers.graphs:
+                    buffers.graphs[span].replay()
                 else:
-                    self._step(buffers)
+                    self._step(buffers, span)
         return buffers.tokens[:batch].clone()
 
     def _size(self, batch: int, device: torch.device) -> int:
@@ -134,35 +138,38 @@ class Decoder:
         uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
         buffers = _Buffers(cache, tokens, torch.zeros_like(tokens[:, :1]), uniforms)
         if device.type == "cuda":
-            self._capture(buffers)
+            for span in {min(end, self.model.length) for end in range(SPAN, self.model.length + SPAN, SPAN)}:
+                self._capture(buffers, span)
         self._buffers[batch] = buffers
         return buffers
 
-    def _capture(self, buffers: _Buffers) -> None:
+    def _capture(self, buffers: _Buffers, span: int) -> None:
         # Lazy initialisation of libraries, and compilation, may not happen while a graph is captured.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                self._step(buffers)
+                self._step(buffers, span)
                 buffers.cache.position.zero_()
         torch.cuda.current_stream().wait_stream(aside)
-        buffers.graph = torch.cuda.CUDAGraph()
+        graph = buffers.graphs[span] = torch.cuda.CUDAGraph()
         # Other threads may go on meanwhile: the loader's pins memory.
-        with torch.cuda.graph(buffers.graph, capture_error_mode="thread_local"):
-            self._step(buffers)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step(buffers, span)
         buffers.cache.position.zero_()
 
-    def _step(self, buffers: _Buffers) -> None:
+    def _step(self, buffers: _Buffers, span: int) -> None:
         """Chooses the next token of every image, writes it down and moves on by one."""
         position = buffers.cache.position
-        chosen = self._next(buffers.previous, buffers.cache, buffers.uniforms)
+        chosen = self._next(buffers.previous, buffers.cache, buffers.uniforms, span)
         buffers.tokens.index_copy_(1, position, chosen)
         buffers.previous.copy_(chosen)
         position += 1
 
-    def _next_tokens(self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor) -> torch.Tensor:
-        logits = self.model.decode_step(previous, cache).float()
+    def _next_tokens(
+        self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        logits = self.model.decode_step(previous, cache, span).float()
         if self.sampling.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         drawn = uniforms.index_select(1, cache.position)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config import LMModelConfig
@@ -36,14 +37,14 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
         return x + self.dropout(self.mlp(self.norm3(x)))
 
-    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """One position: (B, 1, D). `seen` (1, L) masks the buffer's positions after the present one."""
+    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One position: (B, 1, D). It attends to the buffer's first positions, to which `mask` (1, span) is added."""
         attn, cross = self.self_attn, self.cross_attn
-        y = self.norm1(x)
-        cache.key.index_copy_(2, position, attn.heads(y, attn.key).to(cache.key.dtype))
-        cache.value.index_copy_(2, position, attn.heads(y, attn.value).to(cache.value.dtype))
-        query = attn.heads(y, attn.query).to(cache.key.dtype)
-        x = x + attn.attend(query, cache.key, cache.value, mask=seen)
+        y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
+        y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
+        cache.own.index_copy_(3, position, y[1:])
+        key, value = cache.own[:, :, :, : mask.shape[-1]]
+        x = x + attn.attend(y[0], key, value, mask=mask)
         attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
         x = x + cross.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm3(x))
@@ -97,40 +98,45 @@ class LM(nn.Module):
             x = block(x, memory)
         return self.head(self.norm(x))
 
-    def decode_step(self, previous: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
+    def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor:
         """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
 
         Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
-        position is a tensor operation, so that one step can be captured as a graph.
+        position is a tensor operation, so that one step can be captured as a graph; only the first `span` positions of
+        the buffers are read (default all), and the position must be one of them.
         """
         position = cache.position
         embedded = self.token_embedding(previous)
         x = torch.where(position == 0, self.start.to(embedded.dtype), embedded)
         x = x + self.positions.index_select(1, position)
-        seen = (torch.arange(self.length, device=position.device) <= position)[None]
+        later = torch.arange(span or self.length, device=position.device) > position
+        # Added, not boolean: each attention would make numbers of it anew.
+        mask = torch.zeros_like(later, dtype=cache.layers[0].own.dtype).masked_fill(later, -torch.inf)[None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
-            x = block.step(x, layer, position, seen)
+            x = block.step(x, layer, position, mask)
         return self.head(self.norm(x))[:, 0]
 
-    def _cross(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _fixed(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What stays the same from step to step, of each block: own projections in one, cross keys and values."""
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
-            cross = block.cross_attn
-            yield cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+            own, cross = block.self_attn, block.cross_attn
+            projection = torch.cat([own.query.weight, own.key.weight, own.value.weight])
+            yield projection, cross.heads(memory, cross.key), cross.heads(memory, cross.value)
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
         """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once.
 
         `int8` keeps those in 8 bits: half of the bytes that a decoding step reads, or nearly.
         """
-        layers = [LayerCache.create(key, value, self.length, int8=int8) for key, value in self._cross(memory)]
+        layers = [LayerCache.create(*fixed, self.length, int8=int8) for fixed in self._fixed(memory)]
         return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
 
     def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
         """Makes the buffers ready for other images, in place; what own keys and values they hold is masked."""
-        for layer, (key, value) in zip(cache.layers, self._cross(memory), strict=True):
-            layer.refill(key, value)
+        for layer, fixed in zip(cache.layers, self._fixed(memory), strict=True):
+            layer.refill(*fixed)
         cache.position.zero_()
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
