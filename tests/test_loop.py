@@ -92,7 +92,7 @@ def test_sigkill_and_resume(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "killed"
     killed = [sys.executable, *command(ORACLE, tmp_path, *overrides, f"train.out={out}", "train.resume=auto")]
     process = subprocess.Popen(killed, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not ckpt.checkpoints(out) and time.time() < deadline and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
