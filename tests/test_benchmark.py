@@ -63,6 +63,7 @@ def test_sizes_need_neither_data_nor_oracle(name: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     sizes = read_sizes(CONFIGS / name / "lm.yaml")
     assert sizes.lm is not None and sizes.oracle.data.image_size == sizes.lm.data.image_size == 512
+    assert sizes.lm.model.encoder.weights == "none"  # the recipe's are downloaded
     task = build_task(sizes.oracle)
     batch = made_up_batch(task, 24, 3, CPU)
     value, _ = task.loss(
@@ -84,10 +85,29 @@ def test_jobs_from_beginning_to_end(job: str, tmp_path: Path, capsys: pytest.Cap
     assert result["ceilings"]["flops"] > 0 and result["versions"]["torch"] == torch.__version__
     said = capsys.readouterr().out
     assert "TFLOP/s (fp32 matrix product)" in said and "| reached |" in said
-    more = [] if job == "decode" else ["--operators", "2"]
-    main(["benchmark", job, str(config), "--repeats", "1", "--batch", "2", "--against", str(file), *more])
+    more = ["--against", str(file), "--operators", "2"]
+    main(["benchmark", job, str(config), "--repeats", "1", "--batch", "2", *more])
     said = capsys.readouterr().out
-    assert "speed-up" in said and (" x |" in said) and (job == "decode" or "aten::" in said)
+    assert "speed-up" in said and " x |" in said and "aten::" in said
+
+
+def test_all_goes_on_without_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "JOBS", ("train-lm", "loader", "decode", "all"))
+    config = CONFIGS / "nyu_depth" / "quickstart_lm.yaml"
+    main(["benchmark", "all", str(config), "--repeats", "1", "--batch", "2"])
+    said = capsys.readouterr().out
+    assert "not measured: " in said and "| train-lm nyu_depth" in said and "| decode nyu_depth" in said
+
+
+def test_training_on_synthetic_data_is_fed_by_the_loader(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIGS / "nyu_depth" / "quickstart_oracle.yaml"
+    keys = [f"data.root={data}", "data.workers=1", "task.protocol=full"]
+    main(["benchmark", "train-oracle", str(config), *keys, "--repeats", "1", "--batch", "2"])
+    said = capsys.readouterr().out
+    assert "batch 2, fed by 1 workers |" in said and "batch 2, plain code |" in said and "batch 2 |" in said
 
 
 def test_further_figures_of_any_kind_are_printed() -> None:
@@ -125,7 +145,7 @@ def test_mistakes_are_named(
         (["decode", str(alone), "--oracle", lm], "is no configuration of stage oracle"),
         (["decode", lm, "--against", str(wrong)], "is no result of uvim-fsq benchmark --json"),
         (["decode", lm, "--against", str(tmp_path / "none.json")], "no such file"),
-        (["decode", lm, "--operators", "3", "--repeats", "1", "--batch", "1"], "--operators goes with train-"),
+        (["metrics", "--operators", "3", "--repeats", "1"], "--operators goes with train-"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])

@@ -5,6 +5,7 @@ Finds tensors left on the host, types that do not go together under autocast, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Inside, `Tensor.to(CUDA)` works everywhere and autocast believes in the device."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
     with FakeTensorMode() as mode:
         yield mode
 
@@ -92,7 +94,8 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
     monkeypatch.setattr(generate, "_with_bf16_weights", lambda model: model)
     monkeypatch.setattr(generate, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double())
     monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: None)
-    monkeypatch.setattr(cache, "_compiled_int8", cache.attend_int8)
+    monkeypatch.setattr(cache, "_to_int8_on_gpu", cache.to_int8)
+    monkeypatch.setattr(cache, "_attend_int8_on_gpu", cache.attend_int8)
     decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
     for count in (3, 2):  # the second is padded to the first's size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_a_decoder_is_used_again() -> None:
     assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
     torch.nn.init.normal_(lm.blocks[0].self_attn.value.weight)  # type: ignore[union-attr]
     assert torch.equal(decoder(first), naive(lm, first, 0.0, torch.arange(5)))  # the weights of the moment
+
+
+def test_a_decoder_is_gone_when_nobody_holds_it() -> None:
+    """Its buffers are gigabytes; they cannot wait for the search for cycles."""
+    decoder = Decoder(make_lm())
+    decoder(images())
+    left = weakref.ref(decoder)
+    del decoder
+    assert left() is None
 
 
 @torch.inference_mode()

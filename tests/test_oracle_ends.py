@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small import TASKS, random_batch
 from tests.test_oracle import CONFIG as WITH_DROPOUT
+from uvim_fsq.evaluation import label_maps
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.oracle import labels as ends
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
@@ -110,9 +111,56 @@ def test_one_hot_labels_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> N
     weight = torch.randn(16 * 7, 5, requires_grad=True)
     for batch in (1, 4):
         patches = torch.randint(-1, 7, (batch, 16, 16)).to(torch.int16)
-        with Largest() as largest:
+        with Largest(patches.shape) as largest:
             OneHotProduct.apply(patches, weight).sum().backward()
         assert 800 < largest.numbers <= 1000  # 8 patches of 16 pixels and 7 classes
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@torch.no_grad()
+def test_predictions_keep_to_the_budget(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    oracle = Oracle(replace(CONFIG, context="none"), task.label_channels, 16).eval()
+    for head in oracle.label_head.heads.values():
+        torch.nn.init.normal_(head.weight)
+    codes, image = torch.randn(5, oracle.code_length, oracle.quantizer.dim), torch.zeros(5, 3, 16, 16)
+    whole = list(oracle.logits_in_pieces(codes, image))
+    assert len(whole) == 1 and len(label_maps(oracle, task, codes, image)) == 5
+    budget = 2 * oracle.num_patches * oracle.label_head.logits
+    monkeypatch.setattr(ends, "BUDGET", budget)
+    pieces = list(oracle.logits_in_pieces(codes, image))
+    assert [len(next(iter(x.values()))) for x in pieces] == [2, 2, 1]
+    assert len(label_maps(oracle, task, codes, image)) == 5
+    for name, x in whole[0].items():
+        torch.testing.assert_close(torch.cat([piece[name] for piece in pieces]), x, atol=1e-5, rtol=1e-5)
+    assert sum(x.numel() for x in pieces[0].values()) == budget
+
+
+def test_compiling_keeps_no_one_hot_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor logits: what the backward pass of a compiled model keeps is small beside the one-hot labels of its batch."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(ends, "bag_of_rows", OneHotProduct.apply)  # the way of a GPU
+    channels = {"semantics": Categorical(134), "instances": Categorical(100)}
+    config = replace(CONFIG, patch_size=8, context="none", code_length=4)
+    oracle = Oracle(config, channels, 32).train()
+    labels = {name: torch.randint(0, 100, (8, 32, 32)).to(torch.int16) for name in channels}
+    numbers = 8 * oracle.num_patches * oracle.label_head.logits  # of one-hot labels, and as many of logits
+    monkeypatch.setattr(ends, "BUDGET", numbers // 8)
+    mine = {p.data_ptr() for p in oracle.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in mine:
+            kept[x.data_ptr()] = x.numel()
+        return x
+
+    # The backend with the compiler's own choice of what to keep, without its code generation.
+    model = torch.compile(oracle, backend="aot_eager_decomp_partition", dynamic=False, fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        value = model(labels, None, TASKS["panoptic"].loss).loss.mean()
+    value.backward()
+    assert 0 < sum(kept.values()) < 0.15 * numbers
+    torch._dynamo.reset()
 
 
 def test_checkpoints_with_retired_settings_load(oracle_dir: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from uvim_fsq.evaluation import (
     Predictor,
     context_predictions,
     evaluate_loaded,
+    label_maps,
     to_device,
 )
 from uvim_fsq.models import Loaded, find_oracle, load_checkpoint
@@ -76,7 +77,8 @@ def shuffled_predictions(oracle: Oracle, task: Task, tokens: np.ndarray, partner
 
     def predict(batch: Batch) -> Predicted:
         given = torch.from_numpy(tokens[partner[batch["index"].numpy()]]).to(batch["image"].device)
-        return Predicted(task.decode(oracle.detokenize(given, batch["image"])), given)
+        codes = oracle.quantizer.indices_to_codes(given)
+        return Predicted(label_maps(oracle, task, codes, batch["image"]), given)
 
     return predict
 

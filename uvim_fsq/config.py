@@ -189,7 +189,7 @@ class EvalConfig:
     int8_memory: bool = False
     """Decode with the cross-attention's keys and values in 8 bits: faster for large batches, changes a few tokens."""
     compile: bool = False
-    """torch.compile the LM's decoding step; worth its minute for thousands of images."""
+    """torch.compile the LM's decoding step; it takes minutes at full size, so for many thousands of images."""
     workers: int = 2
     """Loader processes."""
     limit: int | None = None

@@ -57,12 +57,18 @@ class Predicted:
 Predictor = Callable[[Batch], Predicted]
 
 
+def label_maps(oracle: Oracle, task: Task, codes: torch.Tensor, image: torch.Tensor) -> list[Any]:
+    """Codes (B, L, d) and images -> one prediction each, as `Task.decode` gives them."""
+    return [item for logits in oracle.logits_in_pieces(codes, image) for item in task.decode(logits)]
+
+
 def oracle_predictions(oracle: Oracle, task: Task) -> Predictor:
     """The oracle alone: labels -> tokens -> labels."""
 
     def predict(batch: Batch) -> Predicted:
         tokens = oracle.tokenize(batch["labels"], batch["image"])
-        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens)
+        codes = oracle.quantizer.indices_to_codes(tokens)
+        return Predicted(label_maps(oracle, task, codes, batch["image"]), tokens)
 
     return predict
 
@@ -73,7 +79,7 @@ def context_predictions(oracle: Oracle, task: Task) -> Predictor:
     def predict(batch: Batch) -> Predicted:
         image = batch["image"]
         codes = torch.zeros(len(image), oracle.code_length, oracle.quantizer.dim, device=image.device)
-        return Predicted(task.decode(oracle.decode(codes, image)), None)
+        return Predicted(label_maps(oracle, task, codes, image), None)
 
     return predict
 
@@ -101,7 +107,8 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
     def predict(batch: Batch) -> Predicted:
         seeds = config.seed * 1_000_003 + batch["index"].cpu()
         tokens = decoder(batch["image"], seeds)
-        return Predicted(task.decode(oracle.detokenize(tokens, batch["image"])), tokens, cost(batch))
+        codes = oracle.quantizer.indices_to_codes(tokens)
+        return Predicted(label_maps(oracle, task, codes, batch["image"]), tokens, cost(batch))
 
     return predict
 

@@ -16,7 +16,7 @@ from uvim_fsq.data.images import list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import arithmetic, build_decoder
+from uvim_fsq.evaluation import arithmetic, build_decoder, label_maps
 from uvim_fsq.models import Loaded, load_checkpoint
 
 
@@ -63,7 +63,7 @@ class Predictor:
         with arithmetic(self.run.eval, self.device):
             # Each picture draws from the same stream as when it is alone.
             tokens = self.decoder(tensor, torch.full((len(rgb),), self.run.eval.seed))
-            items = self.task.decode(self.oracle.detokenize(tokens, tensor))
+            items = label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
         return [self.task.to_size(item, picture) for item, picture in zip(items, rgb, strict=True)]
 
     @staticmethod

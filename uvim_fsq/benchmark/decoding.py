@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from uvim_fsq.benchmark.ceilings import Ceilings
 from uvim_fsq.benchmark.floors import decode_seconds, lm_cost, step_bytes
-from uvim_fsq.benchmark.measure import Measurement, rate, time_ways
+from uvim_fsq.benchmark.measure import Measurement, rate, time_made
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch
 from uvim_fsq.lm.generate import Decoder
 
@@ -26,19 +26,16 @@ def measure_decoding(
     precision = "bf16" if cuda else "fp32"
     size, lines = BYTES[precision], []
     compiles = (False, True) if cuda or sizes.lm.eval.compile else (False,)
-    kinds = [(int8, compiled) for compiled in compiles for int8 in (False, True)]
-    decoders = {
-        f"{', 8-bit memory' * int8}{', compiled' * compiled}": Decoder(
-            lm, precision=precision, int8=int8, compile=compiled
-        )
-        for int8, compiled in kinds
-    }
+    kinds = {f"{', 8-bit memory' * i}{', compiled' * c}": (i, c) for c in compiles for i in (False, True)}
+
+    def decoding(images: torch.Tensor, int8: bool, compiled: bool) -> Callable[[], torch.Tensor]:
+        return functools.partial(Decoder(lm, precision=precision, int8=int8, compile=compiled), images)
+
     for batch in batches:
         images = made_up_batch(task, sizes.lm.data.image_size, batch, device)["image"]
-        ways = {title: functools.partial(decoder, images) for title, decoder in decoders.items()}
-        timings = time_ways(ways, device, repeats=repeats)
-        for title, timing in timings.items():
-            bytes_of = {"number_bytes": size, "cross_bytes": 1 if decoders[title].int8 else size}
+        ways = {title: functools.partial(decoding, images, *kind) for title, kind in kinds.items()}
+        for title, timing in time_made(ways, device, repeats=repeats).items():
+            bytes_of = {"number_bytes": size, "cross_bytes": 1 if kinds[title][0] else size}
             least = decode_seconds(cost, batch, ceilings, **bytes_of)
             read = sum(step_bytes(cost, batch, past, **bytes_of) for past in range(1, cost.length + 1))
             # Of all the time, the encoder's included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -97,6 +98,28 @@ def time_ways(
             seconds[name] += timing.seconds
             peaks[name] = timing.peak_memory
     return {name: Timing(tuple(values), peaks[name]) for name, values in seconds.items()}
+
+
+def time_made(
+    ways: Mapping[str, Callable[[], Callable[[], object]]],
+    device: torch.device,
+    *,
+    warmup: int = 2,
+    repeats: int = 5,
+) -> dict[str, Timing]:
+    """Times several ways of doing the same, given as what makes them.
+
+    Turn by turn on a CPU; one after the other on a GPU, whose memory each then has for itself.
+    """
+    if device.type != "cuda":
+        made = {name: make() for name, make in ways.items()}
+        return time_ways(made, device, warmup=warmup, repeats=repeats)
+    timings = {}
+    for name, make in ways.items():
+        timings[name] = time_repeats(make(), device, warmup=warmup, repeats=repeats)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return timings
 
 
 def rate(name: str, timing: Timing, count: int, **more: Any) -> Measurement:

@@ -48,6 +48,8 @@ def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None 
         return Sizes(run, None)
     oracle_run = _with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
+    # Nothing is downloaded: random weights take the same time.
+    run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
     validate(run)
     return Sizes(oracle_run, run)
 

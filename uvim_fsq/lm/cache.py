@@ -31,7 +31,13 @@ def attend_int8(
     return ((weights * value.float()).sum(2, keepdim=True) * value_scale).to(query.dtype)
 
 
-_compiled_int8 = torch.compile(attend_int8)
+# Each is a dozen passes over the memory if its operators run one by one.
+_to_int8_on_gpu = torch.compile(to_int8, dynamic=False)
+_attend_int8_on_gpu = torch.compile(attend_int8, dynamic=False)
+
+
+def _small(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _to_int8_on_gpu(x) if x.is_cuda else to_int8(x)
 
 
 @dataclass
@@ -58,7 +64,7 @@ class LayerCache:
         own = key.new_zeros(2, b, heads, length, size)
         if not int8:
             return cls(projection, own, key, value)
-        (key, key_scale), (value, value_scale) = to_int8(key), to_int8(value)
+        (key, key_scale), (value, value_scale) = _small(key), _small(value)
         return cls(projection, own, key, value, key_scale, value_scale)
 
     def refill(self, projection: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -66,7 +72,7 @@ class LayerCache:
         self.projection.copy_(projection)
         for x, buffer, scale in ((key, self.cross_key, self.key_scale), (value, self.cross_value, self.value_scale)):
             if scale is not None:
-                x, new_scale = to_int8(x)
+                x, new_scale = _small(x)
                 scale.copy_(new_scale)
             buffer.copy_(x)
 
@@ -75,7 +81,7 @@ class LayerCache:
         if self.key_scale is None or self.value_scale is None:
             query = query.to(self.cross_key.dtype)
             return F.scaled_dot_product_attention(query, self.cross_key, self.cross_value)
-        attend = _compiled_int8 if query.is_cuda else attend_int8
+        attend = _attend_int8_on_gpu if query.is_cuda else attend_int8
         return attend(query, self.cross_key, self.key_scale, self.cross_value, self.value_scale)
 
 

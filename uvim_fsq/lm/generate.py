@@ -6,14 +6,16 @@ B batch, L code length, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from uvim_fsq.compilation import compiled
+from uvim_fsq.compilation import compiled, require_compiler
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.cache import DecoderCache
 from uvim_fsq.lm.model import LM
@@ -47,8 +49,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
-#: A step reads the cache up to the next multiple of this.
-SPAN = 64
+#: A step reads the cache up to the next multiple of this. Each one is a graph of its own, which takes long to compile.
+SPAN, COMPILED_SPAN = 64, 128
 
 
 @dataclass
@@ -86,9 +88,13 @@ class Decoder:
         int8: bool = False,
         compile: bool = False,
     ) -> None:
+        if int8 and next(model.parameters()).is_cuda:
+            require_compiler()
         self.sampling, self.int8, self.precision = sampling, int8, precision
         self.model = _with_bf16_weights(model) if precision == "bf16" else model
-        self._next = compiled(self._next_tokens, fullgraph=True) if compile else self._next_tokens
+        # Functions, not bound methods: a decoder that held itself would keep its buffers until Python looks for cycles.
+        self._next = compiled(Decoder._next_tokens, fullgraph=True) if compile else Decoder._next_tokens
+        self.span = COMPILED_SPAN if compile else SPAN
         self._buffers: dict[int, _Buffers] = {}
 
     @torch.inference_mode()
@@ -102,14 +108,14 @@ class Decoder:
         if size > batch:
             # A captured step has one batch size: a smaller batch repeats its last image.
             images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
-        with self._autocast(images.device):
+        with self._on(images.device):
             buffers = self._ready(self.model.encode(images))
             if self.sampling.temperature > 0:
                 seeds = torch.arange(batch) if seeds is None else seeds
                 uniforms = example_uniforms(seeds, self.model.length)
                 buffers.uniforms[:batch].copy_(uniforms, non_blocking=True)
             for position in range(self.model.length):
-                span = min((position // SPAN + 1) * SPAN, self.model.length)
+                span = min((position // self.span + 1) * self.span, self.model.length)
                 if span in buffers.graphs:
                     buffers.graphs[span].replay()
                 else:
@@ -121,10 +127,14 @@ class Decoder:
             return batch
         return min((size for size in self._buffers if size >= batch), default=batch)
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
+    @contextlib.contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        """The decoder's arithmetic, and streams and graphs on the images' GPU, which need not be the current one."""
+        place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         # Weights are bf16 already; autocast's cache of casts would end up inside the graph.
         bf16 = self.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        with place, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            yield
 
     def _ready(self, memory: torch.Tensor) -> _Buffers:
         batch, device = len(memory), memory.device
@@ -138,7 +148,8 @@ class Decoder:
         uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
         buffers = _Buffers(cache, tokens, torch.zeros_like(tokens[:, :1]), uniforms)
         if device.type == "cuda":
-            for span in {min(end, self.model.length) for end in range(SPAN, self.model.length + SPAN, SPAN)}:
+            length = self.model.length
+            for span in {min(end, length) for end in range(self.span, length + self.span, self.span)}:
                 self._capture(buffers, span)
         self._buffers[batch] = buffers
         return buffers
@@ -161,7 +172,7 @@ class Decoder:
     def _step(self, buffers: _Buffers, span: int) -> None:
         """Chooses the next token of every image, writes it down and moves on by one."""
         position = buffers.cache.position
-        chosen = self._next(buffers.previous, buffers.cache, buffers.uniforms, span)
+        chosen = self._next(self, buffers.previous, buffers.cache, buffers.uniforms, span)
         buffers.tokens.index_copy_(1, position, chosen)
         buffers.previous.copy_(chosen)
         position += 1

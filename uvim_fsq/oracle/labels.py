@@ -54,7 +54,8 @@ class OneHotProduct(torch.autograd.Function):
         (patches,) = ctx.saved_tensors
         flat = gradient.flatten(0, 1).to(ctx.dtype)
         total = flat.new_zeros(patches.shape[2] * ctx.classes, flat.shape[1], dtype=torch.float32)
-        for rows, one_hot in OneHotProduct._pieces(patches, ctx.classes, ctx.dtype):
+        # As another type: the compiler would else see that these are the forward pass's pieces, and keep all of those.
+        for rows, one_hot in OneHotProduct._pieces(patches.int(), ctx.classes, ctx.dtype):
             total += one_hot.T @ flat[rows]
         return None, total
 
@@ -142,6 +143,11 @@ def cut(length: int, most: int) -> list[slice]:
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
+def affordable(length: int, logits: int) -> list[slice]:
+    """0..length in slices that hold at most `BUDGET` logits, of `logits` for each index."""
+    return cut(length, BUDGET // logits)
+
+
 def head_and_loss(
     head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -168,7 +174,7 @@ def head_and_loss(
         return loss(logits, {name: x.flatten(1, 2) for name, x in part.items()})
 
     b, n, _ = hidden.shape
-    examples, patches = cut(b, BUDGET // (n * head.logits)), cut(n, BUDGET // head.logits)
+    examples, patches = affordable(b, n * head.logits), affordable(n, head.logits)
     if len(examples) * len(patches) == 1:
         return piece(hidden, dict(labels))
     rows: list[dict[str, torch.Tensor]] = []

@@ -7,7 +7,7 @@ and then already in [-1, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from uvim_fsq.layers import (
     unpatchify,
 )
 from uvim_fsq.oracle.fsq import FSQ
-from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, head_and_loss
+from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, affordable, head_and_loss
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.tasks.base import LabelChannel
 
@@ -134,8 +134,17 @@ class Oracle(nn.Module):
 
     def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zero codes: the context alone."""
-        logits = self.label_head(self.decode_hidden(codes, image))
-        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in logits.items()}
+        return self.logits(self.decode_hidden(codes, image))
+
+    def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
+        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
+
+    def logits_in_pieces(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
+        """As `decode`, for a few images at a time in their order, so that few logits exist at once."""
+        hidden = self.decode_hidden(codes, image)
+        for rows in affordable(len(hidden), self.num_patches * self.label_head.logits):
+            yield self.logits(hidden[rows])
 
     def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""

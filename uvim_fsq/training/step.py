@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from uvim_fsq.compilation import compiled
 from uvim_fsq.config import Run, TrainConfig
@@ -82,10 +83,10 @@ class Stepper:
             for name, value in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
         self.stage.after_step(self._sum, mix(self.train.seed, self.step))
-        if self.ema is not None:
-            decay = self.train.ema or 0.0
-            for name, p in self.stage.model.named_parameters():
-                self.ema[name].lerp_(p.detach(), 1 - decay)
+        if self.ema is not None and self.train.ema is not None:
+            now = [p.detach() for _, p in self.stage.model.named_parameters()]
+            # One kernel for many tensors.
+            get_ema_multi_avg_fn(self.train.ema)(list(self.ema.values()), now, self.step)
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
 
