@@ -121,29 +121,62 @@ def test_prepared_pictures_are_the_same(tmp_path: Path, own: bool) -> None:
     splits = ("train", "val", "holdout", "train_minus_holdout")
     before = [open_source(str(root), split, config) for split in splits]
     seen: list[tuple[int, int]] = []
-    (root / "prepared_depth.partial" / "rest").mkdir(parents=True)  # of an interrupted try
-    assert "23 images" in prepare(str(root), config, lambda done, total: seen.append((done, total)))
-    assert (23, 23) in seen and not (root / "prepared_depth.partial").exists()
+    assert prepare(str(root), config, lambda done, total: seen.append((done, total))).startswith("23 images")
+    assert (23, 23) in seen and not list(root.rglob("*.partial"))
     for split, source in zip(splits, before, strict=True):
         after = open_source(str(root), split, config)
-        assert len(after) == len(source) > 0 and "(prepared)" in after.info["layout"]
+        assert len(after) == len(source) > 0 and after.info["layout"].endswith("(prepared)")
+        assert {file.suffix for _, *files in after.pairs for file in files} == {".h5"}  # type: ignore[attr-defined]
         for i in range(len(source)):
             assert after[i].id == source[i].id
             np.testing.assert_array_equal(after[i].image, source[i].image)
             np.testing.assert_array_equal(after[i].maps["depth"], source[i].maps["depth"])
-    assert "is there already" in prepare(str(root), config, lambda done, total: None)
-    assert any("(prepared)" in line for line in check_data("nyu_depth", str(root), ["task.protocol=full"])[0]) != own
-    if own:
-        with pytest.raises(UserError, match="task.depth_scale=500.0, not 1000.0; delete"):
-            open_source(str(root), "train", NYUDepthConfig(depth_scale=1000.0))
-        first = sorted((root / "images").iterdir())[0]
-        shutil.copy(first, first.with_stem("new"))
-        shutil.copy(root / "depth" / f"{first.stem}.png", root / "depth" / "new.png")
-        with pytest.raises(UserError, match=r"lacks 1 of the images, the first is images/new.jpg; delete"):
-            open_source(str(root), "train", config)
+    assert prepare(str(root), config, lambda done, total: None).startswith("0 images")
+    lines = check_data(
+        "nyu_depth", str(root), ["task.protocol=full", f"task.depth_scale={config.depth_scale or 'null'}"]
+    )[0]
+    assert "(prepared)" in lines[0]
 
 
-def test_broken_prepared_pictures(tmp_path: Path) -> None:
+def test_prepared_pictures_of_changed_files_are_not_used(tmp_path: Path) -> None:
+    root = small_data(tmp_path / "data", num=6, num_val=1, layout="png")
+    prepare(str(root), CONFIG, lambda done, total: None)
+    pngs = sorted(root.glob("sync/**/*.png"))
+    with Image.open(pngs[2]) as image:
+        depth = np.asarray(image) // 2 + 1
+    Image.fromarray(depth.astype(np.uint16)).save(pngs[2])
+    pngs[4].write_bytes(b"broken")
+    source = open_source(str(root), "train", CONFIG)
+    assert source.info["layout"] == "C (4 of 6 prepared)"
+    np.testing.assert_allclose(source[2].maps["depth"], depth / 1000, rtol=1e-6)
+    said = prepare(str(root), CONFIG, lambda done, total: None)
+    assert said.startswith("1 images") and "1 are left out, the first: " in said and pngs[4].name in said
+    assert open_source(str(root), "train", CONFIG).info["layout"] == "C (5 of 6 prepared)"
+    other = NYUDepthConfig(protocol="full", depth_scale=500.0)
+    assert open_source(str(root), "train", other).info["layout"] == "C (5 of 6 prepared)"  # of own data only
+    shutil.rmtree(root / "official_splits")
+    assert prepare(str(root), CONFIG, lambda done, total: None).startswith("0 images")
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = small_data(tmp_path / "data", num=6, num_val=1, layout="png")
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(root), CONFIG, stop)
+    assert open_source(str(root), "train", CONFIG).info["layout"] == "C (4 of 6 prepared)"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="has 0.0 GB free, 0.0 GB are needed"):
+        prepare(str(root), CONFIG, lambda done, total: None)
+    monkeypatch.undo()
+    assert prepare(str(root), CONFIG, lambda done, total: None).startswith("3 images")
+    assert open_source(str(root), "train", CONFIG).info["layout"] == "C (prepared)"
+
+
+def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     root = small_data(tmp_path / "data", num=3, num_val=1, layout="png")
     prepare(str(root), CONFIG, lambda done, total: None)
     for file in (root / "prepared_depth").rglob("*.h5"):
@@ -155,6 +188,14 @@ def test_broken_prepared_pictures(tmp_path: Path) -> None:
         open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="HDF5 already .layout B.*nothing to prepare"):
         prepare(str(small_data(tmp_path / "h5", num=2, num_val=1)), CONFIG, lambda done, total: None)
+    for folder in ("photos", "mine/depth"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    np.save(tmp_path / "mine" / "depth" / "a.npy", np.ones((8, 12), np.float32))
+    for place in ("../photos", str(tmp_path / "photos")):
+        with pytest.raises(UserError, match="a.png lies outside of .*mine; only data inside"):
+            outside = NYUDepthConfig(protocol="full", image_dir=place)
+            prepare(str(tmp_path / "mine"), outside, lambda done, total: None)
 
 
 def sample_of(depth: np.ndarray) -> Sample:

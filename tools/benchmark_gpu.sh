@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # All figures of docs/performance.md that need a GPU, at the reference's sizes; no data set and no weights needed.
-# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train decode beside ends; all by default, minutes each)
+# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train fed decode beside ends; all by default)
+# What fails says so and the rest goes on.
 set -euo pipefail
 out=$1
 steps=${*:2}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 measure() { # name, arguments of the benchmark
-  python -m uvim_fsq benchmark "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.md"
+  python -m uvim_fsq benchmark "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.md" || echo "failed: $1"
 }
-for step in ${steps:-tests train decode beside ends}; do
+for step in ${steps:-tests train fed decode beside ends}; do
   case $step in
   tests) python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true ;;
   train)
@@ -19,11 +20,16 @@ for step in ${steps:-tests train decode beside ends}; do
         measure "lm_${task}_compile_$compile" train-lm configs/$task/lm.yaml train.compile=$compile --batch 32
       done
     done
+    measure lm_batch_64 train-lm configs/nyu_depth/lm.yaml train.compile=true --batch 64
     measure operators train-oracle configs/coco_panoptic/oracle.yaml train.compile=true --batch 64 --operators 25
     ;;
-  decode) measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 ;;
+  fed)
+    [ -d "$out/data" ] || python -m uvim_fsq synth --format nyu --size 480x640 --num 512 --num-val 2 --out "$out/data"
+    measure fed train-oracle configs/nyu_depth/oracle.yaml data.root="$out/data" data.workers=8 train.compile=true --batch 64
+    ;;
+  decode) measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 --operators 25 ;;
   beside) measure beside side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
-  ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" ;;
+  ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: ends" ;;
   *) echo "unknown step $step" >&2 && exit 2 ;;
   esac
 done

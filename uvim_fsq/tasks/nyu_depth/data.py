@@ -241,4 +241,13 @@ def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], No
     layout, place = detect(find_data_root(root), config)
     if layout in "AB":
         raise UserError(f"{place} is HDF5 already (layout {layout}) and loads as fast; there is nothing to prepare")
-    return prepare_pairs([_decoded(layout, place, split, config) for split in ("train", "val")], progress)
+    sources: list[PairSource] = []
+    missing: list[UserError] = []
+    for split in ("train", "val"):
+        try:
+            sources.append(_decoded(layout, place, split, config))
+        except UserError as error:
+            missing.append(error)
+    if not sources:
+        raise missing[0]
+    return prepare_pairs(sources, progress)

@@ -1,15 +1,18 @@
 """Photos and depth maps unpacked for loading: JPEG and 16-bit PNG take 5 ms to decode, the same pixels in HDF5 1 ms.
 
-`prepare` makes a folder of .h5 files like FastDepth's beside the data; the adapters read it in the originals' place.
+`prepare` makes .h5 files like FastDepth's in a folder beside the data. The adapters read one in its originals' place as
+long as these have the size and the date that they had then.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,68 +23,102 @@ from uvim_fsq.tasks.nyu_depth.files import PairSource
 FOLDER = "prepared_depth"
 
 
-def _unpacked(source: PairSource, image_file: Path) -> Path:
-    name = image_file.relative_to(source.root)
-    return source.root / FOLDER / name.with_name(f"{name.name}.h5")
+def _origin(source: PairSource, image: Path, depth: Path) -> tuple[str, Any]:
+    """A photo's path in the data set, and what a prepared file of it is made of; None where a file is missing."""
+    key, depth_key = (os.path.relpath(path, source.root) for path in (image, depth))
+    try:
+        stats = [path.stat() for path in (image, depth)]
+    except OSError:
+        return key, None
+    return key, [depth_key, source.scale, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
 
 
-def _contents(sources: list[PairSource]) -> dict[str, object]:
-    """What a prepared folder is made of; kept in it to be compared with what is asked for."""
-    pairs = {
-        str(image.relative_to(source.root)): str(depth.relative_to(source.root))
-        for source in sources
-        for _, image, depth in source.pairs
-    }
-    return {"depth_scale": sources[0].scale, "pairs": pairs}
+def _contents(root: Path) -> dict[str, Any]:
+    """Photo -> origin, of the files prepared so far."""
+    file = root / FOLDER / "contents.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read; {_advice(root)}") from error
+
+
+def _advice(root: Path) -> str:
+    return f"delete {root / FOLDER} and, if you want it, run `uvim-fsq data prepare` again"
 
 
 def use_prepared(source: PairSource) -> PairSource:
-    """`source`, reading the prepared files if there are any. Raises UserError if they were made of other data."""
-    folder = source.root / FOLDER
-    if not folder.is_dir():
+    """`source`, reading prepared files where there are any of its originals as they are now."""
+    contents = _contents(source.root)
+    if not contents:
         return source
-    advice = f"delete {folder} and, if you want it, run `uvim-fsq data prepare` again"
-    try:
-        made_of = json.loads((folder / "contents.json").read_text())
-        there, scale = made_of["pairs"].items(), made_of["depth_scale"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'contents.json'} cannot be read; {advice}") from error
-    if scale != source.scale:
-        raise UserError(f"{folder} was made with task.depth_scale={scale}, not {source.scale}; {advice}")
-    asked = _contents([source])["pairs"]
-    assert isinstance(asked, dict)
-    missing = sorted(asked.items() - there)
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of the images, the first is {missing[0][0]}; {advice}")
-    pairs = [(name, _unpacked(source, image), _unpacked(source, image)) for name, image, _ in source.pairs]
-    layout = f"{source.info['layout']} (prepared)"
-    return replace(source, pairs=pairs, info={**source.info, "layout": layout}, broken=advice)
+    pairs: list[tuple[str, Path, Path]] = []
+    count = 0
+    for name, image, depth in source.pairs:
+        key, origin = _origin(source, image, depth)
+        if origin is not None and contents.get(key) == origin:
+            image = depth = source.root / FOLDER / f"{key}.h5"
+            count += 1
+        pairs.append((name, image, depth))
+    share = "prepared" if count == len(pairs) else f"{count} of {len(pairs)} prepared"
+    info = {**source.info, "layout": f"{source.info['layout']} ({share})"}
+    return replace(source, pairs=pairs, info=info, broken=_advice(source.root))
 
 
 def prepare(sources: list[PairSource], progress: Callable[[int, int], None]) -> str:
-    """Writes every image of `sources` with its depth in metres as .h5: 2.1 MB each at 480 x 640.
+    """Writes every image of `sources` with its depth in metres as .h5, 2.1 MB each at 480 x 640; says what was done.
 
-    The folder appears when it is complete; one that is there is left as it is.
+    Goes on where it was stopped, and makes anew what has changed. Raises UserError where the disk is too small.
     """
     root = sources[0].root
-    folder, partial = root / FOLDER, root / f"{FOLDER}.partial"
-    if folder.is_dir():
-        for source in sources:
-            use_prepared(source)
-        return f"{folder} is there already and holds what is needed"
-    shutil.rmtree(partial, ignore_errors=True)
-    done, total = 0, sum(len(source) for source in sources)
-    for source in sources:
-        for index, (_, image_file, _) in enumerate(source.pairs):
-            progress(done, total)
-            sample = source[index]
-            file = partial / _unpacked(source, image_file).relative_to(folder)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(file, "w") as handle:
-                handle["rgb"] = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
-                handle["depth"] = sample.maps["depth"]
-            done += 1
-    (partial / "contents.json").write_text(json.dumps(_contents(sources)) + "\n")
-    partial.rename(folder)
-    progress(total, total)
-    return f"{total} images with their depth unpacked in {folder}"
+    contents = _contents(root)
+    todo = [(s, i, *_origin(s, *s.pairs[i][1:])) for s in sources for i in range(len(s))]
+    todo = [entry for entry in todo if entry[3] is None or contents.get(entry[2]) != entry[3]]
+    if not todo:
+        return f"all {sum(map(len, sources))} images are in {root / FOLDER} already"
+    unreadable: list[str] = []
+    try:
+        for done, (source, index, key, origin) in enumerate(todo):
+            progress(done, len(todo))
+            if key.startswith(os.pardir):
+                raise UserError(f"{source.pairs[index][1]} lies outside of {root}; only data inside can be prepared")
+            try:
+                sample = source[index]
+            except UserError as error:
+                unreadable.append(str(error))
+                continue
+            image, depth = sample.image, sample.maps["depth"]
+            if not done:
+                _check_space(root, len(todo) * (image.nbytes + depth.nbytes))
+            _write(root / FOLDER / f"{key}.h5", image, depth)
+            contents[key] = origin
+    finally:
+        if contents:
+            _replace(root / FOLDER / "contents.json", lambda path: path.write_text(json.dumps(contents) + "\n"))
+    progress(len(todo), len(todo))
+    said = f"{len(todo) - len(unreadable)} images with their depth unpacked in {root / FOLDER}"
+    return f"{said}; {len(unreadable)} are left out, the first: {unreadable[0]}" if unreadable else said
+
+
+def _check_space(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(f"{root} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; make room for them")
+
+
+def _write(file: Path, image: np.ndarray, depth: np.ndarray) -> None:
+    def write(path: Path) -> None:
+        with h5py.File(path, "w") as handle:
+            handle["rgb"] = np.ascontiguousarray(image.transpose(2, 0, 1))
+            handle["depth"] = depth
+
+    _replace(file, write)
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    write(partial)
+    partial.replace(file)
