@@ -131,11 +131,9 @@ def test_prepared_pictures_are_the_same(tmp_path: Path, own: bool) -> None:
             assert after[i].id == source[i].id
             np.testing.assert_array_equal(after[i].image, source[i].image)
             np.testing.assert_array_equal(after[i].maps["depth"], source[i].maps["depth"])
-    assert prepare(str(root), config, lambda done, total: None).startswith("0 images")
-    lines = check_data(
-        "nyu_depth", str(root), ["task.protocol=full", f"task.depth_scale={config.depth_scale or 'null'}"]
-    )[0]
-    assert "(prepared)" in lines[0]
+    assert prepare(str(root), config, lambda done, total: None).startswith("all 23 images are in")
+    scale = f"task.depth_scale={config.depth_scale or 'null'}"
+    assert "(prepared)" in check_data("nyu_depth", str(root), ["task.protocol=full", scale])[0][0]
 
 
 def test_prepared_pictures_of_changed_files_are_not_used(tmp_path: Path) -> None:
