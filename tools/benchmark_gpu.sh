@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All figures of docs/performance.md that need a GPU, at the reference's sizes; no data set and no weights needed.
 # usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train fed decode beside ends; all by default)
-# What fails says so and the rest goes on.
+# What fails says so and the rest goes on. TASKS="nyu_depth" trains for one task only.
 set -euo pipefail
 out=$1
 steps=${*:2}
@@ -14,7 +14,7 @@ for step in ${steps:-tests train fed decode beside ends}; do
   case $step in
   tests) python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true ;;
   train)
-    for task in coco_panoptic nyu_depth imagenet_color; do
+    for task in ${TASKS:-coco_panoptic nyu_depth imagenet_color}; do
       for compile in true false; do
         measure "oracle_${task}_compile_$compile" train-oracle configs/$task/oracle.yaml train.compile=$compile --batch 64
         measure "lm_${task}_compile_$compile" train-lm configs/$task/lm.yaml train.compile=$compile --batch 32
@@ -27,7 +27,10 @@ for step in ${steps:-tests train fed decode beside ends}; do
     [ -d "$out/data" ] || python -m uvim_fsq synth --format nyu --size 480x640 --num 512 --num-val 2 --out "$out/data"
     measure fed train-oracle configs/nyu_depth/oracle.yaml data.root="$out/data" data.workers=8 train.compile=true --batch 64
     ;;
-  decode) measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 --operators 25 ;;
+  decode)
+    measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 --operators 25
+    measure decode_compiled decode configs/nyu_depth/lm.yaml eval.compile=true --batch 1 64
+    ;;
   beside) measure beside side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
   ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: ends" ;;
   *) echo "unknown step $step" >&2 && exit 2 ;;

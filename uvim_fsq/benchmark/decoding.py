@@ -19,13 +19,12 @@ BYTES = {"fp32": 4, "bf16": 2}
 def measure_decoding(
     sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """Greedy decoding, with full and 8-bit cross-attention memory; on a GPU or with `eval.compile` also compiled."""
+    """Greedy decoding with full and with 8-bit cross-attention memory; with `eval.compile` also compiled."""
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
-    cost, cuda = lm_cost(lm), device.type == "cuda"
-    precision = "bf16" if cuda else "fp32"
+    cost, precision = lm_cost(lm), "bf16" if device.type == "cuda" else "fp32"
     size, lines = BYTES[precision], []
-    compiles = (False, True) if cuda or sizes.lm.eval.compile else (False,)
+    compiles = (False, True) if sizes.lm.eval.compile else (False,)
     kinds = {f"{', 8-bit memory' * i}{', compiled' * c}": (i, c) for c in compiles for i in (False, True)}
 
     def decoding(images: torch.Tensor, int8: bool, compiled: bool) -> Callable[[], torch.Tensor]:
