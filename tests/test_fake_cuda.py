@@ -98,10 +98,12 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
     monkeypatch.setattr(cache, "_attend_int8_on_gpu", cache.attend_int8)
     decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
-    for count in (3, 2):  # the second is padded to the first's size
+    image = image.repeat(4, 1, 1, 1)
+    # 7 and 3 are padded; 1 is few beside 9; 12 takes the place of 9.
+    for count, sizes in ((9, [9]), (7, [9]), (3, [9]), (1, [9, 1]), (12, [1, 12]), (5, [1, 12])):
         tokens = decoder(image[:count])
         assert (tokens.device, tokens.dtype, tuple(tokens.shape)) == (CUDA, torch.int64, (count, 4))
-    assert list(decoder._buffers) == [3]
+        assert list(decoder._buffers) == sizes
 
 
 def test_mistakes_are_found() -> None:

@@ -90,6 +90,7 @@ def test_a_decoder_is_used_again() -> None:
     decoder = Decoder(lm)
     assert torch.equal(decoder(first), generate(lm, first)) and torch.equal(decoder(second), generate(lm, second))
     assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
+    assert list(decoder._buffers) == [5]  # sizes near each other do not add up
     torch.nn.init.normal_(lm.blocks[0].self_attn.value.weight)  # type: ignore[union-attr]
     assert torch.equal(decoder(first), naive(lm, first, 0.0, torch.arange(5)))  # the weights of the moment
 

@@ -51,6 +51,8 @@ class Sampling:
 GREEDY = Sampling()
 #: A step reads the cache up to the next multiple of this. Each one is a graph of its own, which takes long to compile.
 SPAN, COMPILED_SPAN = 64, 128
+#: The buffers and graphs of a batch size serve batches down to this part of it.
+SERVES = 4
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Decoder:
         self.model = _with_bf16_weights(model) if precision == "bf16" else model
         # Functions, not bound methods: a decoder that held itself would keep its buffers until Python looks for cycles.
         self._next = compiled(Decoder._next_tokens, fullgraph=True) if compile else Decoder._next_tokens
-        self.span = COMPILED_SPAN if compile else SPAN
+        self.compiled, self.span = compile, COMPILED_SPAN if compile else SPAN
         self._buffers: dict[int, _Buffers] = {}
 
     @torch.inference_mode()
@@ -123,9 +125,20 @@ class Decoder:
         return buffers.tokens[:batch].clone()
 
     def _size(self, batch: int, device: torch.device) -> int:
-        if device.type != "cuda":
+        """How many images are decoded together for a batch: on a GPU as many as an earlier batch had, if not too many.
+
+        Drops the buffers that a new size replaces, so that all together stay below 4/3 of the largest.
+        """
+        if batch in self._buffers:
             return batch
-        return min((size for size in self._buffers if size >= batch), default=batch)
+        # Where a step is compiled, a larger batch costs less than a new size.
+        fits = [size for size in self._buffers if batch < size and (self.compiled or size <= SERVES * batch)]
+        if fits and device.type == "cuda":
+            return min(fits)
+        for size in list(self._buffers):
+            if max(size, batch) <= SERVES * min(size, batch):
+                del self._buffers[size]
+        return batch
 
     @contextlib.contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
