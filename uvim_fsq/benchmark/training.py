@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -68,8 +69,12 @@ def measure_training(
         oracle = stage.oracle.to(device) if isinstance(stage, LMStage) else None
         return several(plain_step(run, stage.task, oracle, batch, device))
 
+    @functools.cache  # not made before it is asked for: the plain code comes first and has the memory for itself
+    def stepper() -> Stepper:
+        return stepper_of(stage, run, batch_size)
+
     def ours() -> Callable[[], object]:
-        return several(steps(stepper_of(stage, run, batch_size), itertools.repeat(batch)))
+        return several(steps(stepper(), itertools.repeat(batch)))
 
     ways = {"": ours} if run.train.compile else {", plain code": plain, "": ours}
     timings = time_made(ways, device, warmup=3, repeats=repeats)
@@ -77,7 +82,7 @@ def measure_training(
     if fed is not None:
         # What its processes have made beforehand is used up first.
         beforehand = -(-(2 * run.data.workers + 3) // at_once)
-        step = several(steps(stepper_of(stage, run, batch_size), fed))
+        step = several(steps(stepper(), fed))
         title = f", fed by {run.data.workers} workers"
         timings[title] = time_repeats(step, device, warmup=beforehand, repeats=repeats)
     name = f"train-{run.stage} {sizes.oracle.task.name}, batch {batch_size}"
