@@ -167,7 +167,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
         prepare(str(root), CONFIG, stop)
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (4 of 6 prepared)"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="has 0.0 GB free, 0.0 GB are needed"):
+    with pytest.raises(UserError, match="has 0.00 GB free, 0.00 GB are needed"):
         prepare(str(root), CONFIG, lambda done, total: None)
     monkeypatch.undo()
     assert prepare(str(root), CONFIG, lambda done, total: None).startswith("3 images")

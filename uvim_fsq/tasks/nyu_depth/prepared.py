@@ -104,7 +104,7 @@ def prepare(sources: list[PairSource], progress: Callable[[int, int], None]) -> 
 def _check_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise UserError(f"{root} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; make room for them")
+        raise UserError(f"{root} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; make room for them")
 
 
 def _write(file: Path, image: np.ndarray, depth: np.ndarray) -> None:
@@ -120,5 +120,8 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
-    write(partial)
-    partial.replace(file)
+    try:
+        write(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
