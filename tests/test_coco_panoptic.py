@@ -132,7 +132,7 @@ def test_stuff_of_one_class_is_one_segment() -> None:
 
 def test_loss_counts_unlabelled_pixels_in_the_mean_only(root: Path) -> None:
     task = task_for(root)
-    logits = {n: torch.randn(1, 4, c.num_classes) for n, c in task.label_channels.items()}  # type: ignore[union-attr]
+    logits = {n: torch.randn(1, 4, c.num_classes) for n, c in task.label_channels.items()}
     labels = {"semantics": torch.tensor([[3, 1, -1, -1]]), "instances": torch.tensor([[2, 1, -1, -1]])}
     loss, _ = task.loss(logits, labels)
     rows = [-logits[n][0].log_softmax(-1)[[0, 1], labels[n][0, :2]].sum() / 4 for n in labels]
@@ -152,7 +152,7 @@ def test_labels_decode_to_themselves(root: Path) -> None:
         logits = {
             name: torch.nn.functional.one_hot(torch.from_numpy(labels[name]).long(), channel.num_classes)[None].float()
             for name, channel in task.label_channels.items()
-        }  # type: ignore[union-attr]
+        }
         metric.update(task.decode(logits)[0], sample)
         others.update(baseline.predict(sample.image), sample)
     assert metric.compute()["pq"] == 100 and others.compute()["pq"] < 60
@@ -217,7 +217,7 @@ def test_prepared_labels_are_the_same(root: Path) -> None:
 def test_categories_come_from_the_file_and_must_agree(root: Path) -> None:
     task = task_for(root)
     assert [name for _, name, _ in task.config.categories] == task.names[1:]
-    assert task.label_channels["semantics"].num_classes == len(task.names)  # type: ignore[union-attr]
+    assert task.label_channels["semantics"].num_classes == len(task.names)
     edit(root, lambda tree: tree["categories"][0].update(name="another"))
     with pytest.raises(UserError, match="other categories"):
         task.source(str(root), "val")

@@ -35,7 +35,7 @@ def golden_oracle(name: str) -> tuple[Oracle, dict[str, np.ndarray]]:
         num_heads=shape.num_heads,
         mlp_dim=shape.mlp_dim,
         code_length=16,
-        context=shape.context,  # type: ignore[arg-type]
+        context=shape.context,
         quantizer=QuantizerConfig(kind="vq", codebook_size=shape.codebook_size, codeword_dim=shape.codeword_dim),
     )
     oracle = Oracle(config, CASES[name], 64).eval()

@@ -153,7 +153,7 @@ def test_keep_luma_changes_the_brightness_and_nothing_else() -> None:
     assert keep_luma(np.ones_like(image), -np.ones_like(image)).min() >= -1
     sample = photo(8, 8)
     task = ImagenetColor(ImagenetColorConfig(keep_luma=True))
-    metric = task.metric(object())  # type: ignore[arg-type]
+    metric = task.metric(object())
     assert metric.protocol == "imagenet_color/psnr+keep_luma"
     grey, label = (to_unit(x, sample) for x in (TASK.model_image(sample), TASK.encode(sample)["color"]))
     right_colour = label + RNG.uniform(-0.2, 0.2, (8, 8, 1)).astype(np.float32)

@@ -91,7 +91,7 @@ def test_a_decoder_is_used_again() -> None:
     assert torch.equal(decoder(first), generate(lm, first)) and torch.equal(decoder(second), generate(lm, second))
     assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
     assert list(decoder._buffers) == [5]  # sizes near each other do not add up
-    torch.nn.init.normal_(lm.blocks[0].self_attn.value.weight)  # type: ignore[union-attr]
+    torch.nn.init.normal_(lm.blocks[0].self_attn.value.weight)
     assert torch.equal(decoder(first), naive(lm, first, 0.0, torch.arange(5)))  # the weights of the moment
 
 
@@ -134,7 +134,7 @@ def test_int8_attention_is_that_of_its_rounded_numbers() -> None:
 def test_bf16_decoding_leaves_the_model_alone() -> None:
     lm = make_lm()
     decoder = Decoder(lm, precision="bf16")
-    assert lm.blocks[0].mlp.fc1.weight.dtype == torch.float32  # type: ignore[union-attr]
+    assert lm.blocks[0].mlp.fc1.weight.dtype == torch.float32
     tokens = decoder(images())
     assert tokens.shape == (5, 9) and (tokens == generate(lm, images())).float().mean() > 0.6
 

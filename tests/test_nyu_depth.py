@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -126,7 +127,7 @@ def test_prepared_pictures_are_the_same(tmp_path: Path, own: bool) -> None:
     for split, source in zip(splits, before, strict=True):
         after = open_source(str(root), split, config)
         assert len(after) == len(source) > 0 and after.info["layout"].endswith("(prepared)")
-        assert {file.suffix for _, *files in after.pairs for file in files} == {".h5"}  # type: ignore[attr-defined]
+        assert {file.suffix for _, *files in after.pairs for file in files} == {".h5"}
         for i in range(len(source)):
             assert after[i].id == source[i].id
             np.testing.assert_array_equal(after[i].image, source[i].image)
@@ -153,7 +154,10 @@ def test_prepared_pictures_of_changed_files_are_not_used(tmp_path: Path) -> None
     other = NYUDepthConfig(protocol="full", depth_scale=500.0)
     assert open_source(str(root), "train", other).info["layout"] == "C (5 of 6 prepared)"  # of own data only
     shutil.rmtree(root / "official_splits")
-    assert prepare(str(root), CONFIG, lambda done, total: None).startswith("0 images")
+    for file in root.glob("*test_files*.txt"):
+        file.unlink()
+    said = prepare(str(root), CONFIG, lambda done, total: None)
+    assert said.startswith("0 images") and "; val is left out: " in said and "holds no rgb" in said
 
 
 def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +170,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         prepare(str(root), CONFIG, stop)
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (4 of 6 prepared)"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(UserError, match="has 0.00 GB free, 0.00 GB are needed"):
         prepare(str(root), CONFIG, lambda done, total: None)
     monkeypatch.undo()

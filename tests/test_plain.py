@@ -104,7 +104,7 @@ def count(model: nn.Module) -> int:
 @pytest.mark.parametrize("task", TASKS)
 def test_plain_oracle(task: str, context: str) -> None:
     torch.manual_seed(0)
-    config = OracleModelConfig(4, 16, 1, 2, 2, 32, context, 4, "none", QuantizerConfig(levels=(8, 5)))  # type: ignore[arg-type]
+    config = OracleModelConfig(4, 16, 1, 2, 2, 32, context, 4, "none", QuantizerConfig(levels=(8, 5)))
     ours = Oracle(config, TASKS[task].label_channels, 16).train()
     plain = PlainOracle(config, TASKS[task], 16).train()
     assert count(plain) == count(ours)

@@ -71,7 +71,7 @@ def noise(setting: Setting, batch: int) -> Labels:
 
 
 def one_hot_product(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return OneHotProduct.apply(patches, weight)  # type: ignore[no-any-return]
+    return OneHotProduct.apply(patches, weight)
 
 
 def majority_and_corrections(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,18 @@ from uvim_fsq.lm.generate import Decoder
 BYTES = {"fp32": 4, "bf16": 2}
 
 
+def precision_on(device: torch.device) -> str:
+    """In which decoding is measured: bf16 is no gain on a CPU."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 def measure_decoding(
     sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
     """Greedy decoding with full and with 8-bit cross-attention memory; with `eval.compile` also compiled."""
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
-    cost, precision = lm_cost(lm), "bf16" if device.type == "cuda" else "fp32"
+    cost, precision = lm_cost(lm), precision_on(device)
     size, lines = BYTES[precision], []
     compiles = (False, True) if sizes.lm.eval.compile else (False,)
     kinds = {f"{', 8-bit memory' * i}{', compiled' * c}": (i, c) for c in compiles for i in (False, True)}

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import PartialState
 
 from uvim_fsq.benchmark.ceilings import Ceilings, measure_ceilings
-from uvim_fsq.benchmark.decoding import measure_decoding
+from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.benchmark.measure import Measurement
 from uvim_fsq.benchmark.metrics import measure_metrics
@@ -95,8 +95,11 @@ def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device)
     if job == "loader":
         return measure_loader(sizes.run, repeats=repeats)
     sizes = Sizes(sizes.oracle, None) if job == "train-oracle" else sizes
-    batch = asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)
-    return measure_training(sizes, ceilings, device, batch_size=batch, repeats=repeats)
+    return measure_training(sizes, ceilings, device, batch_size=_training_batch(asked, sizes), repeats=repeats)
+
+
+def _training_batch(asked: Request, sizes: Sizes) -> int:
+    return asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)
 
 
 def _one_step(asked: Request, sizes: Sizes, device: torch.device) -> Callable[[], object]:
@@ -105,11 +108,11 @@ def _one_step(asked: Request, sizes: Sizes, device: torch.device) -> Callable[[]
     if asked.job == "decode":
         lm, task = fresh_lm(sizes, device)
         assert sizes.lm is not None
-        precision = "bf16" if device.type == "cuda" else "fp32"
-        decoder = Decoder(lm, precision=precision, int8=sizes.lm.eval.int8_memory, compile=sizes.lm.eval.compile)
+        config = sizes.lm.eval
+        decoder = Decoder(lm, precision=precision_on(device), int8=config.int8_memory, compile=config.compile)
         batch = asked.batches[0] if asked.batches else BATCHES[device.type][1]
         return functools.partial(decoder, made_up_batch(task, run.data.image_size, batch, device)["image"])
-    batch = asked.batches[0] if asked.batches else min(run.train.batch_size, 64)
+    batch = _training_batch(asked, sizes)
     stage = stage_of(sizes)
     data = made_up_batch(stage.task, run.data.image_size, batch, device)
     return steps(stepper_of(stage, run, batch), itertools.repeat(data))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from uvim_fsq.benchmark.beside import compare, find_package
+from uvim_fsq.benchmark.decoding import precision_on
 from uvim_fsq.benchmark.hugging_face import hugging_face_twin, hugging_face_ways, parameter_count
 from uvim_fsq.benchmark.measure import Measurement, time_ways
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm
@@ -105,7 +106,7 @@ def measure_decoding(lm: LM, repeats: int, batches: Sequence[int]) -> list[Measu
     """Images per second of our `generate` beside `decode_ways`, on the LM's device and in its number type."""
     module, version = find_package("transformers")
     device = lm.head.weight.device
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    precision = precision_on(device)
     decoders = {"ours": Decoder(lm, precision=precision)}
     if device.type == "cuda":
         # The others have all of their numbers in bf16.

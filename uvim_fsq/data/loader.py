@@ -112,7 +112,7 @@ class _Samples(Dataset[Item | str]):
             self.cache[index] = self.source[index]
         return self.cache[index]
 
-    def __getitem__(self, request: Request) -> Item | str:  # type: ignore[override]
+    def __getitem__(self, request: Request) -> Item | str:
         error = None
         for index in (request.index, request.substitute):
             try:

@@ -130,4 +130,4 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
         raise UserError(f"weights of {config.name} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
     cfg: Any = published.pretrained_cfg
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-    return mean, std  # type: ignore[return-value]
+    return mean, std

@@ -50,7 +50,7 @@ class OneHotProduct(torch.autograd.Function):
         return torch.cat(products).view(*patches.shape[:2], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
         (patches,) = ctx.saved_tensors
         flat = gradient.flatten(0, 1).to(ctx.dtype)
         total = flat.new_zeros(patches.shape[2] * ctx.classes, flat.shape[1], dtype=torch.float32)

@@ -7,6 +7,7 @@ compact copies that `uvim-fsq data prepare` makes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import cv2
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.cache import write_whole
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
@@ -283,7 +285,5 @@ def _prepare_split(pngs: PngStore, index: Index, folder: Path, progress: Callabl
         numbers = number_segments(decode_ids(pngs.read(name), str(pngs.place / name)), ids, str(pngs.place / name))
         ok, png = cv2.imencode(".png", numbers.astype(np.uint8 if len(ids) < 256 else np.uint16))
         assert ok
-        partial = target.with_suffix(".partial")
-        partial.write_bytes(png.tobytes())
-        partial.replace(target)
+        write_whole(target, functools.partial(Path.write_bytes, data=png.tobytes()))
     progress(len(index.pngs), len(index.pngs))

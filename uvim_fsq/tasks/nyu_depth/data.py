@@ -242,12 +242,12 @@ def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], No
     if layout in "AB":
         raise UserError(f"{place} is HDF5 already (layout {layout}) and loads as fast; there is nothing to prepare")
     sources: list[PairSource] = []
-    missing: list[UserError] = []
+    missing: list[str] = []
     for split in ("train", "val"):
         try:
             sources.append(_decoded(layout, place, split, config))
         except UserError as error:
-            missing.append(error)
+            missing.append(f"{split} is left out: {error}")
     if not sources:
-        raise missing[0]
-    return prepare_pairs(sources, progress)
+        raise UserError("; ".join(missing))
+    return "; ".join([prepare_pairs(sources, progress), *missing])

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from uvim_fsq.data.cache import write_whole
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.files import PairSource
 
@@ -89,13 +90,13 @@ def prepare(sources: list[PairSource], progress: Callable[[int, int], None]) -> 
                 unreadable.append(str(error))
                 continue
             image, depth = sample.image, sample.maps["depth"]
-            if not done:
+            if done == len(unreadable):  # the first one that can be read
                 _check_space(root, len(todo) * (image.nbytes + depth.nbytes))
             _write(root / FOLDER / f"{key}.h5", image, depth)
             contents[key] = origin
     finally:
         if contents:
-            _replace(root / FOLDER / "contents.json", lambda path: path.write_text(json.dumps(contents) + "\n"))
+            write_whole(root / FOLDER / "contents.json", lambda path: path.write_text(json.dumps(contents) + "\n"))
     progress(len(todo), len(todo))
     said = f"{len(todo) - len(unreadable)} images with their depth unpacked in {root / FOLDER}"
     return f"{said}; {len(unreadable)} are left out, the first: {unreadable[0]}" if unreadable else said
@@ -113,15 +114,4 @@ def _write(file: Path, image: np.ndarray, depth: np.ndarray) -> None:
             handle["rgb"] = np.ascontiguousarray(image.transpose(2, 0, 1))
             handle["depth"] = depth
 
-    _replace(file, write)
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        write(partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, write)
