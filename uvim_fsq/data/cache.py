@@ -57,17 +57,6 @@ def cached_arrays(
     return arrays
 
 
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file whole or not at all: `write(path)` gets another name beside it. Folders are made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        write(partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _load(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:

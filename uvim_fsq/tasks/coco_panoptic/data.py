@@ -23,11 +23,11 @@ import cv2
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
-from uvim_fsq.data.cache import write_whole
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
 
@@ -285,5 +285,5 @@ def _prepare_split(pngs: PngStore, index: Index, folder: Path, progress: Callabl
         numbers = number_segments(decode_ids(pngs.read(name), str(pngs.place / name)), ids, str(pngs.place / name))
         ok, png = cv2.imencode(".png", numbers.astype(np.uint8 if len(ids) < 256 else np.uint16))
         assert ok
-        write_whole(target, functools.partial(Path.write_bytes, data=png.tobytes()))
+        write_whole(target, functools.partial(Path.write_bytes, data=png.tobytes()), durable=False)
     progress(len(index.pngs), len(index.pngs))

@@ -17,8 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from uvim_fsq.data.cache import write_whole
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.nyu_depth.files import PairSource
 
 FOLDER = "prepared_depth"
@@ -114,4 +114,4 @@ def _write(file: Path, image: np.ndarray, depth: np.ndarray) -> None:
             handle["rgb"] = np.ascontiguousarray(image.transpose(2, 0, 1))
             handle["depth"] = depth
 
-    write_whole(file, write)
+    write_whole(file, write, durable=False)

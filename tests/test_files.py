@@ -1,0 +1,51 @@
+"""Files written whole or not at all, and what a damaged one says."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from uvim_fsq.errors import UserError
+from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "figures.json"
+    write_json(file, {"rmse": 0.5})
+    assert read_json(file, "") == {"rmse": 0.5}
+
+    def half(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="figures.json: the disk is full"):
+        write_whole(file, half)
+    assert read_json(file, "") == {"rmse": 0.5}
+    assert [path.name for path in file.parent.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.parametrize("place", ["file/under.json", "/proc/nowhere/under.json"])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="under.json: .*choose another place"):
+        write_json(tmp_path / place, {})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": 1', b"[" * 100_000])
+def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "best.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="best.json is damaged .*; remove it") as caught:
+        read_json(file, "remove it")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "missing.json", "")
+
+
+def test_a_full_disk_is_known_by_its_many_messages() -> None:
+    assert disk_is_full(OSError(errno.ENOSPC, "x")) and disk_is_full(OSError(errno.EDQUOT, "x"))
+    assert disk_is_full(OSError("1000 requested and 512 written"))
+    assert disk_is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    assert not disk_is_full(OSError(errno.EACCES, "x")) and not disk_is_full(KeyError("No space left"))

@@ -1,0 +1,108 @@
+"""Files that are written whole or not at all, and read with one clear line where they are damaged.
+
+Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.errors import UserError
+
+#: How libraries that swallow the error number say that the disk is full: Rust (safetensors), the C library (h5py),
+#: torch.save, and NumPy, whose message is "1000 requested and 512 written".
+_FULL = ("No space left", "Disk quota", "errno = 28", "PytorchStreamWriter failed", "enforce fail", " requested and ")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error that a library raised while writing means that no space is left, or none of the quota."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, (OSError, RuntimeError, ValueError)) and any(words in str(error) for words in _FULL)
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Turns an error that the user can put right (full disk, a file where a folder should be, no permission) into a
+    UserError that names `what`, a file or folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if disk_is_full(error):
+            raise UserError(f"cannot write {what}: the disk is full; free space, or choose another place") from error
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"cannot write {what}: {reason}; choose another place") from error
+        raise
+
+
+def sync(path: Path) -> None:
+    """Has the kernel put a file, or the names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Makes a file whole or not at all: `write(path)` gets another name beside it. Folders are made.
+
+    `durable=False` spares the wait for the disk: for the many files of a cache, which can be made again.
+
+    Raises UserError naming the file when the disk is full or the place cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with writing(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            if durable:
+                sync(partial)
+            partial.replace(file)
+            if durable:
+                sync(file.parent)
+        finally:
+            _remove(partial)
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:  # a folder on the way is a file, or may not be written: the error under way says so
+        pass
+
+
+def write_text(file: Path, text: str) -> None:
+    """`write_whole` for text, in UTF-8."""
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
+    """`write_whole` for what `json` can write."""
+    write_text(file, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file that this package wrote.
+
+    Raises UserError, ending with `remedy`, for a file that is damaged or holds anything but an object, and
+    FileNotFoundError where there is none.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged (it holds no object); {remedy}")
+    return value
