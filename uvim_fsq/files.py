@@ -9,7 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,9 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
             if durable:
                 sync(file.parent)
         finally:
-            _remove(partial)
-
-
-def _remove(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:  # a folder on the way is a file, or may not be written: the error under way says so
-        pass
+            # A folder on the way may be a file, or not writable: the error under way says so.
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
