@@ -36,7 +36,7 @@ class Predictor:
     def from_run(
         cls, path: str | Path, overrides: Sequence[str] = (), device: str | torch.device | None = None
     ) -> Predictor:
-        """Loads the best checkpoint of an LM's run directory, or the checkpoint directory given.
+        """Loads an LM's run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         """

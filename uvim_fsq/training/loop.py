@@ -17,11 +17,12 @@ import torch
 
 from uvim_fsq.benchmark.ceilings import matrix_rate
 from uvim_fsq.config import Run
-from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.errors import UserError
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.lock import run_lock
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
+from uvim_fsq.training.ranks import from_main
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.trainer import Trainer
 
@@ -55,29 +56,44 @@ def fit(stage: Stage, run: Run) -> Path:
     after SIGINT or SIGTERM, with everything saved.
     """
     trainer = Trainer(stage, run)
-    if trainer.accelerator.is_main_process:
-        trainer.out.mkdir(parents=True, exist_ok=True)
-        ckpt.clean_leftovers(trainer.out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.resume()
-    if trainer.accelerator.is_main_process:
-        (trainer.out / "config.yaml").write_text(dump_yaml(run))
-        stage.extra_files(trainer.out)
-    progress = Progress(
-        run.train,
-        stage.main_prefix,
-        trainer.total,
-        trainer.step,
-        main=trainer.accelerator.is_main_process,
-        ceiling=_ceiling(trainer),
-    )
-    try:
-        with stop_signals() as received:
-            _train(trainer, progress, received)
-    finally:
-        progress.close()
-        trainer.accelerator.wait_for_everyone()
+    with _alone(trainer.out):
+        notes = trainer.resume()
+        from_main(trainer.write_run_files)
+        unevaluated = trainer.lacks_evaluation()
+        progress = Progress(
+            run.train,
+            stage.main_prefix,
+            trainer.total,
+            trainer.step,
+            main=trainer.accelerator.is_main_process,
+            ceiling=_ceiling(trainer),
+            unevaluated=unevaluated,
+        )
+        for note in notes:
+            progress.say(note)
+        try:
+            with stop_signals() as received:
+                if unevaluated:
+                    trainer.evaluate(progress)
+                    trainer.tidy()
+                _train(trainer, progress, received)
+        finally:
+            progress.close()
+            trainer.accelerator.wait_for_everyone()
     return trainer.out
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory's lock in the main process; what a killed process left behind is removed."""
+
+    def enter() -> None:
+        held.enter_context(run_lock(run_dir))
+        ckpt.clean_leftovers(run_dir)
+
+    with contextlib.ExitStack() as held:
+        from_main(enter)
+        yield
 
 
 def _ceiling(trainer: Trainer) -> float:
@@ -97,7 +113,7 @@ def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
         window.append(trainer.optimizer_step(batches, progress.waited))
         last = trainer.step == trainer.total
         stop = _agree(trainer, bool(received))
-        evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
+        evaluate = trainer.evaluates_now()
         save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
         if save or trainer.step % train.log_every == 0:
             _log_window(trainer, progress, window)
@@ -106,7 +122,9 @@ def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
             trainer.save()
             saved = trainer.step
         if evaluate:
-            trainer.evaluate(progress, final=last)
+            trainer.evaluate(progress)
+        if save:
+            trainer.tidy()
         if stop and not last:
             progress.say(
                 f"stopped by signal {received[0] if received else ''} after step {saved}; saved. "
@@ -138,18 +156,22 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
     if trainer.accelerator.num_processes > 1:
         losses, means = _reduced(trainer, losses), _reduced(trainer, means)
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        first = trainer.step - len(window) + 1 + int(np.argmin(finite.cpu().numpy()))
-        kept = ckpt.checkpoints(trainer.out)
-        remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise UserError(
-            f"the loss is not finite at step {first}; {remedy}. "
-            "Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or use train.precision=bf16 or fp32"
-        )
+    _stop_at(trainer, losses, len(window), "loss")
+    # fp16's scaler leaves out steps whose gradient is not finite.
+    if "grad_norm" in window[-1] and trainer.accelerator.scaler is None:
+        norms = torch.stack([logs["grad_norm"].to(trainer.device) for logs in window])
+        _stop_at(trainer, norms, len(window), "gradient's norm")
     values = dict(zip(names, means.tolist(), strict=True))
     rate = learning_rate(trainer.step - 1, trainer.total, trainer.run.optim)
     ordered = {"loss": values.pop("loss"), "lr": rate, **values}
     if trainer.loader.bad:
         ordered["bad_samples"] = float(len(trainer.loader.bad))
     progress.log(trainer.step, ordered)
+
+
+def _stop_at(trainer: Trainer, values: torch.Tensor, steps: int, what: str) -> None:
+    """Raises UserError, naming the step, if one of the values of the last `steps` steps is not finite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        first = trainer.step - steps + 1 + int(np.argmin(finite.cpu().numpy()))
+        raise UserError(f"the {what} is not finite at step {first}; {trainer.last_good()}")
