@@ -27,6 +27,7 @@ from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import Loaded, load_checkpoint
@@ -126,7 +127,7 @@ def baseline_predictions(baseline: Baseline) -> Predictor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves image and labels, and makes real labels of 8 bits float32 in [-1, 1]; ids and indices stay on the host."""
     labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
-    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
+    labels = {n: signed_pixels(x) if x.ndim == 4 else x for n, x in labels.items()}
     return Batch(
         image=batch["image"].to(device, non_blocking=True), labels=labels, index=batch["index"], id=batch["id"]
     )

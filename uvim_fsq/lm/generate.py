@@ -101,7 +101,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, 3, S, S) images, uint8 or normalised -> tokens (B, L) int64 in [0, V).
+        """(B, 3, S, S) images, uint8 or floating in [-1, 1] -> tokens (B, L) int64 in [0, V).
 
         `seeds`: (B,) int64, one stream of random numbers per example; default 0..B-1. Unused when greedy.
         """
@@ -218,7 +218,7 @@ def generate(
     top_p: float | None = None,
     seeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Predicts the tokens of `images` (B, 3, S, S) uint8 -> (B, L) int64 in [0, V), once; see Decoder and Sampling."""
+    """Predicts the tokens of `images` (B, 3, S, S) -> (B, L) int64 in [0, V), once; see Decoder and Sampling."""
     return Decoder(model, Sampling(temperature, top_k, top_p))(images, seeds)
 
 
