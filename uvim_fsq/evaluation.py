@@ -102,7 +102,8 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
 
     def cost(batch: Batch) -> torch.Tensor:
         truth = oracle.tokenize(batch["labels"], batch["image"])
-        logits = lm(batch["image"], truth).float()
+        # Not `lm(...)`: while it is trained, Accelerate has put training's precision around its forward.
+        logits = lm.decode(truth, lm.encode(batch["image"])).float()
         return F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").sum(1) / math.log(2)
 
     def predict(batch: Batch) -> Predicted:

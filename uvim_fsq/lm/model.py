@@ -103,6 +103,8 @@ class LM(nn.Module):
     def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor:
         """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
 
+        The logits are of the weights' type, also inside autocast: in bf16 the largest two are often equal.
+
         Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
         position is a tensor operation, so that one step can be captured as a graph; only the first `span` positions of
         the buffers are read (default all), and the position must be one of them.
@@ -117,7 +119,8 @@ class LM(nn.Module):
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
             x = block.step(x, layer, position, mask)
-        return self.head(self.norm(x))[:, 0]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.norm(x))[:, 0]
 
     def _fixed(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What stays the same from step to step, of each block: own projections in one, cross keys and values."""

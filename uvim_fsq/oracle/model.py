@@ -123,8 +123,12 @@ class Oracle(nn.Module):
         return self.encoder_head(resize_tokens(self.encoder(x), self.code_length))
 
     def tokenize(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
-        """Labels and image -> tokens (B, L) int64."""
-        return self.quantizer(self.encode(labels, image))[1]
+        """Labels and image -> tokens (B, L) int64.
+
+        In float32, also inside autocast: what an LM is trained on is what evaluation holds against it.
+        """
+        with torch.autocast(self.encoder_positions.device.type, enabled=False):
+            return self.quantizer(self.encode(labels, image))[1]
 
     def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""
