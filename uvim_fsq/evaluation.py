@@ -26,6 +26,7 @@ from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import Loaded, load_checkpoint
@@ -100,7 +101,8 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
 
     def cost(batch: Batch) -> torch.Tensor:
         truth = oracle.tokenize(batch["labels"], batch["image"])
-        logits = lm(batch["image"], truth).float()
+        # Not `lm(...)`: while it is trained, Accelerate has put training's precision around its forward.
+        logits = lm.decode(truth, lm.encode(batch["image"])).float()
         return F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").sum(1) / math.log(2)
 
     def predict(batch: Batch) -> Predicted:
@@ -125,7 +127,7 @@ def baseline_predictions(baseline: Baseline) -> Predictor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves image and labels, and makes real labels of 8 bits float32 in [-1, 1]; ids and indices stay on the host."""
     labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
-    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
+    labels = {n: signed_pixels(x) if x.ndim == 4 else x for n, x in labels.items()}
     return Batch(
         image=batch["image"].to(device, non_blocking=True), labels=labels, index=batch["index"], id=batch["id"]
     )
