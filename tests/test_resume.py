@@ -24,7 +24,8 @@ import yaml
 
 from tests.ranks import finish, run_ranks, start_ranks
 from tests.small import LM, ORACLE, lm_run, oracle_run
-from uvim_fsq.config import Run
+from uvim_fsq.cli import main as cli
+from uvim_fsq.config import Run, TrainConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import evaluate_run
 from uvim_fsq.files import read_json_lines
@@ -33,14 +34,17 @@ from uvim_fsq.run_dirs import checkpoints, file_hash, recorded_hashes, step_name
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import loop, trainer
 from uvim_fsq.training.lock import run_lock
-from uvim_fsq.training.loop import Interrupted, fit
+from uvim_fsq.training.loop import fit
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.run import train
+from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import OracleStage, build_stage
 from uvim_fsq.training.trainer import Trainer
 
 #: Of log lines, what differs from run to run by its nature.
 TIMED = ("images_per_second", "mfu", "data_wait")
+#: A resumption with other settings has to be asked for.
+CHANGED = ["train.resume_changes=true"] if hasattr(TrainConfig, "resume_changes") else []
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
@@ -236,12 +240,11 @@ def test_averages_switched_on_and_off_at_resume(
 ) -> None:
     """An average begins with the loaded weights; without one, training goes on from the trained weights."""
     out = tmp_path / "run"
-    allowed = ["train.resume_changes=true"] if hasattr(oracle_run(out, data).train, "resume_changes") else []
     fitted(oracle_run(out, data, "train.steps=6", "train.save_every=3", f"train.ema={before}", "train.keep=9"))
     shutil.rmtree(at(out, 6))
     state = torch.load(at(out, 3) / ckpt.STATE, weights_only=True)
     trained = state.get("raw", weights(at(out, 3)))
-    run = oracle_run(out, data, "train.steps=6", f"train.ema={after}", "train.resume=auto", *allowed)
+    run = oracle_run(out, data, "train.steps=6", f"train.ema={after}", "train.resume=auto", *CHANGED)
     resumed = Trainer(build_stage(run), run)
     resumed.resume()
     now = dict(resumed.stage.model.named_parameters())
@@ -499,10 +502,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def rank_in_own_folder(folder: str, data: str) -> None:
     """What a rank runs: training in a directory of its own under the same name, as on machines that share no disk."""
     os.chdir(Path(folder) / f"rank{os.environ['RANK']}")
-    try:
-        fitted(oracle_run(Path("run"), Path(data), "train.resume=auto", "train.steps=8"))
-    except UserError as error:
-        print(f"refused: {error}", flush=True)
+    file = Path("run.yaml")
+    file.write_text(yaml.safe_dump(ORACLE))
+    keys = [f"data.root={data}", "train.out=run", "train.resume=auto"]
+    cli(["train-oracle", str(file), *keys])
 
 
 @pytest.mark.multi
@@ -522,9 +525,14 @@ def test_ranks_resume_the_same_checkpoint_or_stop(tmp_path: Path, data: Path, or
         state = torch.load(at(out[1], 6) / ckpt.STATE, weights_only=True)
         moved = {name: value + 1 for name, value in other.items()}
         ckpt.save_checkpoint(out[1], 6, config=config, weights=moved, state=state)
-    said = finish(start_ranks(2, "tests.test_resume:rank_in_own_folder", str(tmp_path), str(data)))
-    wanted = {"missing": "step_00000006 is missing", "damaged": "model.safetensors is damaged", "another": "another"}
-    assert said.count("refused: process 1 of 2: ") == 2 and wanted[case] in said, said
+    process = start_ranks(2, "tests.test_resume:rank_in_own_folder", str(tmp_path), str(data))
+    said = finish(process)
+    wanted = {
+        "missing": "error: process 1 has no run/checkpoints/step_00000006; the run directory must be one",
+        "damaged": "error: run/checkpoints/step_00000006/model.safetensors is damaged",
+        "another": "error: the processes loaded different checkpoints from run/checkpoints/step_00000006",
+    }
+    assert process.returncode != 0 and wanted[case] in said, said
     assert [p.name for p in checkpoints(out[0])] == [step_name(6)]
 
 
@@ -561,7 +569,7 @@ def test_damaged_log_lines(tmp_path: Path, data: Path, quick_evaluation: None) -
         lines = read_json_lines(file)
     assert len(lines) == count + 1
     with pytest.warns(UserWarning, match="damaged line"):
-        fitted(oracle_run(out, data, "train.steps=4", "train.resume=auto"))
+        fitted(oracle_run(out, data, "train.steps=4", "train.resume=auto", *CHANGED))
     again = read_json_lines(file)
     assert again[:count] == lines[:count] and {line["step"] for line in again[count:]} == {4}
     file.unlink()

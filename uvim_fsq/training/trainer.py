@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import TrainLoader
@@ -21,7 +22,6 @@ from uvim_fsq.files import write_text, write_whole
 from uvim_fsq.run_dirs import Evaluation, Watch, checkpoints, read_evaluation, resume_from, step_name
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.progress import Progress
-from uvim_fsq.training.ranks import agreed, from_main
 from uvim_fsq.training.stages import Stage, watched
 from uvim_fsq.training.step import Stepper
 
@@ -74,19 +74,27 @@ class Trainer(Stepper):
     def resume(self) -> list[str]:
         """Goes on from train.resume, if there is something; returns what the user should know.
 
-        Raises UserError in all processes where one lacks the checkpoint or loads another, for a damaged checkpoint,
-        and where a run would be overwritten.
+        Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
+        checkpoint, and where a run would be overwritten.
         """
-        path = from_main(lambda: resume_from(self.out, self.train.resume))
+        path = processes.broadcast(resume_from(self.out, self.train.resume) if processes.is_main() else None)
         if path is None:
             return []
-        agreed(lambda: self._load(path), f"it loaded another {path} than process 0")
-        return from_main(lambda: self._leave_newer())
+        everyone = processes.gather(self._load(path))
+        if everyone.count(everyone[0]) != len(everyone):
+            raise UserError(
+                f"the processes loaded different checkpoints from {path}; the run directory and the oracle's must be "
+                "ones that all machines share"
+            )
+        return self._leave_newer() if processes.is_main() else []
 
     def _load(self, path: Path) -> tuple[Any, ...]:
         """Loads a checkpoint; returns what must be equal in all processes."""
         if not path.is_dir():
-            raise UserError(f"{path} is missing; the run directory must be one that all machines share")
+            raise UserError(
+                f"process {self.accelerator.process_index} has no {path}; the run directory must be one that all "
+                "machines share"
+            )
         try:
             state, state_hash = ckpt.load_trainer_state(path)
             if "optimizer" not in state:
@@ -105,7 +113,7 @@ class Trainer(Stepper):
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.bad = list(state.get("bad", []))
+        self.loader.bad = dict(state.get("bad_samples", {}))
         self.step = int(state["step"])
         return self.step, weights_hash, state_hash, self.stage.oracle_sha256
 
@@ -127,11 +135,11 @@ class Trainer(Stepper):
         Raises UserError in all processes for weights or a state that are not finite, and leaves them unsaved.
         """
         self._refuse_to_save_nonsense()
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             state: dict[str, Any] = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
-                "bad": self.loader.bad,
+                "bad_samples": self.loader.bad,
             }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
@@ -147,7 +155,7 @@ class Trainer(Stepper):
                 state=state,
                 oracle_sha256=self.stage.oracle_sha256,
             )
-        self.accelerator.wait_for_everyone()
+        processes.wait()
 
     def _refuse_to_save_nonsense(self) -> None:
         tensors = [*self.stage.model.state_dict().values(), *(self.ema or {}).values()]
@@ -172,7 +180,7 @@ class Trainer(Stepper):
 
     def tidy(self) -> None:
         """Deletes checkpoints that are not to be kept; not before the newest is evaluated, if it is to be."""
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             ckpt.prune(self.out, self.train.keep)
 
     # --- evaluation --------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ class Trainer(Stepper):
     def lacks_evaluation(self) -> bool:
         """Whether the checkpoint of the present step was to be evaluated and a kill came in between."""
         saved = self.step > 0 and self.evaluates_now()
-        return from_main(lambda: saved and read_evaluation(self.last_checkpoint) is None)
+        return processes.broadcast(saved and read_evaluation(self.last_checkpoint) is None)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
@@ -206,13 +214,13 @@ class Trainer(Stepper):
         start = time.perf_counter()
         with self.averaged_weights() as model:
             figures = self.stage.evaluate(model, self.train.eval_limit, self.device)
-            panel = self.stage.panel(model, self.device) if self.accelerator.is_main_process else None
+            panel = self.stage.panel(model, self.device) if processes.is_main() else None
         if panel is not None:
             picture = Image.fromarray(panel)
             place = self.out / "panels" / f"{step_name(self.step)}.png"
             write_whole(place, lambda path: picture.save(path, format="PNG"))
         progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.watch, figures))
 
     def write_run_files(self) -> None:
