@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,10 @@ class Tree(nn.Module):
         query = torch.tensor(arrays[QUERY]).flatten(1).T
         if isinstance(self.encoder.attn, Attention):
             return {**found, "encoder.attn.key.weight": query}
-        return {**found, "encoder.attn.qkv.weight": torch.cat([torch.zeros_like(query), query, torch.zeros_like(query)])}
+        return {
+            **found,
+            "encoder.attn.qkv.weight": torch.cat([torch.zeros_like(query), query, torch.zeros_like(query)]),
+        }
 
 
 class Tied:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from uvim_fsq.errors import UserError
 from uvim_fsq.training.layouts import Layout
 
 #: Second moments are factored over two dimensions of at least this size.
 LEAST = 32
 #: Added to squared gradients.
 EPSILON = 1e-30
-#: Most numbers in a stack (256 MiB in float32), unless one parameter has more.
-STACK = 2**26
+#: Most numbers in a stack, unless one parameter has more: what a CPU's cache holds; elsewhere 256 MiB in float32.
+STACK = {"cpu": 2**18}
+LARGE_STACK = 2**26
 
 Axes = tuple[int, int]
 States = Mapping[nn.Parameter, dict[str, Any]]
@@ -55,14 +57,18 @@ class Adafactor(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         self._layouts = layouts
+        # The momentum's own decay has its type: 0.9 is 0.8984 there.
+        self._betas = (betas[0], torch.tensor(betas[0], dtype=torch.bfloat16).item(), betas[1])
         self._stacks: dict[int, list[_Stack]] = {}
-        super().__init__(groups, {"lr": 0.0, "schedule": 1.0, "weight_decay": 0.0, "betas": betas})
+        super().__init__(groups, {"lr": 0.0, "schedule": 1.0, "weight_decay": 0.0})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over a loaded state, in which torch has cast the momentum to the parameters' own type."""
         super().__setstate__(state)
         self._stacks = {}
         for own in self.state.values():
+            if "momentum" not in own:
+                raise UserError("the saved optimizer state is not this Adafactor's; its training cannot go on from it")
             own["momentum"] = own["momentum"].to(torch.bfloat16)
 
     @torch.no_grad()
@@ -74,7 +80,7 @@ class Adafactor(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             for stack in self._stacked(index, [p for p in group["params"] if p.grad is not None]):
-                stack.update(group["lr"], group["schedule"] * group["weight_decay"], group["betas"])
+                stack.update(group["lr"], group["schedule"] * group["weight_decay"], self._betas)
         return loss
 
     def _stacked(self, index: int, parameters: list[nn.Parameter]) -> list[_Stack]:
@@ -99,10 +105,11 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def _in_pieces(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The same in their order, in lists of at most `STACK` numbers."""
+    """The same in their order, in lists that are no larger than a stack may be."""
     some: list[nn.Parameter] = []
     for parameter in parameters:
-        if some and sum(p.numel() for p in some) + parameter.numel() > STACK:
+        most = STACK.get(parameter.device.type, LARGE_STACK)
+        if some and sum(p.numel() for p in some) + parameter.numel() > most:
             yield some
             some = []
         some.append(parameter)
@@ -159,19 +166,22 @@ class _Stack:
         parts = joined.unbind() if self.axes else joined.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def update(self, lr: float, decay: float, betas: tuple[float, float]) -> None:
-        """One step by the parameters' gradients."""
+    def update(self, lr: float, decay: float, betas: tuple[float, float, float]) -> None:
+        """One step by the parameters' gradients; `betas`: the momentum's, the same in bf16, the second moment's."""
         gradients = self._join([p.grad for p in self.parameters if p.grad is not None])
-        beta2 = min(betas[1], 1 - (self.states[0]["step"] + 1) ** -0.8)
+        beta2 = min(betas[2], 1 - (self.states[0]["step"] + 1) ** -0.8)
         rest = self._normalise(gradients, 1 - beta2)
-        kept = self.momentum * torch.tensor(betas[0], dtype=torch.bfloat16).item()
+        kept = self.momentum * betas[1]
         # In float32; what is stored is rounded, what is applied is not.
         updates = torch.addcmul(kept, gradients, rest, value=1 - betas[0])
         self.momentum.copy_(updates)
-        parts = self._split(updates.mul_(lr))
-        if decay:
-            torch._foreach_add_(parts, self.parameters, alpha=decay)
-        torch._foreach_sub_(self.parameters, parts)
+        parts = self._split(updates)
+        if lr == 0:  # a frozen encoder decays all the same
+            torch._foreach_mul_(self.parameters, 1 - decay)
+        else:
+            if decay:
+                torch._foreach_add_(parts, self.parameters, alpha=decay / lr)
+            torch._foreach_add_(self.parameters, parts, alpha=-lr)
         for own in self.states:
             own["step"] += 1
 
@@ -183,8 +193,8 @@ class _Stack:
         if self.axes is None:
             self.square.lerp_(gradients.square().add_(EPSILON), new)
             return self.square.rsqrt()
+        squares = gradients.square()
         for moment, axis in ((self.row, self.axes[0]), (self.column, self.axes[1])):
-            sums = torch.linalg.vector_norm(gradients, dim=axis, keepdim=True).square_()
-            moment.lerp_(sums.div_(gradients.shape[axis]).add_(EPSILON), new)
+            moment.lerp_(squares.mean(axis, keepdim=True).add_(EPSILON), new)
         gradients.mul_(self.row.mean(self.axes[1], keepdim=True).sqrt_() * self.row.rsqrt())
         return self.column.rsqrt()

@@ -13,6 +13,7 @@ from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 
 from uvim_fsq.layers import Attention, PatchEmbed
+from uvim_fsq.lm.encoder import PatchLinear
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelEmbed, LabelHead, RealEmbed
 
 
@@ -50,6 +51,8 @@ def _views(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...], t
         yield from _attention(module.qkv, module.proj, module.num_heads, parts=3)
     elif isinstance(module, PatchEmbed):  # (D, p p 3), theirs (p, p, 3, D)
         yield module.proj.weight, (-1, module.patch, module.patch, 3), (1, 2, 3, 0)
+    elif isinstance(module, PatchLinear):  # (D, 3, p, p), theirs (p, p, 3, D)
+        yield module.weight, tuple(module.weight.shape), (2, 3, 1, 0)
     elif isinstance(module, LabelEmbed):
         for embed in module.channels.values():
             if isinstance(embed, CategoricalEmbed):  # (P C, D), theirs (C, P, D)

@@ -24,7 +24,7 @@ from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
 from uvim_fsq.training import checkpoint as ckpt
-from uvim_fsq.training.optim import learning_rate
+from uvim_fsq.training.optim import learning_rate, load_optimizer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.step import Stepper
@@ -98,7 +98,7 @@ class Trainer(Stepper):
         if self.ema is not None and "raw" in state:
             self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.bad = list(state.get("bad", []))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from uvim_fsq.config import OptimConfig
+from uvim_fsq.errors import UserError
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.layouts import reference_layouts
 
@@ -37,16 +38,23 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str) -> list[dict[str, Any]]:
-    """Groups by decay and rate; `lr_ratio` multiplies the schedule's rate (LM: `encoder.` learns slower)."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    """Groups by decay and rate; `lr_ratio` multiplies the schedule's rate (LM: `encoder.` learns slower).
+
+    Which parameter is in which group does not depend on `optim`, so that a saved state fits another.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        ratio = optim.encoder_lr_ratio if stage == "lm" and name.startswith("encoder.") else 1.0
-        groups.setdefault((decays(name, parameter), ratio), []).append(parameter)
+        if parameter.requires_grad:
+            in_encoder = stage == "lm" and name.startswith("encoder.")
+            groups.setdefault((decays(name, parameter), in_encoder), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0, "lr_ratio": ratio, "lr": optim.lr}
-        for (decay, ratio), parameters in groups.items()
+        {
+            "params": parameters,
+            "weight_decay": optim.weight_decay if decay else 0.0,
+            "lr_ratio": optim.encoder_lr_ratio if in_encoder else 1.0,
+            "lr": optim.lr,
+        }
+        for (decay, in_encoder), parameters in groups.items()
     ]
 
 
@@ -62,3 +70,11 @@ def set_rates(optimizer: torch.optim.Optimizer, peak: float, share: float) -> No
     """Writes the schedule's `share` of the peak rate into every group, the rate times the group's ratio."""
     for group in optimizer.param_groups:
         group["lr"], group["schedule"] = peak * share * group["lr_ratio"], share
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Takes over the moments and counts of a saved state; rates and decay stay those of the configuration."""
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+        raise UserError("the saved optimizer state is of another model; its training cannot go on from it")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
