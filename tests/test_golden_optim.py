@@ -106,7 +106,7 @@ def test_twelve_steps_are_the_reference_s(case: str, packed: bool) -> None:
     def batches() -> Iterator[Batch]:
         for step in range(STEPS):
             gradients = tree.ours(group(f"grad/{step}"))
-            yield Batch(image=torch.zeros(1), labels=gradients, index=torch.zeros(1), id=[])
+            yield Batch(image=torch.zeros(LM["train"]["batch_size"]), labels=gradients, index=torch.zeros(1), id=[])
 
     given = batches()
     for step in range(1, STEPS + 1):
