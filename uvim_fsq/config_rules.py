@@ -21,8 +21,6 @@ def check_warmup(run: Run, total: int) -> None:
     if run.optim.warmup_steps >= total:
         epochs = run.train.epochs
         given = f"train.steps={total}" if epochs is None else f"train.epochs={epochs:g}, {total} steps"
-            f"train.steps={total}" if run.train.epochs is None else f"train.epochs={run.train.epochs:g}, {total} steps"
-        )
         raise UserError(f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}")
 
 
