@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _main(argv)
     except BaseException as error:
         processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
-        if processes is not None and _several():
-            processes.leave(error)
+        if processes is not None:
+            processes.end_at_once(error)
         raise
 
 
