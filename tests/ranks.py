@@ -88,12 +88,15 @@ def main() -> None:
         module, _, name = target.partition(":")
         getattr(importlib.import_module(module), name)(*arguments)
 
+    import torch
     from accelerate.state import PartialState
 
     # What the code under test made of the launcher's variables; nothing here helps it.
     assert PartialState._shared_state, "no process group was asked for"
     assert PartialState().num_processes == int(count), f"{PartialState().num_processes} instead of {count} processes"
     print(f"[rank of {count}]", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ def train_all(folder: str, data: str, oracle: str, bad: str) -> None:
     torch.set_num_threads(1)
     for run in configurations(Path(folder), Path(data), Path(oracle)).values():
         train(run)
-    main(["evaluate", f"{folder}/lm", "--limit=2", f"--json={folder}/few.json", f"--csv={folder}/few.csv"])
     fit_run(oracle_run(Path(folder) / "bad", Path(bad), "train.steps=9", "data.max_bad_samples=2"))
+    main(["evaluate", f"{folder}/lm", "--limit=2", f"--json={folder}/few.json", f"--csv={folder}/few.csv"])
+    assert not torch.distributed.is_initialized(), "the command has not parted from the others"
 
 
 def fit_run(run: Run) -> Path:

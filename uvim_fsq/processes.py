@@ -144,6 +144,12 @@ def _other_failed(error: BaseException) -> str | None:
     return "another process has ended; its own message says why"
 
 
+def part() -> None:
+    """Leaves the others in good order, once there is nothing more to do together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def end_at_once(error: BaseException) -> None:
     """Ends this process after an error if it is one of several: an orderly end would wait for the others.
 
