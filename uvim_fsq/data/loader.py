@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,9 @@ def _start_worker(_number: int) -> None:
 
 def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
     """Raises UserError where shared memory is too small for the workers, as it is in many containers."""
+    if workers:
+        # What reading pictures needs and takes seconds to import: once, before the workers are forked.
+        importlib.import_module("torchvision.io")
     loader: Iterable[Collated] = DataLoader(
         dataset,
         batch_sampler=batches,
