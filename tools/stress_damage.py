@@ -1,9 +1,9 @@
-"""Damages files of small runs and of their data, and says what using them does: python tools/stress_damage.py --trials 300
+"""Damages files of small runs and of their data, then uses them: python tools/stress_damage.py --trials 300
 
 Each trial damages one file in a copy of a trained LM's run, of its oracle's, or of the prepared data, then evaluates,
-resumes, predicts or trains on it. (Photos are spared: their formats carry no checksums.) Clean: the result is that of whole files, or one line says what is wrong (exit code 2).
-Silent: another result without a word. Everything else is a crash: a traceback, another exit code, no end. Linux; exit
-code 1 unless all trials are clean.
+resumes, predicts or trains on it. (Photos are spared: their formats carry no checksums.) A trial is clean if the result
+is that of whole files, or if one line says what is wrong (exit code 2); silent if there is another result without a
+word; anything else is a crash: a traceback, another exit code, no end. Linux; exit code 1 unless all trials are clean.
 """
 
 from __future__ import annotations

@@ -32,9 +32,17 @@ MODEL = {
     "lm": ("model.encoder.width=16", "model.encoder.num_heads=2", "model.encoder.depth=1", "model.width=16"),
 }
 TRAINING = (
-    "train.steps=24 train.batch_size=8 train.log_every=1 train.save_every=2 train.eval_every=3 train.keep=2 "
-    "train.ema=0.9 optim.warmup_steps=2 optim.name=adafactor train.resume=auto"
-).split()
+    "train.steps=24",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "train.save_every=2",
+    "train.eval_every=3",
+    "train.keep=2",
+    "train.ema=0.9",
+    "train.resume=auto",
+    "optim.warmup_steps=2",
+    "optim.name=adafactor",
+)
 #: Differ from run to run by their nature: speed.
 TIMED = ("images_per_second", "mfu", "data_wait")
 
