@@ -32,6 +32,7 @@ from uvim_fsq.evaluation import (
     label_maps,
     to_device,
 )
+from uvim_fsq.files import check_folder
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
@@ -147,8 +148,7 @@ def analyze_run(
     decoder sees no image, `zero_codes`; `ways` says what each is. Raises UserError for fewer than 2 evaluation images.
     """
     out = out or Path(run_dir) / "analysis"
-    if out.is_file():
-        raise UserError(f"{out} is a file; give a folder for the report and its pictures")
+    check_folder(out)
     device = processes.device()
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
