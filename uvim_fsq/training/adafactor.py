@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import _foreach_add_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
 from uvim_fsq.errors import UserError
 from uvim_fsq.training.layouts import Layout
@@ -24,7 +24,7 @@ STACK = {"cpu": 2**18}
 LARGE_STACK = 2**26
 
 Axes = tuple[int, int]
-States = Mapping[nn.Parameter, dict[str, Any]]
+States = Mapping[torch.Tensor, dict[str, Any]]
 
 
 def factored_axes(layout: Layout) -> Axes | None:
@@ -53,7 +53,7 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        layouts: Mapping[nn.Parameter, Layout],
+        layouts: Mapping[torch.Tensor, Layout],
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         self._layouts = layouts
@@ -83,7 +83,7 @@ class Adafactor(torch.optim.Optimizer):
                 stack.update(group["lr"], group["schedule"] * group["weight_decay"], self._betas)
         return loss
 
-    def _stacked(self, index: int, parameters: list[nn.Parameter]) -> list[_Stack]:
+    def _stacked(self, index: int, parameters: list[torch.Tensor]) -> list[_Stack]:
         """The stacks of a group, made anew after a state was loaded or when other parameters have a gradient."""
         stacks = self._stacks.get(index, [])
         if {id(p) for stack in stacks for p in stack.parameters} != {id(p) for p in parameters}:
@@ -95,18 +95,18 @@ class Adafactor(torch.optim.Optimizer):
             self._stacks[index] = stacks
         return stacks
 
-    def _alike(self, parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    def _alike(self, parameters: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
         """Parameters that can be updated together: of one layout, or all whose second moment is kept whole."""
-        kinds: dict[Any, list[nn.Parameter]] = {}
+        kinds: dict[Any, list[torch.Tensor]] = {}
         for parameter in parameters:
             layout, updates = self._layouts[parameter], self.state[parameter].get("step", 0)
             kinds.setdefault((layout if factored_axes(layout) else None, updates), []).append(parameter)
         return kinds.values()
 
 
-def _in_pieces(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _in_pieces(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """The same in their order, in lists that are no larger than a stack may be."""
-    some: list[nn.Parameter] = []
+    some: list[torch.Tensor] = []
     for parameter in parameters:
         most = STACK.get(parameter.device.type, LARGE_STACK)
         if some and sum(p.numel() for p in some) + parameter.numel() > most:
@@ -122,7 +122,7 @@ class _Stack:
     Factored: tensors (n, *sizes) of n parameters of one layout. Whole: one flat tensor, of parameters of any shapes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], layout: Layout, state: States) -> None:
+    def __init__(self, parameters: list[torch.Tensor], layout: Layout, state: States) -> None:
         self.parameters, self.sizes = parameters, layout.sizes
         self.states = [state[parameter] for parameter in parameters]
         axes = factored_axes(layout)
@@ -141,7 +141,7 @@ class _Stack:
             self._share("row", self.row.unbind())
             self._share("column", self.column.unbind())
 
-    def _fresh(self, parameter: nn.Parameter) -> dict[str, Any]:
+    def _fresh(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = {"step": 0, "momentum": torch.zeros_like(parameter, dtype=torch.bfloat16)}
         if self.axes is None:
             return {**state, "square": torch.zeros_like(parameter)}
@@ -177,11 +177,11 @@ class _Stack:
         self.momentum.copy_(updates)
         parts = self._split(updates)
         if lr == 0:  # a frozen encoder decays all the same
-            torch._foreach_mul_(self.parameters, 1 - decay)
+            _foreach_mul_(self.parameters, 1 - decay)
         else:
             if decay:
-                torch._foreach_add_(parts, self.parameters, alpha=decay / lr)
-            torch._foreach_add_(self.parameters, parts, alpha=-lr)
+                _foreach_add_(parts, self.parameters, alpha=decay / lr)
+            _foreach_add_(self.parameters, parts, alpha=-lr)
         for own in self.states:
             own["step"] += 1
 

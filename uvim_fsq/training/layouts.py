@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 
@@ -24,25 +25,25 @@ class Layout(NamedTuple):
     order: tuple[int, ...]
 
 
-def layout_of(parameter: nn.Parameter, sizes: tuple[int, ...] = (), order: tuple[int, ...] = ()) -> Layout:
+def layout_of(parameter: torch.Tensor, sizes: tuple[int, ...] = (), order: tuple[int, ...] = ()) -> Layout:
     """As in `Layout`; one of the sizes may be -1. Without `order`, the axes stay in theirs; without both, the shape."""
     shape = parameter.view(sizes).shape if sizes else parameter.shape
     return Layout(tuple(shape), order or tuple(range(len(shape))))
 
 
-def reference_layouts(model: nn.Module) -> dict[nn.Parameter, Layout]:
+def reference_layouts(model: nn.Module) -> dict[torch.Tensor, Layout]:
     """Layouts of a model's parameters. A plain linear map keeps its two axes, whose order makes no difference.
 
     Two differ from the reference: it holds the LM's start vector as a row of the token table, and the head has a
     column for it.
     """
-    layouts = {parameter: layout_of(parameter) for parameter in model.parameters()}
+    layouts: dict[torch.Tensor, Layout] = {parameter: layout_of(parameter) for parameter in model.parameters()}
     for module in model.modules():
         layouts |= {parameter: layout_of(parameter, *axes) for parameter, *axes in _views(module)}
     return layouts
 
 
-def _views(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...], tuple[int, ...]]]:
+def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
     """A module's own parameters that the reference shapes otherwise, with their sizes and order."""
     if isinstance(module, Attention):
         for projection in (module.query, module.key, module.value):
@@ -68,7 +69,7 @@ def _views(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...], t
 
 def _attention(
     into: nn.Linear, out: nn.Linear, heads: int, *, parts: int
-) -> Iterator[tuple[nn.Parameter, tuple[int, ...], tuple[int, ...]]]:
+) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
     """Query, key and value, each by itself or three `parts` in one, and the output map."""
     yield into.weight, (parts, heads, -1, into.in_features), (0, 3, 1, 2)  # theirs (E, H, h) each
     if into.bias is not None:
