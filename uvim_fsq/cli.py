@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -191,8 +192,14 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *place: A
 _PLAIN_WARNING = warnings.formatwarning
 
 
+def _terminated(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    # As on Ctrl-C, what is half made is cleared away; training has its own way to end.
+    signal.signal(signal.SIGTERM, _terminated)
     argv = list(sys.argv[1:] if argv is None else argv)
     # --debug may stand anywhere.
     debug = "--debug" in argv
