@@ -23,7 +23,7 @@ import numpy as np
 import scipy.io
 
 from uvim_fsq.data.encode import hdf5_bytes, picture_bytes
-from uvim_fsq.data.processes import in_processes
+from uvim_fsq.data.pool import in_processes
 from uvim_fsq.data.synthetic import CATEGORIES, Scene, render
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import writing

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from uvim_fsq.data.processes import in_processes
+from uvim_fsq.data.pool import in_processes
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import disk_is_full
 
