@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.benchmark.ceilings import matrix_rate
+from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import say
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.lock import run_lock
 from uvim_fsq.training.optim import learning_rate
@@ -36,11 +37,12 @@ def fit(stage: Stage, run: Run) -> Path:
     """
     trainer = Trainer(stage, run)
     with _alone(trainer.out):
-        notes = trainer.resume()
+        trainer.resume()
         if processes.is_main():
             trainer.write_run_files()
         processes.wait()
         unevaluated = trainer.lacks_evaluation()
+        _say_start(trainer)
         progress = Progress(
             run.train,
             stage.main_prefix,
@@ -50,8 +52,6 @@ def fit(stage: Stage, run: Run) -> Path:
             ceiling=_ceiling(trainer),
             unevaluated=unevaluated,
         )
-        for note in notes:
-            progress.say(note)
         try:
             with StopSignals() as signals, worker_errors():
                 if unevaluated:
@@ -72,6 +72,18 @@ def _alone(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _say_start(trainer: Trainer) -> None:
+    train, count = trainer.train, trainer.accelerator.num_processes
+    parameters = sum(p.numel() for p in trainer.stage.model.parameters()) / 1e6
+    micro = train.batch_size / (train.accumulate * count)
+    say(
+        f"training on {device_name(trainer.device)}: {parameters:.2f} M parameters, "
+        f"{trainer.loader.plan.count} samples, "
+        f"batch {train.batch_size} = {micro:g} x {train.accumulate} x {count} (micro x accumulate x processes), "
+        f"step {trainer.step} of {trainer.total}, into {trainer.out}"
+    )
+
+
 def _ceiling(trainer: Trainer) -> float:
     """Images/s of all processes' devices at the rate of a large matrix product."""
     # bf16 and fp16 products are no quicker than float32's on most CPUs; on a GPU they are what training is made of.
@@ -87,6 +99,7 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
         while trainer.step < trainer.total:
             window.append(trainer.optimizer_step(batches, progress.waited))
+            progress.stepped(trainer.step)
             stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
             if news:
                 trainer.loader.merge_bad(processes.gather(trainer.loader.bad))

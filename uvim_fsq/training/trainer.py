@@ -16,11 +16,14 @@ from torch import nn
 from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.config_rules import check_warmup
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_text, write_whole
+from uvim_fsq.progress import say
 from uvim_fsq.run_dirs import Evaluation, Watch, checkpoints, read_evaluation, resume_from, step_name
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage, watched
 from uvim_fsq.training.step import Stepper
@@ -49,6 +52,7 @@ class Trainer(Stepper):
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        check_warmup(run, self.total)
 
     def _watch(self) -> Watch:
         task, data, train = self.stage.task, watched(self.run.data), self.run.train
@@ -71,22 +75,23 @@ class Trainer(Stepper):
         """Where the checkpoint of the present step lies, if it was saved."""
         return self.out / "checkpoints" / step_name(self.step)
 
-    def resume(self) -> list[str]:
-        """Goes on from train.resume, if there is something; returns what the user should know.
+    def resume(self) -> None:
+        """Goes on from train.resume, if there is something.
 
         Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
         checkpoint, and where a run would be overwritten.
         """
         path = processes.broadcast(resume_from(self.out, self.train.resume) if processes.is_main() else None)
         if path is None:
-            return []
+            return
         everyone = processes.gather(self._load(path))
         if everyone.count(everyone[0]) != len(everyone):
             raise UserError(
                 f"the processes loaded different checkpoints from {path}; the run directory and the oracle's must be "
                 "ones that all machines share"
             )
-        return self._leave_newer() if processes.is_main() else []
+        if processes.is_main():
+            self._leave_newer()
 
     def _load(self, path: Path) -> tuple[Any, ...]:
         """Loads a checkpoint; returns what must be equal in all processes."""
@@ -110,24 +115,23 @@ class Trainer(Stepper):
             self.ema = self._ema_start()
         if "raw" in state:
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.bad = dict(state.get("bad_samples", {}))
         self.step = int(state["step"])
         return self.step, weights_hash, state_hash, self.stage.oracle_sha256
 
-    def _leave_newer(self) -> list[str]:
+    def _leave_newer(self) -> None:
         moved = ckpt.set_aside(self.out, self.step)
         if self.step < self.total:
             # The result of a run that goes on is none.
             (self.out / "evaluation.json").unlink(missing_ok=True)
-        if not moved:
-            return []
-        return [
-            f"going on from step {self.step}; {len(moved)} newer checkpoint(s) moved to {moved[0].parent}, "
-            "delete them if they are of no use"
-        ]
+        if moved:
+            say(
+                f"going on from step {self.step}; {len(moved)} newer checkpoint(s) moved to {moved[0].parent}, "
+                "delete them if they are of no use"
+            )
 
     def save(self) -> None:
         """Writes a checkpoint of the present step (main process).
