@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.plugins import GROUP, import_plugin, name_plugins
 from uvim_fsq.tasks.base import Task
 
 _TASKS: dict[str, type[Task]] = {}
@@ -34,20 +35,18 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports the built-in tasks, the entry points of group `uvim_fsq.tasks` and the given modules.
+    """Imports the built-in tasks, the entry points of group `uvim_fsq.tasks` and the given modules, which the caller
+    trusts (`plugins.refuse_strangers` asks that of a run's).
 
     Raises UserError naming a module that cannot be imported.
     """
     importlib.import_module("uvim_fsq.tasks")
-    for point in entry_points(group="uvim_fsq.tasks"):
+    for point in entry_points(group=GROUP):
         point.load()
+    modules = tuple(modules)
+    name_plugins(modules)
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(
-                f"plugin {module!r} cannot be imported ({error}); is it installed, or its folder on PYTHONPATH?"
-            ) from error
+        import_plugin(module)
 
 
 def task_names() -> list[str]:
