@@ -33,12 +33,13 @@ from uvim_fsq.evaluation import (
     label_maps,
     to_device,
 )
-from uvim_fsq.models import Loaded, find_oracle, load_checkpoint
+from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.report import html_table, png_tag, write_report
+from uvim_fsq.run_dirs import find_oracle, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
-from uvim_fsq.training.checkpoint import file_hash, resolve_checkpoint
+from uvim_fsq.training.checkpoint import file_hash
 
 
 def partners(count: int, seed: int) -> np.ndarray:

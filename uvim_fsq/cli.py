@@ -42,13 +42,12 @@ def _config_epilog(stage: str) -> str:
 
 def _task_keys() -> list[str]:
     from uvim_fsq.config_io import describe_keys
-    from uvim_fsq.tasks.registry import load_plugins, task_class, task_names
+    from uvim_fsq.tasks.registry import config_class, task_names
 
-    load_plugins(())
     lines: list[str] = []
     for name in task_names():
         lines.append(f"  task.name={name}")
-        for key, kind, default, doc in describe_keys(task_class(name).Config, "task."):
+        for key, kind, default, doc in describe_keys(config_class(name), "task."):
             lines += [f"    {key}  [{kind}; default {default}]", f"        {doc}"]
     return lines
 

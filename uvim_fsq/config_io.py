@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.registry import config_class, load_plugins, task_class
 
 Tree = dict[str, Any]
 
@@ -101,22 +102,20 @@ def _build_run(tree: Tree) -> Run:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
     if task is not None and not isinstance(task, dict):
         raise UserError(f"task: expected keys and values, got {task!r}")
+    # Before the task, whose plugins may take seconds to import.
+    run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
     section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
-    if stage == "oracle":
-        return dataclasses.replace(build(OracleRun, {**tree, "task": None}, ""), task=section)
-    run: LMRun = build(LMRun, {**tree, "task": None}, "")
+    if isinstance(run, OracleRun):
+        return dataclasses.replace(run, task=section)
     given = tuple(key for key in INHERITED if key in (tree.get("data") or {}))
     return dataclasses.replace(run, task=section, given=given)
 
 
 def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
-    # Here, not above: the registry imports the tasks and with them torch.
-    from uvim_fsq.tasks.registry import load_plugins, task_class
-
     load_plugins(plugins)
     name = _convert(str, tree["name"], "task.name")
     options = {key: value for key, value in tree.items() if key != "name"}
-    return TaskSection(name, build(task_class(name).Config, options, "task."))
+    return TaskSection(name, build(config_class(name), options, "task."))
 
 
 def build(cls: type, tree: Any, prefix: str) -> Any:
@@ -256,8 +255,6 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
 
     Raises UserError when the LM asks for another task, another image size or other label channels.
     """
-    from uvim_fsq.tasks.registry import task_class
-
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
     own: Tree = _plain(run.task) or {}
     theirs: Tree = _plain(oracle.task)
@@ -268,9 +265,10 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             "point `oracle=` at an oracle of this task"
         )
     section = _build_task({**theirs, **own}, plugins)
-    cls, changed = task_class(name), section.options != oracle.task.options
-    if changed and cls(section.options).label_channels != cls(oracle.task.options).label_channels:
-        raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
+    if section.options != oracle.task.options:
+        cls = task_class(name)
+        if cls(section.options).label_channels != cls(oracle.task.options).label_channels:
+            raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
     explicit = _explicit(run)
     data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
     if data.image_size != oracle.data.image_size:

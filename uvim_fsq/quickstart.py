@@ -21,7 +21,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import evaluate_loaded
 from uvim_fsq.models import load_checkpoint, resolve
 from uvim_fsq.report import result_table, write_evaluation
-from uvim_fsq.tasks.registry import load_plugins, task_class
+from uvim_fsq.tasks.registry import task_class
 from uvim_fsq.training.run import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -63,7 +63,6 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
 
     Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
     """
-    load_plugins(())
     kind = task_class(task).synthetic
     if kind is None:
         raise UserError(f"task {task} has no synthetic data; the quickstart needs them")
