@@ -14,7 +14,6 @@ from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
 from uvim_fsq.plugins import trusting
 
-
 #: Commands that read a trained run, or may (an oracle's, one to resume).
 READ_RUNS = (
     "train-oracle",

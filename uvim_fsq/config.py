@@ -238,7 +238,7 @@ class LMRun:
     task: Any = None
     """Filled from the oracle's checkpoint; keys that only concern decoding and protocol may be overridden."""
     plugins: tuple[str, ...] = ()
-    """Filled from the oracle's checkpoint, plus modules of your own."""
+    """Modules to import first; the oracle's are added, and must be named here too unless they are trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

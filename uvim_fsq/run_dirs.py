@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, read_yaml
+from uvim_fsq.config_io import load_run
 from uvim_fsq.errors import UserError
+from uvim_fsq.yaml_files import read_tree
 
 WEIGHTS = "model.safetensors"
 #: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
@@ -61,11 +62,11 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
     file = checkpoint / "config.yaml"
     if not file.is_file():
         raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
-    tree = read_yaml(file)
+    tree = read_tree(file)
     for section, key in RETIRED:
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
-    return load_run(tree, overrides)
+    return load_run(tree, overrides, found_in=file)
 
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
