@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
 from uvim_fsq.plugins import trusting
+from uvim_fsq.training.signals import ended_by_sigterm
 
 #: Commands that read a trained run, or may (an oracle's, one to resume).
 READ_RUNS = (
@@ -207,8 +209,27 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *place: A
 _PLAIN_WARNING = warnings.formatwarning
 
 
+#: What several processes can share; all else would be done once by each of them, into the same files.
+_SHARED_COMMANDS = (do.command_train, do.command_evaluate, do.command_analyze)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    try:
+        with ended_by_sigterm():
+            _main(argv)
+    except BaseException as error:
+        processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
+        if processes is not None and _several():
+            processes.leave(error)
+        raise
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # --debug may stand anywhere.
     debug = "--debug" in argv
@@ -223,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         target += late
     warnings.formatwarning = _one_line_warning
     try:
+        if _several() and args.command not in _SHARED_COMMANDS:
+            raise UserError(f"this command runs in one process, not in {os.environ['WORLD_SIZE']}: start no launcher")
         with trusting(getattr(args, "trust", False)):
             args.command(args)
     except UserError as error:

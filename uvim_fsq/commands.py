@@ -49,8 +49,7 @@ def command_train(args: argparse.Namespace) -> None:
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a run by its task's protocol."""
-    from accelerate.state import PartialState
-
+    from uvim_fsq import processes
     from uvim_fsq.evaluation import evaluate_run
 
     official = Path(args.run) / "official" if args.official else None
@@ -63,7 +62,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
         official=official,
         report=args.report,
     )
-    if not PartialState().is_main_process:
+    if not processes.is_main():
         return
     file = args.json or Path(args.run) / "evaluation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +75,12 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
-    from accelerate.state import PartialState
-
+    from uvim_fsq import processes
     from uvim_fsq.analysis import analyze_run
 
     out = args.out or Path(args.run) / "analysis"
     result = analyze_run(args.run, args.overrides, out=out, limit=args.limit)
-    if not PartialState().is_main_process:
+    if not processes.is_main():
         return
     print_result(result)
     for way, text in result["ways"].items():

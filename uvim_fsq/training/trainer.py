@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import TrainLoader
@@ -70,7 +71,7 @@ class Trainer(Stepper):
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.bad = list(state.get("bad", []))
+        self.loader.bad = dict(state.get("bad_samples", {}))
         self.step = int(state["step"])
 
     def save(self) -> None:
@@ -79,7 +80,7 @@ class Trainer(Stepper):
             state: dict[str, Any] = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
-                "bad": self.loader.bad,
+                "bad_samples": self.loader.bad,
             }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
@@ -89,7 +90,7 @@ class Trainer(Stepper):
                 weights |= self.ema
             ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
             ckpt.prune(self.out, self.train.keep)
-        self.accelerator.wait_for_everyone()
+        processes.wait()
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
