@@ -14,6 +14,7 @@ from typing import Any
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
 from uvim_fsq.plugins import trusting
+from uvim_fsq.progress import clear
 from uvim_fsq.training.signals import ended_by_sigterm
 
 #: Commands that read a trained run, or may (an oracle's, one to resume).
@@ -203,6 +204,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """What the package warns of is meant for the user, who does not care where it was raised."""
+    clear()
     return f"warning: {message}\n" if category is UserWarning else _PLAIN_WARNING(message, category, *place, **line)
 
 
@@ -219,10 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ended_by_sigterm():
             _main(argv)
     except BaseException as error:
-        processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
-        if processes is not None and _several():
-            processes.leave(error)
+        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+            sys.modules["uvim_fsq.processes"].end_at_once(error)
         raise
+    if "uvim_fsq.processes" in sys.modules:
+        sys.modules["uvim_fsq.processes"].part()
 
 
 def _several() -> bool:
