@@ -59,8 +59,6 @@ def _problems(run: Run) -> Iterator[str]:
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
     yield from _out_of_range(run)
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
     if train.steps is not None and optim.warmup_steps >= train.steps:
         yield f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={train.steps}"
     if train.ema is not None and not 0 < train.ema < 1:
