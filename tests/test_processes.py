@@ -35,6 +35,7 @@ from uvim_fsq.training.loop import fit
 from uvim_fsq.training.run import train
 from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import OracleStage, build_stage
+from uvim_fsq.training.step import make_accelerator
 
 RANKS = 3
 
@@ -177,6 +178,8 @@ def test_other_ways_of_training_are_refused(
         train(oracle_run(tmp_path / "run", data))
     with pytest.raises(UserError, match=f"^{variable}=true"):
         evaluate_run(oracle_dir)
+    with pytest.raises(UserError, match=f"^{variable}=true"):
+        make_accelerator(oracle_run(tmp_path / "run", data).train)
     assert not (tmp_path / "run").exists()
 
 

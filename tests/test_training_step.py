@@ -150,6 +150,7 @@ def test_averaged_weights(tmp_path: Path, data: Path) -> None:
         trainer.optimizer_step(batches, lambda _: None)
         average = {name: 0.75 * average[name] + 0.25 * p.detach() for name, p in model.named_parameters()}
     assert all(torch.allclose(trainer.ema[name], p, atol=1e-6) for name, p in average.items())
+    assert not any(p.requires_grad for p in trainer.ema.values())
     assert not any(torch.equal(p, average[name]) for name, p in model.named_parameters())
     assert trainer_of(oracle_run(tmp_path / "run", data)).ema is None
 

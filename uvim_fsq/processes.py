@@ -56,7 +56,9 @@ def state() -> PartialState:
         )
     if found.num_processes > 1 and _group is None:
         # Gloo on any device: it waits on the host, and it notices at once when another process has ended.
-        _group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        _group = group
     return found
 
 
