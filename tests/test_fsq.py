@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from uvim_fsq.config import LEVEL_PRESETS
 from uvim_fsq.errors import UserError
-from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.fsq import FSQ, resolve_levels
 from uvim_fsq.oracle.statistics import CodeStatistics
 
 LEVELS = st.lists(st.integers(5, 9), min_size=1, max_size=4)
@@ -67,10 +67,21 @@ def test_impossible_levels() -> None:
         FSQ([5, 1])
     with pytest.raises(UserError, match="2\\^31"):
         FSQ([9] * 12)
+    with pytest.raises(UserError, match="2147483648 codes; their product must stay below 2\\^31"):
+        FSQ([8] * 10 + [2])
+    assert resolve_levels([8] * 10) == (8,) * 10  # 2^30
     with pytest.raises(UserError, match="undefined for 2 levels"), pytest.warns(UserWarning):
         FSQ([2, 5], shift="centered")
     with pytest.raises(UserError, match="preset"):
         FSQ("2^9")
+
+
+def test_few_levels_are_warned_about(recwarn: pytest.WarningsRecorder) -> None:
+    FSQ([5, 8])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"FSQ levels \[8, 4\]: fewer than 5 per channel") as warned:
+        FSQ([8, 4])
+    assert warned[0].filename == __file__
 
 
 def test_statistics_add_up_over_processes() -> None:
