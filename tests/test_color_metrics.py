@@ -96,13 +96,15 @@ def test_psnr_is_at_the_predictions_size_and_adds_up() -> None:
     merged = PSNRMetric("protocol", luma=False)
     merged.load_state({name: value + second.state()[name] for name, value in state.items()})
     assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12) and merged.protocol == "protocol"
-    assert PSNRMetric("p", luma=True).luma
+    with pytest.raises(UserError, match="no image was evaluated"):
+        PSNRMetric("p", luma=False).compute()
 
 
 def test_psnr_of_equal_and_nearly_equal_pictures() -> None:
     image = np.full((2, 2, 3), 255, np.uint8)
     metric = PSNRMetric("p", luma=False)
     assert metric.update(np.ones((2, 2, 3)), Sample("x", image)) == {"psnr": pytest.approx(100, abs=1e-9), "mse": 0}
+    assert metric.compute()["images"] == 1
     near = metric.update(np.full((2, 2, 3), 1 - 2**-15), Sample("x", image))  # just above the smallest error
     assert near == pytest.approx({"psnr": 10 * np.log10(2**32), "mse": 2**-30})
 

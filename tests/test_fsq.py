@@ -47,12 +47,14 @@ def test_presets(name: str) -> None:
 
 def test_float32_inside_autocast() -> None:
     quantizer = FSQ([8, 6, 5])
-    z = torch.randn(64, 3) * 2
-    plain = quantizer(z)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = quantizer(z)
-    assert inside[0].dtype == torch.float32
-    assert torch.equal(plain[0], inside[0]) and torch.equal(plain[1], inside[1])
+    assert not quantizer.state_dict()  # all of it follows from the levels
+    for z in (torch.randn(512, 3) * 2, torch.randn(512, 3).bfloat16() * 2):
+        plain = quantizer(z.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = quantizer(z)
+        assert inside[0].dtype == torch.float32
+        assert torch.equal(plain[0], inside[0]) and torch.equal(plain[1], inside[1])
+        assert torch.equal(quantizer.codes_to_indices(plain[0].bfloat16()), plain[1])
 
 
 def test_centered_shift_keeps_zero() -> None:
