@@ -13,6 +13,8 @@ from typing import Any
 
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import clear
+from uvim_fsq.training.signals import ended_by_sigterm
 
 
 def _config_epilog(stage: str) -> str:
@@ -184,14 +186,35 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """What the package warns of is meant for the user, who does not care where it was raised."""
+    clear()
     return f"warning: {message}\n" if category is UserWarning else _PLAIN_WARNING(message, category, *place, **line)
 
 
 _PLAIN_WARNING = warnings.formatwarning
 
 
+#: What several processes can share; all else would be done once by each of them, into the same files.
+_SHARED_COMMANDS = (do.command_train, do.command_evaluate, do.command_analyze)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    try:
+        with ended_by_sigterm():
+            _main(argv)
+    except BaseException as error:
+        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+            sys.modules["uvim_fsq.processes"].end_at_once(error)
+        raise
+    if "uvim_fsq.processes" in sys.modules:
+        sys.modules["uvim_fsq.processes"].part()
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # --debug may stand anywhere.
     debug = "--debug" in argv
@@ -208,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Plugins may lie beside the configuration.
     sys.path.insert(0, os.getcwd())
     try:
+        if _several() and args.command not in _SHARED_COMMANDS:
+            raise UserError(f"this command runs in one process, not in {os.environ['WORLD_SIZE']}: start no launcher")
         args.command(args)
     except UserError as error:
         if debug:

@@ -127,15 +127,15 @@ class LMModelConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adafactor", "adamw"] = "adafactor"
-    """adafactor (timm's adafactorbv, the reference's) or adamw (fused)."""
+    """adafactor (the reference's) or adamw (torch's)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay, on kernels (matrices) only."""
+    """Decoupled weight decay of kernels (matrices): times the schedule (adafactor), times the rate (adamw)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Momentum and (largest) second-moment decay."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up before the cosine."""
+    """Steps of linear warm-up from rate 0 before the cosine; fewer than the run has."""
     final_lr_ratio: float = 0.0
     """Learning rate at the end as a share of the peak."""
     clip_norm: float | None = 1.0

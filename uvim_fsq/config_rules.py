@@ -10,10 +10,23 @@ from uvim_fsq.config import LEVEL_PRESETS, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
-def validate(run: Run) -> None:
-    """Refuses impossible combinations before anything is built. Raises UserError with the remedy."""
+def validate(run: Run, trained: Run | None = None) -> None:
+    """Refuses impossible combinations before anything is built. Raises UserError with the remedy.
+
+    `trained`: the configuration of a trained model that `run` is to override; its own oddities stay allowed.
+    """
+    allowed = set(_problems(trained)) if trained is not None else set[str]()
     for problem in _problems(run):
-        raise UserError(problem)
+        if problem not in allowed:
+            raise UserError(problem)
+
+
+def check_warmup(run: Run, total: int) -> None:
+    """Refuses a warm-up that the run's `total` steps do not outlast; its rate would never fall. Raises UserError."""
+    if run.optim.warmup_steps >= total:
+        epochs = run.train.epochs
+        given = f"train.steps={total}" if epochs is None else f"train.epochs={epochs:g}, {total} steps"
+        raise UserError(f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}")
 
 
 _ABOVE_ZERO = """
@@ -48,7 +61,7 @@ def _out_of_range(run: Run) -> Iterator[str]:
 
 
 def _problems(run: Run) -> Iterator[str]:
-    train, optim, evaluation, model = run.train, run.optim, run.eval, run.model
+    train, evaluation, model = run.train, run.eval, run.model
     if not train.out:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
@@ -56,8 +69,8 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _out_of_range(run)
     if train.batch_size % train.accumulate:
         yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
-    if train.steps is not None and optim.warmup_steps >= train.steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={train.steps}"
+    if train.steps is not None:
+        check_warmup(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import resolve_lm
-from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import find_oracle, read_config, read_oracle_config, resolve_checkpoint
+from uvim_fsq.run_dirs import find_oracle, inherit, read_config, read_oracle_config, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.checkpoint import load_model_weights
@@ -55,13 +53,8 @@ def complete(run: Run) -> Run:
 def resolve(run: Run) -> Run:
     """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data, and refuses impossible
     combinations."""
-    if isinstance(run, LMRun):
-        oracle_run, _ = read_oracle_config(run.oracle)
-        run = resolve_lm(run, oracle_run)
-    else:
-        run = complete(run)
-    validate(run)
-    return run
+    run = inherit(run)
+    return complete(run) if isinstance(run, OracleRun) else run
 
 
 def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:

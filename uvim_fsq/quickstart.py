@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.state import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from uvim_fsq import processes
 from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
@@ -130,7 +130,7 @@ def _write_seconds(out: Path, timer: Timer) -> None:
 
 
 def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     loaded = load_checkpoint(runs["lm"], device=device)
     result = evaluate_loaded(loaded, device=device, baseline=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -8,61 +8,43 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from uvim_fsq.benchmark.ceilings import matrix_rate
+from uvim_fsq import processes
+from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import say
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
+from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.trainer import Trainer
-
-
-class Interrupted(SystemExit):
-    """Training ended early on a signal, after saving; the exit code is 128 + the signal's number."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying in the middle of a step; a second SIGINT acts at once."""
-    received: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def fit(stage: Stage, run: Run) -> Path:
     """Trains a stage to the end of its schedule and returns the run directory.
 
-    Raises UserError for a non-finite loss (naming the step), unreadable data, or a disk that is full; `Interrupted`
-    after SIGINT or SIGTERM, with everything saved.
+    Raises UserError for a non-finite loss (naming the step), unreadable data, loader processes that die, or a disk that
+    is full; `Interrupted` after SIGINT or SIGTERM, with everything saved.
     """
     trainer = Trainer(stage, run)
     if trainer.accelerator.is_main_process:
         trainer.out.mkdir(parents=True, exist_ok=True)
         ckpt.clean_leftovers(trainer.out)
-    trainer.accelerator.wait_for_everyone()
+    processes.wait()
     trainer.resume()
     if trainer.accelerator.is_main_process:
         (trainer.out / "config.yaml").write_text(dump_yaml(run))
         stage.extra_files(trainer.out)
+    processes.wait()
+    _say_start(trainer)
     progress = Progress(
         run.train,
         stage.main_prefix,
@@ -72,12 +54,23 @@ def fit(stage: Stage, run: Run) -> Path:
         ceiling=_ceiling(trainer),
     )
     try:
-        with stop_signals() as received:
-            _train(trainer, progress, received)
+        with StopSignals() as signals, worker_errors():
+            _train(trainer, progress, signals)
     finally:
         progress.close()
-        trainer.accelerator.wait_for_everyone()
     return trainer.out
+
+
+def _say_start(trainer: Trainer) -> None:
+    train, count = trainer.train, trainer.accelerator.num_processes
+    parameters = sum(p.numel() for p in trainer.stage.model.parameters()) / 1e6
+    micro = train.batch_size / (train.accumulate * count)
+    say(
+        f"training on {device_name(trainer.device)}: {parameters:.2f} M parameters, "
+        f"{trainer.loader.plan.count} samples, "
+        f"batch {train.batch_size} = {micro:g} x {train.accumulate} x {count} (micro x accumulate x processes), "
+        f"step {trainer.step} of {trainer.total}, into {trainer.out}"
+    )
 
 
 def _ceiling(trainer: Trainer) -> float:
@@ -88,40 +81,46 @@ def _ceiling(trainer: Trainer) -> float:
     return rate / trainer.stage.train_flops()
 
 
-def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
+def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     train = trainer.train
-    batches = trainer.loader.batches(trainer.step, trainer.total)
+    agreement = processes.Agreement()
     window: list[dict[str, torch.Tensor]] = []
-    saved = trainer.step
-    while trainer.step < trainer.total:
-        window.append(trainer.optimizer_step(batches, progress.waited))
-        last = trainer.step == trainer.total
-        stop = _agree(trainer, bool(received))
-        evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
-        save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
-        if save or trainer.step % train.log_every == 0:
-            _log_window(trainer, progress, window)
-            window = []
-        if save:
-            trainer.save()
-            saved = trainer.step
-        if evaluate:
+    with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
+        while trainer.step < trainer.total:
+            window.append(trainer.optimizer_step(batches, progress.waited))
+            progress.stepped(trainer.step)
+            last = trainer.step == trainer.total
+            stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
+            if news:
+                trainer.loader.merge_bad(processes.gather(trainer.loader.bad))
+            evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
+            save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
+            if save or trainer.step % train.log_every == 0:
+                _log_window(trainer, progress, window)
+                window = []
+            if save:
+                trainer.save()
+            if stop:
+                raise _stopped(progress, signals, f"after step {trainer.step}")
+            if evaluate:
+                _evaluate(trainer, progress, signals, last)
+
+
+def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals, last: bool) -> None:
+    try:
+        with signals.at_once():
             trainer.evaluate(progress, final=last)
-        if stop and not last:
-            progress.say(
-                f"stopped by signal {received[0] if received else ''} after step {saved}; saved. "
-                f"Continue with the same command and train.resume=auto"
-            )
-            raise Interrupted(128 + (received[0] if received else signal.SIGTERM))
+            # The main process draws pictures meanwhile.
+            processes.wait()
+    except Interrupted:
+        raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
 
 
-def _agree(trainer: Trainer, stop: bool) -> bool:
-    """Whether any process was told to stop; asked of the others at log steps only, since it synchronises."""
-    if trainer.accelerator.num_processes == 1:
-        return stop
-    if trainer.step % trainer.train.log_every:
-        return False
-    return bool(_reduced(trainer, torch.tensor([float(stop)], device=trainer.device)).item())
+def _stopped(progress: Progress, signals: StopSignals, when: str) -> Interrupted:
+    """Says so. In another process the signal may have come first, or alone."""
+    number = signals.number or signal.SIGTERM
+    progress.say(f"stopped by signal {int(number)} {when}; saved. Continue with the same command and train.resume=auto")
+    return Interrupted(128 + number)
 
 
 def _reduced(trainer: Trainer, values: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.config_rules import check_warmup
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.step import Stepper
@@ -44,6 +47,7 @@ class Trainer(Stepper):
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        check_warmup(run, self.total)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -67,10 +71,10 @@ class Trainer(Stepper):
         if self.ema is not None and "raw" in state:
             self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.bad = list(state.get("bad", []))
+        self.loader.bad = dict(state.get("bad_samples", {}))
         self.step = int(state["step"])
 
     def save(self) -> None:
@@ -79,7 +83,7 @@ class Trainer(Stepper):
             state: dict[str, Any] = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
-                "bad": self.loader.bad,
+                "bad_samples": self.loader.bad,
             }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
@@ -89,7 +93,7 @@ class Trainer(Stepper):
                 weights |= self.ema
             ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
             ckpt.prune(self.out, self.train.keep)
-        self.accelerator.wait_for_everyone()
+        processes.wait()
 
     # --- evaluation --------------------------------------------------------------------------------------------
 

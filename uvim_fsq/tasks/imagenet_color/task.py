@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
-from accelerate.state import PartialState
 from PIL import Image
 
+from uvim_fsq import processes
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
@@ -88,7 +88,7 @@ class ImagenetColor(Task):
         if source.info["split"] == split:
             raise UserError(f"task.fid_reference={split} is the evaluation split itself; name another one")
         reference = open_source(str(source.root), split)
-        inception = Inception(self.config.inception_weights, torch.device(PartialState().device or "cpu"))
+        inception = Inception(self.config.inception_weights, processes.device())
         return FIDMetric(
             protocol,
             self.config.keep_luma,
