@@ -27,6 +27,7 @@ from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import loop
 from uvim_fsq.training.loop import fit
+from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import OracleStage, build_stage
 from uvim_fsq.training.trainer import Trainer
@@ -56,7 +57,7 @@ def test_accumulation_equals_one_batch(tmp_path: Path, data: Path, oracle_dir: P
     """Also where micro batches differ: 8 images as 3 + 3 + 2."""
     steps = []
     for count in (1, 2, 3):
-        keys = [f"train.accumulate={count}", "train.steps=2", "optim.warmup_steps=1"]
+        keys = [f"train.accumulate={count}", "train.steps=2", "optim.warmup_steps=0"]
         if kind == "lm":
             run = lm_run(tmp_path / str(count), oracle_dir, *keys)
         else:
@@ -94,6 +95,16 @@ def test_a_step_is_what_it_says(tmp_path: Path, data: Path) -> None:
     ours, theirs = trainer.stage.model.state_dict(), stage.model.state_dict()
     assert all(torch.allclose(ours[name], value, atol=1e-7) for name, value in theirs.items())
     assert all(p.grad is None for p in trainer.stage.model.parameters()), "gradients of a step must not stay"
+
+
+def test_each_step_has_its_rate(tmp_path: Path, data: Path) -> None:
+    run = oracle_run(tmp_path / "run", data, "train.steps=5", "optim.warmup_steps=2")
+    trainer = trainer_of(run)
+    batches = trainer.loader.batches(0, 5)
+    for step in range(5):
+        trainer.optimizer_step(batches, lambda _: None)
+        rates = {group["lr"] / group["lr_ratio"] for group in trainer.optimizer.param_groups}
+        assert rates == {learning_rate(step, 5, run.optim)} and trainer.step == step + 1
 
 
 def test_without_clipping_there_is_no_norm(tmp_path: Path, data: Path) -> None:
@@ -187,7 +198,9 @@ def test_precision(
         kinds.add(y.dtype)
         return y
 
-    trainer = trainer_of(oracle_run(tmp_path / "run", data, f"train.precision={precision}", "train.accumulate=2"))
+    trainer = trainer_of(
+        oracle_run(tmp_path / "run", data, f"train.precision={precision}", "train.accumulate=2", "optim.warmup_steps=0")
+    )
     before = {name: p.detach().clone() for name, p in trainer.stage.model.named_parameters()}
     monkeypatch.setattr(F, "linear", linear)
     trainer.optimizer_step(trainer.loader.batches(0, 1), lambda _: None)

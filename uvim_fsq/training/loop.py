@@ -112,7 +112,10 @@ def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals, last: 
             trainer.evaluate(progress, final=last)
             # The main process draws pictures meanwhile.
             processes.wait()
-    except Interrupted:
+    except (Interrupted, RuntimeError):
+        # Who waits for a process that the signal has ended first finds a lost connection.
+        if signals.number is None:
+            raise
         raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
 
 
