@@ -159,7 +159,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights stay float32."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process."""
+    """Micro-batches per optimizer step and process. They need not be of equal size."""
     compile: bool = False
     """torch.compile the model and, in stage II, the oracle that makes its tokens."""
     ema: float | None = None

@@ -68,8 +68,6 @@ def _problems(run: Run) -> Iterator[str]:
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
     yield from _out_of_range(run)
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
     if train.steps is not None:
         check_warmup(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:
