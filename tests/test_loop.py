@@ -120,15 +120,6 @@ def test_loss_curve_has_not_moved(tmp_path: Path, data: Path, oracle_dir: Path, 
     assert curve[-1] < curve[0]
 
 
-def test_accumulation_equals_one_batch(tmp_path: Path, data: Path) -> None:
-    curves = [
-        losses(run_fit(oracle_run(tmp_path / str(n), data, f"train.accumulate={n}", "model.code_dropout=none")))
-        for n in (1, 2, 4)
-    ]
-    np.testing.assert_allclose(curves[1], curves[0], atol=1e-5)
-    np.testing.assert_allclose(curves[2], curves[0], atol=1e-5)
-
-
 def test_workers_do_not_change_the_data(data: Path) -> None:
     run = oracle_run(Path("x"), data)
     task = build_task(run)

@@ -160,7 +160,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights stay float32."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process."""
+    """Micro-batches per optimizer step and process. They need not be of equal size."""
     compile: bool = False
     """torch.compile the model and, in stage II, the oracle that makes its tokens."""
     ema: float | None = None
@@ -240,7 +240,7 @@ class LMRun:
     task: Any = None
     """Filled from the oracle's checkpoint; keys that only concern decoding and protocol may be overridden."""
     plugins: tuple[str, ...] = ()
-    """Filled from the oracle's checkpoint, plus modules of your own."""
+    """Modules to import first; the oracle's are added, and must be named here too unless they are trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

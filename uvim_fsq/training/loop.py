@@ -124,7 +124,10 @@ def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals) -> Non
             trainer.evaluate(progress)
             # The main process draws pictures meanwhile.
             processes.wait()
-    except Interrupted:
+    except (Interrupted, RuntimeError):
+        # Who waits for a process that the signal has ended first finds a lost connection.
+        if signals.number is None:
+            raise
         raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
     # Not before the newest is evaluated: until then the best is not known.
     trainer.tidy()
@@ -149,8 +152,7 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     losses = torch.stack([logs["loss"] for logs in window])
     names = sorted(window[-1])
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
-    if trainer.accelerator.num_processes > 1:
-        losses, means = _reduced(trainer, losses), _reduced(trainer, means)
+    losses, means = _reduced(trainer, losses), _reduced(trainer, means)
     _stop_at(trainer, losses, len(window), "loss")
     # fp16's scaler leaves out steps whose gradient is not finite.
     if "grad_norm" in window[-1] and trainer.accelerator.scaler is None:
