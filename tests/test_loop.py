@@ -23,7 +23,6 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.models import build_task, load_checkpoint
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
-from uvim_fsq.training.optim import build_optimizer, learning_rate
 from uvim_fsq.training.stages import build_stage
 
 CURVES = Path(__file__).parent / "loss_curves.json"
@@ -63,10 +62,12 @@ def test_log_lines_say_how_fast(stage: str, oracle_dir: Path, lm_dir: Path) -> N
     assert max(ceilings) == pytest.approx(min(ceilings))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
+def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str) -> None:
     """2N steps = N, stop, resume, N; over an epoch's end, with augmentation, dropout and EMA."""
-    extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
+    extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2", f"optim.name={optimizer}"]
+    extra += ["model.width=32", "model.mlp_dim=64"]  # adafactor factors nothing that is smaller
 
     def make(out: Path, *overrides: str):
         if stage == "oracle":
@@ -118,15 +119,6 @@ def test_loss_curve_has_not_moved(tmp_path: Path, data: Path, oracle_dir: Path, 
         return
     np.testing.assert_allclose(curve, recorded[stage], atol=5e-3)
     assert curve[-1] < curve[0]
-
-
-def test_accumulation_equals_one_batch(tmp_path: Path, data: Path) -> None:
-    curves = [
-        losses(run_fit(oracle_run(tmp_path / str(n), data, f"train.accumulate={n}", "model.code_dropout=none")))
-        for n in (1, 2, 4)
-    ]
-    np.testing.assert_allclose(curves[1], curves[0], atol=1e-5)
-    np.testing.assert_allclose(curves[2], curves[0], atol=1e-5)
 
 
 def test_workers_do_not_change_the_data(data: Path) -> None:
@@ -223,20 +215,8 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert ckpt.resolve_checkpoint(tmp_path, prefer="last").name == ckpt.step_name(5)
 
 
-def test_schedule_and_groups(oracle_dir: Path) -> None:
-    run = oracle_run(oracle_dir, Path("x"), "optim.warmup_steps=4", "optim.final_lr_ratio=0.1", "train.resume=auto")
-    rates = [learning_rate(step, 6, run.optim) for step in range(7)]
-    assert rates[:4] == pytest.approx([run.optim.lr * i / 4 for i in (1, 2, 3, 4)])
-    assert rates[6] == pytest.approx(run.optim.lr * 0.1) and rates[4] > rates[5] > rates[6]
-    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
-    for name in ("adamw", "adafactor"):
-        optim = replace(run.optim, name=name, encoder_lr_ratio=0.1, weight_decay=0.5)
-        groups = build_optimizer(model.named_parameters(), optim, "lm").param_groups
-        found = {(group["weight_decay"], group["lr_ratio"]) for group in groups}
-        assert found == {(0.5, 0.1), (0.0, 0.1), (0.5, 1.0), (0.0, 1.0)}
-
-
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_both_optimizers_and_compile_train(tmp_path: Path, data: Path, name: str) -> None:
-    run_fit(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16"))
-    assert np.isfinite(losses(tmp_path / name)).all()
+def test_both_optimizers_train(tmp_path: Path, data: Path, name: str) -> None:
+    """In bf16; tests/test_compile.py trains compiled."""
+    curve = losses(run_fit(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))
+    assert np.isfinite(curve).all() and curve[-1] < curve[0]

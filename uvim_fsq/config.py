@@ -127,15 +127,15 @@ class LMModelConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adafactor", "adamw"] = "adafactor"
-    """adafactor (timm's adafactorbv, the reference's) or adamw (fused)."""
+    """adafactor (the reference's) or adamw (torch's)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay, on kernels (matrices) only."""
+    """Decoupled weight decay of kernels (matrices): times the schedule (adafactor), times the rate (adamw)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Momentum and (largest) second-moment decay."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up before the cosine."""
+    """Steps of linear warm-up from rate 0 before the cosine; fewer than the run has."""
     final_lr_ratio: float = 0.0
     """Learning rate at the end as a share of the peak."""
     clip_norm: float | None = 1.0
@@ -159,7 +159,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights stay float32."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process."""
+    """Micro-batches per optimizer step and process. They need not be of equal size."""
     compile: bool = False
     """torch.compile the model and, in stage II, the oracle that makes its tokens."""
     ema: float | None = None
@@ -238,7 +238,7 @@ class LMRun:
     task: Any = None
     """Filled from the oracle's checkpoint; keys that only concern decoding and protocol may be overridden."""
     plugins: tuple[str, ...] = ()
-    """Filled from the oracle's checkpoint, plus modules of your own."""
+    """Modules to import first; the oracle's are added, and must be named here too unless they are trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -99,6 +99,7 @@ def _oracle_tree(shape: OracleShape, task: str, out: Path) -> dict[str, Any]:
             "code_length": shape.num_patches // 4,
             "quantizer": {"kind": "vq", "codebook_size": shape.codebook_size, "codeword_dim": shape.codeword_dim},
         },
+        "optim": {"warmup_steps": 0},
         "train": {"out": str(out), "epochs": 1},
     }
 
@@ -118,6 +119,7 @@ def _lm_tree(shape: LMShape, oracle: Path, out: Path) -> dict[str, Any]:
         "stage": "lm",
         "oracle": str(oracle),
         "model": {"encoder": encoder, **{key: getattr(shape, key) for key in keys}},
+        "optim": {"warmup_steps": 0},
         "train": {"out": str(out), "epochs": 1},
     }
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, read_yaml, resolve_lm
+from uvim_fsq.config_io import load_run, resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
+from uvim_fsq.yaml_files import read_tree
 
 WEIGHTS = "model.safetensors"
 #: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
@@ -65,13 +66,15 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
     file = checkpoint / "config.yaml"
     if not file.is_file():
         raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
-    tree = read_yaml(file)
+    tree = read_tree(file)
     for section, key in RETIRED:
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
-    run = load_run(tree, overrides)
+    run = load_run(tree, overrides, found_in=file)
     if overrides:
-        validate(run, load_run(tree))
+        # The plugins that the user names stand in for those of the run.
+        named = [override for override in overrides if override.startswith("plugins=")]
+        validate(run, load_run(tree, named, found_in=file))
     return run
 
 

@@ -112,7 +112,10 @@ def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals, last: 
             trainer.evaluate(progress, final=last)
             # The main process draws pictures meanwhile.
             processes.wait()
-    except Interrupted:
+    except (Interrupted, RuntimeError):
+        # Who waits for a process that the signal has ended first finds a lost connection.
+        if signals.number is None:
+            raise
         raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
 
 
@@ -135,8 +138,7 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     losses = torch.stack([logs["loss"] for logs in window])
     names = sorted(window[-1])
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
-    if trainer.accelerator.num_processes > 1:
-        losses, means = _reduced(trainer, losses), _reduced(trainer, means)
+    losses, means = _reduced(trainer, losses), _reduced(trainer, means)
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         first = trainer.step - len(window) + 1 + int(np.argmin(finite.cpu().numpy()))

@@ -14,9 +14,11 @@ from torch import nn
 from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.config_rules import check_warmup
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.step import Stepper
@@ -45,6 +47,7 @@ class Trainer(Stepper):
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        check_warmup(run, self.total)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -68,7 +71,7 @@ class Trainer(Stepper):
         if self.ema is not None and "raw" in state:
             self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.bad = dict(state.get("bad_samples", {}))
