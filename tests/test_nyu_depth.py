@@ -189,7 +189,7 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rgb_.*h5 cannot be read .* delete .*prepared_depth and"):
         open_source(str(root), "val", CONFIG)[0]
     (root / "prepared_depth" / "contents.json").write_text("{")
-    with pytest.raises(UserError, match=r"contents.json cannot be read; delete .*prepared_depth"):
+    with pytest.raises(UserError, match=r"contents.json is damaged .*; delete .*prepared_depth"):
         open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="HDF5 already .layout B.*nothing to prepare"):
         prepare(str(small_data(tmp_path / "h5", num=2, num_val=1)), CONFIG, lambda done, total: None)
