@@ -59,6 +59,9 @@ def test_own_folder(tmp_path: Path) -> None:
     train, val = (open_source(str(tmp_path), split, config) for split in ("train", "val"))
     assert (len(train), len(val)) == (9, 2)
     np.testing.assert_allclose(train[0].maps["depth"], depth, rtol=1e-6)
+    parts = [open_source(str(tmp_path), split, config) for split in ("val", "holdout", "train_minus_holdout")]
+    ids = [source[i].id for source in parts for i in range(len(source))]
+    assert len(parts[1]) == 1 and len(ids) == len(set(ids)) == 11, "nothing is held out of the evaluation split"
 
 
 def test_depth_files(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads the best checkpoint of an LM's run directory, or the checkpoint directory given.
+        """Loads an LM's run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         `trust`: import the plugins that the run names, which runs their code; else they must be named in `overrides`.

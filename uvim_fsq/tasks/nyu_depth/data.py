@@ -168,10 +168,9 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
     if not photos:
         raise UserError(f"{images} holds no images")
     pairs = [(stem, image, maps[stem]) for stem, image in photos.items()]
-    if split not in ("train", "val") or not own_split:
-        # Without train/ and val/ folders every tenth image is the evaluation split.
-        part = {"train": "train_minus_holdout", "val": "holdout"}.get(split, split) if not own_split else split
-        pairs = _take_split(part, pairs, [], set(range(0, len(pairs), 10)))
+    # Without train/ and val/ folders every tenth image is the evaluation split.
+    train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
+    pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
     return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
 
 
