@@ -75,7 +75,7 @@ def train_all(folder: str, data: str, oracle: str, bad: str) -> None:
     torch.set_num_threads(1)
     for run in configurations(Path(folder), Path(data), Path(oracle)).values():
         train(run)
-    fit_run(oracle_run(Path(folder) / "bad", Path(bad), "train.steps=9", "data.max_bad_samples=2"))
+    fit_run(oracle_run(Path(folder) / "bad", Path(bad), "train.steps=4", "data.max_bad_samples=4"))
     main(["evaluate", f"{folder}/lm", "--limit=2", f"--json={folder}/few.json", f"--csv={folder}/few.csv"])
     assert not torch.distributed.is_initialized(), "the command has not parted from the others"
 
@@ -87,7 +87,7 @@ def fit_run(run: Run) -> Path:
 @pytest.mark.multi
 @pytest.mark.slow
 def test_three_ranks_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    others = (str(data), str(oracle_dir), str(damaged(data, tmp_path / "data", "train", 2)))
+    others = (str(data), str(oracle_dir), str(damaged(data, tmp_path / "data", "train", 4)))
     run_ranks(RANKS, "tests.test_processes:train_all", str(tmp_path / "three"), *others)
     train_all(str(tmp_path / "one"), *others)
     for name in configurations(tmp_path, data, oracle_dir):
@@ -105,10 +105,10 @@ def test_three_ranks_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> 
     rows = (tmp_path / "three" / "few.csv").read_text().splitlines()
     assert sorted(rows) == sorted((tmp_path / "one" / "few.csv").read_text().splitlines()) and len(rows) == 1 + 3 * 2
     for count in ("one", "three"):
-        # Three epochs meet both bad files again and again, each time in another rank.
-        assert lines(tmp_path / count / "bad")[-1]["bad_samples"] == 2
+        # Three steps meet every file, each in one of the ranks, and in the fourth all know.
+        assert lines(tmp_path / count / "bad")[-1]["bad_samples"] == 4
         state = ckpt.load_trainer_state(ckpt.checkpoints(tmp_path / count / "bad")[-1])
-        assert len(state["bad_samples"]) == 2 and all(".h5" in text for text in state["bad_samples"].values())
+        assert len(state["bad_samples"]) == 4 and all(".h5" in text for text in state["bad_samples"].values())
 
 
 def assert_same_result(ours: Path, theirs: Path) -> None:
