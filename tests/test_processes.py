@@ -88,7 +88,8 @@ def fit_run(run: Run) -> Path:
 @pytest.mark.slow
 def test_three_ranks_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     others = (str(data), str(oracle_dir), str(damaged(data, tmp_path / "data", "train", 4)))
-    run_ranks(RANKS, "tests.test_processes:train_all", str(tmp_path / "three"), *others)
+    said = run_ranks(RANKS, "tests.test_processes:train_all", str(tmp_path / "three"), *others)
+    assert said.count("written: ") == 1, "one process prints and writes"
     train_all(str(tmp_path / "one"), *others)
     for name in configurations(tmp_path, data, oracle_dir):
         one, three = tmp_path / "one" / name, tmp_path / "three" / name
