@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.data.images import list_images, read_image, to_rgb
+from uvim_fsq.data.images import limit_pixels, list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -42,7 +42,7 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads the best checkpoint of an LM's run directory, or the checkpoint directory given.
+        """Loads an LM's run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         `trust`: import the plugins that the run names, which runs their code; else they must be named in `overrides`.
@@ -64,6 +64,7 @@ class Predictor:
     @torch.inference_mode()
     def predict_batch(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> list[Any]:
         """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results."""
+        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
         rgb = [self._array(image) for image in images]
         size = self.run.data.image_size
         small = [self.task.model_image(Sample("", resize_linear(picture, (size, size)))) for picture in rgb]

@@ -3,6 +3,7 @@ where invalid."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,16 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a depth map ({first_line(error)}); replace or remove it") from error
+        raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     except MemoryError as error:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
     return metres(values, str(path))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def one_line(error: BaseException) -> str:
+    """What an error says, without the memory addresses and dates that HDF5 spreads over several lines."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"time = .*error message = '([^']*)'.*", r"\1)", text)[:160]
 
 
 def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset:
@@ -79,8 +82,8 @@ def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset
 
     Raises UserError where there is none, or one of anything but numbers, in another file, or with too many pixels.
     """
-    found = file.get(key)
-    if not isinstance(found, h5py.Dataset):
+    # `get` would take a damaged one for a missing one.
+    if key not in file or not isinstance(found := file[key], h5py.Dataset):
         raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
     if found.file.filename != file.filename or found.external or found.is_virtual:
         raise UserError(f"{path}: dataset {key!r} lies in another file; only data inside are read")
@@ -126,10 +129,12 @@ def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
             rgb, depth = np.asarray(picture), np.asarray(h5_dataset(file, "depth", path, 2))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete") from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); it is truncated or no HDF5 file, {advice}"
-        ) from error
+    except UserError:
+        raise
     except MemoryError as error:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
+    except Exception as error:  # h5py has many for a damaged file
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}); it is damaged or no HDF5 file, {advice}"
+        ) from error
     return cv2.merge(list(rgb)), metres(depth, str(path))
