@@ -23,8 +23,10 @@ def check_npy(file: IO[bytes], size: int, name: str | Path) -> tuple[int, ...]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise UserError(f"{name} holds Python objects, not real numbers; pickled data are never loaded")
     if dtype.kind not in "fiub":
-        raise UserError(f"{name} holds {dtype}, not numbers; pickled data are never loaded")
+        raise UserError(f"{name} holds {dtype}, not real numbers")
     needed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if min(shape, default=0) < 0 or needed > there:
         raise UserError(f"{name} claims an array {dtype} {shape} of {needed} bytes but holds {there}; fetch it again")
@@ -42,4 +44,4 @@ def check_npz(path: Path) -> None:
         for member in members:
             if member.filename.endswith(".npy"):
                 with archive.open(member) as file:
-                    check_npy(file, member.file_size, f"{path}, {member.filename}")
+                    check_npy(file, member.file_size, f"{path}: {member.filename.removesuffix('.npy')}")
