@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from uvim_fsq.data.arrays import check_npy
 from uvim_fsq.data.images import check_pixels, open_picture, read_image
@@ -64,10 +63,10 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     except MemoryError as error:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
+    except Exception as error:  # Pillow, NumPy and h5py have many for a damaged file
+        raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     return metres(values, str(path))
 
 
