@@ -25,6 +25,7 @@ from uvim_fsq.evaluation import (
     baseline_predictions,
     build_decoder,
     context_predictions,
+    evaluate_loaded,
     evaluate_run,
     lm_predictions,
     oracle_predictions,
@@ -184,6 +185,20 @@ def test_figures_are_means_over_all_images(loaded: Loaded, batch_size: int) -> N
     bare = Evaluator(loaded.task, run.data, config)
     assert bare.statistics is None
     assert not {"bits_per_token", "bits_per_image", "codebook_usage"} & set(bare.run(constant(), CPU))
+
+
+def test_figures_are_sums_over_processes(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of two processes that saw the same images."""
+    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, quantizer=loaded.oracle.quantizer)
+    alone = evaluator.run(constant([3.0, 5.0, 1.0, 2.0, 4.0, 6.5]), CPU)
+    monkeypatch.setattr(evaluation.processes, "gather", lambda mine: [mine, mine])
+    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, quantizer=loaded.oracle.quantizer)
+    official = Official()
+    together = evaluator.run(constant([3.0, 5.0, 1.0, 2.0, 4.0, 6.5]), CPU, official)
+    assert together.pop("official/score") == 0.5 and len(official.finished[0]) == 2 * IMAGES
+    assert together == pytest.approx({**alone, "images": 12, "tokens_counted": 48})
+    result = evaluate_loaded(loaded, limit=2, device=CPU)
+    assert result["images"] == 4 and sum(result["code_counts"]["lm"]) == 2 * 2 * 4
 
 
 def test_limits(loaded: Loaded) -> None:
