@@ -59,6 +59,9 @@ def test_own_folder(tmp_path: Path) -> None:
     train, val = (open_source(str(tmp_path), split, config) for split in ("train", "val"))
     assert (len(train), len(val)) == (9, 2)
     np.testing.assert_allclose(train[0].maps["depth"], depth, rtol=1e-6)
+    parts = [open_source(str(tmp_path), split, config) for split in ("val", "holdout", "train_minus_holdout")]
+    ids = [source[i].id for source in parts for i in range(len(source))]
+    assert len(parts[1]) == 1 and len(ids) == len(set(ids)) == 11, "nothing is held out of the evaluation split"
 
 
 def test_depth_files(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rgb_.*h5 cannot be read .* delete .*prepared_depth and"):
         open_source(str(root), "val", CONFIG)[0]
     (root / "prepared_depth" / "contents.json").write_text("{")
-    with pytest.raises(UserError, match=r"contents.json cannot be read; delete .*prepared_depth"):
+    with pytest.raises(UserError, match=r"contents.json is damaged .*; delete .*prepared_depth"):
         open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="HDF5 already .layout B.*nothing to prepare"):
         prepare(str(small_data(tmp_path / "h5", num=2, num_val=1)), CONFIG, lambda done, total: None)

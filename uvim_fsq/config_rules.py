@@ -44,6 +44,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
 )
 
@@ -67,8 +68,6 @@ def _problems(run: Run) -> Iterator[str]:
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
     yield from _out_of_range(run)
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
     if train.steps is not None:
         check_warmup(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import warnings
 import zipfile
@@ -23,11 +22,12 @@ import cv2
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.folders import and_list
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import write_whole
+from uvim_fsq.files import read_json, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
@@ -38,11 +38,14 @@ PREPARED = "prepared_panoptic"
 
 def find_annotations(root: Path, split: str) -> Path:
     """The panoptic JSON of "train" or "val" under `root` or its `annotations/`. Raises UserError if there is none."""
-    found = sorted(file for place in (root / "annotations", root) for file in place.glob(f"panoptic_{split}*.json"))
+    places = (root / "annotations", root)
+    found = sorted(file for place in places for file in place.glob(f"panoptic_{split}*.json"))
     if not found:
+        there = sorted(file.name for place in places for file in place.glob("*.json"))
         raise UserError(
-            f"{root} holds no annotations/panoptic_{split}*.json; the COCO panoptic format is expected, "
-            "see datasets/README.md"
+            f"{root} holds no annotations/panoptic_{split}*.json"
+            + (f", only {and_list(there)}" if there else "")
+            + "; the COCO panoptic format is expected, see datasets/README.md"
         )
     # The plain name before variants that other tools leave beside it.
     return min(found, key=lambda file: (file.stem != f"panoptic_{split}2017", len(file.name), file.name))
@@ -105,7 +108,11 @@ def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Pa
     for place in (root / name, root / "images" / name, root / split, root / "images" / split, root / "images"):
         if place.is_dir():
             return place
-    raise UserError(f"{root} holds no photos: looked for {name}/ and images/{name}/; name it with task.image_dir=")
+    there = and_list([f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir()])
+    raise UserError(
+        f"{root} holds no photos: looked for {name}/ and images/{name}/, found {there or 'no folder'}; rename one or "
+        "name it with task.image_dir="
+    )
 
 
 def decode_ids(data: bytes, name: str) -> np.ndarray:
@@ -225,10 +232,11 @@ def open_source(root: str, split: str, config: CocoPanopticConfig) -> PanopticSo
 
 def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
     """ "complete", "begun" or "none". Raises UserError if the folder belongs to another annotation file."""
-    begun = folder / "source.json"
-    if not begun.is_file():
+    try:
+        begun = read_json(folder / "source.json", f"delete {folder} and run `uvim-fsq data prepare` again")
+    except FileNotFoundError:
         return "none"
-    if json.loads(begun.read_text()) != _fingerprint(annotations, index):
+    if begun != _fingerprint(annotations, index):
         raise UserError(f"{folder} was prepared from another {annotations.name}; delete that folder")
     return "complete" if (folder / "complete").is_file() else "begun"
 
@@ -265,10 +273,9 @@ def prepare(root: str, progress: Callable[[int, int], None]) -> str:
         index = read_index(annotations)
         folder = place / PREPARED / annotations.stem
         if _prepared_state(folder, annotations, index) != "complete":
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "source.json").write_text(json.dumps(_fingerprint(annotations, index)) + "\n")
+            write_json(folder / "source.json", _fingerprint(annotations, index), indent=None)
             _prepare_split(find_pngs(place, annotations), index, folder, progress)
-            (folder / "complete").touch()
+            write_whole(folder / "complete", Path.touch)
         done.append(f"{len(index.image_ids)} {split}")
     return f"prepared labels of {' and '.join(done)} images in {place / PREPARED}"
 
