@@ -95,6 +95,8 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from uvim_fsq.identity import describe
+
     figures: dict[str, dict[str, float]] = result["figures"]
     data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
     table = Table(title=f"{result['protocol']} ({data})")
@@ -105,6 +107,8 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(name, *(f"{way[name]:.4f}" if name in way else "" for way in figures.values()))
     Console().print(table)
     limit = f", first {result['limit']} images only" if result["limit"] else ""
+    if result["overrides"]:
+        print(describe(result["overrides"]))
     print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")
 
 

@@ -176,6 +176,8 @@ class TrainConfig:
     """Latest checkpoints kept beside the best."""
     resume: str = "no"
     """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path."""
+    resume_changes: bool = False
+    """On resume, go on with settings that differ from the checkpoint's; without it they are listed and refused."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the wandb package)."""
 

@@ -268,9 +268,13 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             "point `oracle=` at an oracle of this task"
         )
     section = _build_task({**theirs, **own}, plugins)
-    cls, changed = task_class(name), section.options != oracle.task.options
-    if changed and cls(section.options).label_channels != cls(oracle.task.options).label_channels:
-        raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
+    for key in (field.name for field in _settings(section.options) if field.name not in task_class(name).changeable):
+        value, fixed = getattr(section.options, key), getattr(oracle.task.options, key)
+        if value != fixed:
+            raise UserError(
+                f"task.{key}={value} but the oracle {run.oracle} was trained with {fixed}; "
+                "leave it out to take over the oracle's"
+            )
     explicit = _explicit(run)
     data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
     if data.image_size != oracle.data.image_size:

@@ -297,6 +297,7 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
         "task_options": to_dict(task.config),
+        "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
         "versions": {
@@ -336,9 +337,10 @@ def evaluate_run(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
     device = torch.device(PartialState().device or "cpu")
-    loaded = load_checkpoint(run_dir, overrides, device)
+    limited = [] if limit is None else [f"eval.limit={limit}"]
+    loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    result = evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)
+    result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and PartialState().is_main_process:
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run, read_yaml, resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
+from uvim_fsq.identity import check_overrides
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Task
@@ -98,13 +100,17 @@ def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Tas
 
 @dataclass
 class Loaded:
-    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint."""
+    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint.
+
+    `overrides`: key -> [trained value, present value] of the settings that were changed.
+    """
 
     run: Run
     task: Task
     oracle: Oracle
     lm: LM | None
     checkpoint: Path
+    overrides: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> Loaded:
@@ -114,25 +120,19 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
     """
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint, overrides)
-    _refuse_other_labels(run, read_config(checkpoint), overrides)
+    changed = check_overrides(run, read_config(checkpoint)) if overrides else {}
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
         load_model_weights(oracle, checkpoint)
-        return Loaded(run, task, oracle.eval().to(device), None, checkpoint)
-    oracle, task = load_oracle(find_oracle(checkpoint, run), run)
+        return Loaded(run, task, oracle.eval().to(device), None, checkpoint, changed)
+    place = find_oracle(checkpoint, run)
+    if "oracle" in changed and place != Path(run.oracle):
+        raise UserError(f"oracle={run.oracle}: this run carries its own oracle, {place}; a trained LM cannot follow")
+    oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
-    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint)
-
-
-def _refuse_other_labels(run: Run, trained: Run, overrides: Sequence[str]) -> None:
-    if overrides and run.task is not None and trained.task is not None:
-        asked, known = build_task(run).label_channels, build_task(trained).label_channels
-        if asked != known:
-            raise UserError(
-                f"{' '.join(overrides)} changes the labels from {known} to {asked}; a trained model cannot follow"
-            )
+    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint, changed)
 
 
 def find_oracle(checkpoint: Path, run: LMRun) -> Path:

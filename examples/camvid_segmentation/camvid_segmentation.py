@@ -89,6 +89,7 @@ class Config:
 class CamvidSegmentation(Task):
     Config = Config
     main_metric, smaller_is_better, headline = "miou", False, ("pixel_accuracy",)
+    changeable = ("label_suffix",)  # where files lie, not what the labels mean
 
     @property
     def label_channels(self):

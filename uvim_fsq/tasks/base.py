@@ -107,6 +107,9 @@ class Task(ABC):
     linear_maps: ClassVar[tuple[str, ...]] = ()
     #: Figures that tables show beside the main metric.
     headline: ClassVar[tuple[str, ...]] = ()
+    #: Keys of `Config` that may differ from training when a trained model is used: evaluation protocol, decoding, where
+    #: files lie. All others define the labels.
+    changeable: ClassVar[tuple[str, ...]] = ()
     #: The format of `uvim-fsq synth` that holds this task's data; None if there is none.
     synthetic: ClassVar[str | None] = None
 

@@ -23,6 +23,8 @@ from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
+from uvim_fsq.identity import check_resume
+from uvim_fsq.models import read_config
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
@@ -94,6 +96,7 @@ class Trainer(Stepper):
         state = ckpt.load_trainer_state(path)
         if "optimizer" not in state:
             raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
+        check_resume(self.run, read_config(path), step=int(state["step"]), total=self.total)
         ckpt.load_model_weights(self.stage.model, path)
         if self.ema is not None and "raw" in state:
             self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}

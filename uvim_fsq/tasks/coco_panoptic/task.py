@@ -54,6 +54,7 @@ class CocoPanoptic(Task):
     smaller_is_better = False
     headline = ("sq", "rq", "pq_things", "pq_stuff")
     synthetic = "coco_panoptic"
+    changeable = ("min_fraction", "image_dir")
     config: CocoPanopticConfig
 
     def __init__(self, config: CocoPanopticConfig) -> None:

@@ -52,6 +52,7 @@ class ImagenetColor(Task):
     smaller_is_better = False
     headline = ("mse",)
     synthetic = "imagenet"
+    changeable = ("protocol", "inception_weights", "fid_reference", "keep_luma")
     config: ImagenetColorConfig
 
     @property

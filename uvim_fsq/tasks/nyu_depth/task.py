@@ -57,6 +57,7 @@ class NYUDepth(Task):
     main_metric = "rmse"
     headline = ("abs_rel", "delta1")
     synthetic = "nyu"
+    changeable = ("protocol", "decoding", "ground_truth", "image_dir", "depth_dir", "depth_scale")
     config: NYUDepthConfig
 
     def __init__(self, config: NYUDepthConfig) -> None:
