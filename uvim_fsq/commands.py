@@ -16,22 +16,35 @@ from uvim_fsq.errors import UserError
 
 
 def command_config(args: argparse.Namespace) -> None:
-    """Prints the resolved configuration."""
-    from uvim_fsq.config import OracleRun
+    """Prints the resolved configuration, as far as it can be known before data, oracle and run directory are there."""
+    from dataclasses import replace
+
+    from uvim_fsq.ablation import is_grid
+    from uvim_fsq.config import LMRun
     from uvim_fsq.config_io import dump_yaml, load_run
     from uvim_fsq.config_rules import validate
-    from uvim_fsq.models import resolve
+    from uvim_fsq.models import fill
 
+    if is_grid(Path(args.config)):
+        raise UserError(f"{args.config} is a grid; uvim-fsq ablate {args.config} --dry-run prints its cells")
     run = load_run(args.config, args.overrides)
-    try:
-        run = resolve(run)
-    except UserError as error:
-        # A configuration can be read before its data are there.
-        if not isinstance(run, OracleRun) or not str(error).startswith("data.root"):
-            raise
-        validate(run)
-        print(f"note: {error}; what only the data can say is left out", file=sys.stderr)
+    if isinstance(run, LMRun) and not Path(run.oracle).exists():
+        _note(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
+    else:
+        try:
+            run = fill(run)
+        except UserError as error:
+            if isinstance(run, LMRun) or not str(error).startswith("data.root"):
+                raise
+            _note(f"{error}; what only the data can say is left out")
+    if not run.train.out:
+        _note("train.out is empty; training needs a run directory there")
+    validate(run if run.train.out else replace(run, train=replace(run.train, out="unnamed")))
     print(dump_yaml(run), end="")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def command_train(args: argparse.Namespace) -> None:
@@ -52,6 +65,8 @@ def command_evaluate(args: argparse.Namespace) -> None:
     from accelerate.state import PartialState
 
     from uvim_fsq.evaluation import evaluate_run
+    from uvim_fsq.files import write_json
+    from uvim_fsq.results import beside, result_file
 
     official = Path(args.run) / "official" if args.official else None
     result = evaluate_run(
@@ -65,13 +80,12 @@ def command_evaluate(args: argparse.Namespace) -> None:
     )
     if not PartialState().is_main_process:
         return
-    file = args.json or Path(args.run) / "evaluation.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    file = args.json or beside(result_file(Path(args.run)), result["overrides"])
+    write_json(file, result)
     print_result(result)
     if result["baseline"]:
         print(f"baseline: {result['baseline']}")
-    print(f"written: {file}" + (f", {official}/" if official else ""))
+    print(f"written: {file}" + (f", {beside(official, result['overrides'])}/" if official else ""))
 
 
 def command_analyze(args: argparse.Namespace) -> None:

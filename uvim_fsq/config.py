@@ -174,7 +174,7 @@ class TrainConfig:
     """Steps between checkpoints; null: only at the end and on interruption."""
     keep: int = 2
     """Latest checkpoints kept beside the best."""
-    resume: str = "no"
+    resume: Literal["no", "auto"] | str = "no"
     """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path."""
     resume_changes: bool = False
     """On resume, go on with settings that differ from the checkpoint's; without it they are listed and refused."""

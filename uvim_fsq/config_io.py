@@ -154,6 +154,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, key, hint)
     if origin is Literal:
+        if value is False and "no" in args:
+            return "no"  # YAML's reading of an unquoted no
         if value in args and not isinstance(value, bool):
             return value
         raise UserError(f"{key}={value!r}: must be one of {', '.join(map(str, args))}")
@@ -174,9 +176,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if hint is str and value is None:
         return ""  # `key=` on the command line
-    if hint is str and isinstance(value, (str, int, float)):
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}{_truth(value)}")
+
+
+def _truth(value: Any) -> str:
+    return " (YAML reads yes and on as true, no and off as false)" if isinstance(value, bool) else ""
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
@@ -189,7 +195,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> An
             return _convert(option, value, key)
         except UserError:
             continue
-    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}{_truth(value)}")
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.statistics import CodeStatistics
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import write_evaluation
+from uvim_fsq.results import beside
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
 
@@ -332,7 +333,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image.
 
-    `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
+    `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write. With other
+    settings than the run's own `official` lies beside the folder given (`results.beside`).
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
@@ -340,6 +342,8 @@ def evaluate_run(
     limited = [] if limit is None else [f"eval.limit={limit}"]
     loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
+    # The official files of a part must not mix with those of the whole.
+    official = official and beside(official, loaded.overrides)
     result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and PartialState().is_main_process:
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}

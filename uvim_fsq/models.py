@@ -77,14 +77,17 @@ def complete(run: Run) -> Run:
     return replace(run, task=replace(run.task, options=options))
 
 
-def resolve(run: Run) -> Run:
-    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data, and refuses impossible
-    combinations."""
+def fill(run: Run) -> Run:
+    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data."""
     if isinstance(run, LMRun):
         oracle_run, _ = read_oracle_config(run.oracle)
-        run = resolve_lm(run, oracle_run)
-    else:
-        run = complete(run)
+        return resolve_lm(run, oracle_run)
+    return complete(run)
+
+
+def resolve(run: Run) -> Run:
+    """`fill`, and refuses impossible combinations."""
+    run = fill(run)
     validate(run)
     return run
 

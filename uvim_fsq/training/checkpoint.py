@@ -116,9 +116,9 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise UserError(
-            f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); give a run directory of training"
-        )
+        inside = [str(folder) for folder in sorted(path.glob("*/")) if checkpoints(folder)]
+        remedy = f"did you mean {' or '.join(inside[:3])}?" if inside else "give a run directory of training"
+        raise UserError(f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); {remedy}")
     best = read_best(path)
     if prefer == "best" and best and path / "checkpoints" / step_name(best["step"]) in found:
         return path / "checkpoints" / step_name(best["step"])
