@@ -27,8 +27,9 @@ from uvim_fsq.oracle.labels import OneHotProduct
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import stages, step
-from uvim_fsq.training.loop import Trainer, fit
+from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
+from uvim_fsq.training.trainer import Trainer
 
 #: Dynamo and autograd's tracing without the C++ compiler, which takes a minute a model; a graph break is an error.
 one_graph = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tests.helpers import needs_compiler
 from uvim_fsq.config import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm import model
 from uvim_fsq.lm.cache import attend_int8, to_int8
 from uvim_fsq.lm.encoder import build_image_encoder
 from uvim_fsq.lm.generate import SPAN, Decoder, Sampling, example_uniforms, generate, sample
@@ -50,6 +51,20 @@ def naive(lm: LM, image: torch.Tensor, temperature: float, seeds: torch.Tensor, 
             k = int(top_k) if top_k is not None else None
             tokens[:, i] = sample(logits / temperature, uniforms[:, i : i + 1], k, top_p)[:, 0]
     return tokens
+
+
+@torch.no_grad()
+def test_floating_images_are_normalised_as_those_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights' own mean and deviation (here ImageNet's, which DINOv2 has) hold for both."""
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    real = model.build_image_encoder
+    monkeypatch.setattr(model, "build_image_encoder", lambda *arguments: (real(*arguments)[0], *imagenet))
+    lm, batch = make_lm(), images()
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in imagenet)
+    torch.testing.assert_close(lm.normalised(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
+    floating = batch.float() / 127.5 - 1
+    torch.testing.assert_close(lm.encode(floating), lm.encode(batch), atol=1e-5, rtol=0)
+    assert torch.equal(Decoder(lm)(floating), Decoder(lm)(batch))
 
 
 @pytest.mark.parametrize(("temperature", "filters"), [(0, {}), (1.0, {}), (0.7, {"top_k": 3}), (1.3, {"top_p": 0.6})])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +26,8 @@ RNG = np.random.default_rng(0)
 IMAGE = np.zeros((3, 2, 2), np.uint8)
 
 
-def item(index: int, labels: np.ndarray, error: str | None = None) -> Item:
-    return Item(index, str(index), IMAGE + index, {"x": labels}, error)
+def item(index: int, labels: np.ndarray, **bad: str) -> Item:
+    return Item(index, str(index), IMAGE + index, {"x": labels}, {int(i[1:]): text for i, text in bad.items()})
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "uint16", "int32", "int64", "float32", "bool"])
@@ -45,12 +49,12 @@ def test_labels_may_be_views_and_of_mixed_types() -> None:
     np.testing.assert_array_equal(batch["labels"]["x"].numpy(), np.stack([fixed, mirrored, fixed.T]))
 
 
-def test_errors_are_counted_with_and_without_a_substitute() -> None:
+def test_errors_are_kept_with_and_without_a_substitute() -> None:
     labels = np.zeros((2, 2), np.uint8)
-    done = collate([item(0, labels), item(1, labels, "a.png is broken"), "b.png is broken"])
-    assert done.errors == ["a.png is broken", "b.png is broken"]
+    done = collate([item(0, labels), item(1, labels, _7="a is broken"), {8: "b is broken", 7: "a is broken"}])
+    assert done.bad == {7: "a is broken", 8: "b is broken"}
     assert done.batch is not None and done.batch["id"] == ["0", "1"]
-    assert collate(["b.png is broken"]).batch is None
+    assert collate([{8: "b is broken"}]) == (None, [], {8: "b is broken"})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -74,14 +78,66 @@ def test_bad_samples_are_counted_whatever_the_workers(tmp_path: Path, data: Path
     def load(allowed: int, stop: int) -> TrainLoader:
         config = replace(run.data, workers=workers, max_bad_samples=allowed)
         loader = TrainLoader(Broken(), task, config, batch_size=8, seed=0)
+        assert not loader.news
         assert [len(batch["id"]) for batch in loader.batches(0, stop)] == [8] * stop
         return loader
 
-    assert sorted(load(2, 3).bad) == ["number 3 is broken", "number 4 is broken"]
+    # Three epochs meet each of them three times.
+    loader = load(2, 9)
+    assert dict(sorted(loader.bad.items())) == {3: "number 3 is broken", 4: "number 4 is broken"} and loader.news
     with pytest.raises(UserError, match="number . is broken .2 unreadable training samples, data.max_bad_samples=1"):
         load(1, 3)
     with pytest.raises(UserError, match="^number 3 is broken$"):
         list(eval_batches(Broken(), task, run.data, batch_size=4, workers=workers))
+
+
+def test_bad_samples_of_other_processes_count_once(data: Path) -> None:
+    run = oracle_run(Path("x"), data, "data.max_bad_samples=2")
+    loader = TrainLoader(build_task(run).source(str(data), "train"), build_task(run), run.data, batch_size=8, seed=0)
+    loader.bad, loader.news = {1: "one"}, True
+    loader.merge_bad([{1: "one"}, {}, {2: "two", 1: "one"}])
+    assert loader.bad == {1: "one", 2: "two"} and not loader.news
+    with pytest.raises(UserError, match="^three .3 unreadable training samples, data.max_bad_samples=2"):
+        loader.merge_bad([{2: "two"}, {3: "three"}])
+
+
+class Stuck:
+    """A source one of whose samples does to its loader process what a test wants."""
+
+    def __init__(self, source, act) -> None:
+        self.source, self.act, self.info = source, act, source.info
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        self.act()
+        return self.source[index]
+
+
+@pytest.mark.parametrize(
+    ("act", "match"),
+    [
+        (lambda: time.sleep(10_000), "has not delivered a batch in 1 s"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "has died .*lower data.workers"),
+    ],
+    ids=["stuck", "killed"],
+)
+def test_a_loader_process_that_is_stuck_or_killed_is_one_line(
+    data: Path, monkeypatch: pytest.MonkeyPatch, act, match: str
+) -> None:
+    monkeypatch.setattr("uvim_fsq.data.loader.BATCH_TIMEOUT", 1 if "deliver" in match else 600)
+    run = oracle_run(Path("x"), data, "data.workers=1")
+    task = build_task(run)
+    broken = Stuck(task.source(str(data), "train"), act)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(UserError, match=match):
+        list(TrainLoader(broken, task, run.data, batch_size=8, seed=0).batches(0, 2))
+    with pytest.raises(UserError, match=match):
+        list(eval_batches(broken, task, run.data, batch_size=8, workers=1))
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.join(60)
+    assert set(multiprocessing.active_children()) <= before, "a stuck process would keep the command from ending"
 
 
 def test_a_worker_hands_over_shared_tensors_and_views(data: Path) -> None:

@@ -22,8 +22,9 @@ from uvim_fsq.data.loader import TrainLoader, TrainPlan, share
 from uvim_fsq.errors import UserError
 from uvim_fsq.models import build_task, load_checkpoint
 from uvim_fsq.training import checkpoint as ckpt
-from uvim_fsq.training.loop import Interrupted, fit
+from uvim_fsq.training.loop import fit
 from uvim_fsq.training.optim import build_optimizer, learning_rate
+from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import build_stage
 
 CURVES = Path(__file__).parent / "loss_curves.json"

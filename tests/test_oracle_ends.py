@@ -66,6 +66,24 @@ def test_label_embedding_is_the_one_hot_product(form: Callable, budget: int, mon
     torch.testing.assert_close(embed(patches), one_hot.flatten(2).float() @ embed.weight + embed.bias)
 
 
+@pytest.mark.parametrize("form", [OneHotProduct.apply, bag_of_rows], ids=["product", "rows"])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.uint8, 256), (torch.uint8, 257), (torch.uint8, 600), (torch.int8, 128), (torch.int8, 300)],
+)
+def test_labels_of_a_type_that_holds_fewer_classes(form: Callable, dtype: torch.dtype, classes: int) -> None:
+    """Each label is one class, not also those that are equal to it modulo 256."""
+    weight = torch.randn(4 * classes, 3, requires_grad=True)
+    patches = torch.arange(128).view(4, 8, 4).to(dtype)
+    patches[1, 0, 0] = torch.iinfo(dtype).max
+    expected = F.one_hot(patches.long(), classes).flatten(2).float() @ weight
+    found, gradient = form(patches, weight), torch.randn(4, 8, 3)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, weight, gradient), torch.autograd.grad(expected, weight, gradient)
+    )
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 @pytest.mark.parametrize("pieces", ["examples", "patches", "a patch"])
 def test_pieces_equal_the_plain_way(task: Task, pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:

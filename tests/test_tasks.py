@@ -20,9 +20,8 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import to_device
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.tasks.base import Categorical, Task
-from uvim_fsq.tasks.registry import load_plugins, register_task, task_class, task_names
+from uvim_fsq.tasks.registry import register_task, task_class, task_names
 
-load_plugins(())
 #: Settings that fit small scenes.
 OPTIONS: dict[str, dict[str, Any]] = {"nyu_depth": {"protocol": "full", "num_bins": 16}}
 

@@ -111,6 +111,15 @@ def read_grid(file: Path) -> Grid:
     )
 
 
+def is_grid(file: Path) -> bool:
+    """Whether a file looks like a grid rather than a configuration; False where it cannot be read."""
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(tree, dict) and all(isinstance(tree.get(key), str) for key in STAGES)
+
+
 def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
     named, grid = tree.get("rows") or {"": {}}, tree.get("grid") or {}
     if not isinstance(named, dict) or not isinstance(grid, dict):

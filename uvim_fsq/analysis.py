@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from PIL import Image
 
+from uvim_fsq import processes
 from uvim_fsq.code_pictures import Picture, draw, sees_image
 from uvim_fsq.config import LMRun
 from uvim_fsq.data.loader import eval_batches
@@ -34,12 +33,13 @@ from uvim_fsq.evaluation import (
     to_device,
 )
 from uvim_fsq.identity import describe
-from uvim_fsq.models import Loaded, find_oracle, load_checkpoint
+from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.report import html_table, png_tag, write_report
+from uvim_fsq.run_dirs import find_oracle, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
-from uvim_fsq.training.checkpoint import file_hash, resolve_checkpoint
+from uvim_fsq.training.checkpoint import file_hash
 
 
 def partners(count: int, seed: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def partners(count: int, seed: int) -> np.ndarray:
 @torch.inference_mode()
 def collect_tokens(loaded: Loaded, limit: int | None, device: torch.device) -> np.ndarray:
     """The oracle's tokens of the evaluation images, (N, L) int64 in the source's order, whole on every process."""
-    run, state = loaded.run, PartialState()
+    run, state = loaded.run, processes.state()
     batches = eval_batches(
         loaded.task.source(run.data.root, run.data.eval_split),
         loaded.task,
@@ -69,7 +69,7 @@ def collect_tokens(loaded: Loaded, limit: int | None, device: torch.device) -> n
         batch = to_device(batch, device)
         tokens = loaded.oracle.tokenize(batch["labels"], batch["image"]).cpu().numpy()
         mine |= zip(batch["index"].tolist(), tokens, strict=True)
-    everyone = {index: row for part in gather_object([mine]) for index, row in part.items()}
+    everyone = {index: row for part in processes.gather(mine) for index, row in part.items()}
     return np.stack([everyone[index] for index in sorted(everyone)])
 
 
@@ -146,7 +146,7 @@ def analyze_run(
     out = out or Path(run_dir) / "analysis"
     if out.is_file():
         raise UserError(f"{out} is a file; give a folder for the report and its pictures")
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
     run, task, oracle = loaded.run, loaded.task, loaded.oracle
@@ -169,6 +169,6 @@ def analyze_run(
     if isinstance(run, LMRun):
         place = resolve_checkpoint(find_oracle(loaded.checkpoint, run))
         result["oracle_sha256"] = file_hash(place / "model.safetensors")
-    if PartialState().is_main_process:
+    if processes.is_main():
         write_pages(out, loaded, result, draw(loaded, result, tokens, device))
     return result

@@ -13,6 +13,7 @@ from typing import Any
 
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
+from uvim_fsq.training.signals import ended_by_sigterm
 
 
 def _config_epilog(stage: str) -> str:
@@ -27,13 +28,12 @@ def _config_epilog(stage: str) -> str:
 
 def _task_keys() -> list[str]:
     from uvim_fsq.config_io import describe_keys
-    from uvim_fsq.tasks.registry import load_plugins, task_class, task_names
+    from uvim_fsq.tasks.registry import config_class, task_names
 
-    load_plugins(())
     lines: list[str] = []
     for name in task_names():
         lines.append(f"  task.name={name}")
-        for key, kind, default, doc in describe_keys(task_class(name).Config, "task."):
+        for key, kind, default, doc in describe_keys(config_class(name), "task."):
             lines += [f"    {key}  [{kind}; default {default}]", f"        {doc}"]
     return lines
 
@@ -74,7 +74,7 @@ def _add_use(commands: Any, asked: Callable[[str], bool]) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. task.protocol=eigen data.root=...")
     sub.add_argument("--limit", type=int, help="first N images only")
     sub.add_argument("--csv", type=Path, help="write each image's figures to this file")
-    sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json, or beside it with other settings)")
+    sub.add_argument("--json", type=Path, help="default: RUN/evaluation.json; with other settings beside it")
     sub.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
     sub.add_argument("--report", type=Path, help="write an HTML page with figures, panels and curves to this file")
     sub.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
@@ -191,8 +191,27 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *place: A
 _PLAIN_WARNING = warnings.formatwarning
 
 
+#: What several processes can share; all else would be done once by each of them, into the same files.
+_SHARED_COMMANDS = (do.command_train, do.command_evaluate, do.command_analyze)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    try:
+        with ended_by_sigterm():
+            _main(argv)
+    except BaseException as error:
+        processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
+        if processes is not None and _several():
+            processes.leave(error)
+        raise
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # --debug may stand anywhere.
     debug = "--debug" in argv
@@ -209,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Plugins may lie beside the configuration.
     sys.path.insert(0, os.getcwd())
     try:
+        if _several() and args.command not in _SHARED_COMMANDS:
+            raise UserError(f"this command runs in one process, not in {os.environ['WORLD_SIZE']}: start no launcher")
         args.command(args)
     except UserError as error:
         if debug:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,23 +27,22 @@ def command_config(args: argparse.Namespace) -> None:
     if is_grid(Path(args.config)):
         raise UserError(f"{args.config} is a grid; uvim-fsq ablate {args.config} --dry-run prints its cells")
     run = load_run(args.config, args.overrides)
+    notes: list[str] = []
     if isinstance(run, LMRun) and not Path(run.oracle).exists():
-        _note(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
+        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
     else:
         try:
             run = fill(run)
         except UserError as error:
             if isinstance(run, LMRun) or not str(error).startswith("data.root"):
                 raise
-            _note(f"{error}; what only the data can say is left out")
+            notes.append(f"{error}; what only the data can say is left out")
     if not run.train.out:
-        _note("train.out is empty; training needs a run directory there")
+        notes.append("train.out is empty; training needs a run directory there")
     validate(run if run.train.out else replace(run, train=replace(run.train, out="unnamed")))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(dump_yaml(run), end="")
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def command_train(args: argparse.Namespace) -> None:
@@ -62,8 +60,7 @@ def command_train(args: argparse.Namespace) -> None:
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a run by its task's protocol."""
-    from accelerate.state import PartialState
-
+    from uvim_fsq import processes
     from uvim_fsq.evaluation import evaluate_run
     from uvim_fsq.files import write_json
     from uvim_fsq.results import beside, result_file
@@ -78,7 +75,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
         official=official,
         report=args.report,
     )
-    if not PartialState().is_main_process:
+    if not processes.is_main():
         return
     file = args.json or beside(result_file(Path(args.run)), result["overrides"])
     write_json(file, result)
@@ -90,13 +87,12 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
-    from accelerate.state import PartialState
-
+    from uvim_fsq import processes
     from uvim_fsq.analysis import analyze_run
 
     out = args.out or Path(args.run) / "analysis"
     result = analyze_run(args.run, args.overrides, out=out, limit=args.limit)
-    if not PartialState().is_main_process:
+    if not processes.is_main():
         return
     print_result(result)
     for way, text in result["ways"].items():

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.registry import config_class, load_plugins
 
 Tree = dict[str, Any]
 
@@ -101,22 +102,20 @@ def _build_run(tree: Tree) -> Run:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
     if task is not None and not isinstance(task, dict):
         raise UserError(f"task: expected keys and values, got {task!r}")
+    # Before the task, whose plugins may take seconds to import.
+    run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
     section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
-    if stage == "oracle":
-        return dataclasses.replace(build(OracleRun, {**tree, "task": None}, ""), task=section)
-    run: LMRun = build(LMRun, {**tree, "task": None}, "")
+    if isinstance(run, OracleRun):
+        return dataclasses.replace(run, task=section)
     given = tuple(key for key in INHERITED if key in (tree.get("data") or {}))
     return dataclasses.replace(run, task=section, given=given)
 
 
 def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
-    # Here, not above: the registry imports the tasks and with them torch.
-    from uvim_fsq.tasks.registry import load_plugins, task_class
-
     load_plugins(plugins)
     name = _convert(str, tree["name"], "task.name")
     options = {key: value for key, value in tree.items() if key != "name"}
-    return TaskSection(name, build(task_class(name).Config, options, "task."))
+    return TaskSection(name, build(config_class(name), options, "task."))
 
 
 def build(cls: type, tree: Any, prefix: str) -> Any:
@@ -237,6 +236,11 @@ def to_dict(run: Any) -> Tree:
     return tree
 
 
+def changeable(task: TaskSection) -> tuple[str, ...]:
+    """The task's keys that define no labels, as its Config declares them."""
+    return getattr(task.options, "changeable", ())
+
+
 def _explicit(run: LMRun) -> set[str]:
     defaults = DataConfig()
     return {key for key in INHERITED if key in run.given or getattr(run.data, key) != getattr(defaults, key)}
@@ -262,8 +266,6 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
 
     Raises UserError when the LM asks for another task, another image size or other label channels.
     """
-    from uvim_fsq.tasks.registry import task_class
-
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
     own: Tree = _plain(run.task) or {}
     theirs: Tree = _plain(oracle.task)
@@ -274,9 +276,9 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             "point `oracle=` at an oracle of this task"
         )
     section = _build_task({**theirs, **own}, plugins)
-    for key in (field.name for field in _settings(section.options) if field.name not in task_class(name).changeable):
+    for key in (field.name for field in _settings(section.options)):
         value, fixed = getattr(section.options, key), getattr(oracle.task.options, key)
-        if value != fixed:
+        if value != fixed and key not in changeable(section):
             raise UserError(
                 f"task.{key}={value} but the oracle {run.oracle} was trained with {fixed}; "
                 "leave it out to take over the oracle's"

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.state import PartialState
-from accelerate.utils import gather_object
 
 import uvim_fsq
+from uvim_fsq import processes
 from uvim_fsq.config import DataConfig, EvalConfig, LMRun
 from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
 from uvim_fsq.models import Loaded, load_checkpoint
@@ -102,7 +102,8 @@ def lm_predictions(lm: LM, oracle: Oracle, task: Task, config: EvalConfig) -> Pr
 
     def cost(batch: Batch) -> torch.Tensor:
         truth = oracle.tokenize(batch["labels"], batch["image"])
-        logits = lm(batch["image"], truth).float()
+        # Not `lm(...)`: while it is trained, Accelerate has put training's precision around its forward.
+        logits = lm.decode(truth, lm.encode(batch["image"])).float()
         return F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").sum(1) / math.log(2)
 
     def predict(batch: Batch) -> Predicted:
@@ -127,7 +128,7 @@ def baseline_predictions(baseline: Baseline) -> Predictor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves image and labels, and makes real labels of 8 bits float32 in [-1, 1]; ids and indices stay on the host."""
     labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
-    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
+    labels = {n: signed_pixels(x) if x.ndim == 4 else x for n, x in labels.items()}
     return Batch(
         image=batch["image"].to(device, non_blocking=True), labels=labels, index=batch["index"], id=batch["id"]
     )
@@ -165,7 +166,7 @@ class Evaluator:
 
         With `official` also those of the benchmark's own program, as `official/NAME`, on the main process.
         """
-        state = PartialState()
+        state = processes.state()
         metric = self.task.metric(self.source)
         self.protocol = metric.protocol
         self.rows = []
@@ -202,8 +203,8 @@ class Evaluator:
         if images:
             figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
         if official is not None:
-            entries = gather_object(entries)
-            theirs = _score(official, entries) if state.is_main_process else {}
+            entries = [entry for part in processes.gather(entries) for entry in part]
+            theirs = _score(official, entries) if processes.is_main() else {}
             figures |= {f"official/{name}": value for name, value in theirs.items()}
         return figures
 
@@ -219,9 +220,7 @@ def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
 
 def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Sums of every array over all processes."""
-    if PartialState().num_processes == 1:
-        return state
-    states: list[dict[str, np.ndarray]] = gather_object([state])
+    states = processes.gather(state)
     return {name: np.sum([other[name] for other in states], axis=0) for name in state}
 
 
@@ -253,7 +252,7 @@ def evaluate_loaded(
         baseline: also the task's trivial baseline, made from the training split.
         official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
     """
-    device = device or torch.device(PartialState().device or "cpu")
+    device = device or processes.device()
     run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
     if loaded.lm is not None:
         loaded.lm.to(device)
@@ -271,11 +270,11 @@ def evaluate_loaded(
         evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer)
-        rows[name] = gather_object(evaluator.rows)
+        rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         if evaluator.statistics is not None:
             levels[name] = evaluator.statistics.level_histogram()
             counts[name] = [int(count) for count in evaluator.statistics.counts]
-    if csv_file is not None and PartialState().is_main_process:
+    if csv_file is not None and processes.is_main():
         write_csv(csv_file, rows)
     return {
         **_circumstances(loaded, evaluator, device),
@@ -338,14 +337,14 @@ def evaluate_run(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give at least 1 image")
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]
     loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
     # The official files of a part must not mix with those of the whole.
     official = official and beside(official, loaded.overrides)
     result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
-    if report is not None and PartialState().is_main_process:
+    if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):
             runs = {"oracle": Path(loaded.run.oracle), **runs}

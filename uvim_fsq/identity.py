@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from uvim_fsq.config import LEVEL_PRESETS, Run, TaskSection
-from uvim_fsq.config_io import find_data_root
+from uvim_fsq.config_io import changeable, find_data_root
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.registry import task_class
 
 #: How fast or on what machine predictions are made, not which.
 SPEED = frozenset(
@@ -64,11 +63,11 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value}
 
 
-def is_fixed(key: str, task: str) -> bool:
+def is_fixed(key: str, task: TaskSection) -> bool:
     """Whether a key defines the model or the meaning of its labels, so that no trained run can follow a change."""
     section, _, rest = key.partition(".")
     if section == "task":
-        return rest.partition(".")[0] not in task_class(task).changeable
+        return rest.partition(".")[0] not in changeable(task)
     return section in ("stage", "model") or key == "data.image_size"
 
 
@@ -86,7 +85,7 @@ def check_resume(asked: Run, trained: Run, *, step: int, total: int) -> None:
     fixed = {
         key: values
         for key, values in changed.items()
-        if (is_fixed(key, trained.task.name) and key != initial) or key == "optim.name"
+        if (is_fixed(key, trained.task) and key != initial) or key == "optim.name"
     }
     if fixed:
         raise UserError(
@@ -111,7 +110,7 @@ def check_overrides(asked: Run, trained: Run) -> dict[str, list[Any]]:
     Raises UserError, naming the keys with both values, for what defines the model or its labels.
     """
     changed = differences(trained, asked)
-    fixed = {key: values for key, values in changed.items() if is_fixed(key, trained.task.name)}
+    fixed = {key: values for key, values in changed.items() if is_fixed(key, trained.task)}
     if fixed:
         raise UserError(f"{describe(fixed)}: a trained model cannot follow; leave these settings out")
     return {key: list(values) for key, values in changed.items()}

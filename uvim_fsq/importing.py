@@ -24,9 +24,10 @@ from uvim_fsq.published import (
     read_npz,
     translate,
 )
+from uvim_fsq.run_dirs import checkpoints, resolve_checkpoint
 from uvim_fsq.tasks.base import Categorical, Real, Task
-from uvim_fsq.tasks.registry import load_plugins, task_class
-from uvim_fsq.training.checkpoint import checkpoints, copy_checkpoint, file_hash, resolve_checkpoint, save_checkpoint
+from uvim_fsq.tasks.registry import config_class
+from uvim_fsq.training.checkpoint import copy_checkpoint, file_hash, save_checkpoint
 
 TASKS = {"depth": "nyu_depth", "panoptic": "coco_panoptic", "color": "imagenet_color"}
 
@@ -85,8 +86,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _oracle_tree(shape: OracleShape, task: str, out: Path) -> dict[str, Any]:
-    load_plugins(())
-    known = {field.name for field in dataclasses.fields(task_class(task).Config)}
+    known = {field.name for field in dataclasses.fields(config_class(task))}
     options = {"num_bins": shape.classes.get("depth"), "max_instances": shape.classes.get("instances", 1) - 1}
     keys = ("patch_size", "width", "encoder_depth", "decoder_depth", "num_heads", "mlp_dim", "context")
     return {

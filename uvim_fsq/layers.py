@@ -122,6 +122,11 @@ def position_embedding(length: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(1, length, dim) / math.sqrt(dim))
 
 
+def signed_pixels(x: torch.Tensor) -> torch.Tensor:
+    """8-bit pixels of any shape -> float32, 0 to 255 as -1 to 1. Floating numbers are in that range already."""
+    return x if x.is_floating_point() else x.float() / 127.5 - 1
+
+
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:
     """(B, S, S) or (B, S, S, C) -> (B, N, p*p) or (B, N, p*p, C), patches and pixels row by row."""
     return rearrange(x, "b (h p) (w q) ... -> b (h w) (p q) ...", p=patch, q=patch)

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, read_yaml, resolve_lm
+from uvim_fsq.config_io import resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.identity import check_overrides
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.run_dirs import find_oracle, read_config, read_oracle_config, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
-from uvim_fsq.training.checkpoint import load_model_weights, resolve_checkpoint
-
-#: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
-RETIRED = (("model", "head_chunks"),)
+from uvim_fsq.training.checkpoint import load_model_weights
 
 
 def build_task(run: Run) -> Task:
@@ -47,27 +45,6 @@ def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> LM:
         vocab_size=oracle.quantizer.codebook_size,
         length=oracle.code_length,
     )
-
-
-def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
-    """The configuration a checkpoint directory carries. Raises UserError if it holds none."""
-    file = checkpoint / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
-    tree = read_yaml(file)
-    for section, key in RETIRED:
-        if isinstance(tree.get(section), dict):
-            tree[section].pop(key, None)
-    return load_run(tree, overrides)
-
-
-def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
-    """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
-    checkpoint = resolve_checkpoint(path)
-    run = read_config(checkpoint)
-    if not isinstance(run, OracleRun):
-        raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not of an oracle; point `oracle=` at stage I")
-    return run, checkpoint
 
 
 def complete(run: Run) -> Run:
@@ -136,11 +113,3 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
     return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint, changed)
-
-
-def find_oracle(checkpoint: Path, run: LMRun) -> Path:
-    """The oracle of an LM checkpoint: the copy inside its run directory, else the path it was trained with."""
-    for place in (checkpoint.parent.parent / "oracle", checkpoint / "oracle"):
-        if (place / "model.safetensors").is_file():
-            return place
-    return Path(run.oracle)

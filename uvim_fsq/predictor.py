@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
 from PIL import Image
 
+from uvim_fsq import processes
 from uvim_fsq.data.images import list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
@@ -40,7 +40,7 @@ class Predictor:
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         """
-        device = torch.device(device or PartialState().device or "cpu")
+        device = torch.device(device or processes.device())
         return cls(load_checkpoint(path, overrides, device), device)
 
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Any:

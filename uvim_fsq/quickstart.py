@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.state import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from uvim_fsq import processes
 from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
@@ -23,7 +23,7 @@ from uvim_fsq.files import read_json, write_json
 from uvim_fsq.models import load_checkpoint, resolve
 from uvim_fsq.report import result_table, write_evaluation
 from uvim_fsq.results import finished, result_file
-from uvim_fsq.tasks.registry import load_plugins, task_class
+from uvim_fsq.tasks.registry import task_class
 from uvim_fsq.training.run import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -65,7 +65,6 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
 
     Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
     """
-    load_plugins(())
     kind = task_class(task).synthetic
     if kind is None:
         raise UserError(f"task {task} has no synthetic data; the quickstart needs them")
@@ -152,7 +151,7 @@ def _read_summary(file: Path) -> dict[str, Any] | None:
 
 
 def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     loaded = load_checkpoint(runs["lm"], device=device)
     result = evaluate_loaded(loaded, device=device, baseline=True)
     write_json(result_file(out), result)

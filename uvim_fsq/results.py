@@ -1,4 +1,4 @@
-"""RUN/evaluation.json: where the result of an evaluation lies, and whether it is whole. Knows nothing of how it is made.
+"""RUN/evaluation.json: where the result of an evaluation lies, and whether it is whole.
 
 The file holds the evaluation of the run as it was trained. A result with other settings lies beside it under a name
 made of them, so it never takes the place of the full one.

@@ -81,6 +81,8 @@ class MeanIoU(Metric):
 
 @dataclass(frozen=True)
 class Config:
+    changeable = ("label_suffix",)  # where files lie, not what the labels mean
+
     label_suffix: str = "annot"
     """The label maps of SPLIT lie in the folder SPLIT + this."""
 
@@ -89,7 +91,6 @@ class Config:
 class CamvidSegmentation(Task):
     Config = Config
     main_metric, smaller_is_better, headline = "miou", False, ("pixel_accuracy",)
-    changeable = ("label_suffix",)  # where files lie, not what the labels mean
 
     @property
     def label_channels(self):

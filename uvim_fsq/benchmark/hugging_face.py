@@ -84,7 +84,7 @@ def hugging_face_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[st
     cache = hf.EncoderDecoderCache(own, cross)
 
     def work(static: bool) -> torch.Tensor:
-        pixels = ((images.float() / 255 - lm.mean) / lm.std).to(lm.head.weight.dtype)
+        pixels = lm.normalised(images)
         config, more = hf.GenerationConfig(**settings), {}
         if static:
             cache.reset()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
 
+from uvim_fsq import processes
 from uvim_fsq.benchmark.ceilings import Ceilings, measure_ceilings
 from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
@@ -64,7 +64,7 @@ def request(
 
 def measure(asked: Request, say: Callable[[str], None]) -> tuple[list[Measurement], Ceilings]:
     """Runs the job; the ceilings come first, in the same run."""
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     precision = asked.sizes.run.train.precision if asked.sizes and asked.job.startswith("train") else "bf16"
     ceilings = measure_ceilings(device, precision)
     say(about(ceilings))
@@ -121,7 +121,7 @@ def _one_step(asked: Request, sizes: Sizes, device: torch.device) -> Callable[[]
 def operators(asked: Request, count: int) -> str:
     """Where the time of training or decoding goes: the `count` operators that take most of it, by torch's profiler."""
     assert asked.sizes is not None
-    device = torch.device(PartialState().device or "cpu")
+    device = processes.device()
     step = _one_step(asked, asked.sizes, device)
     for _ in range(3):
         step()

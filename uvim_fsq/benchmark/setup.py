@@ -14,8 +14,9 @@ from uvim_fsq.config_rules import validate
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
-from uvim_fsq.models import build_lm, build_oracle, build_task, read_oracle_config
+from uvim_fsq.models import build_lm, build_oracle, build_task
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.run_dirs import read_oracle_config
 from uvim_fsq.tasks.base import Real, Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 

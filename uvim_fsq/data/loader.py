@@ -8,19 +8,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Task
+
+#: Seconds after which a loader process that has not delivered its batch counts as stuck.
+BATCH_TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Item:
-    """A loaded sample; `error` names the file that had to be replaced, if any."""
+    """A loaded sample. `bad`: index -> what is wrong, of a sample that could not be read and was replaced."""
 
     index: int
     id: str
     image: np.ndarray
     labels: dict[str, np.ndarray]
-    error: str | None = None
+    bad: dict[int, str] = field(default_factory=dict)
     view: Sample | None = None
 
 
@@ -98,8 +103,9 @@ class _MicroBatches:
         return (self.stop - self.start) * self.accumulate
 
 
-class _Samples(Dataset[Item | str]):
-    """Loads, transforms and encodes one request. Errors come back as text: an exception would lose its one line."""
+class _Samples(Dataset[Item | dict[int, str]]):
+    """Loads, transforms and encodes one request. Errors come back as text by index: an exception would lose its one
+    line. Where nothing could be read, they are all that comes back."""
 
     def __init__(self, source: SampleSource, transform: JointTransform, *, cache: bool, keep_view: bool) -> None:
         self.source, self.transform, self.keep_view = source, transform, keep_view
@@ -112,25 +118,26 @@ class _Samples(Dataset[Item | str]):
             self.cache[index] = self.source[index]
         return self.cache[index]
 
-    def __getitem__(self, request: Request) -> Item | str:
-        error = None
+    def __getitem__(self, request: Request) -> Item | dict[int, str]:
+        bad: dict[int, str] = {}
         for index in (request.index, request.substitute):
             try:
                 sample = self._sample(index)
                 image, labels, view = self.transform(sample, request.seed)
             except UserError as problem:
-                error = error or str(problem)
+                bad[index] = str(problem)
                 continue
-            return Item(index, sample.id, image, labels, error, view if self.keep_view else None)
-        return error or "unreadable sample"
+            return Item(index, sample.id, image, labels, bad, view if self.keep_view else None)
+        return bad
 
 
 class Collated(NamedTuple):
-    """What a worker hands over: a batch of what could be read (None if nothing could), the views, and every error."""
+    """What a worker hands over: a batch of what could be read (None if nothing could), the views, and for the index
+    of each sample that could not be read what is wrong with it."""
 
     batch: Batch | None
     views: list[Sample | None]
-    errors: list[str]
+    bad: dict[int, str]
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
@@ -140,9 +147,11 @@ def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
     return default_collate([torch.from_numpy(np.require(array, kind, ("C", "W"))) for array in arrays])
 
 
-def collate(items: Sequence[Item | str]) -> Collated:
+def collate(items: Sequence[Item | dict[int, str]]) -> Collated:
     """One batch of all that could be read."""
-    errors = [item if isinstance(item, str) else item.error for item in items]
+    bad: dict[int, str] = {}
+    for item in items:
+        bad |= item.bad if isinstance(item, Item) else item
     good = [item for item in items if isinstance(item, Item)]
     batch = None
     if good:
@@ -152,7 +161,7 @@ def collate(items: Sequence[Item | str]) -> Collated:
             index=torch.tensor([item.index for item in good]),
             id=[item.id for item in good],
         )
-    return Collated(batch, [item.view for item in good], [error for error in errors if error])
+    return Collated(batch, [item.view for item in good], bad)
 
 
 def keep_freed_memory() -> None:
@@ -169,12 +178,45 @@ def keep_freed_memory() -> None:
 
 
 def _start_worker(_number: int) -> None:
+    # Signals go to the whole group of processes (Ctrl-C, `timeout`, systemd, Slurm): the parent decides. When it has
+    # gone, PyTorch ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
 
 
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns what PyTorch raises of loader processes into a UserError with the remedy.
+
+    That a process was killed is raised wherever the main process happens to be, so this belongs around all that
+    runs beside a loader.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "shared memory" in text:
+            raise UserError(
+                "no room in shared memory (/dev/shm) for the batches of the loader processes; give a container more "
+                "(docker run --shm-size=16g or --ipc=host), or lower data.workers, eval.workers or the batch size"
+            ) from error
+        if "DataLoader timed out" in text:
+            raise UserError(
+                f"a loader process has not delivered a batch in {BATCH_TIMEOUT} s: is the disk that holds the data "
+                "still there? Otherwise lower the batch size"
+            ) from error
+        if "DataLoader worker (pid" in text:
+            raise UserError(
+                f"a loader process has died ({text.splitlines()[0].strip()}): most often memory was short; "
+                "lower data.workers, eval.workers or the batch size"
+            ) from error
+        raise
+
+
 def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
-    """Raises UserError where shared memory is too small for the workers, as it is in many containers."""
-    loader: Iterable[Collated] = DataLoader(
+    """Raises UserError where loader processes die, are stuck, or find too little shared memory."""
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -183,22 +225,25 @@ def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
         # Copies to the GPU go on beside its work only from such memory.
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        timeout=BATCH_TIMEOUT if workers else 0,
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        raise UserError(
-            f"no room in shared memory (/dev/shm) for the batches of {workers} workers; give a container more "
-            "(docker run --shm-size=16g or --ipc=host), or lower data.workers, eval.workers or the batch size"
-        ) from error
+    with worker_errors():
+        iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            if isinstance(iterator, _MultiProcessingDataLoaderIter):
+                # Asks the workers to end, and ends those that do not by a signal that they ignore.
+                iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.kill()
 
 
 class TrainLoader:
     """Micro batches of training from step `start` to `stop`; iterating yields Batches.
 
-    `bad` lists the unreadable samples met so far ("file: why"); more than `data.max_bad_samples` raise UserError.
+    `bad` holds the unreadable samples met so far, by index, and what is wrong with each; `merge_bad` adds those that
+    other processes met. More than `data.max_bad_samples` raise UserError.
     """
 
     def __init__(
@@ -220,19 +265,34 @@ class TrainLoader:
             )
         self.data, self.accumulate, self.rank, self.world = data, accumulate, rank, world
         self.dataset = _Samples(source, JointTransform(data, task, train=True), cache=data.cache, keep_view=False)
-        self.bad: list[str] = []
+        self.bad: dict[int, str] = {}
+        #: Whether this process has met a bad sample since the last call of `merge_bad`.
+        self.news = False
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The micro batches of optimizer steps start..stop-1, `accumulate` per step."""
         plan = _MicroBatches(self.plan, start, stop, self.accumulate, self.rank, self.world)
-        for batch, _, errors in _load(self.dataset, plan, self.data.workers):
-            self.bad += errors
-            if len(self.bad) > self.data.max_bad_samples or batch is None:
-                allowed = self.data.max_bad_samples
-                raise UserError(
-                    f"{self.bad[-1]} ({len(self.bad)} unreadable training samples, data.max_bad_samples={allowed})"
-                )
-            yield batch
+        with contextlib.closing(_load(self.dataset, plan, self.data.workers)) as loaded:
+            for batch, _, bad in loaded:
+                self.news = self.news or not bad.keys() <= self.bad.keys()
+                self.bad |= bad
+                self._refuse_too_many()
+                if batch is None:
+                    raise UserError(f"{next(iter(bad.values()))} (nor could any other sample of its batch be read)")
+                yield batch
+
+    def merge_bad(self, everyone: Sequence[dict[int, str]]) -> None:
+        """Adds the bad samples that each process has met: a sample counts once, whoever met it."""
+        for bad in everyone:
+            self.bad |= bad
+        self.news = False
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
+        allowed = self.data.max_bad_samples
+        if len(self.bad) > allowed:
+            newest = list(self.bad.values())[-1]
+            raise UserError(f"{newest} ({len(self.bad)} unreadable training samples, data.max_bad_samples={allowed})")
 
 
 def eval_batches(
@@ -255,7 +315,8 @@ def eval_batches(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     dataset = _Samples(source, JointTransform(data, task, train=False), cache=False, keep_view=True)
     workers = min(workers, math.ceil(len(batches) / 2))
-    for batch, views, errors in _load(dataset, batches, workers):
-        if errors or batch is None:
-            raise UserError(errors[0])
-        yield batch, [view for view in views if view is not None]
+    with contextlib.closing(_load(dataset, batches, workers)) as loaded:
+        for batch, views, bad in loaded:
+            if batch is None or bad:
+                raise UserError(next(iter(bad.values())))
+            yield batch, [view for view in views if view is not None]

@@ -75,7 +75,7 @@ class Decoder:
     Args:
         model: in evaluation mode.
         sampling: how tokens are chosen.
-        precision: "fp32" or "bf16", of products and cache; norms and residuals stay float32.
+        precision: "fp32" or "bf16", of products and cache; norms, residuals and logits stay float32.
         int8: cross-attention keys and values in 8 bits. They are most of what a step reads from memory; the tokens may
             change.
         compile: torch.compile the step (at full size the first use takes minutes for each batch size).
@@ -101,7 +101,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, 3, S, S) images, uint8 or normalised -> tokens (B, L) int64 in [0, V).
+        """(B, 3, S, S) images, uint8 or floating in [-1, 1] -> tokens (B, L) int64 in [0, V).
 
         `seeds`: (B,) int64, one stream of random numbers per example; default 0..B-1. Unused when greedy.
         """
@@ -201,10 +201,10 @@ class Decoder:
 
 
 def _with_bf16_weights(model: LM) -> LM:
-    """A copy whose matrices are bf16; embeddings, norms and the image's normalisation stay float32."""
+    """A copy whose matrices are bf16; embeddings, norms, the image's normalisation and the head stay float32."""
     model = copy.deepcopy(model)
     for part in model.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and part is not model.head:
             part.to(torch.bfloat16)
     return model
 
@@ -218,7 +218,7 @@ def generate(
     top_p: float | None = None,
     seeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Predicts the tokens of `images` (B, 3, S, S) uint8 -> (B, L) int64 in [0, V), once; see Decoder and Sampling."""
+    """Predicts the tokens of `images` (B, 3, S, S) -> (B, L) int64 in [0, V), once; see Decoder and Sampling."""
     return Decoder(model, Sampling(temperature, top_k, top_p))(images, seeds)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config import LMModelConfig
-from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding
+from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding, signed_pixels
 from uvim_fsq.lm.cache import DecoderCache, LayerCache
 from uvim_fsq.lm.encoder import build_image_encoder
 
@@ -83,10 +83,12 @@ class LM(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8, normalised here, or floating and already normalised -> memory (B, M, encoder width)."""
-        if not image.is_floating_point():
-            image = ((image.float() / 255 - self.mean) / self.std).to(self.start.dtype)
-        return self.encoder.forward_features(image)
+        """(B, 3, S, S) uint8, or floating in [-1, 1] -> memory (B, M, encoder width)."""
+        return self.encoder.forward_features(self.normalised(image))
+
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8, or floating in [-1, 1] -> as the encoder's weights expect it, of their type."""
+        return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.start.dtype)
 
     def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Logits of all positions at once, teacher-forced: targets (B, L) int64, shifted right inside -> (B, L, V)."""
@@ -100,6 +102,8 @@ class LM(nn.Module):
 
     def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor:
         """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
+
+        The logits are of the weights' type, also inside autocast: in bf16 the largest two are often equal.
 
         Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
         position is a tensor operation, so that one step can be captured as a graph; only the first `span` positions of
@@ -115,7 +119,8 @@ class LM(nn.Module):
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
             x = block.step(x, layer, position, mask)
-        return self.head(self.norm(x))[:, 0]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.norm(x))[:, 0]
 
     def _fixed(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What stays the same from step to step, of each block: own projections in one, cross keys and values."""
@@ -140,5 +145,5 @@ class LM(nn.Module):
         cache.position.zero_()
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced training pass: (B, 3, S, S) uint8 and targets (B, L) -> logits (B, L, V)."""
+        """Teacher-forced training pass: images (B, 3, S, S) and targets (B, L) -> logits (B, L, V)."""
         return self.decode(tokens, self.encode(image))

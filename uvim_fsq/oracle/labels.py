@@ -32,7 +32,10 @@ class OneHotProduct(torch.autograd.Function):
 
     @staticmethod
     def _pieces(patches: torch.Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        flat, known = patches.flatten(0, 1), torch.arange(classes, device=patches.device, dtype=patches.dtype)
+        flat = patches.flatten(0, 1)
+        # Of the labels' own type, which is the fastest to compare with, if it holds the last class; else it would wrap.
+        holds = classes - 1 <= torch.iinfo(patches.dtype).max
+        known = torch.arange(classes, device=patches.device, dtype=patches.dtype if holds else torch.int32)
         step = max(1, BUDGET // (flat.shape[1] * classes))
         for first in range(0, len(flat), step):
             rows = slice(first, first + step)

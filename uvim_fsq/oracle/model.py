@@ -1,7 +1,7 @@
 """The oracle (UViM, arXiv 2205.10337, stage I): labels -> 256 discrete tokens -> labels, optionally seeing the image.
 
 B batch, S image side, N patches, L code length, d code channels, D width. Images are (B, 3, S, S) uint8, or floating
-and then already in [-1, 1].
+in [-1, 1].
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from uvim_fsq.layers import (
     patchify,
     position_embedding,
     resize_tokens,
+    signed_pixels,
     unpatchify,
 )
 from uvim_fsq.oracle.fsq import FSQ
@@ -114,9 +115,7 @@ class Oracle(nn.Module):
             return 0.0
         if image is None:
             raise ValueError(f"an oracle with context={self.config.context} needs the image")
-        if not image.is_floating_point():
-            image = image.float() / 127.5 - 1.0
-        return embed(image)
+        return embed(signed_pixels(image))
 
     def encode(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
         """Labels (B, S, S[, C]) and image -> z (B, L, d), real, before the quantizer."""
@@ -124,8 +123,12 @@ class Oracle(nn.Module):
         return self.encoder_head(resize_tokens(self.encoder(x), self.code_length))
 
     def tokenize(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
-        """Labels and image -> tokens (B, L) int64."""
-        return self.quantizer(self.encode(labels, image))[1]
+        """Labels and image -> tokens (B, L) int64.
+
+        In float32, also inside autocast: what an LM is trained on is what evaluation holds against it.
+        """
+        with torch.autocast(self.encoder_positions.device.type, enabled=False):
+            return self.quantizer(self.encode(labels, image))[1]
 
     def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""

@@ -98,7 +98,9 @@ class Task(ABC):
 
     #: The registry's name, set by the decorator.
     name: ClassVar[str]
-    #: The task's own frozen dataclass; its fields are the keys under `task:` in the YAML, beside `name`.
+    #: The task's own frozen dataclass; its fields are the keys under `task:` in the YAML, beside `name`. Its tuple
+    #: `changeable` names those that may differ once a model is trained: evaluation protocol, decoding, where files lie.
+    #: All others define the labels.
     Config: ClassVar[type]
     #: The metric that picks the best checkpoint, and whether smaller is better.
     main_metric: ClassVar[str]
@@ -107,9 +109,6 @@ class Task(ABC):
     linear_maps: ClassVar[tuple[str, ...]] = ()
     #: Figures that tables show beside the main metric.
     headline: ClassVar[tuple[str, ...]] = ()
-    #: Keys of `Config` that may differ from training when a trained model is used: evaluation protocol, decoding, where
-    #: files lie. All others define the labels.
-    changeable: ClassVar[tuple[str, ...]] = ()
     #: The format of `uvim-fsq synth` that holds this task's data; None if there is none.
     synthetic: ClassVar[str | None] = None
 

@@ -1,19 +1,35 @@
-"""Tasks by name. An out-of-tree task registers itself when its module, named in `plugins`, is imported."""
+"""Tasks by name. An out-of-tree task registers itself when its module, named in `plugins`, is imported.
+
+The built-in ones are known by name and imported when they are used: their configurations without torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.base import Task
 
+if TYPE_CHECKING:
+    from uvim_fsq.tasks.base import Task
+
+#: Name of each built-in task, which is also its package's, and its dataclass in NAME/config.py. NAME/task.py registers.
+BUILT_IN = {
+    "coco_panoptic": "CocoPanopticConfig",
+    "imagenet_color": "ImagenetColorConfig",
+    "nyu_depth": "NYUDepthConfig",
+}
 _TASKS: dict[str, type[Task]] = {}
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound="Task")
+
+
+def _built_in_module(name: str, part: str) -> str:
+    return f"uvim_fsq.tasks.{name}.{part}"
 
 
 def register_task(name: str) -> Callable[[type[T]], type[T]]:
@@ -23,6 +39,8 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
         known = _TASKS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"task {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        if name in BUILT_IN and cls.__module__ != _built_in_module(name, "task"):
+            raise ValueError(f"task {name!r} is already registered by {_built_in_module(name, 'task')}")
         config = getattr(cls, "Config", None)
         if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise ValueError(f"{cls.__qualname__}.Config must be a frozen dataclass")
@@ -34,13 +52,10 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports the built-in tasks, the entry points of group `uvim_fsq.tasks` and the given modules.
+    """Imports the given modules, which register tasks.
 
     Raises UserError naming a module that cannot be imported.
     """
-    importlib.import_module("uvim_fsq.tasks")
-    for point in entry_points(group="uvim_fsq.tasks"):
-        point.load()
     for module in modules:
         try:
             importlib.import_module(module)
@@ -50,15 +65,34 @@ def load_plugins(modules: Iterable[str]) -> None:
             ) from error
 
 
+@functools.cache
+def _load_installed() -> None:
+    """Imports the tasks of other installed packages: entry points of the group `uvim_fsq.tasks`."""
+    for point in entry_points(group="uvim_fsq.tasks"):
+        point.load()
+
+
 def task_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_TASKS)
+    """All names, sorted: built in, of installed packages, and registered so far."""
+    _load_installed()
+    return sorted({*BUILT_IN, *_TASKS})
 
 
 def task_class(name: str) -> type[Task]:
     """The class registered under `name`. Raises UserError listing what exists."""
-    if name not in _TASKS:
-        close = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise UserError(f"unknown task {name!r}{hint} Known tasks: {', '.join(task_names()) or 'none'}")
+    if name in BUILT_IN:
+        importlib.import_module(_built_in_module(name, "task"))
+    elif name not in _TASKS:
+        names = task_names()
+        if name not in _TASKS:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise UserError(f"unknown task {name!r}{hint} Known tasks: {', '.join(names)}")
     return _TASKS[name]
+
+
+def config_class(name: str) -> type:
+    """The dataclass of the keys under `task:`. Raises UserError as `task_class`; a built-in task is not imported."""
+    if name in BUILT_IN:
+        return getattr(importlib.import_module(_built_in_module(name, "config")), BUILT_IN[name])
+    return task_class(name).Config

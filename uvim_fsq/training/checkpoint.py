@@ -19,19 +19,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.run_dirs import WEIGHTS, checkpoints, read_best, step_name
+from uvim_fsq.run_dirs import resolve_checkpoint as resolve_checkpoint
 
-WEIGHTS = "model.safetensors"
 STATE = Path("trainer") / "state.pt"
-
-
-def step_name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
-    return f"step_{step:08d}"
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / WEIGHTS).is_file())
 
 
 def clean_leftovers(run_dir: Path) -> None:
@@ -90,39 +81,12 @@ def prune(run_dir: Path, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """{"step", "metric", "value"} of the best checkpoint, if any was recorded."""
-    file = run_dir / "checkpoints" / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 def write_best(run_dir: Path, step: int, metric: str, value: float) -> None:
     """Records the best checkpoint, atomically."""
     file = run_dir / "checkpoints" / "best.json"
     temporary = file.with_name(".tmp_best.json")
     temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
     temporary.replace(file)
-
-
-def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """A run directory or a checkpoint directory -> the checkpoint: the best one (or the last), or the one given.
-
-    Raises UserError for a missing path or a directory that holds no checkpoint.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint directory")
-    if (path / WEIGHTS).is_file():
-        return path
-    found = checkpoints(path)
-    if not found:
-        inside = [str(folder) for folder in sorted(path.glob("*/")) if checkpoints(folder)]
-        remedy = f"did you mean {' or '.join(inside[:3])}?" if inside else "give a run directory of training"
-        raise UserError(f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); {remedy}")
-    best = read_best(path)
-    if prefer == "best" and best and path / "checkpoints" / step_name(best["step"]) in found:
-        return path / "checkpoints" / step_name(best["step"])
-    return found[-1]
 
 
 def load_model_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -8,171 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
+from uvim_fsq import processes
 from uvim_fsq.benchmark.ceilings import matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
-from uvim_fsq.data.loader import TrainLoader
+from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
-from uvim_fsq.identity import check_resume
-from uvim_fsq.models import read_config
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
+from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import Stage
-from uvim_fsq.training.step import Stepper
-
-
-class Interrupted(SystemExit):
-    """Training ended early on a signal, after saving; the exit code is 128 + the signal's number."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying in the middle of a step; a second SIGINT acts at once."""
-    received: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-class Trainer(Stepper):
-    """State of one training run; `fit` drives it."""
-
-    def __init__(self, stage: Stage, run: Run) -> None:
-        super().__init__(stage, run, total=0)
-        self.out = Path(run.train.out)
-        source = stage.task.source(run.data.root, run.data.train_split)
-        # What evaluation lacks is better said now than after hours of training.
-        for split in {run.data.eval_split, run.data.watch_split or run.data.eval_split}:
-            stage.task.metric(stage.task.source(run.data.root, split))
-        self.loader = TrainLoader(
-            source,
-            stage.task,
-            run.data,
-            batch_size=run.train.batch_size,
-            seed=run.train.seed,
-            accumulate=run.train.accumulate,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
-        per_epoch = self.loader.plan.steps_per_epoch
-        epochs = run.train.epochs
-        self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
-
-    # --- checkpoints -------------------------------------------------------------------------------------------
-
-    def resume(self) -> None:
-        """Continues from train.resume; refuses to overwrite a run silently."""
-        existing = ckpt.checkpoints(self.out)
-        how = self.train.resume
-        if how == "no":
-            if existing:
-                raise UserError(
-                    f"{self.out} already holds checkpoints; continue with train.resume=auto or choose another train.out"
-                )
-            return
-        if how == "auto" and not existing:
-            return
-        path = existing[-1] if how == "auto" else ckpt.resolve_checkpoint(how, prefer="last")
-        state = ckpt.load_trainer_state(path)
-        if "optimizer" not in state:
-            raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
-        check_resume(self.run, read_config(path), step=int(state["step"]), total=self.total)
-        ckpt.load_model_weights(self.stage.model, path)
-        if self.ema is not None and "raw" in state:
-            self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
-            self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.bad = list(state.get("bad", []))
-        self.step = int(state["step"])
-
-    def save(self) -> None:
-        """Writes a checkpoint of the present step (main process) and prunes old ones."""
-        if self.accelerator.is_main_process:
-            state: dict[str, Any] = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "bad": self.loader.bad,
-            }
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            weights = dict(self.stage.model.state_dict())
-            if self.ema is not None:
-                state["raw"] = {name: p.detach().cpu() for name, p in self.stage.model.named_parameters()}
-                weights |= self.ema
-            ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
-            ckpt.prune(self.out, self.train.keep)
-        self.accelerator.wait_for_everyone()
-
-    # --- evaluation --------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[nn.Module]:
-        """The model to evaluate and save: its weights are the EMA's inside, if there is one."""
-        model = self.stage.model
-        raw = {name: p.detach().clone() for name, p in model.named_parameters()} if self.ema is not None else {}
-        model.load_state_dict({**model.state_dict(), **(self.ema or {})})
-        was_training = model.training
-        try:
-            yield model.eval()
-        finally:
-            model.load_state_dict({**model.state_dict(), **raw})
-            model.train(was_training)
-
-    def evaluate(self, progress: Progress, *, final: bool) -> None:
-        """The real metric, a picture, and the best checkpoint on record. A checkpoint of this step must exist."""
-        start = time.perf_counter()
-        task = self.stage.task
-        with self.averaged_weights() as model:
-            figures = self.stage.evaluate(model, None if final else self.train.eval_limit, self.device)
-            panel = self.stage.panel(model, self.device) if self.accelerator.is_main_process else None
-        if self.accelerator.is_main_process:
-            assert panel is not None
-            (self.out / "panels").mkdir(exist_ok=True)
-            Image.fromarray(panel).save(self.out / "panels" / f"{ckpt.step_name(self.step)}.png")
-            value, best = figures[task.main_metric], ckpt.read_best(self.out)
-            better = best is None or (value < best["value"]) == task.smaller_is_better and value != best["value"]
-            if better:
-                ckpt.write_best(self.out, self.step, task.main_metric, value)
-        progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
+from uvim_fsq.training.trainer import Trainer
 
 
 def fit(stage: Stage, run: Run) -> Path:
     """Trains a stage to the end of its schedule and returns the run directory.
 
-    Raises UserError for a non-finite loss (naming the step), unreadable data, or a disk that is full; `Interrupted`
-    after SIGINT or SIGTERM, with everything saved.
+    Raises UserError for a non-finite loss (naming the step), unreadable data, loader processes that die, or a disk that
+    is full; `Interrupted` after SIGINT or SIGTERM, with everything saved.
     """
     trainer = Trainer(stage, run)
     if trainer.accelerator.is_main_process:
         trainer.out.mkdir(parents=True, exist_ok=True)
         ckpt.clean_leftovers(trainer.out)
-    trainer.accelerator.wait_for_everyone()
+    processes.wait()
     trainer.resume()
     if trainer.accelerator.is_main_process:
         (trainer.out / "config.yaml").write_text(dump_yaml(run))
         stage.extra_files(trainer.out)
+    processes.wait()
     progress = Progress(
         run.train,
         stage.main_prefix,
@@ -182,11 +52,10 @@ def fit(stage: Stage, run: Run) -> Path:
         ceiling=_ceiling(trainer),
     )
     try:
-        with stop_signals() as received:
-            _train(trainer, progress, received)
+        with StopSignals() as signals, worker_errors():
+            _train(trainer, progress, signals)
     finally:
         progress.close()
-        trainer.accelerator.wait_for_everyone()
     return trainer.out
 
 
@@ -198,40 +67,45 @@ def _ceiling(trainer: Trainer) -> float:
     return rate / trainer.stage.train_flops()
 
 
-def _train(trainer: Trainer, progress: Progress, received: list[int]) -> None:
+def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     train = trainer.train
-    batches = trainer.loader.batches(trainer.step, trainer.total)
+    agreement = processes.Agreement()
     window: list[dict[str, torch.Tensor]] = []
-    saved = trainer.step
-    while trainer.step < trainer.total:
-        window.append(trainer.optimizer_step(batches, progress.waited))
-        last = trainer.step == trainer.total
-        stop = _agree(trainer, bool(received))
-        evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
-        save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
-        if save or trainer.step % train.log_every == 0:
-            _log_window(trainer, progress, window)
-            window = []
-        if save:
-            trainer.save()
-            saved = trainer.step
-        if evaluate:
+    with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
+        while trainer.step < trainer.total:
+            window.append(trainer.optimizer_step(batches, progress.waited))
+            last = trainer.step == trainer.total
+            stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
+            if news:
+                trainer.loader.merge_bad(processes.gather(trainer.loader.bad))
+            evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
+            save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
+            if save or trainer.step % train.log_every == 0:
+                _log_window(trainer, progress, window)
+                window = []
+            if save:
+                trainer.save()
+            if stop:
+                raise _stopped(progress, signals, f"after step {trainer.step}")
+            if evaluate:
+                _evaluate(trainer, progress, signals, last)
+
+
+def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals, last: bool) -> None:
+    try:
+        with signals.at_once():
             trainer.evaluate(progress, final=last)
-        if stop and not last:
-            progress.say(
-                f"stopped by signal {received[0] if received else ''} after step {saved}; saved. "
-                f"Continue with the same command and train.resume=auto"
-            )
-            raise Interrupted(128 + (received[0] if received else signal.SIGTERM))
+            # The main process draws pictures meanwhile.
+            processes.wait()
+    except Interrupted:
+        raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
 
 
-def _agree(trainer: Trainer, stop: bool) -> bool:
-    """Whether any process was told to stop; asked of the others at log steps only, since it synchronises."""
-    if trainer.accelerator.num_processes == 1:
-        return stop
-    if trainer.step % trainer.train.log_every:
-        return False
-    return bool(_reduced(trainer, torch.tensor([float(stop)], device=trainer.device)).item())
+def _stopped(progress: Progress, signals: StopSignals, when: str) -> Interrupted:
+    """Says so. In another process the signal may have come first, or alone."""
+    number = signals.number or signal.SIGTERM
+    progress.say(f"stopped by signal {int(number)} {when}; saved. Continue with the same command and train.resume=auto")
+    return Interrupted(128 + number)
 
 
 def _reduced(trainer: Trainer, values: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate.state import PartialState
-
+from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.evaluation import evaluate_run
 from uvim_fsq.files import write_json
@@ -20,9 +19,11 @@ def train(run: Run) -> Path:
 
     Returns the run directory. Raises UserError for whatever the user can put right.
     """
+    # Before the data are read, which takes time.
+    processes.state()
     run = resolve(run)
     out = fit(build_stage(run), run)
     result = evaluate_run(out)
-    if PartialState().is_main_process:
+    if processes.is_main():
         write_json(result_file(out), result)
     return out

@@ -25,8 +25,9 @@ from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import panel_picture
+from uvim_fsq.run_dirs import resolve_checkpoint
 from uvim_fsq.tasks.base import Task
-from uvim_fsq.training.checkpoint import copy_checkpoint, resolve_checkpoint
+from uvim_fsq.training.checkpoint import copy_checkpoint
 
 Logs = dict[str, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]

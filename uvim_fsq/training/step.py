@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from uvim_fsq import processes
 from uvim_fsq.compilation import compiled
 from uvim_fsq.config import Run, TrainConfig
 from uvim_fsq.data.loader import mix
@@ -25,14 +25,13 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
     """Accelerate as this project uses it."""
+    processes.state()
     # A process may train several stages in turn, each in its own precision; the process group stays.
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=PRECISION[train.precision],
         # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulate, sync_with_dataloader=False),
-        # Ranks wait for each other through long evaluations.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
 
 
@@ -65,6 +64,9 @@ class Stepper:
         set_rates(self.optimizer, learning_rate(self.step, self.total, self.run.optim))
         self.model.train()
         sums: dict[str, torch.Tensor] = {}
+        # Micro batches differ by one image where the batch does not divide evenly. Accelerate averages them as equals
+        # over accumulation and processes, so each is weighted by its share of the batch.
+        parts = self.train.accumulate * self.accelerator.num_processes
         for micro in range(self.train.accumulate):
             start = time.perf_counter()
             batch = to_device(next(batches), self.device)
@@ -74,14 +76,15 @@ class Stepper:
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
                     loss, logs = self.stage.step(self.model, batch)
-                self.accelerator.backward(loss)
+                weight = len(batch["image"]) * parts / self.train.batch_size
+                self.accelerator.backward(loss * weight)
                 if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_norm)
                     sums["grad_norm"] = torch.as_tensor(norm) * self.train.accumulate
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
             for name, value in {"loss": loss, **logs}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float() * weight
         self.stage.after_step(self._sum, mix(self.train.seed, self.step))
         if self.ema is not None and self.train.ema is not None:
             now = [p.detach() for _, p in self.stage.model.named_parameters()]

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,11 +28,9 @@ from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
+from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
-
-if TYPE_CHECKING:
-    from uvim_fsq.tasks.coco_panoptic.task import CocoPanopticConfig
 
 OFFICIAL = {"panoptic_train2017": 118_287, "panoptic_val2017": 5_000}
 PREPARED = "prepared_panoptic"

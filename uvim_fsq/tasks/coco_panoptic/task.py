@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
 from uvim_fsq.tasks.coco_panoptic import render
+from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, find_annotations, open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.index import read_index
 from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, panoptic_from_logits, to_segments
@@ -27,22 +26,6 @@ from uvim_fsq.tasks.coco_panoptic.results import CocoResults
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.registry import register_task
-
-
-@dataclass(frozen=True)
-class CocoPanopticConfig:
-    max_instances: int = 99
-    """Instance numbers beside 0; of an image with more segments the largest are kept."""
-    void: Literal["class", "ignore"] = "class"
-    """Void pixels: class 0 of both maps, trained as such (the reference's), or ignore (-1: no input, no loss)."""
-    crowd: Literal["keep", "ignore"] = "keep"
-    """Crowd segments in training labels: ordinary segments (the reference's), or ignore (-1)."""
-    min_fraction: float = 0.0
-    """Predicted instances of at most this share of the image become void."""
-    image_dir: str = ""
-    """Folder of the photos, relative to data.root, if they lie elsewhere; {split} becomes train or val."""
-    categories: tuple[tuple[int, str, bool], ...] = ()
-    """(id, name, is a thing) of each class; read from the annotation file and kept in the checkpoint."""
 
 
 @register_task("coco_panoptic")
@@ -54,7 +37,6 @@ class CocoPanoptic(Task):
     smaller_is_better = False
     headline = ("sq", "rq", "pq_things", "pq_stuff")
     synthetic = "coco_panoptic"
-    changeable = ("min_fraction", "image_dir")
     config: CocoPanopticConfig
 
     def __init__(self, config: CocoPanopticConfig) -> None:

@@ -1,3 +1,1 @@
-"""Colorization of ImageNet and any folder of photos. Importing registers the task."""
-
-from uvim_fsq.tasks.imagenet_color.task import ImagenetColor as ImagenetColor
+"""Colorization of ImageNet and any folder of photos."""

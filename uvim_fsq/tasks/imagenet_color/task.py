@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import cv2
 import numpy as np
 import torch
-from accelerate.state import PartialState
 from PIL import Image
 
+from uvim_fsq import processes
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
+from uvim_fsq.tasks.imagenet_color.config import ImagenetColorConfig
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
 from uvim_fsq.tasks.imagenet_color.fid import Inception
 from uvim_fsq.tasks.imagenet_color.metrics import (
@@ -30,19 +28,6 @@ from uvim_fsq.tasks.imagenet_color.metrics import (
 from uvim_fsq.tasks.registry import register_task
 
 
-@dataclass(frozen=True)
-class ImagenetColorConfig:
-    protocol: Literal["psnr", "coltran", "fid"] = "psnr"
-    """psnr: on the evaluation split at the model's size; coltran: FID-5k by the ColTran protocol on the two lists of
-    5,000 of the ImageNet validation set; fid: the same steps on any evaluation split against fid_reference."""
-    inception_weights: str = ""
-    """Local file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for the FID protocols."""
-    fid_reference: str = "train"
-    """Split whose photos are the reference set of protocol fid."""
-    keep_luma: bool = False
-    """Keep the photo's own brightness and take only the colour from the model; a variant that results name."""
-
-
 @register_task("imagenet_color")
 class ImagenetColor(Task):
     """RGB in [-1, 1] from a grey photo."""
@@ -52,7 +37,6 @@ class ImagenetColor(Task):
     smaller_is_better = False
     headline = ("mse",)
     synthetic = "imagenet"
-    changeable = ("protocol", "inception_weights", "fid_reference", "keep_luma")
     config: ImagenetColorConfig
 
     @property
@@ -104,7 +88,7 @@ class ImagenetColor(Task):
         if source.info["split"] == split:
             raise UserError(f"task.fid_reference={split} is the evaluation split itself; name another one")
         reference = open_source(str(source.root), split)
-        inception = Inception(self.config.inception_weights, torch.device(PartialState().device or "cpu"))
+        inception = Inception(self.config.inception_weights, processes.device())
         return FIDMetric(
             protocol,
             self.config.keep_luma,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import h5py
@@ -19,12 +19,10 @@ from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.images import IMAGE_SUFFIXES
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
 from uvim_fsq.tasks.nyu_depth.files import PairSource, first_line, h5_dataset, metres
 from uvim_fsq.tasks.nyu_depth.prepared import prepare as prepare_pairs
 from uvim_fsq.tasks.nyu_depth.prepared import use_prepared
-
-if TYPE_CHECKING:
-    from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
 
 #: layout -> split -> official number of images.
 OFFICIAL = {"A": {"train": 795, "val": 654}, "B": {"train": 47_584, "val": 654}, "C": {"train": 24_231, "val": 654}}
