@@ -154,5 +154,5 @@ def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], orac
     lonely = small_data(tmp_path / "lonely", 2, 1)
     assert "'val' has 1 image" in failure(capsys, "analyze", oracle_dir, f"data.root={lonely}")
     (tmp_path / "file").write_text("")
-    assert "is a file" in failure(capsys, "analyze", oracle_dir, "--out", tmp_path / "file")
+    assert "cannot write" in failure(capsys, "analyze", oracle_dir, "--out", tmp_path / "file")
     assert not (oracle_dir / "analysis" / "report.html").exists()

@@ -72,7 +72,7 @@ def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], orac
     text = tmp_path / "text.jpg"
     text.write_text("this is no picture")
     assert "text.jpg cannot be read as an image" in failure(capsys, "predict", lm_dir, text, "--out", tmp_path)
-    assert "at least 1 image" in failure(capsys, "evaluate", lm_dir, "--limit", "0")
+    assert "eval.limit=0: must be above 0" in failure(capsys, "evaluate", lm_dir, "--limit", "0")
     size = ("synth", "--format", "nyu", "--num", "2", "--size", "big", "--out", tmp_path / "s")
     assert "HEIGHTxWIDTH" in failure(capsys, *size)
     if not __import__("torch").cuda.is_available():

@@ -94,8 +94,7 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
     monkeypatch.setattr(generate, "_with_bf16_weights", lambda model: model)
     monkeypatch.setattr(generate, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double())
     monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: None)
-    monkeypatch.setattr(cache, "_to_int8_on_gpu", cache.to_int8)
-    monkeypatch.setattr(cache, "_attend_int8_on_gpu", cache.attend_int8)
+    monkeypatch.setattr(cache, "_ON_GPU", {"to_int8": cache.to_int8, "attend_int8": cache.attend_int8})
     decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
     image = image.repeat(4, 1, 1, 1)

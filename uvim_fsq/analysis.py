@@ -32,10 +32,12 @@ from uvim_fsq.evaluation import (
     label_maps,
     to_device,
 )
+from uvim_fsq.files import check_folder
 from uvim_fsq.identity import describe
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.progress import Bar
 from uvim_fsq.report import html_table, png_tag, write_report
 from uvim_fsq.run_dirs import find_oracle, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
@@ -54,8 +56,9 @@ def partners(count: int, seed: int) -> np.ndarray:
 def collect_tokens(loaded: Loaded, limit: int | None, device: torch.device) -> np.ndarray:
     """The oracle's tokens of the evaluation images, (N, L) int64 in the source's order, whole on every process."""
     run, state = loaded.run, processes.state()
+    source = loaded.task.source(run.data.root, run.data.eval_split)
     batches = eval_batches(
-        loaded.task.source(run.data.root, run.data.eval_split),
+        source,
         loaded.task,
         run.data,
         batch_size=run.eval.batch_size,
@@ -65,10 +68,13 @@ def collect_tokens(loaded: Loaded, limit: int | None, device: torch.device) -> n
         world=state.num_processes,
     )
     mine: dict[int, np.ndarray] = {}
-    for batch, _ in batches:
-        batch = to_device(batch, device)
-        tokens = loaded.oracle.tokenize(batch["labels"], batch["image"]).cpu().numpy()
-        mine |= zip(batch["index"].tolist(), tokens, strict=True)
+    count = min(limit or len(source), len(source))
+    with Bar("tokens", count) as bar:
+        for batch, _ in batches:
+            bar.update(min(len(mine) * state.num_processes, count))
+            batch = to_device(batch, device)
+            tokens = loaded.oracle.tokenize(batch["labels"], batch["image"]).cpu().numpy()
+            mine |= zip(batch["index"].tolist(), tokens, strict=True)
     everyone = {index: row for part in processes.gather(mine) for index, row in part.items()}
     return np.stack([everyone[index] for index in sorted(everyone)])
 
@@ -144,8 +150,7 @@ def analyze_run(
     decoder sees no image, `zero_codes`; `ways` says what each is. Raises UserError for fewer than 2 evaluation images.
     """
     out = out or Path(run_dir) / "analysis"
-    if out.is_file():
-        raise UserError(f"{out} is a file; give a folder for the report and its pictures")
+    check_folder(out)
     device = processes.device()
     loaded = load_checkpoint(run_dir, overrides, device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
@@ -163,7 +168,7 @@ def analyze_run(
     more = {"shuffled_codes": shuffled_predictions(oracle, task, tokens, partners(count, seed))}
     if not sees_image(oracle):
         more["zero_codes"] = context_predictions(oracle, task)
-    figures |= {name: evaluator.run(predict, device) for name, predict in more.items()}
+    figures |= {name: evaluator.run(predict, device, title=f"evaluating {name}") for name, predict in more.items()}
     ways = {way: text for way, text in describe_ways(oracle, count).items() if way in figures}
     result |= {"seed": seed, "ways": ways, "figures": {way: figures[way] for way in ways}}
     if isinstance(run, LMRun):

@@ -13,6 +13,7 @@ from typing import Any
 
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import clear
 from uvim_fsq.training.signals import ended_by_sigterm
 
 
@@ -185,6 +186,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """What the package warns of is meant for the user, who does not care where it was raised."""
+    clear()
     return f"warning: {message}\n" if category is UserWarning else _PLAIN_WARNING(message, category, *place, **line)
 
 

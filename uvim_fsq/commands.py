@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import check_file, check_folder, write_json
+from uvim_fsq.progress import Bar, is_first, say
 
-# Heavy imports stay inside the commands, so that --help answers at once.
+if TYPE_CHECKING:
+    from uvim_fsq.config import Run
+
+# Heavy imports stay inside the commands, after what can be refused without them, so that --help and a misspelt key are
+# answered at once.
 
 
 def command_config(args: argparse.Namespace) -> None:
@@ -19,53 +24,107 @@ def command_config(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from uvim_fsq.ablation import is_grid
-    from uvim_fsq.config import LMRun
+    from uvim_fsq.config import OracleRun
     from uvim_fsq.config_io import dump_yaml, load_run
     from uvim_fsq.config_rules import validate
-    from uvim_fsq.models import fill
+    from uvim_fsq.models import complete
+    from uvim_fsq.run_dirs import inherit
 
     if is_grid(Path(args.config)):
         raise UserError(f"{args.config} is a grid; uvim-fsq ablate {args.config} --dry-run prints its cells")
     run = load_run(args.config, args.overrides)
-    notes: list[str] = []
-    if isinstance(run, LMRun) and not Path(run.oracle).exists():
-        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
-    else:
+    out, notes = run.train.out, list[str]()
+    run = replace(run, train=replace(run.train, out=out or "unnamed"))
+    if isinstance(run, OracleRun):
+        validate(run)
         try:
-            run = fill(run)
+            run = complete(run)
         except UserError as error:
-            if isinstance(run, LMRun) or not str(error).startswith("data.root"):
+            if not str(error).startswith("data.root"):
                 raise
             notes.append(f"{error}; what only the data can say is left out")
-    if not run.train.out:
+    elif Path(run.oracle).exists():
+        run = inherit(run)
+    else:
+        validate(run)
+        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
+    if not out:
         notes.append("train.out is empty; training needs a run directory there")
-    validate(run if run.train.out else replace(run, train=replace(run.train, out="unnamed")))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(dump_yaml(run), end="")
+    print(dump_yaml(replace(run, train=replace(run.train, out=out))), end="")
 
 
 def command_train(args: argparse.Namespace) -> None:
     """Trains the stage the command names."""
     from uvim_fsq.config_io import load_run
-    from uvim_fsq.training.run import train
+    from uvim_fsq.run_dirs import inherit
 
     run = load_run(args.config, args.overrides)
     if run.stage != args.stage:
         other = "train-oracle" if run.stage == "oracle" else "train-lm"
         raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq {other}")
+    inherit(run)
+    _check_places(folders=[run.train.out])
+    say(f"{args.config}: loading ...")
+
+    from uvim_fsq.training.run import train
+
     out = train(run)
-    print(f"trained: {out}")
+    say(f"trained: {out}")
+    if run.stage == "oracle":
+        say(f"next: uvim-fsq train-lm {_lm_config(args.config)} oracle={out} train.out=...")
+    else:
+        _say_next_of_lm(out)
+
+
+def _lm_config(oracle_config: str) -> str:
+    """The configuration beside an oracle's that goes with it, e.g. lm.yaml or quickstart_lm.yaml."""
+    path = Path(oracle_config)
+    beside = path.with_name(path.name.replace("oracle", "lm"))
+    return str(beside) if beside != path and beside.is_file() else "LM_CONFIG.yaml"
+
+
+def _say_next_of_lm(run: str | Path) -> None:
+    say(f"next: uvim-fsq predict {run} PHOTOS --out predictions, or uvim-fsq evaluate {run} --report report.html")
+
+
+def _check_places(files: Sequence[Path | None] = (), folders: Sequence[str | Path] = ()) -> None:
+    """Refuses places that cannot be written before there is anything to write."""
+    if is_first():
+        for file in filter(None, files):
+            check_file(file)
+        for folder in folders:
+            check_folder(Path(folder))
+
+
+def _check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """Refuses what a user may mistype about a trained run before torch is imported.
+
+    Returns the settings that differ from the trained ones (`identity.check_overrides`).
+    """
+    from uvim_fsq.identity import check_overrides
+    from uvim_fsq.run_dirs import read_config, resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(run)
+    return check_overrides(read_config(checkpoint, overrides), read_config(checkpoint))
+    say(f"{run}: loading ...")
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a run by its task's protocol."""
-    from uvim_fsq import processes
-    from uvim_fsq.evaluation import evaluate_run
-    from uvim_fsq.files import write_json
     from uvim_fsq.results import beside, result_file
 
-    official = Path(args.run) / "official" if args.official else None
+    limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
+    changed = _check_run(args.run, [*args.overrides, *limited])
+    # The result of a part, and its official files, must not take the place of the whole.
+    official = beside(Path(args.run) / "official", changed) if args.official else None
+    file = args.json or beside(result_file(Path(args.run)), changed)
+    _check_places([file, args.csv, args.report], [official] if official else [])
+
+    from uvim_fsq import processes
+    from uvim_fsq.evaluation import evaluate_run
+
     result = evaluate_run(
         args.run,
         args.overrides,
@@ -77,20 +136,26 @@ def command_evaluate(args: argparse.Namespace) -> None:
     )
     if not processes.is_main():
         return
-    file = args.json or beside(result_file(Path(args.run)), result["overrides"])
     write_json(file, result)
     print_result(result)
     if result["baseline"]:
         print(f"baseline: {result['baseline']}")
-    print(f"written: {file}" + (f", {beside(official, result['overrides'])}/" if official else ""))
+    print(f"written: {file}" + (f", {official}/" if official else ""))
+    if "lm" in result["figures"]:
+        say(f"next: uvim-fsq predict {args.run} PHOTOS --out predictions")
+    else:
+        say(f"next: uvim-fsq train-lm LM_CONFIG.yaml oracle={args.run} train.out=...")
 
 
 def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
+    out = args.out or Path(args.run) / "analysis"
+    _check_run(args.run, args.overrides)
+    _check_places(folders=[out])
+
     from uvim_fsq import processes
     from uvim_fsq.analysis import analyze_run
 
-    out = args.out or Path(args.run) / "analysis"
     result = analyze_run(args.run, args.overrides, out=out, limit=args.limit)
     if not processes.is_main():
         return
@@ -124,12 +189,15 @@ def print_result(result: dict[str, Any]) -> None:
 
 def command_predict(args: argparse.Namespace) -> None:
     """Predicts pictures."""
-    from uvim_fsq.predictor import predict_files
-
     overrides = [entry for entry in args.inputs if "=" in entry and not Path(entry).exists()]
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
         raise UserError("name at least one image or folder to predict")
+    _check_run(args.run, overrides)
+    _check_places(folders=[args.out])
+
+    from uvim_fsq.predictor import predict_files
+
     written = predict_files(args.run, inputs, args.out, overrides)
     print(f"{len(written)} predictions written to {args.out}")
 
@@ -147,62 +215,69 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 def command_synth(args: argparse.Namespace) -> None:
     """Writes a synthetic data set."""
-    from rich.progress import Progress
+    size = parse_size(args.size)
+    _check_places(folders=[args.out])
 
     from uvim_fsq.data.synth_writers import write_dataset
 
-    with Progress() as bar:
-        task = bar.add_task(f"{args.format} -> {args.out}", total=args.num + args.num_val)
+    with Bar(args.out) as bar:
         write_dataset(
             args.format,
             Path(args.out),
             args.num,
-            parse_size(args.size),
+            size,
             seed=args.seed,
             num_val=args.num_val,
             layout=args.layout,
             difficulty=args.difficulty,
             workers=args.workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=bar.update,
         )
-    print(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields what is called with (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    say(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
+    task = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}[args.format]
+    _say_next_of_data(task, args.out)
 
 
 def command_data_check(args: argparse.Namespace) -> None:
     """Says what lies under a folder and what is wrong with it."""
+    _read_data_config(args)
+
     from uvim_fsq.data.check import check_data
 
-    with _progress("reading") as update:
-        lines, ok = check_data(args.task, args.path, args.overrides, update)
-    print("\n".join(lines))
+    with Bar(f"{args.path}: reading") as bar:
+        lines, ok = check_data(args.task, args.path, args.overrides, bar.update)
+    say("\n".join(lines))
     if not ok:
         raise SystemExit(2)
+    _say_next_of_data(args.task, args.path)
+
+
+def _read_data_config(args: argparse.Namespace) -> Run:
+    from uvim_fsq.config_io import load_run
+
+    return load_run({"task": {"name": args.task}, "data": {"root": args.path}}, args.overrides)
+
+
+def _say_next_of_data(task: str, root: str) -> None:
+    say(f"next: uvim-fsq train-oracle configs/{task}/oracle.yaml data.root={root} train.out=...")
 
 
 def command_data_prepare(args: argparse.Namespace) -> None:
     """Caches data in a faster form."""
-    from uvim_fsq.config_io import load_run
+    run = _read_data_config(args)
+
     from uvim_fsq.models import build_task, complete
 
-    run = complete(load_run({"task": {"name": args.task}, "data": {"root": args.path}}, args.overrides))
-    with _progress("preparing") as update:
-        said = build_task(run).prepare(args.path, update)
-    print(said)
+    with Bar(f"{args.path}: preparing") as bar:
+        said = build_task(complete(run)).prepare(args.path, bar.update)
+    say(said)
+    _say_next_of_data(args.task, args.path)
 
 
 def command_coltran_lists(args: argparse.Namespace) -> None:
     """Writes the two image lists of the ColTran protocol."""
+    _check_places(folders=[args.out])
+
     from uvim_fsq.tasks.imagenet_color.coltran import write_lists
 
     for path in write_lists(Path(args.out)):
@@ -211,6 +286,8 @@ def command_coltran_lists(args: argparse.Namespace) -> None:
 
 def command_benchmark(args: argparse.Namespace) -> None:
     """Measures speed and prints it beside its floor."""
+    _check_places([args.json])
+
     from uvim_fsq.benchmark.run import request, run_benchmark
 
     asked = request(
@@ -243,6 +320,7 @@ def command_ablate(args: argparse.Namespace) -> None:
             print(f"{cell.name}{' (finished)' if finished(cell.lm_dir) else ''}")
             print(f"  {command_line(cell.oracle_command)}\n  {command_line(cell.lm_command)}")
         return
+    _check_places(folders=[out])
     claim(out, grid, args.overrides)
     prepare(grid, out, print)
     runner = Runner(
@@ -272,6 +350,8 @@ def _print_lines(lines: list[list[str]], out: Path) -> None:
 
 def command_import(args: argparse.Namespace) -> None:
     """Imports a published checkpoint."""
+    _check_places(folders=[args.out])
+
     from uvim_fsq.importing import import_lm, import_oracle
 
     if args.stage == "oracle":
@@ -282,12 +362,22 @@ def command_import(args: argparse.Namespace) -> None:
         if args.oracle is None:
             raise UserError("stage II needs --oracle, the run directory of its stage I")
         out = import_lm(args.file, args.oracle, args.out, args.overrides)
-    print(f"imported: {out}")
+    say(f"imported: {out}")
+    if args.stage == "oracle":
+        say(f"next: uvim-fsq evaluate {out}, or uvim-fsq import-uvim LM.npz --stage lm --oracle {out} --out ...")
+    else:
+        _say_next_of_lm(out)
 
 
 def command_quickstart(args: argparse.Namespace) -> None:
     """Runs the whole pipeline on synthetic scenes."""
+    out = args.out or f"runs/quickstart{'' if args.task == 'nyu_depth' else '_' + args.task}"
+    from uvim_fsq.tasks.registry import config_class
+
+    config_class(args.task)
+    _check_places(folders=[out])
+    say(f"{out}: loading ...")
+
     from uvim_fsq.quickstart import quickstart
 
-    out = args.out or f"runs/quickstart{'' if args.task == 'nyu_depth' else '_' + args.task}"
     quickstart(Path(out), args.gpu_scale, args.task)

@@ -10,10 +10,15 @@ from uvim_fsq.config import LEVEL_PRESETS, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
-def validate(run: Run) -> None:
-    """Refuses impossible combinations before anything is built. Raises UserError with the remedy."""
+def validate(run: Run, trained: Run | None = None) -> None:
+    """Refuses impossible combinations before anything is built. Raises UserError with the remedy.
+
+    `trained`: the configuration of a trained model that `run` is to override; its own oddities stay allowed.
+    """
+    allowed = set(_problems(trained)) if trained is not None else set[str]()
     for problem in _problems(run):
-        raise UserError(problem)
+        if problem not in allowed:
+            raise UserError(problem)
 
 
 _ABOVE_ZERO = """

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 import uvim_fsq
 from uvim_fsq import processes
-from uvim_fsq.config import DataConfig, EvalConfig, LMRun
+from uvim_fsq.config import DataConfig, EvalConfig, LMRun, Run
 from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
-from uvim_fsq.data.sample import Batch
+from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
@@ -34,8 +34,8 @@ from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.statistics import CodeStatistics
 from uvim_fsq.oracle.vq import VQ
+from uvim_fsq.progress import Bar
 from uvim_fsq.report import write_evaluation
-from uvim_fsq.results import beside
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 from uvim_fsq.training.checkpoint import file_hash
 
@@ -158,13 +158,18 @@ class Evaluator:
 
     @torch.inference_mode()
     def run(
-        self, predict: Predictor, device: torch.device, official: OfficialResults | None = None
+        self,
+        predict: Predictor,
+        device: torch.device,
+        official: OfficialResults | None = None,
+        title: str = "evaluating",
     ) -> dict[str, float]:
         """The figures over the split (or its first `limit` images), the same on every process.
 
         For an LM also the cross-entropy of the true tokens, in bits per token and per image (FSQ paper, Figure 3).
 
-        With `official` also those of the benchmark's own program, as `official/NAME`, on the main process.
+        With `official` also those of the benchmark's own program, as `official/NAME`, on the main process. `title`
+        stands in front of the bar.
         """
         state = processes.state()
         metric = self.task.metric(self.source)
@@ -172,7 +177,8 @@ class Evaluator:
         self.rows = []
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
-        for batch, samples in eval_batches(
+        count = len(self.source) if self.limit is None else min(self.limit, len(self.source))
+        batches = eval_batches(
             self.source,
             self.task,
             self.data,
@@ -181,18 +187,21 @@ class Evaluator:
             limit=self.limit,
             rank=state.process_index,
             world=state.num_processes,
-        ):
-            with arithmetic(self.config, device):
-                predicted = predict(to_device(batch, device))
-            for item, sample in zip(predicted.items, samples, strict=True):
-                self.rows.append({"id": sample.id, **metric.update(item, sample)})
-                if official is not None:
-                    entries.append(official.add(item, sample))
-            if predicted.bits is not None and predicted.tokens is not None:
-                bits = predicted.bits.double().cpu().numpy()
-                cost += [bits.sum(), len(bits), predicted.tokens.numel()]
-            if self.statistics is not None and predicted.tokens is not None:
-                self.statistics.update(predicted.tokens)
+        )
+        with Bar(title, count) as bar:
+            for batch, samples in batches:
+                bar.update(min(len(self.rows) * state.num_processes, count))
+                with arithmetic(self.config, device):
+                    predicted = predict(to_device(batch, device))
+                for item, sample in zip(predicted.items, samples, strict=True):
+                    self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                    if official is not None:
+                        entries.append(official.add(item, sample))
+                if predicted.bits is not None and predicted.tokens is not None:
+                    bits = predicted.bits.double().cpu().numpy()
+                    cost += [bits.sum(), len(bits), predicted.tokens.numel()]
+                if self.statistics is not None and predicted.tokens is not None:
+                    self.statistics.update(predicted.tokens)
         metric.load_state(_summed(metric.state()))
         figures = metric.compute()
         if self.statistics is not None:
@@ -207,6 +216,30 @@ class Evaluator:
             theirs = _score(official, entries) if processes.is_main() else {}
             figures |= {f"official/{name}": value for name, value in theirs.items()}
         return figures
+
+
+class _Shown:
+    """A source with a bar of the samples taken from it in their order."""
+
+    def __init__(self, source: SampleSource, bar: Bar) -> None:
+        self.source, self.bar = source, bar
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.bar.update(index, len(self.source))
+        return self.source[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def make_baseline(task: Task, run: Run) -> Baseline | None:
+    """The task's trivial prediction, from the training split."""
+    with Bar("baseline: reading the training split") as bar:
+        source: Any = _Shown(task.source(run.data.root, run.data.train_split), bar)
+        return task.baseline(source, run.data.image_size)
 
 
 def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
@@ -258,7 +291,7 @@ def evaluate_loaded(
         loaded.lm.to(device)
     limit = limit if limit is not None else run.eval.limit
     ways = ways_to_predict(loaded)
-    trivial = task.baseline(task.source(run.data.root, run.data.train_split), run.data.image_size) if baseline else None
+    trivial = make_baseline(task, run) if baseline else None
     if trivial is not None:
         ways = {"baseline": baseline_predictions(trivial), **ways}
     figures: dict[str, dict[str, float]] = {}
@@ -269,7 +302,7 @@ def evaluate_loaded(
     for name, predict in ways.items():
         evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
-        figures[name] = evaluator.run(predict, device, writer)
+        figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         if evaluator.statistics is not None:
             levels[name] = evaluator.statistics.level_histogram()
@@ -332,17 +365,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image.
 
-    `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write. With other
-    settings than the run's own `official` lies beside the folder given (`results.beside`).
+    `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give at least 1 image")
     device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]
     loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    # The official files of a part must not mix with those of the whole.
-    official = official and beside(official, loaded.overrides)
     result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}

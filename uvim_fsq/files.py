@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,34 @@ def writing(what: str | Path) -> Iterator[None]:
         raise
 
 
+def check_folder(folder: Path, what: Path | None = None) -> None:
+    """Raises UserError, naming `what` or the folder, unless files can be made in `folder`, which need not exist.
+
+    For the start of a command: better now than after hours of work.
+    """
+    with writing(what or folder):
+        place = folder
+        while not place.exists():
+            place = place.parent
+        # Made, not asked about: a superuser is told that everything is allowed, under /proc too.
+        os.rmdir(tempfile.mkdtemp(prefix=".uvim_fsq_", dir=place))
+
+
+def check_file(file: Path) -> None:
+    """Raises UserError unless `file` can be written or replaced."""
+    with writing(file):
+        if file.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder; name a file in it")
+        special = _is_special(file)
+    if not special:
+        check_folder(file.parent, file)
+
+
+def _is_special(file: Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/stdout, which is written as it is and never replaced."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def sync(path: Path) -> None:
     """Has the kernel put a file, or the names in a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -60,6 +89,10 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
 
     Raises UserError naming the file when the disk is full or the place cannot be written.
     """
+    if _is_special(file):
+        with writing(file):
+            write(file)
+        return
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with writing(file):
         try:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import resolve_lm
-from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.identity import check_overrides
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import find_oracle, read_config, read_oracle_config, resolve_checkpoint
+from uvim_fsq.run_dirs import find_oracle, inherit, read_config, read_oracle_config, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.checkpoint import load_model_weights
@@ -54,19 +52,11 @@ def complete(run: Run) -> Run:
     return replace(run, task=replace(run.task, options=options))
 
 
-def fill(run: Run) -> Run:
-    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data."""
-    if isinstance(run, LMRun):
-        oracle_run, _ = read_oracle_config(run.oracle)
-        return resolve_lm(run, oracle_run)
-    return complete(run)
-
-
 def resolve(run: Run) -> Run:
-    """`fill`, and refuses impossible combinations."""
-    run = fill(run)
-    validate(run)
-    return run
+    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data, and refuses impossible
+    combinations."""
+    run = inherit(run)
+    return complete(run) if isinstance(run, OracleRun) else run
 
 
 def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:

@@ -8,13 +8,10 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from uvim_fsq.config import DataConfig
@@ -23,7 +20,10 @@ from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.models import Loaded
 from uvim_fsq.tasks.base import Task
 
-matplotlib.use("Agg")
+# Imported where something is drawn: it takes half a second.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CELL = 160
 TITLE = 16
@@ -99,10 +99,10 @@ def panel_picture(task: Task, data: DataConfig, predict: Any, device: torch.devi
 def png_tag(picture: np.ndarray | Figure, alt: str) -> str:
     """An <img> with the picture inside, so that the page needs no other file."""
     buffer = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
-    else:
+    if isinstance(picture, np.ndarray):
         Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    else:
+        picture.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
@@ -115,6 +115,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def curve_figure(runs: Mapping[str, Path]) -> Figure:
     """Training loss over steps, one axis per run."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 * len(runs), 3.2))
     for i, (name, path) in enumerate(runs.items()):
         axis = figure.add_subplot(1, len(runs), i + 1)
@@ -129,6 +131,8 @@ def curve_figure(runs: Mapping[str, Path]) -> Figure:
 
 def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figure:
     """Code counts, sorted, and each FSQ channel's level histogram."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.2))
     axis = figure.add_subplot(1, 2, 1)
     axis.stairs(sorted(counts, reverse=True), fill=True)  # a bar per code takes minutes for large codebooks

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from uvim_fsq.config import LMRun, OracleRun, Run
-from uvim_fsq.config_io import load_run, read_yaml
+from uvim_fsq.config_io import load_run, read_yaml, resolve_lm
+from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
+from uvim_fsq.identity import check_overrides
 
 WEIGHTS = "model.safetensors"
 #: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
@@ -57,7 +59,10 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
 
 
 def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
-    """The configuration a checkpoint directory carries. Raises UserError if it holds none."""
+    """The configuration a checkpoint directory carries, with `key=value` overrides.
+
+    Raises UserError if it holds none, and for overrides that are misspelt or impossible.
+    """
     file = checkpoint / "config.yaml"
     if not file.is_file():
         raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
@@ -65,7 +70,12 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
     for section, key in RETIRED:
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
-    return load_run(tree, overrides)
+    run = load_run(tree, overrides)
+    if overrides:
+        trained = load_run(tree)
+        check_overrides(run, trained)
+        validate(run, trained)
+    return run
 
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
@@ -75,6 +85,14 @@ def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     if not isinstance(run, OracleRun):
         raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not of an oracle; point `oracle=` at stage I")
     return run, checkpoint
+
+
+def inherit(run: Run) -> Run:
+    """Fills an LM's configuration from its oracle's checkpoint. Raises UserError for impossible combinations."""
+    if isinstance(run, LMRun):
+        run = resolve_lm(run, read_oracle_config(run.oracle)[0])
+    validate(run)
+    return run
 
 
 def find_oracle(checkpoint: Path, run: LMRun) -> Path:

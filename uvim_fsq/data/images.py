@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from uvim_fsq.errors import UserError
 
@@ -41,6 +40,8 @@ def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
         return None
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     try:
         pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
     except RuntimeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -216,6 +217,9 @@ def worker_errors() -> Iterator[None]:
 
 def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
     """Raises UserError where loader processes die, are stuck, or find too little shared memory."""
+    if workers:
+        # What reading pictures needs and takes seconds to import: once, before the workers are forked.
+        importlib.import_module("torchvision.io")
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

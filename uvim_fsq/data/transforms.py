@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import albumentations as A
 import cv2
 import numpy as np
 
@@ -25,6 +24,8 @@ class JointTransform:
     """
 
     def __init__(self, data: DataConfig, task: Task, *, train: bool) -> None:
+        import albumentations as A  # takes more than a second
+
         self.task, self.train = task, train
         size = (data.image_size, data.image_size)
         sampling: dict[str, Any] = {

@@ -6,7 +6,9 @@ B batch, H heads, L code length, M memory tokens, hd head size, D decoder width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,18 @@ def attend_int8(
     return ((weights * value.float()).sum(2, keepdim=True) * value_scale).to(query.dtype)
 
 
-# Each is a dozen passes over the memory if its operators run one by one.
-_to_int8_on_gpu = torch.compile(to_int8, dynamic=False)
-_attend_int8_on_gpu = torch.compile(attend_int8, dynamic=False)
+#: Both compiled for a GPU, where each is a dozen passes over the memory if its operators run one by one.
+_ON_GPU: dict[str, Callable[..., Any]] = {}
+
+
+def _compile_for_gpu() -> None:
+    # Not on import: it takes seconds, most of them to import the compiler.
+    if not _ON_GPU:
+        _ON_GPU.update({f.__name__: torch.compile(f, dynamic=False) for f in (to_int8, attend_int8)})
 
 
 def _small(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _to_int8_on_gpu(x) if x.is_cuda else to_int8(x)
+    return _ON_GPU["to_int8"](x) if x.is_cuda else to_int8(x)
 
 
 @dataclass
@@ -64,6 +71,8 @@ class LayerCache:
         own = key.new_zeros(2, b, heads, length, size)
         if not int8:
             return cls(projection, own, key, value)
+        if key.is_cuda:
+            _compile_for_gpu()
         (key, key_scale), (value, value_scale) = _small(key), _small(value)
         return cls(projection, own, key, value, key_scale, value_scale)
 
@@ -81,7 +90,7 @@ class LayerCache:
         if self.key_scale is None or self.value_scale is None:
             query = query.to(self.cross_key.dtype)
             return F.scaled_dot_product_attention(query, self.cross_key, self.cross_value)
-        attend = _attend_int8_on_gpu if query.is_cuda else attend_int8
+        attend = _ON_GPU["attend_int8"] if query.is_cuda else attend_int8
         return attend(query, self.cross_key, self.key_scale, self.cross_value, self.value_scale)
 
 

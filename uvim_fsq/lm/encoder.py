@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from uvim_fsq.config import EncoderConfig
 from uvim_fsq.errors import UserError
+
+# timm takes seconds to import, and with it come all of torchvision and the compiler.
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 HALF = (0.5, 0.5, 0.5)
 OVERRIDES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "num_heads": "num_heads"}
@@ -55,6 +56,8 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
     Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patch does not divide,
     architecture overrides together with weights, and weights that do not fit.
     """
+    import timm
+
     if not timm.is_model(config.name):
         close = difflib.get_close_matches(config.name, timm.list_models("*vit*"), n=3)
         raise UserError(
@@ -81,6 +84,9 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
 
 
 def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTransformer:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
     arguments: dict[str, Any] = dict(
         num_classes=0, class_token=False, global_pool="", img_size=image_size, dynamic_img_size=True, **overrides
     )
@@ -102,6 +108,10 @@ def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTran
 
 def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[Triple, Triple]:
     """Copies the named model's published weights; its class token, prefix positions and head are left out."""
+    import timm
+    from timm.layers.pos_embed import resample_abs_pos_embed
+    from timm.models.vision_transformer import VisionTransformer
+
     arguments: dict[str, Any] = {"pretrained": True}
     if config.weights != "hub":
         file = Path(config.weights)

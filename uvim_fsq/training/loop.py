@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.benchmark.ceilings import matrix_rate
+from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import say
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
@@ -43,6 +44,7 @@ def fit(stage: Stage, run: Run) -> Path:
         (trainer.out / "config.yaml").write_text(dump_yaml(run))
         stage.extra_files(trainer.out)
     processes.wait()
+    _say_start(trainer)
     progress = Progress(
         run.train,
         stage.main_prefix,
@@ -57,6 +59,18 @@ def fit(stage: Stage, run: Run) -> Path:
     finally:
         progress.close()
     return trainer.out
+
+
+def _say_start(trainer: Trainer) -> None:
+    train, count = trainer.train, trainer.accelerator.num_processes
+    parameters = sum(p.numel() for p in trainer.stage.model.parameters()) / 1e6
+    micro = train.batch_size / (train.accumulate * count)
+    say(
+        f"training on {device_name(trainer.device)}: {parameters:.2f} M parameters, "
+        f"{trainer.loader.plan.count} samples, "
+        f"batch {train.batch_size} = {micro:g} x {train.accumulate} x {count} (micro x accumulate x processes), "
+        f"step {trainer.step} of {trainer.total}, into {trainer.out}"
+    )
 
 
 def _ceiling(trainer: Trainer) -> float:
@@ -74,6 +88,7 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
         while trainer.step < trainer.total:
             window.append(trainer.optimizer_step(batches, progress.waited))
+            progress.stepped(trainer.step)
             last = trainer.step == trainer.total
             stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
             if news:

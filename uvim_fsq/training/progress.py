@@ -1,4 +1,4 @@
-"""What a user sees of training: one live line on a terminal, plain lines otherwise; TensorBoard and metrics.jsonl.
+"""What a user sees of training: a line now and then and a bar below; TensorBoard and metrics.jsonl.
 
 Only the main process prints and writes.
 """
@@ -6,24 +6,16 @@ Only the main process prints and writes.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from uvim_fsq.config import TrainConfig
 from uvim_fsq.errors import UserError
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+from uvim_fsq.progress import LINES, Bar, clear, say
 
 
 class Progress:
@@ -36,21 +28,20 @@ class Progress:
         self, train: TrainConfig, title: str, total: int, start_step: int, *, main: bool, ceiling: float | None = None
     ) -> None:
         self.train, self.title, self.total, self.main, self.ceiling = train, title, total, main, ceiling
-        self.first = self.last_step = start_step
-        self.begin = self.last_time = time.perf_counter()
+        self.last_step, self.last_time = start_step, time.perf_counter()
+        self.bar, self.last_line = Bar(title, total, start_step), -math.inf
         self.waiting = 0.0
         self.out = Path(train.out)
         self.wandb: Any = None
         if not main:
             return
-        self.console = Console()
-        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+
+        from torch.utils.tensorboard.writer import SummaryWriter  # takes a third of a second
+
         self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=start_step + 1)
         self._truncate(start_step)
         if train.wandb:
             self.wandb = _start_wandb(self.out)
-        if self.live is not None:
-            self.live.start()
 
     def _truncate(self, step: int) -> None:
         file = self.out / "metrics.jsonl"
@@ -68,9 +59,14 @@ class Progress:
         """Adds time spent waiting for data."""
         self.waiting += seconds
 
+    def stepped(self, step: int) -> None:
+        """Moves the bar; nothing is waited for."""
+        if self.main:
+            self.bar.update(step)
+
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A log line after optimizer step `step`: values plus images/s, the share of the devices' arithmetic that this
-        takes (MFU, see benchmark/floors.py) and the share of time spent waiting for data."""
+        """Records what the steps up to `step` gave, and says it now and then: `values` plus images/s, the share of the
+        devices' arithmetic that this takes (MFU, see benchmark/floors.py), and of the time spent waiting for data."""
         now = time.perf_counter()
         elapsed = max(now - self.last_time, 1e-9)
         rate = (step - self.last_step) * self.train.batch_size / elapsed
@@ -78,25 +74,24 @@ class Progress:
         if self.ceiling is not None:
             speed["mfu"] = rate / self.ceiling
         speed["data_wait"] = min(1.0, self.waiting / elapsed)
-        eta = (self.total - step) * (now - self.begin) / max(step - self.first, 1)
         self.last_step, self.last_time, self.waiting = step, now, 0.0
         if not self.main:
             return
         self._write(step, {**values, **speed})
-        text = f"{self.title} {step}/{self.total}  eta {clock(eta)}  {rate:.0f} images/s"
+        if now - self.last_line < LINES and step < self.total:
+            return
+        self.last_line = now
+        text = f"{self.title} {step}/{self.total}  eta {self.bar.eta(step)}  {rate:.0f} images/s"
         if "mfu" in speed:
             text += f"  mfu {speed['mfu']:.0%}"
         text += "  " + "  ".join(f"{key} {value:.4g}" for key, value in values.items())
         text += f"  data {speed['data_wait']:.0%}"
-        if self.live is not None:
-            self.live.update(Text(text))
-        else:
-            print(text, flush=True)
+        self.say(text)
 
     def evaluated(self, step: int, figures: dict[str, float], panel: np.ndarray | None, seconds: float) -> None:
         """Figures and picture of a periodic evaluation."""
         self.last_time += seconds  # evaluation is no training time
-        self.begin += seconds
+        self.bar.pause(seconds)
         if not self.main:
             return
         self._write(step, {f"eval/{name}": value for name, value in figures.items()})
@@ -108,7 +103,8 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.main:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(text)
+            self.bar.wait()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         with (self.out / "metrics.jsonl").open("a") as file:
@@ -119,11 +115,10 @@ class Progress:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the live line and the writers."""
+        """Ends the bar and the writers."""
         if not self.main:
             return
-        if self.live is not None:
-            self.live.stop()
+        clear()
         self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -141,5 +140,7 @@ class NYUDepth(Task):
 
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
     """(H, W) reals in [0, high] -> (H, W, 3) uint8."""
+    import matplotlib
+
     share = np.clip(np.nan_to_num(values) / max(high, 1e-6), 0, 1)
     return (matplotlib.colormaps[name](share)[..., :3] * 255).astype(np.uint8)
