@@ -1,4 +1,4 @@
-"""Training: resume bit for bit, real kills, two processes equal one, golden loss curves, and what goes wrong."""
+"""Training: resume bit for bit, real kills, golden loss curves, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ import safetensors.torch
 import torch
 import yaml
 
-from tests.small import LM, ORACLE, lm_run, oracle_run
+from tests.small import ORACLE, lm_run, oracle_run
 from uvim_fsq.data.loader import TrainLoader, TrainPlan, share
 from uvim_fsq.errors import UserError
 from uvim_fsq.models import build_task, load_checkpoint
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.optim import build_optimizer, learning_rate
-from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import build_stage
 
 CURVES = Path(__file__).parent / "loss_curves.json"
@@ -103,44 +102,6 @@ def test_sigkill_and_resume(tmp_path: Path, data: Path) -> None:
     assert losses(tmp_path / "whole") == losses(out)
     one, two = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, data: Path) -> None:
-    overrides = [f"data.root={data}", "train.steps=100000", f"train.out={tmp_path / 'run'}"]
-    arguments = [sys.executable, *command(ORACLE, tmp_path, *overrides)]
-    process = subprocess.Popen(arguments, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("oracle "):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert "train.resume=auto" in rest and "Traceback" not in rest
-    assert len(ckpt.checkpoints(tmp_path / "run")) == 1
-
-
-@pytest.mark.multi
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    oracle = ["model.code_dropout=none", f"data.root={data}"]
-    vq = [*oracle, "model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8"]
-    for name, config, extra in (("oracle", ORACLE, oracle), ("vq", ORACLE, vq), ("lm", LM, [f"oracle={oracle_dir}"])):
-        results = []
-        for count in (1, 2):
-            out = tmp_path / f"{name}{count}"
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
-            launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(29500 + os.getpid() % 1000)]
-            arguments = command(config, tmp_path, *extra, f"train.out={out}")
-            done = subprocess.run([*launch, *arguments], env=ENV, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            results.append((losses(out), json.loads((out / "evaluation.json").read_text())["figures"]))
-        np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
-        for way, figures in results[0][1].items():
-            for name, value in figures.items():
-                np.testing.assert_allclose(results[1][1][way][name], value, atol=1e-4, err_msg=f"{way} {name}")
 
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
@@ -279,7 +240,3 @@ def test_schedule_and_groups(oracle_dir: Path) -> None:
 def test_both_optimizers_and_compile_train(tmp_path: Path, data: Path, name: str) -> None:
     run_fit(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16"))
     assert np.isfinite(losses(tmp_path / name)).all()
-
-
-def test_interrupted_is_a_system_exit() -> None:
-    assert issubclass(Interrupted, SystemExit)

@@ -203,10 +203,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ended_by_sigterm():
             _main(argv)
     except BaseException as error:
-        processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
-        if processes is not None and _several():
-            processes.leave(error)
+        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+            sys.modules["uvim_fsq.processes"].end_at_once(error)
         raise
+    if "uvim_fsq.processes" in sys.modules:
+        sys.modules["uvim_fsq.processes"].part()
 
 
 def _several() -> bool:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -144,16 +144,23 @@ def _other_failed(error: BaseException) -> str | None:
     return "another process has ended; its own message says why"
 
 
-def leave(error: BaseException) -> NoReturn:
-    """Ends this process of several after an error, at once: an orderly end would wait for the others.
+def part() -> None:
+    """Leaves the others in good order, once there is nothing more to do together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_at_once(error: BaseException) -> None:
+    """Ends this process after an error if it is one of several: an orderly end would wait for the others.
 
     The launcher then ends the others. One of them that fails only because this one has gone says so in one line.
     """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
     code = 1
-    other = _other_failed(error)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif other is not None:
+    elif (other := _other_failed(error)) is not None:
         print(f"stopped: {other}", file=sys.stderr)
     else:
         traceback.print_exception(error)
