@@ -122,6 +122,7 @@ def test_a_preset_of_levels_is_its_levels_and_new_keys_are_their_defaults(tmp_pa
         del tree[section][key]
     del tree["model"]["quantizer"]["shift"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(tree))
+    (checkpoint / "sha256.json").unlink()
     resumed(oracle_run(out, data, "model.quantizer.levels=[8,6,5]", "train.resume=auto"))
 
 

@@ -35,6 +35,8 @@ from uvim_fsq.training.loop import fit
 from uvim_fsq.training.run import train
 from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import OracleStage, build_stage
+from uvim_fsq.training.step import make_accelerator
+from uvim_fsq.training.trainer import Trainer
 
 RANKS = 3
 
@@ -177,6 +179,8 @@ def test_other_ways_of_training_are_refused(
         train(oracle_run(tmp_path / "run", data))
     with pytest.raises(UserError, match=f"^{variable}=true"):
         evaluate_run(oracle_dir)
+    with pytest.raises(UserError, match=f"^{variable}=true"):
+        make_accelerator(oracle_run(tmp_path / "run", data).train)
     assert not (tmp_path / "run").exists()
 
 
@@ -189,6 +193,18 @@ def test_several_processes_that_do_not_find_each_other(
         with pytest.raises(SystemExit) as caught:
             main([command, str(oracle_dir), *more])
         assert caught.value.code == 2 and re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise torch.distributed.DistNetworkError("gloo: connectFullMesh failed\nmore")
+
+    monkeypatch.setattr(processes, "PartialState", fail)
+    with pytest.raises(RuntimeError):
+        processes.state()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"cannot join each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"):
+        processes.state()
 
 
 def test_a_batch_that_is_too_small_for_the_processes(data: Path) -> None:
@@ -302,6 +318,27 @@ def test_a_signal_during_evaluation_acts_at_once(
     fit_run(replace(run, train=replace(run.train, resume="auto")))
     whole = fit_run(replace(run, train=replace(run.train, out=str(tmp_path / "whole"))))
     assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_a_lost_connection_after_a_signal_is_the_signal(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process that waits in C++ for those that a signal ends during evaluation."""
+    received: list[StopSignals] = []
+    plain = StopSignals.at_once
+    monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or plain(self))
+
+    def evaluate(*_: object, **__: object) -> None:
+        if signalled:
+            received[-1].number = signal.SIGTERM
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    for signalled, kind in ((True, Interrupted), (False, RuntimeError)):
+        with pytest.raises(kind):
+            fit_run(oracle_run(tmp_path / kind.__name__, data, "train.steps=3"))
+        said = "during the evaluation of step 3; saved" in capsys.readouterr().out
+        assert said == signalled
 
 
 def test_signals_are_noted_and_the_second_interrupt_acts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,11 +103,9 @@ def _check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]
 
     Returns the settings that differ from the trained ones (`identity.check_overrides`).
     """
-    from uvim_fsq.identity import check_overrides
-    from uvim_fsq.run_dirs import read_config, resolve_checkpoint
+    from uvim_fsq.run_dirs import read_overridden, resolve_checkpoint
 
-    checkpoint = resolve_checkpoint(run)
-    return check_overrides(read_config(checkpoint, overrides), read_config(checkpoint))
+    return read_overridden(resolve_checkpoint(run), overrides)[1]
     say(f"{run}: loading ...")
 
 

@@ -71,11 +71,11 @@ def is_fixed(key: str, task: TaskSection) -> bool:
     return section in ("stage", "model") or key == "data.image_size"
 
 
-def check_resume(asked: Run, trained: Run, *, step: int, total: int) -> None:
-    """Refuses to go on at `step` of `total` with other settings than those of the checkpoint.
+def check_resume(asked: Run, trained: Run) -> None:
+    """Refuses to go on with other settings than those of the checkpoint.
 
     Raises UserError naming every key with both values: for model, labels and optimizer always, for what else changes
-    the result unless `train.resume_changes` is set, and for fewer steps than are done.
+    the result unless `train.resume_changes` is set.
     """
     changed = {key: values for key, values in differences(trained, asked).items() if key not in FREE}
     if "data.root" in changed and _same_folder(*changed["data.root"]):
@@ -96,11 +96,6 @@ def check_resume(asked: Run, trained: Run, *, step: int, total: int) -> None:
         raise UserError(
             f"these settings are not the checkpoint's: {describe(changed, 'was')}; "
             "leave them as they were, or go on with the new ones by train.resume_changes=true"
-        )
-    if step > total:
-        raise UserError(
-            f"the checkpoint is at step {step} and training would end after {total} steps; "
-            "give a longer train.steps or train.epochs, or resume from an earlier checkpoint"
         )
 
 

@@ -38,8 +38,8 @@ _group: dist.ProcessGroup | None = None
 def state() -> PartialState:
     """How many processes there are, which one this is, and its device. The first call joins them, so all must make it.
 
-    Raises UserError for ways of training that Accelerate has and this project has not, and where a launcher says that
-    there are several processes but not how they find each other.
+    Raises UserError for ways of training that Accelerate has and this project has not, and where several processes
+    cannot join or a launcher does not say how.
     """
     global _group
     for variable, name in UNSUPPORTED.items():
@@ -48,16 +48,30 @@ def state() -> PartialState:
                 f"{variable}=true: {name} is not supported, each process holds the whole model (DDP); "
                 "run `accelerate config` again without it, or unset the variable"
             )
-    found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+    try:
+        found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+        if found.num_processes > 1 and _group is None:
+            _group = _waiting_group()
+    except RuntimeError as error:
+        if _announced() == 1:
+            raise
+        raise UserError(
+            f"the {_announced()} processes cannot join each other ({str(error).splitlines()[0]}); where machines have "
+            "several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
     if found.num_processes != _announced():
         raise UserError(
             f"WORLD_SIZE={_announced()}, but this process finds {found.num_processes}; start with `accelerate launch` "
             "or `torchrun`, which set LOCAL_RANK, or unset WORLD_SIZE"
         )
-    if found.num_processes > 1 and _group is None:
-        # Gloo on any device: it waits on the host, and it notices at once when another process has ended.
-        _group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return found
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """Gloo on any device: it waits on the host, and it notices at once when another process has ended."""
+    group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _announced() -> int:
