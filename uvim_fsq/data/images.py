@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
+from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -30,7 +34,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
+def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | None:
     """The pixels of an upright grey or RGB JPEG; None for anything else and for a file that is broken.
 
     torchvision calls the same decoder as Pillow, to the same result, but does not copy the picture twice. OpenCV would
@@ -42,27 +46,35 @@ def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
         return None
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    data = np.frombuffer(bytearray(source), np.uint8) if isinstance(source, bytes) else np.fromfile(source, np.uint8)
     try:
-        pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+        pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
     except RuntimeError:
         return None
     assert isinstance(pixels, torch.Tensor)
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
+def read_image(source: str | Path | bytes) -> np.ndarray:
+    """A picture file, or its content -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
 
     Raises UserError naming the file when it is missing, truncated or no picture.
     """
+    path = "the picture" if isinstance(source, bytes) else source
     try:
-        with Image.open(path) as image:
-            rgb = _plain_jpeg(image, path)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            rgb = _plain_jpeg(image, source)
             return to_rgb(image) if rgb is None else rgb
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+
+
+def write_png(path: str | Path, pixels: Array, info: PngInfo | None = None) -> None:
+    """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16, whole or not at all. Raises UserError where that fails."""
+    picture = Image.fromarray(pixels)
+    write_whole(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=info), durable=False)
 
 
 def list_images(inputs: list[str]) -> list[Path]:
