@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,16 +24,23 @@ PATIENCE = 600
 def start_ranks(
     count: int, target: str, *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Starts `count` ranks in a session of their own; standard output and error come through one pipe."""
+    """Starts `count` ranks under the launcher; see `start`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     launch += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "tests.ranks", str(count), target]
+    return start([*launch, *arguments], env=env, cwd=cwd)
+
+
+def start(
+    command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, without a GPU; all that it says comes through one pipe."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*launch, *arguments],
+        command,
         env={**os.environ, **cpu, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})},
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -81,12 +88,15 @@ def main() -> None:
         module, _, name = target.partition(":")
         getattr(importlib.import_module(module), name)(*arguments)
 
+    import torch
     from accelerate.state import PartialState
 
     # What the code under test made of the launcher's variables; nothing here helps it.
     assert PartialState._shared_state, "no process group was asked for"
     assert PartialState().num_processes == int(count), f"{PartialState().num_processes} instead of {count} processes"
     print(f"[rank of {count}]", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -102,7 +102,6 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
         fit(build_stage(run), run)
     for late in ckpt.checkpoints(tmp_path / "halves")[1:]:
         late.rename(tmp_path / late.name)
-    (tmp_path / "halves" / "checkpoints" / "best.json").unlink()
     again = replace(halves, train=replace(halves.train, compile=True, resume="auto"))
     fit(build_stage(again), again)
     far = 1e-5 if precision == "fp32" else 2e-2

@@ -70,7 +70,6 @@ def test_typing_errors(override: str, message: str) -> None:
         ("model.num_heads=3", "not divisible by model.num_heads"),
         ("model.quantizer.levels=[5,1]", "at least 2 levels"),
         ("train.epochs=2", "exactly one of train.epochs and train.steps"),
-        ("train.accumulate=3", "not divisible by train.accumulate"),
         ("optim.warmup_steps=6", "must be below train.steps"),
         ("eval.temperature=-1", "negative"),
         ("train.batch_size=0", "above 0"),

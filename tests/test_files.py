@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from uvim_fsq.data.encode import picture_bytes
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole
+from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole, writing
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -42,6 +45,19 @@ def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path: Path, content: byt
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "missing.json", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_libraries_on_a_full_disk() -> None:
+    """What they really raise: NumPy without an error number, torch an error of its own making."""
+    array = np.zeros(1 << 20, np.uint8)
+    full = pytest.raises(UserError, match="cannot write a: the disk is full")
+    with full, writing("a"), Path("/dev/full").open("wb") as file:
+        np.save(file, array)
+    with pytest.raises(UserError, match="cannot write b: the disk is full"), writing("b"):
+        torch.save(torch.zeros(1 << 20), "/dev/full")
+    with pytest.raises(UserError, match="cannot write c: the disk is full"), writing("c"):
+        Path("/dev/full").write_bytes(picture_bytes(array.reshape(1024, 1024)))
 
 
 def test_a_full_disk_is_known_by_its_many_messages() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from uvim_fsq.config import LEVEL_PRESETS
 from uvim_fsq.errors import UserError
-from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.fsq import FSQ, resolve_levels
 from uvim_fsq.oracle.statistics import CodeStatistics
 
 LEVELS = st.lists(st.integers(5, 9), min_size=1, max_size=4)
@@ -47,12 +47,14 @@ def test_presets(name: str) -> None:
 
 def test_float32_inside_autocast() -> None:
     quantizer = FSQ([8, 6, 5])
-    z = torch.randn(64, 3) * 2
-    plain = quantizer(z)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = quantizer(z)
-    assert inside[0].dtype == torch.float32
-    assert torch.equal(plain[0], inside[0]) and torch.equal(plain[1], inside[1])
+    assert not quantizer.state_dict()  # all of it follows from the levels
+    for z in (torch.randn(512, 3) * 2, torch.randn(512, 3).bfloat16() * 2):
+        plain = quantizer(z.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = quantizer(z)
+        assert inside[0].dtype == torch.float32
+        assert torch.equal(plain[0], inside[0]) and torch.equal(plain[1], inside[1])
+        assert torch.equal(quantizer.codes_to_indices(plain[0].bfloat16()), plain[1])
 
 
 def test_centered_shift_keeps_zero() -> None:
@@ -67,10 +69,21 @@ def test_impossible_levels() -> None:
         FSQ([5, 1])
     with pytest.raises(UserError, match="2\\^31"):
         FSQ([9] * 12)
+    with pytest.raises(UserError, match="2147483648 codes; their product must stay below 2\\^31"):
+        FSQ([8] * 10 + [2])
+    assert resolve_levels([8] * 10) == (8,) * 10  # 2^30
     with pytest.raises(UserError, match="undefined for 2 levels"), pytest.warns(UserWarning):
         FSQ([2, 5], shift="centered")
     with pytest.raises(UserError, match="preset"):
         FSQ("2^9")
+
+
+def test_few_levels_are_warned_about(recwarn: pytest.WarningsRecorder) -> None:
+    FSQ([5, 8])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"FSQ levels \[8, 4\]: fewer than 5 per channel") as warned:
+        FSQ([8, 4])
+    assert warned[0].filename == __file__
 
 
 def test_statistics_add_up_over_processes() -> None:

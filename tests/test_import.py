@@ -79,7 +79,7 @@ def test_imported_runs_evaluate_predict_and_carry_a_new_lm(imported: Path, tmp_p
     assert json.loads((new / "evaluation.json").read_text())["images"] == 6
     with pytest.raises(UserError, match="was imported, its training cannot go on"):
         config = imported / "oracle" / "config.yaml"
-        train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8"])))
+        train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8", "optim.warmup_steps=0"])))
 
 
 def test_from_the_command_line(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

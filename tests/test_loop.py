@@ -1,4 +1,4 @@
-"""Training: resume bit for bit, real kills, two processes equal one, golden loss curves, and what goes wrong."""
+"""Training: resume bit for bit, real kills, golden loss curves, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ import safetensors.torch
 import torch
 import yaml
 
-from tests.small import LM, ORACLE, lm_run, oracle_run
+from tests.small import ORACLE, lm_run, oracle_run
 from uvim_fsq.data.loader import TrainLoader, TrainPlan, share
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import build_task, load_checkpoint
+from uvim_fsq.models import build_task
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
-from uvim_fsq.training.optim import build_optimizer, learning_rate
-from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import build_stage
 
 CURVES = Path(__file__).parent / "loss_curves.json"
@@ -64,10 +62,12 @@ def test_log_lines_say_how_fast(stage: str, oracle_dir: Path, lm_dir: Path) -> N
     assert max(ceilings) == pytest.approx(min(ceilings))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
+def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str) -> None:
     """2N steps = N, stop, resume, N; over an epoch's end, with augmentation, dropout and EMA."""
-    extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
+    extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2", f"optim.name={optimizer}"]
+    extra += ["model.width=32", "model.mlp_dim=64"]  # adafactor factors nothing that is smaller
 
     def make(out: Path, *overrides: str):
         if stage == "oracle":
@@ -78,7 +78,6 @@ def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stag
     halves = run_fit(make(tmp_path / "halves"))
     for late in ckpt.checkpoints(halves)[1:]:
         os.rename(late, tmp_path / f"gone_{late.name}")
-    (halves / "checkpoints" / "best.json").unlink()
     halves = run_fit(make(tmp_path / "halves", "train.resume=auto"))
     assert losses(whole) == losses(halves) and len(losses(whole)) == 6
     one, two = weights(whole), weights(halves)
@@ -105,44 +104,6 @@ def test_sigkill_and_resume(tmp_path: Path, data: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, data: Path) -> None:
-    overrides = [f"data.root={data}", "train.steps=100000", f"train.out={tmp_path / 'run'}"]
-    arguments = [sys.executable, *command(ORACLE, tmp_path, *overrides)]
-    process = subprocess.Popen(arguments, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("oracle "):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert "train.resume=auto" in rest and "Traceback" not in rest
-    assert len(ckpt.checkpoints(tmp_path / "run")) == 1
-
-
-@pytest.mark.multi
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    oracle = ["model.code_dropout=none", f"data.root={data}"]
-    vq = [*oracle, "model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8"]
-    for name, config, extra in (("oracle", ORACLE, oracle), ("vq", ORACLE, vq), ("lm", LM, [f"oracle={oracle_dir}"])):
-        results = []
-        for count in (1, 2):
-            out = tmp_path / f"{name}{count}"
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
-            launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(29500 + os.getpid() % 1000)]
-            arguments = command(config, tmp_path, *extra, f"train.out={out}")
-            done = subprocess.run([*launch, *arguments], env=ENV, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            results.append((losses(out), json.loads((out / "evaluation.json").read_text())["figures"]))
-        np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
-        for way, figures in results[0][1].items():
-            for name, value in figures.items():
-                np.testing.assert_allclose(results[1][1][way][name], value, atol=1e-4, err_msg=f"{way} {name}")
-
-
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_loss_curve_has_not_moved(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
     """Twenty steps against recorded losses. UVIM_FSQ_RECORD=1 writes them anew, after a change that is meant."""
@@ -157,15 +118,6 @@ def test_loss_curve_has_not_moved(tmp_path: Path, data: Path, oracle_dir: Path, 
         return
     np.testing.assert_allclose(curve, recorded[stage], atol=5e-3)
     assert curve[-1] < curve[0]
-
-
-def test_accumulation_equals_one_batch(tmp_path: Path, data: Path) -> None:
-    curves = [
-        losses(run_fit(oracle_run(tmp_path / str(n), data, f"train.accumulate={n}", "model.code_dropout=none")))
-        for n in (1, 2, 4)
-    ]
-    np.testing.assert_allclose(curves[1], curves[0], atol=1e-5)
-    np.testing.assert_allclose(curves[2], curves[0], atol=1e-5)
 
 
 def test_workers_do_not_change_the_data(data: Path) -> None:
@@ -225,61 +177,8 @@ def test_what_goes_wrong(tmp_path: Path, data: Path, oracle_dir: Path, lm_dir: P
     assert lm_run(tmp_path / "d", oracle_dir, "task.decoding=expectation").task.options.decoding == "expectation"
 
 
-def test_broken_checkpoints(tmp_path: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(oracle_dir, copy)
-    checkpoint = ckpt.resolve_checkpoint(copy)
-    config = (checkpoint / "config.yaml").read_text()
-    (checkpoint / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
-    with pytest.raises(UserError, match="encoder_head.* instead of"):
-        load_checkpoint(copy)
-    (checkpoint / "config.yaml").write_text(config)
-    file = checkpoint / ckpt.WEIGHTS
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="truncated"):
-        load_checkpoint(copy)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    before = ckpt.checkpoints(copy)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact"):
-        ckpt.save_checkpoint(copy, 99, config=config, weights={"x": torch.zeros(1)}, state={})
-    assert ckpt.checkpoints(copy) == before and not list((copy / "checkpoints").glob(".tmp*"))
-
-
-def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
-    for step in range(1, 6):
-        ckpt.save_checkpoint(tmp_path, step, config="", weights={"x": torch.zeros(1)}, state={"step": step})
-        if step == 2:
-            ckpt.write_best(tmp_path, 2, "rmse", 0.5)
-        ckpt.prune(tmp_path, keep=2)
-    assert [p.name for p in ckpt.checkpoints(tmp_path)] == [ckpt.step_name(s) for s in (2, 4, 5)]
-    assert ckpt.resolve_checkpoint(tmp_path).name == ckpt.step_name(2)
-    assert ckpt.resolve_checkpoint(tmp_path, prefer="last").name == ckpt.step_name(5)
-
-
-def test_schedule_and_groups(oracle_dir: Path) -> None:
-    run = oracle_run(oracle_dir, Path("x"), "optim.warmup_steps=4", "optim.final_lr_ratio=0.1", "train.resume=auto")
-    rates = [learning_rate(step, 6, run.optim) for step in range(7)]
-    assert rates[:4] == pytest.approx([run.optim.lr * i / 4 for i in (1, 2, 3, 4)])
-    assert rates[6] == pytest.approx(run.optim.lr * 0.1) and rates[4] > rates[5] > rates[6]
-    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
-    for name in ("adamw", "adafactor"):
-        optim = replace(run.optim, name=name, encoder_lr_ratio=0.1, weight_decay=0.5)
-        groups = build_optimizer(model.named_parameters(), optim, "lm").param_groups
-        found = {(group["weight_decay"], group["lr_ratio"]) for group in groups}
-        assert found == {(0.5, 0.1), (0.0, 0.1), (0.5, 1.0), (0.0, 1.0)}
-
-
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_both_optimizers_and_compile_train(tmp_path: Path, data: Path, name: str) -> None:
-    run_fit(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16"))
-    assert np.isfinite(losses(tmp_path / name)).all()
-
-
-def test_interrupted_is_a_system_exit() -> None:
-    assert issubclass(Interrupted, SystemExit)
+def test_both_optimizers_train(tmp_path: Path, data: Path, name: str) -> None:
+    """In bf16; tests/test_compile.py trains compiled."""
+    curve = losses(run_fit(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))
+    assert np.isfinite(curve).all() and curve[-1] < curve[0]

@@ -180,6 +180,13 @@ def test_prepared_labels_of_another_order_are_refused(root: Path) -> None:
         open_source(str(root), "val", CONFIG)
 
 
+def test_a_damaged_note_of_what_was_prepared(root: Path) -> None:
+    prepare(str(root), lambda done, total: None)
+    (root / "prepared_panoptic/panoptic_val2017/source.json").write_text('{"version": 2, "ann')
+    with pytest.raises(UserError, match="source.json is damaged .*; delete .*panoptic_val2017 and run"):
+        open_source(str(root), "val", CONFIG)
+
+
 def test_missing_parts(root: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "annotations/panoptic_train2017")
     with pytest.raises(UserError, match="is there, but not its PNGs"):

@@ -70,6 +70,73 @@ def test_splitting_halves_the_most_frequent() -> None:
     torch.testing.assert_close(vq.sums[2], 0.995 * before[2])
 
 
+def test_standardisation_by_hand() -> None:
+    z = torch.tensor([[0.0, 0.002, 0.004, 0.006]])  # of variance 5e-6, half of what is added to it
+    expected = (z - 0.003) / 1.5e-5**0.5
+    torch.testing.assert_close(VQ.standardize(z), expected, rtol=1e-4, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (z, z.bfloat16()):
+            found = VQ.standardize(given)
+            assert found.dtype == torch.float32 and torch.equal(found, VQ.standardize(given.float()))
+
+
+def test_float32_inside_autocast() -> None:
+    torch.manual_seed(0)
+    vq, z = VQ(500, 8), torch.randn(2000, 8)
+    codes, indices = vq(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = vq(z)
+        low = (VQ.standardize(z) @ vq.codewords().T).argmax(-1)
+        assert torch.equal(vq.codes_to_indices(codes), indices)
+    assert torch.equal(inside[0], codes) and torch.equal(inside[1], indices)
+    assert not torch.equal(low, indices)  # or nothing would have been tested
+
+
+def test_a_new_dictionary() -> None:
+    vq = VQ(1024, 64)
+    assert torch.equal(vq.counts, torch.ones(1024))
+    assert float(vq.sums.std()) == pytest.approx(1024**-0.5, rel=0.02) and abs(float(vq.sums.mean())) < 1e-3
+
+
+def nothing_new(vq: VQ) -> None:
+    """An update that has seen no token."""
+    vq.observe(torch.zeros(0, vq.dim), torch.zeros(0, dtype=torch.long))
+    vq.update(lambda x: x, seed=7)
+
+
+def test_what_is_rare_and_how_it_is_revived() -> None:
+    """Just above and at the limit nothing happens; below, half of the most frequent, with noise from the seed."""
+    vq = VQ(3, 4, momentum=1.0)
+    for count in (0.11, RARE):
+        vq.counts.copy_(torch.tensor([5.0, count, 1.0]))
+        nothing_new(vq)
+        torch.testing.assert_close(vq.counts, torch.tensor([5.0, count, 1.0]))
+    vq.counts[1] = 0.09
+    sums = vq.sums.clone()
+    nothing_new(vq)
+    noise = torch.rand(4, generator=torch.Generator().manual_seed(7)) * 0.002 + 0.999
+    torch.testing.assert_close(vq.counts, torch.tensor([2.5, 2.5, 1.0]))
+    half = sums[0] / 2
+    torch.testing.assert_close(vq.sums, torch.stack([half, half * noise, sums[2]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("most", "split"), [(0.19, False), (2 * RARE, True)])
+def test_what_cannot_be_halved_without_being_rare(most: float, split: bool) -> None:
+    vq = VQ(2, 4, momentum=1.0)
+    vq.counts.copy_(torch.tensor([most, 0.05]))
+    nothing_new(vq)
+    torch.testing.assert_close(vq.counts, torch.full((2,), most / 2) if split else torch.tensor([most, 0.05]))
+
+
+def test_counts_fade_to_a_limit() -> None:
+    vq = VQ(3, 2, momentum=0.5, split=False)
+    vq.counts.copy_(torch.tensor([1.1e-12, 0.9e-12, 1.0]))
+    sums = vq.sums.clone()
+    nothing_new(vq)
+    torch.testing.assert_close(vq.counts, torch.tensor([0.55e-12, 0.9e-12, 0.5]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(vq.sums, sums * torch.tensor([[0.5], [1.0], [0.5]]))
+
+
 def test_splitting_ends_where_tokens_are_too_few() -> None:
     vq = VQ(50, 3)
     vq.counts.fill_(0.05)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All figures of docs/performance.md that need a GPU, at the reference's sizes; no data set and no weights needed.
-# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train fed decode beside ends; all by default)
+# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train fed decode beside ends optimizer; all by default)
 # What fails says so and the rest goes on. TASKS="nyu_depth" trains for one task only.
 set -euo pipefail
 out=$1
@@ -10,7 +10,7 @@ mkdir -p "$out"
 measure() { # name, arguments of the benchmark
   python -m uvim_fsq benchmark "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.md" || echo "failed: $1"
 }
-for step in ${steps:-tests train fed decode beside ends}; do
+for step in ${steps:-tests train fed decode beside ends optimizer}; do
   case $step in
   tests) python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true ;;
   train)
@@ -33,6 +33,7 @@ for step in ${steps:-tests train fed decode beside ends}; do
     ;;
   beside) measure beside side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
   ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: ends" ;;
+  optimizer) python tools/optimizer_step.py 2>&1 | tee "$out/optimizer.txt" || echo "failed: optimizer" ;;
   *) echo "unknown step $step" >&2 && exit 2 ;;
   esac
 done

@@ -1,4 +1,4 @@
-"""`uvim-fsq predict` as a script: python tools/predict.py ... (also under `accelerate launch`)."""
+"""`uvim-fsq predict` as a script: python tools/predict.py ...."""
 
 import sys
 

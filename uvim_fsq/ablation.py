@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run, resolve_lm, to_dict
 from uvim_fsq.config_rules import validate
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
+from uvim_fsq.yaml_files import read_tree
 
 KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
 STAGES = ("oracle", "lm")
@@ -82,15 +82,10 @@ class Cell:
 
 def read_grid(file: Path) -> Grid:
     """Raises UserError, naming the key, for anything but a grid file."""
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except OSError:
-        raise UserError(f"{file}: no such grid file; see configs/ablations/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} is no grid: it needs the keys oracle, lm, rows or grid")
-    unknown = sorted(set(tree) - set(KEYS))
+    if not file.is_file():
+        raise UserError(f"{file}: no such grid file; see configs/ablations/")
+    tree = read_tree(file)
+    unknown = sorted(map(str, set(tree) - set(KEYS)))
     if unknown:
         raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
     for key in STAGES:
@@ -176,6 +171,9 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
             if not isinstance(lm_run, LMRun):
                 raise UserError(f"{grid.lm} is no configuration of stage lm")
+            if run.plugins:
+                # A process of its own trusts only what its command or configuration names.
+                settings.append(f"plugins=[{','.join(dict.fromkeys((*run.plugins, *lm_run.plugins)))}]")
             lm_run = resolve_lm(lm_run, run)
             validate(lm_run)
             lm_dir = out / "lms" / _digest(lm_run)

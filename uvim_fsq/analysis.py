@@ -38,9 +38,8 @@ from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.progress import Bar
 from uvim_fsq.report import html_table, png_tag, write_report
-from uvim_fsq.run_dirs import find_oracle, resolve_checkpoint
+from uvim_fsq.run_dirs import file_hash, find_oracle, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
-from uvim_fsq.training.checkpoint import file_hash
 
 
 def partners(count: int, seed: int) -> np.ndarray:
@@ -142,7 +141,7 @@ def write_pages(out: Path, loaded: Loaded, result: Mapping[str, Any], pictures: 
 def analyze_run(
     run_dir: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """Analyses the best checkpoint of a run of either stage (or a given one) and writes it to `out` (RUN/analysis).
+    """Analyses the checkpoint of a run of either stage (or a given one) and writes it to `out` (RUN/analysis).
 
     Returns what analysis.json holds: `evaluate_loaded`'s result with the figures `shuffled_codes` and, where the
     decoder sees no image, `zero_codes`; `ways` says what each is. Raises UserError for fewer than 2 evaluation images.

@@ -13,8 +13,23 @@ from typing import Any
 
 from uvim_fsq import commands as do
 from uvim_fsq.errors import UserError
+from uvim_fsq.plugins import trusting
 from uvim_fsq.progress import clear
 from uvim_fsq.training.signals import ended_by_sigterm
+
+#: Commands that read a trained run, or may (an oracle's, one to resume).
+READ_RUNS = (
+    "train-oracle",
+    "train-lm",
+    "config",
+    "evaluate",
+    "analyze",
+    "predict",
+    "ablate",
+    "import-uvim",
+    "benchmark",
+    "quickstart",
+)
 
 
 def _config_epilog(stage: str) -> str:
@@ -181,6 +196,9 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")
     sub.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
     sub.set_defaults(command=do.command_quickstart)
+    for name in READ_RUNS:
+        text = "import the plugins that a run names, whoever made it (as does UVIM_FSQ_TRUST=1)"
+        commands.choices[name].add_argument("--trust", action="store_true", help=text)
     return parser
 
 
@@ -203,10 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ended_by_sigterm():
             _main(argv)
     except BaseException as error:
-        processes = sys.modules.get("uvim_fsq.processes")  # it takes seconds to import
-        if processes is not None and _several():
-            processes.leave(error)
+        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+            sys.modules["uvim_fsq.processes"].end_at_once(error)
         raise
+    if "uvim_fsq.processes" in sys.modules:
+        sys.modules["uvim_fsq.processes"].part()
 
 
 def _several() -> bool:
@@ -227,12 +246,11 @@ def _main(argv: Sequence[str] | None) -> None:
     if target is not None:
         target += late
     warnings.formatwarning = _one_line_warning
-    # Plugins may lie beside the configuration.
-    sys.path.insert(0, os.getcwd())
     try:
         if _several() and args.command not in _SHARED_COMMANDS:
             raise UserError(f"this command runs in one process, not in {os.environ['WORLD_SIZE']}: start no launcher")
-        args.command(args)
+        with trusting(getattr(args, "trust", False)):
+            args.command(args)
     except UserError as error:
         if debug:
             raise

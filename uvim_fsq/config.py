@@ -31,7 +31,8 @@ class DataConfig:
     eval_split: str = "val"
     """Split to evaluate on."""
     watch_split: str = ""
-    """Split that training evaluates on and picks its best checkpoint by; empty: eval_split."""
+    """Split that training evaluates on; empty: eval_split. Any other picks the best checkpoint, by the task's main
+    metric where the protocol reports that; else the last checkpoint is the run's result."""
     crop: Literal["inception", "none"] = "inception"
     """Training crop: inception (random area and aspect) or none (the whole image resized)."""
     crop_area: tuple[float, float] = (0.05, 1.0)
@@ -127,15 +128,15 @@ class LMModelConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adafactor", "adamw"] = "adafactor"
-    """adafactor (timm's adafactorbv, the reference's) or adamw (fused)."""
+    """adafactor (the reference's) or adamw (torch's)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay, on kernels (matrices) only."""
+    """Decoupled weight decay of kernels (matrices): times the schedule (adafactor), times the rate (adamw)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Momentum and (largest) second-moment decay."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up before the cosine."""
+    """Steps of linear warm-up from rate 0 before the cosine; fewer than the run has."""
     final_lr_ratio: float = 0.0
     """Learning rate at the end as a share of the peak."""
     clip_norm: float | None = 1.0
@@ -159,7 +160,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights stay float32."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process."""
+    """Micro-batches per optimizer step and process. They need not be of equal size."""
     compile: bool = False
     """torch.compile the model and, in stage II, the oracle that makes its tokens."""
     ema: float | None = None
@@ -169,13 +170,14 @@ class TrainConfig:
     eval_every: int | None = None
     """Steps between evaluations; null: only at the end."""
     eval_limit: int | None = None
-    """Images per periodic evaluation; null: the whole split. The final one always takes the whole split."""
+    """Images per evaluation in training; null: the whole split. The run's result is of all of eval_split."""
     save_every: int | None = None
     """Steps between checkpoints; null: only at the end and on interruption."""
     keep: int = 2
-    """Latest checkpoints kept beside the best."""
+    """Latest checkpoints kept, beside the best where one is picked (data.watch_split)."""
     resume: str = "no"
-    """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path."""
+    """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path; newer
+    checkpoints of that run are then moved to its folder set_aside/."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the wandb package)."""
 
@@ -238,7 +240,7 @@ class LMRun:
     task: Any = None
     """Filled from the oracle's checkpoint; keys that only concern decoding and protocol may be overridden."""
     plugins: tuple[str, ...] = ()
-    """Filled from the oracle's checkpoint, plus modules of your own."""
+    """Modules to import first; the oracle's are added, and must be named here too unless they are trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import textwrap
 import types
 import typing
@@ -20,69 +21,96 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.registry import config_class, load_plugins, task_class
-
-Tree = dict[str, Any]
+from uvim_fsq.plugins import name_plugins, refuse_strangers
+from uvim_fsq.tasks.registry import config_class, load_plugins, task_class, task_names
+from uvim_fsq.yaml_files import Tree, read_tree
 
 #: Keys of `data` that an LM takes over from its oracle unless they are given.
 INHERITED = ("root", "image_size", "train_split", "eval_split", "watch_split", "crop", "crop_area", "hflip")
 
 
-def load_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+def load_run(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, found_in: Path | None = None
+) -> Run:
     """Reads a configuration file (or an already parsed tree), merges `key=value` overrides and checks every key.
 
     A file may say `extends: other.yaml` (relative to itself); it then holds only what differs.
 
+    Args:
+        found_in: the file of a trained run that the tree `source` stood in. It may be anybody's: it refers to nothing
+            outside itself, and imports only plugins that the user trusts.
+
     Raises UserError naming the key for unknown keys (with "did you mean"), wrong types and values out of range.
     """
     tree = read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
+    if found_in is not None:
+        _refuse_references(tree, found_in)
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
-            raise UserError(f"override {override!r} is not of the form key=value")
+            raise UserError(f"override {short(override)} is not of the form key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.merge(OmegaConf.create(tree), given)
         resolved = OmegaConf.to_container(merged, resolve=True)
     except yaml.YAMLError as error:
-        raise UserError(f"one of the overrides {' '.join(overrides)} is not valid YAML: {_one_line(error)}") from error
+        shown = short(" ".join(overrides))
+        raise UserError(f"one of the overrides {shown} is not valid YAML: {_one_line(error)[:300]}") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
-    return _build_run(typing.cast(Tree, resolved))
+        raise UserError(f"configuration: {str(error).splitlines()[0][:300]}") from error
+    except RecursionError as error:
+        raise UserError(f"one of the overrides {short(' '.join(overrides))} is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"one of the overrides {short(' '.join(overrides))} holds too long a number") from error
+    own = found_in is None or "plugins" in given
+    return _build_run(typing.cast(Tree, resolved), None if own else found_in)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def short(value: Any) -> str:
+    """`value` as Python writes it, cut where it is long, for messages."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _refuse_references(tree: Tree, file: Path) -> None:
+    """`extends` and ${...} would put what lies on this machine into the run's results."""
+    if "extends" in tree:
+        raise UserError(f"{file} says `extends`; a run's configuration is whole, remove that line")
+    todo: list[Any] = [tree]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [*typing.cast(Tree, value), *typing.cast(Tree, value).values()]
+        elif isinstance(value, list):
+            todo += typing.cast(list[Any], value)
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{file} holds ${{...}}, which a run's configuration may not; write the value itself there")
+
+
 def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
     """A configuration file as a tree, what it extends included. Raises UserError for anything but keys and values."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file")
     if path.resolve() in children:
         raise UserError(f"{path}: `extends` goes round in a circle; remove it from one of the files")
-    try:
-        # OmegaConf's reader, unlike yaml's own, refuses a key that stands there twice, and reads 1e-3 as a number.
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        tree = None  # OmegaConf's word for a file that holds one plain value
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold keys and values")
-    tree = typing.cast(Tree, tree)
+    tree = read_tree(path)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
-        raise UserError(f"{path}: extends={parent!r} must be the path of one file")
+        raise UserError(f"{path}: extends={short(parent)} must be the path of one file")
     base = read_yaml(path.parent / parent, (*children, path.resolve()))
     if _task_name(tree) not in (None, _task_name(base)):
         # Another task has other keys.
         base.pop("task", None)
-    return typing.cast(Tree, OmegaConf.to_container(OmegaConf.merge(base, tree), resolve=False))
+    try:
+        return typing.cast(Tree, OmegaConf.to_container(OmegaConf.merge(base, tree), resolve=False))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0][:300]}") from error
 
 
 def _task_name(tree: Tree) -> Any:
@@ -90,18 +118,23 @@ def _task_name(tree: Tree) -> Any:
     return typing.cast(Tree, task).get("name") if isinstance(task, dict) else None
 
 
-def _build_run(tree: Tree) -> Run:
+def _build_run(tree: Tree, stranger: Path | None) -> Run:
+    """`stranger`: the file behind `tree`, where that is not the user's own."""
     stage: Any = tree.get("stage", "lm" if "oracle" in tree else "oracle")
     if stage not in ("oracle", "lm"):
-        raise UserError(f"stage={stage!r}: must be oracle or lm")
+        raise UserError(f"stage={short(stage)}: must be oracle or lm")
     plugins = _convert(tuple[str, ...], tree.get("plugins") or (), "plugins")
+    if stranger is None:
+        name_plugins(plugins)
+    else:
+        refuse_strangers(plugins, stranger)
     tree = {**tree, "plugins": plugins}
     task: Any = tree.pop("task", None)
     named = isinstance(task, dict) and bool(typing.cast(Tree, task).get("name"))
     if stage == "oracle" and not named:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
     if task is not None and not isinstance(task, dict):
-        raise UserError(f"task: expected keys and values, got {task!r}")
+        raise UserError(f"task: expected keys and values, got {short(task)}")
     # Before the task, whose plugins may take seconds to import.
     run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
     section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
@@ -115,19 +148,25 @@ def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
     load_plugins(plugins)
     name = _convert(str, tree["name"], "task.name")
     options = {key: value for key, value in tree.items() if key != "name"}
-    return TaskSection(name, build(config_class(name), options, "task."))
+    cls = config_class(name)
+    known = {field.name for field in _settings(cls)}
+    for key in options.keys() - known:
+        owners = [other for other in task_names() if key in {field.name for field in _settings(config_class(other))}]
+        if owners:
+            raise UserError(f"task.{key} is a key of {' and '.join(owners)}, not of task.name={name}; remove it")
+    return TaskSection(name, build(cls, options, "task."))
 
 
 def build(cls: type, tree: Any, prefix: str) -> Any:
     """Converts a parsed tree into the frozen dataclass `cls`; `prefix` is the dotted path for messages."""
     if not isinstance(tree, dict):
-        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys and values, got {tree!r}")
+        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys and values, got {short(tree)}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in _settings(cls)}
     values: Tree = {}
     for key, value in typing.cast(Tree, tree).items():
         if key not in fields:
-            raise UserError(f"unknown key {prefix}{key}{_did_you_mean(key, fields, prefix)}")
+            raise UserError(f"unknown key {prefix}{_word(key)}{_did_you_mean(key, fields, prefix)}")
         values[key] = _convert(hints[key], value, f"{prefix}{key}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -138,6 +177,11 @@ def build(cls: type, tree: Any, prefix: str) -> Any:
 def _settings(cls: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a configuration dataclass (or an instance) that a user may set."""
     return [field for field in dataclasses.fields(cls) if not field.metadata.get("internal")]
+
+
+def _word(key: Any) -> str:
+    """A key for a message; text that is none may be a line of some other file, which is nobody's business."""
+    return str(key) if re.fullmatch(r"[\w.-]{1,40}", str(key)) else "(text that is no key's name)"
 
 
 def _did_you_mean(key: Any, fields: Mapping[str, Any], prefix: str) -> str:
@@ -155,27 +199,27 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
-        raise UserError(f"{key}={value!r}: must be one of {', '.join(map(str, args))}")
+        raise UserError(f"{key}={short(value)}: must be one of {', '.join(map(str, args))}")
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), {} if value is None else value, f"{key}.")
     if origin is tuple:
         return _convert_tuple(args, value, key)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
+        if abs(value) < 1 << 63:
+            return value
+        raise UserError(f"{key}={short(value)}: must fit into 64 bits")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and value is None:
         return ""  # `key=` on the command line
     if hint is str and isinstance(value, (str, int, float)):
         return str(value)
-    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}")
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
@@ -188,17 +232,17 @@ def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> An
             return _convert(option, value, key)
         except UserError:
             continue
-    raise UserError(f"{key}={value!r}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}")
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{key}={value!r}: must be a list")
+        raise UserError(f"{key}={short(value)}: must be a list")
     items = list(typing.cast(Sequence[Any], value))
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
     if len(items) != len(args):
-        raise UserError(f"{key}={value!r}: must have {len(args)} entries")
+        raise UserError(f"{key}={short(value)}: must have {len(args)} entries")
     return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(args, items, strict=True)))
 
 

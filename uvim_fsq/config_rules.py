@@ -21,6 +21,14 @@ def validate(run: Run, trained: Run | None = None) -> None:
             raise UserError(problem)
 
 
+def check_warmup(run: Run, total: int) -> None:
+    """Refuses a warm-up that the run's `total` steps do not outlast; its rate would never fall. Raises UserError."""
+    if run.optim.warmup_steps >= total:
+        epochs = run.train.epochs
+        given = f"train.steps={total}" if epochs is None else f"train.epochs={epochs:g}, {total} steps"
+        raise UserError(f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}")
+
+
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
     train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size optim.lr
@@ -36,6 +44,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
 )
 
@@ -53,16 +62,14 @@ def _out_of_range(run: Run) -> Iterator[str]:
 
 
 def _problems(run: Run) -> Iterator[str]:
-    train, optim, evaluation, model = run.train, run.optim, run.eval, run.model
+    train, evaluation, model = run.train, run.eval, run.model
     if not train.out:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
     yield from _out_of_range(run)
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
-    if train.steps is not None and optim.warmup_steps >= train.steps:
-        yield f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={train.steps}"
+    if train.steps is not None:
+        check_warmup(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:

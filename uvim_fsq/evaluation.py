@@ -36,8 +36,8 @@ from uvim_fsq.oracle.statistics import CodeStatistics
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.progress import Bar
 from uvim_fsq.report import write_evaluation
+from uvim_fsq.run_dirs import file_hash
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
-from uvim_fsq.training.checkpoint import file_hash
 
 #: What of `eval.` may change the figures; named by each result.
 DECODING_KEYS = ("temperature", "top_k", "top_p", "seed", "precision", "int8_memory")
@@ -331,6 +331,7 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
         "task_options": to_dict(task.config),
         "checkpoint": str(loaded.checkpoint),
+        "chosen": loaded.chosen,
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
         "versions": {
             "uvim_fsq": uvim_fsq.__version__,
@@ -362,7 +363,9 @@ def evaluate_run(
     official: Path | None = None,
     report: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the best checkpoint of a run (or a given one) by its task's protocol. Refuses an unreadable image.
+    """Evaluates a run's checkpoint (see `load_checkpoint`; or a given one) by its task's protocol.
+
+    Refuses an unreadable image.
 
     `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
     """

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,9 @@ def disk_is_full(error: BaseException) -> bool:
         return error.__cause__ is not None and disk_is_full(error.__cause__)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return isinstance(error, (OSError, RuntimeError, ValueError)) and any(words in str(error) for words in _FULL)
+    # safetensors' own error, which derives from none of these, known by its name so that nothing is imported here.
+    swallowed = isinstance(error, (OSError, RuntimeError, ValueError)) or type(error).__name__ == "SafetensorError"
+    return swallowed and any(words in str(error) for words in _FULL)
 
 
 @contextmanager
@@ -137,3 +140,31 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged (it holds no object); {remedy}")
     return value
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line; none if there is no such file.
+
+    Damaged lines are left out with a warning; a last line that a kill cut off, without a word.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    found = [_object(line) for line in lines]
+    damaged = [number for number, value in enumerate(found[:-1], 1) if value is None and lines[number - 1].strip()]
+    if damaged:
+        warnings.warn(f"{file}: {len(damaged)} damaged line(s) left out, the first is {damaged[0]}", stacklevel=2)
+    return [value for value in found if value is not None]
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

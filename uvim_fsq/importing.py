@@ -13,6 +13,7 @@ from torch import nn
 from uvim_fsq.config import LMRun, OracleRun
 from uvim_fsq.config_io import dump_yaml, load_run
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_text
 from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle, resolve
 from uvim_fsq.published import (
     LMShape,
@@ -24,10 +25,10 @@ from uvim_fsq.published import (
     read_npz,
     translate,
 )
-from uvim_fsq.run_dirs import checkpoints, resolve_checkpoint
+from uvim_fsq.run_dirs import checkpoints, file_hash, resolve_checkpoint, weights_hash
 from uvim_fsq.tasks.base import Categorical, Real, Task
 from uvim_fsq.tasks.registry import config_class
-from uvim_fsq.training.checkpoint import copy_checkpoint, file_hash, save_checkpoint
+from uvim_fsq.training.checkpoint import copy_checkpoint, save_checkpoint
 
 TASKS = {"depth": "nyu_depth", "panoptic": "coco_panoptic", "color": "imagenet_color"}
 
@@ -75,9 +76,9 @@ def import_lm(file: Path, oracle: Path, out: Path, overrides: Sequence[str] = ()
         lm = build_lm(run, frozen, published=False)
     half = torch.full((1, 3, 1, 1), 0.5)  # images in [-1, 1]
     weights = translate(tensors, lm_rules(shape), str(file)) | {"mean": half, "std": half.clone()}
-    path = _write(out, run, _fitting(lm, weights, file), file)
+    fitting = _fitting(lm, weights, file)
     copy_checkpoint(resolve_checkpoint(oracle), out / "oracle")
-    return path
+    return _write(out, run, fitting, file, weights_hash(out / "oracle"))
 
 
 def _refuse_existing(out: Path) -> None:
@@ -99,6 +100,7 @@ def _oracle_tree(shape: OracleShape, task: str, out: Path) -> dict[str, Any]:
             "code_length": shape.num_patches // 4,
             "quantizer": {"kind": "vq", "codebook_size": shape.codebook_size, "codeword_dim": shape.codeword_dim},
         },
+        "optim": {"warmup_steps": 0},
         "train": {"out": str(out), "epochs": 1},
     }
 
@@ -118,6 +120,7 @@ def _lm_tree(shape: LMShape, oracle: Path, out: Path) -> dict[str, Any]:
         "stage": "lm",
         "oracle": str(oracle),
         "model": {"encoder": encoder, **{key: getattr(shape, key) for key in keys}},
+        "optim": {"warmup_steps": 0},
         "train": {"out": str(out), "epochs": 1},
     }
 
@@ -149,10 +152,11 @@ def _same_shape(name: str, expected: dict[str, tuple[int, ...]], weights: dict[s
     return name in expected and name in weights and tuple(weights[name].shape) == expected[name]
 
 
-def _write(out: Path, run: OracleRun | LMRun, weights: dict[str, torch.Tensor], file: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
+def _write(
+    out: Path, run: OracleRun | LMRun, weights: dict[str, torch.Tensor], file: Path, oracle_sha256: str | None = None
+) -> Path:
     config = dump_yaml(run)
-    (out / "config.yaml").write_text(config)
+    write_text(out / "config.yaml", config)
     state = {"step": 0, "imported_from": file.name, "sha256": file_hash(file)}
-    save_checkpoint(out, 0, config=config, weights=weights, state=state)
+    save_checkpoint(out, 0, config=config, weights=weights, state=state, oracle_sha256=oracle_sha256)
     return out

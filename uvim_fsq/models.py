@@ -12,7 +12,7 @@ from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import find_oracle, inherit, read_config, read_oracle_config, resolve_checkpoint
+from uvim_fsq.run_dirs import choose, find_oracle, inherit, read_config, read_oracle_config, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.checkpoint import load_model_weights
@@ -68,32 +68,48 @@ def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Tas
 
 @dataclass
 class Loaded:
-    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint."""
+    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint.
+
+    `chosen` says how it was: the one `given`, the `last` of its run, or by what it is the best.
+    """
 
     run: Run
     task: Task
     oracle: Oracle
     lm: LM | None
     checkpoint: Path
+    chosen: str = "given"
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> Loaded:
-    """Everything behind a run or checkpoint directory of either stage (the best checkpoint of a run).
+    """Everything behind a run or checkpoint directory of either stage: of a run its best checkpoint where one was to be
+    chosen, by another split than `overrides` ask for and by the metric that they report, else its last.
 
     An LM's run carries its oracle in `oracle/`, so that it can be moved alone.
     """
-    checkpoint = resolve_checkpoint(path)
-    run = read_config(checkpoint, overrides)
+    checkpoint, chosen, run = _choose(path, overrides)
     _refuse_other_labels(run, read_config(checkpoint), overrides)
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
         load_model_weights(oracle, checkpoint)
-        return Loaded(run, task, oracle.eval().to(device), None, checkpoint)
+        return Loaded(run, task, oracle.eval().to(device), None, checkpoint, chosen)
     oracle, task = load_oracle(find_oracle(checkpoint, run), run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
-    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint)
+    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen)
+
+
+def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run]:
+    checkpoint, watch = choose(path)
+    run = read_config(checkpoint, overrides)
+    if watch is None:
+        return checkpoint, "given" if checkpoint == Path(path) else "last", run
+    if watch.split == run.data.eval_split or watch.metric != build_task(run).choosing_metric:
+        # What is reported must not have chosen.
+        checkpoint = resolve_checkpoint(path, prefer="last")
+        return checkpoint, "last", read_config(checkpoint, overrides)
+    return checkpoint, watch.describe(), run
 
 
 def _refuse_other_labels(run: Run, trained: Run, overrides: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import arithmetic, build_decoder, label_maps
 from uvim_fsq.files import disk_is_full
 from uvim_fsq.models import Loaded, load_checkpoint
+from uvim_fsq.plugins import trusting
 from uvim_fsq.prediction_folder import INDEX, Entry, PredictionFolder
 from uvim_fsq.progress import LINES, Bar
 
@@ -41,16 +42,23 @@ class Predictor:
 
     @classmethod
     def from_run(
-        cls, path: str | Path, overrides: Sequence[str] = (), device: str | torch.device | None = None
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        device: str | torch.device | None = None,
+        *,
+        trust: bool = False,
     ) -> Predictor:
-        """Loads the best checkpoint of an LM's run directory, or the checkpoint directory given.
+        """Loads an LM's run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
+        `trust`: import the plugins that the run names, which runs their code; else they must be named in `overrides`.
 
         Raises UserError for a run that cannot be loaded, and for a device that is not there.
         """
         device = _device(device) if device is not None else processes.device()
-        return cls(load_checkpoint(path, overrides, device), device)
+        with trusting(trust):
+            return cls(load_checkpoint(path, overrides, device), device)
 
     def predict(self, image: Picture) -> Any:
         """One picture of any size -> the task's prediction at that picture's own size.

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,8 @@ _group: dist.ProcessGroup | None = None
 def state() -> PartialState:
     """How many processes there are, which one this is, and its device. The first call joins them, so all must make it.
 
-    Raises UserError for ways of training that Accelerate has and this project has not, and where a launcher says that
-    there are several processes but not how they find each other.
+    Raises UserError for ways of training that Accelerate has and this project has not, and where several processes
+    cannot join or a launcher does not say how.
     """
     global _group
     for variable, name in UNSUPPORTED.items():
@@ -48,16 +48,30 @@ def state() -> PartialState:
                 f"{variable}=true: {name} is not supported, each process holds the whole model (DDP); "
                 "run `accelerate config` again without it, or unset the variable"
             )
-    found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+    try:
+        found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+        if found.num_processes > 1 and _group is None:
+            _group = _waiting_group()
+    except RuntimeError as error:
+        if _announced() == 1:
+            raise
+        raise UserError(
+            f"the {_announced()} processes cannot join each other ({str(error).splitlines()[0]}); where machines have "
+            "several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
     if found.num_processes != _announced():
         raise UserError(
             f"WORLD_SIZE={_announced()}, but this process finds {found.num_processes}; start with `accelerate launch` "
             "or `torchrun`, which set LOCAL_RANK, or unset WORLD_SIZE"
         )
-    if found.num_processes > 1 and _group is None:
-        # Gloo on any device: it waits on the host, and it notices at once when another process has ended.
-        _group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return found
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """Gloo on any device: it waits on the host, and it notices at once when another process has ended."""
+    group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _announced() -> int:
@@ -144,16 +158,23 @@ def _other_failed(error: BaseException) -> str | None:
     return "another process has ended; its own message says why"
 
 
-def leave(error: BaseException) -> NoReturn:
-    """Ends this process of several after an error, at once: an orderly end would wait for the others.
+def part() -> None:
+    """Leaves the others in good order, once there is nothing more to do together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_at_once(error: BaseException) -> None:
+    """Ends this process after an error if it is one of several: an orderly end would wait for the others.
 
     The launcher then ends the others. One of them that fails only because this one has gone says so in one line.
     """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
     code = 1
-    other = _other_failed(error)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif other is not None:
+    elif (other := _other_failed(error)) is not None:
         print(f"stopped: {other}", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from PIL import Image, ImageDraw
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
+from uvim_fsq.files import read_json_lines
 from uvim_fsq.models import Loaded
 from uvim_fsq.tasks.base import Task
 
@@ -109,8 +109,7 @@ def png_tag(picture: np.ndarray | Figure, alt: str) -> str:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none if there is no such file."""
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    return read_json_lines(run_dir / "metrics.jsonl")
 
 
 def curve_figure(runs: Mapping[str, Path]) -> Figure:

@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -215,7 +215,7 @@ def worker_errors() -> Iterator[None]:
         raise
 
 
-def _load(dataset: _Samples, batches: Any, workers: int) -> Iterator[Collated]:
+def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, None, None]:
     """Raises UserError where loader processes die, are stuck, or find too little shared memory."""
     if workers:
         # What reading pictures needs and takes seconds to import: once, before the workers are forked.
@@ -273,7 +273,7 @@ class TrainLoader:
         #: Whether this process has met a bad sample since the last call of `merge_bad`.
         self.news = False
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The micro batches of optimizer steps start..stop-1, `accumulate` per step."""
         plan = _MicroBatches(self.plan, start, stop, self.accumulate, self.rank, self.world)
         with contextlib.closing(_load(self.dataset, plan, self.data.workers)) as loaded:

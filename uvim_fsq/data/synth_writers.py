@@ -7,12 +7,12 @@ final place and renamed when complete, so a half-written set is never seen. Know
 from __future__ import annotations
 
 import json
-import multiprocessing
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,16 @@ from typing import Any
 import h5py
 import numpy as np
 import scipy.io
-from PIL import Image
 
+from uvim_fsq.data.encode import hdf5_bytes, picture_bytes
+from uvim_fsq.data.pool import in_processes
 from uvim_fsq.data.synthetic import CATEGORIES, Scene, render
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import writing
 
 VAL_START = 10_000_000
 PER_FOLDER = 100
 FOCAL = 518.8579  # what the NYU file lists say of every picture; readers skip it
-JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 NYU_LAYOUTS = ("h5", "mat", "png")
 WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
 
@@ -70,14 +71,17 @@ class _Plan:
         train = [_Job(root, "train", i, *common) for i in range(self.num)]
         return train + [_Job(root, "val", i, *common) for i in range(self.num_val)]
 
-    def run(self, function: Callable[[_Job], Any], root: Path) -> Iterator[Any]:
-        """Yields function(job) in order. Workers are spawned, so `function` must be importable by name."""
-        jobs, workers = self.jobs(root), self.workers or os.cpu_count() or 1
-        if workers == 1:
-            yield from self._counted(map(function, jobs), len(jobs))
-            return
-        with multiprocessing.get_context("spawn").Pool(workers, initializer=_single_thread) as pool:
-            yield from self._counted(pool.imap(function, jobs, chunksize=8), len(jobs))
+    @contextmanager
+    def run(self, function: Callable[[_Job], Any], root: Path) -> Iterator[Iterator[Any]]:
+        """What function(job) returns, in order. Beyond the block nobody works on it any more."""
+        jobs = self.jobs(root)
+        with closing(in_processes(function, jobs, self.workers or os.cpu_count() or 1)) as results:
+            yield self._counted(results, len(jobs))
+
+    def run_all(self, function: Callable[[_Job], None], root: Path) -> None:
+        with self.run(function, root) as results:
+            for _ in results:
+                pass
 
     def _counted(self, results: Iterable[Any], total: int) -> Iterator[Any]:
         for done, result in enumerate(results, start=1):
@@ -162,7 +166,8 @@ def write_coco_panoptic(
         for split in ("train", "val"):
             (root / f"{split}2017").mkdir()
             (root / f"annotations/panoptic_{split}2017").mkdir(parents=True)
-        entries = list(plan.run(_store_coco, root))
+        with plan.run(_store_coco, root) as results:
+            entries = list(results)
         for split, part in (("train", entries[:num]), ("val", entries[num:])):
             document = {
                 "info": {"description": "synthetic rooms", "seed": seed, "difficulty": difficulty},
@@ -191,7 +196,7 @@ def write_imagenet(
         (root / "val").mkdir()
         for wnid in WNIDS:
             (root / "train" / wnid).mkdir(parents=True)
-        _drain(plan.run(_store_imagenet, root))
+        plan.run_all(_store_imagenet, root)
 
 
 # ---------------------------------------------------------------- folders and processes
@@ -218,27 +223,18 @@ def _fresh(out: Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: delete it or choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        root.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        yield root
-        if out.exists():
-            out.rmdir()
-        root.rename(out)
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
-
-
-def _single_thread() -> None:
-    """One process a core already uses every core."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def _drain(results: Iterable[Any]) -> None:
-    for _ in results:
-        pass
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            root.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+            yield root
+            if out.exists():
+                out.rmdir()
+            root.rename(out)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
 
 
 # ---------------------------------------------------------------- NYU Depth v2
@@ -247,7 +243,7 @@ def _drain(results: Iterable[Any]) -> None:
 def _nyu_h5(plan: _Plan, root: Path) -> None:
     for job in plan.jobs(root):
         _h5_path(job).parent.mkdir(parents=True, exist_ok=True)
-    _drain(plan.run(_store_h5, root))
+    plan.run_all(_store_h5, root)
 
 
 def _h5_path(job: _Job) -> Path:
@@ -259,9 +255,8 @@ def _h5_path(job: _Job) -> Path:
 
 def _store_h5(job: _Job) -> None:
     scene = job.scene()
-    with h5py.File(_h5_path(job), "w") as file:
-        file["rgb"] = scene.image.transpose(2, 0, 1)
-        file["depth"] = scene.depth
+    arrays = {"rgb": scene.image.transpose(2, 0, 1), "depth": scene.depth}
+    _h5_path(job).write_bytes(hdf5_bytes(arrays))
 
 
 def _png_names(job: _Job) -> tuple[str, str]:
@@ -281,15 +276,19 @@ def _nyu_png(plan: _Plan, root: Path) -> None:
         lists[job.split].append(f"{slash}{picture} {slash}{depth} {FOCAL}\n")
     (root / "nyudepthv2_train_files_with_gt.txt").write_text("".join(lists["train"]))
     (root / "nyudepthv2_test_files_with_gt.txt").write_text("".join(lists["val"]))
-    _drain(plan.run(partial(_store_png, tops), root))
+    plan.run_all(partial(_store_png, tops), root)
 
 
 def _store_png(tops: dict[str, Path], job: _Job) -> None:
     scene = job.scene()
     picture, depth = _png_names(job)
-    Image.fromarray(scene.image).save(tops[job.split] / picture, **JPEG)
+    (tops[job.split] / picture).write_bytes(_jpeg(scene))
     millimetres = np.floor(scene.depth * 1000).astype(np.uint16)
-    Image.fromarray(millimetres).save(tops[job.split] / depth)
+    (tops[job.split] / depth).write_bytes(picture_bytes(millimetres))
+
+
+def _jpeg(scene: Scene) -> bytes:
+    return picture_bytes(scene.image, "JPEG", quality=95, subsampling=0)
 
 
 def _nyu_mat(plan: _Plan, root: Path) -> None:
@@ -297,16 +296,39 @@ def _nyu_mat(plan: _Plan, root: Path) -> None:
     total = plan.num + plan.num_val
     height, width = (plan.size, plan.size) if isinstance(plan.size, int) else plan.size
     places = _interleaved(plan.num, plan.num_val)
-    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w") as file:
-        images = file.create_dataset("images", (total, 3, width, height), np.uint8, chunks=(1, 3, width, height))
-        shape, chunk = (total, width, height), (1, width, height)
-        depths = file.create_dataset("depths", shape, np.float32, chunks=chunk)
-        raw = file.create_dataset("rawDepths", shape, np.float32, chunks=chunk)
-        for place, (image, depth, holed) in zip(places, plan.run(_frame, root), strict=True):
-            images[place], depths[place], raw[place] = image.transpose(2, 1, 0), depth.T, holed.T
+    shapes = {
+        "images": (total, 3, width, height),
+        "depths": (total, width, height),
+        "rawDepths": (total, width, height),
+    }
+    file = root / "nyu_depth_v2_labeled.mat"
+    starts = _make_room(file, shapes)
+    with plan.run(_frame, root) as frames, file.open("r+b") as opened:
+        for place, arrays in zip(places, frames, strict=True):
+            for start, array in zip(starts, arrays, strict=True):
+                opened.seek(start + place * array.nbytes)
+                opened.write(array.transpose().tobytes())
     index = np.array(places, np.int64).astype(np.uint16 if total < 2**16 else np.uint32) + 1
     splits = {"trainNdxs": index[: plan.num, None], "testNdxs": index[plan.num :, None]}
     scipy.io.savemat(root / "splits.mat", splits)
+
+
+def _make_room(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """An HDF5 file of arrays without values (uint8 of four dimensions, float32 of three); where each one begins.
+
+    The values are then written as plain bytes, since HDF5 ends the process when the disk fills up.
+    """
+    with file.open("wb") as opened:
+        opened.write(bytes(1 << 16))  # more than the structure takes
+        opened.truncate(sum(math.prod(shape) * (1 if len(shape) == 4 else 4) for shape in shapes.values()) + (1 << 16))
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(file, "w") as handle:
+        for name, shape in shapes.items():
+            kind = h5py.h5t.py_create(np.dtype(np.uint8 if len(shape) == 4 else np.float32))
+            h5py.h5d.create(handle.id, name.encode(), kind, h5py.h5s.create_simple(shape), options)
+        return [handle[name].id.get_offset() for name in shapes]
 
 
 def _interleaved(num: int, num_val: int) -> list[int]:
@@ -339,9 +361,9 @@ def _store_coco(job: _Job) -> tuple[dict[str, Any], dict[str, Any]]:
     number = job.number + 1 + (VAL_START if job.split == "val" else 0)
     name, folder = f"{number:012d}", f"{job.split}2017"
     ids = np.array([0, *(_panoptic_id(info["id"]) for info in scene.segments_info)], np.int32)[scene.segments]
-    Image.fromarray(scene.image).save(job.root / folder / f"{name}.jpg", **JPEG)
+    (job.root / folder / f"{name}.jpg").write_bytes(_jpeg(scene))
     coded = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-    Image.fromarray(coded).save(job.root / f"annotations/panoptic_{folder}/{name}.png")
+    (job.root / f"annotations/panoptic_{folder}/{name}.png").write_bytes(picture_bytes(coded))
     segments = [_segment(scene.segments == info["id"], info) for info in scene.segments_info]
     height, width = scene.segments.shape
     image = {"id": number, "file_name": f"{name}.jpg", "height": height, "width": width}
@@ -368,4 +390,4 @@ def _segment(mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
 def _store_imagenet(job: _Job) -> None:
     wnid = WNIDS[job.number % len(WNIDS)]
     train, val = f"train/{wnid}/{wnid}_{job.number}.JPEG", f"val/ILSVRC2012_val_{job.number + 1:08d}.JPEG"
-    Image.fromarray(job.scene().image).save(job.root / (val if job.split == "val" else train), **JPEG)
+    (job.root / (val if job.split == "val" else train)).write_bytes(_jpeg(job.scene()))

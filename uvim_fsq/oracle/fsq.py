@@ -76,11 +76,11 @@ class FSQ(nn.Module):
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantizes (..., d) reals to codes (..., d) float32 in [-1, 1] and indices (...) int64."""
-        with torch.autocast(z.device.type, enabled=False):
-            bounded = self.bound(z.float())
-            rounded = bounded + (bounded.round() - bounded).detach()
-            codes = rounded / self.half_width
-            return codes, self.codes_to_indices(codes.detach())
+        # Autocast leaves arithmetic by element in the type that it is given.
+        bounded = self.bound(z.float())
+        rounded = bounded + (bounded.round() - bounded).detach()
+        codes = rounded / self.half_width
+        return codes, self.codes_to_indices(codes)
 
     def bound(self, z: torch.Tensor) -> torch.Tensor:
         """Squashes each channel into the open interval that rounds to its L_i integers."""

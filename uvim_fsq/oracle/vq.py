@@ -51,8 +51,8 @@ class VQ(nn.Module):
     @staticmethod
     def standardize(z: torch.Tensor) -> torch.Tensor:
         """(..., d) -> mean 0 and variance 1 over the channels, float32."""
-        with torch.autocast(z.device.type, enabled=False):
-            return F.layer_norm(z.float(), (z.shape[-1],), eps=EPS)
+        # Autocast leaves this one in float32.
+        return F.layer_norm(z.float(), (z.shape[-1],), eps=EPS)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantizes (..., d) reals to codewords (..., d) float32 and indices (...) int64.
@@ -63,7 +63,7 @@ class VQ(nn.Module):
             z = self.standardize(z)
             words = self.codewords()
             # Of unit vectors the nearest has the largest product.
-            indices = (z.detach() @ words.T).argmax(-1)
+            indices = (z @ words.T).argmax(-1)
             return F.embedding(indices, words) + (z - z.detach()), indices
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class VQ(nn.Module):
             self._split(torch.Generator().manual_seed(seed))
 
     def _split(self, generator: torch.Generator) -> None:
-        counts, sums = self.counts.cpu(), self.sums.cpu()
+        counts, sums = self.counts.to("cpu", copy=True), self.sums.to("cpu", copy=True)
         rarest = int(counts.argmin())
         while counts[rarest] < RARE:
             most = int(counts.argmax())

@@ -100,7 +100,7 @@ class Task(ABC):
     name: ClassVar[str]
     #: The task's own frozen dataclass; its fields are the keys under `task:` in the YAML, beside `name`.
     Config: ClassVar[type]
-    #: The metric that picks the best checkpoint, and whether smaller is better.
+    #: The metric that tables show first and that picks the best checkpoint, and whether smaller is better.
     main_metric: ClassVar[str]
     smaller_is_better: ClassVar[bool] = True
     #: Maps of a Sample that are resampled bilinearly (colour); all others by nearest neighbour.
@@ -125,6 +125,14 @@ class Task(ABC):
     def without_data(cls, config: Any) -> Any:
         """Stands in for `complete` where no data are at hand and only sizes matter (benchmarks): the standard set's."""
         return config
+
+    @property
+    def choosing_metric(self) -> str | None:
+        """The metric that picks a run's best checkpoint on a hold-out.
+
+        None where the protocol reports another one: the last checkpoint is used.
+        """
+        return self.main_metric
 
     @property
     @abstractmethod

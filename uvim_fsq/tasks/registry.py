@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.plugins import GROUP, import_plugin, name_plugins
 
 if TYPE_CHECKING:
     from uvim_fsq.tasks.base import Task
@@ -52,23 +53,21 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports the given modules, which register tasks.
+    """Imports the given modules, which register tasks and which the caller trusts (`plugins.refuse_strangers` asks that
+    of a run's).
 
     Raises UserError naming a module that cannot be imported.
     """
+    modules = tuple(modules)
+    name_plugins(modules)
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(
-                f"plugin {module!r} cannot be imported ({error}); is it installed, or its folder on PYTHONPATH?"
-            ) from error
+        import_plugin(module)
 
 
 @functools.cache
 def _load_installed() -> None:
     """Imports the tasks of other installed packages: entry points of the group `uvim_fsq.tasks`."""
-    for point in entry_points(group="uvim_fsq.tasks"):
+    for point in entry_points(group=GROUP):
         point.load()
 
 

@@ -1,15 +1,13 @@
-"""Checkpoint directories: atomic, strict, safetensors for weights. Knows nothing of tasks or stages.
+"""Checkpoint directories: written whole and read strictly, safetensors for weights. Knows nothing of tasks or stages.
 
-RUN/checkpoints/step_00001000/{config.yaml, model.safetensors, trainer/state.pt} and RUN/checkpoints/best.json.
+Which files they hold, and which checkpoint of a run is used, is run_dirs.py's.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,37 @@ from safetensors import SafetensorError
 from torch import nn
 
 from uvim_fsq.errors import UserError
-from uvim_fsq.run_dirs import WEIGHTS, checkpoints, read_best, step_name
-from uvim_fsq.run_dirs import resolve_checkpoint as resolve_checkpoint
+from uvim_fsq.files import disk_is_full, sync, write_json, writing
+from uvim_fsq.run_dirs import (
+    CONFIG,
+    FIGURES,
+    STATE,
+    SUMS,
+    WEIGHTS,
+    Evaluation,
+    best,
+    checked_hash,
+    checkpoints,
+    file_hash,
+    step_name,
+)
 
-STATE = Path("trainer") / "state.pt"
-
-
-def clean_leftovers(run_dir: Path) -> None:
-    """Removes half-written directories that a killed process left behind."""
-    for leftover in (run_dir / "checkpoints").glob(".tmp_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+#: Where the newer checkpoints go when training goes on from an older one.
+SET_ASIDE = "set_aside"
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, *, config: str, weights: dict[str, torch.Tensor], state: dict[str, Any]
+    run_dir: Path,
+    step: int,
+    *,
+    config: str,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    oracle_sha256: str | None = None,
 ) -> Path:
     """Writes one checkpoint to a temporary name and renames it, so that no reader ever sees half of one.
+
+    `oracle_sha256`: of the weights of the oracle that an LM is trained on.
 
     Raises UserError when the disk is full; the temporary directory is removed and earlier checkpoints stay as they are.
     """
@@ -43,20 +56,20 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "trainer").mkdir(parents=True)
-        (temporary / "config.yaml").write_text(config)
+        (temporary / CONFIG).write_text(config, encoding="utf-8")
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         safetensors.torch.save_file(tensors, temporary / WEIGHTS)
         torch.save(state, temporary / STATE)
-        for file in (temporary / "config.yaml", temporary / WEIGHTS, temporary / STATE):
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
+        sums = {name: file_hash(temporary / name) for name in (CONFIG, WEIGHTS, STATE)}
+        _write_sums(temporary, sums | ({"oracle": oracle_sha256} if oracle_sha256 else {}))
+        for path in (CONFIG, WEIGHTS, STATE, SUMS, "trainer", "."):
+            sync(temporary / path)
+        remove(final)
         temporary.rename(final)
-        _sync(parent)
+        sync(parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        reason = "the disk is full" if disk_is_full(error) else str(error).splitlines()[0]
         raise UserError(
             f"cannot save {final}: {reason}; earlier checkpoints are intact. "
             "Free space and go on with train.resume=auto"
@@ -64,34 +77,96 @@ def save_checkpoint(
     return final
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_sums(folder: Path, sums: dict[str, str]) -> None:
+    (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copies configuration and weights (no trainer state) of a checkpoint to `target`, whole or not at all.
+
+    Raises UserError for a damaged source and a full disk.
+    """
+    wanted = {name: checked_hash(source, name) for name in (CONFIG, WEIGHTS)}
+    if all((target / name).is_file() and file_hash(target / name) == wanted[name] for name in wanted):
+        return
+    temporary = target.with_name(f".tmp_{target.name}")
+    with writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in wanted:
+            shutil.copyfile(source / name, temporary / name)
+        _write_sums(temporary, wanted)
+        for name in (*wanted, SUMS):
+            sync(temporary / name)
+        remove(target)
+        temporary.rename(target)
+        sync(target.parent)
+
+
+def write_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
+    """Records that training has evaluated a checkpoint, and what came out."""
+    write_json(checkpoint / FIGURES, {**asdict(evaluation.watch), "figures": evaluation.figures})
+
+
+def remove(path: Path) -> None:
+    """Deletes a directory so that a kill in between leaves no half of it under its name."""
+    if not path.exists():
+        return
+    trash = path.with_name(f".trash_{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Removes what a killed process left half written or half deleted."""
+    folder = run_dir / "checkpoints"
+    for place in (run_dir, folder):
+        for leftover in (*place.glob(".tmp_*"), *place.glob(".trash_*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob("step_*"):
+        if not (leftover / WEIGHTS).is_file():
+            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (*folder.rglob(".*.partial"), *(run_dir / "panels").glob(".*.partial")):
+        leftover.unlink(missing_ok=True)
 
 
 def prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints and the best one."""
-    best = read_best(run_dir)
-    protected = {step_name(best["step"])} if best else set()
+    found = best(run_dir)
     for old in checkpoints(run_dir)[:-keep]:
-        if old.name not in protected:
-            shutil.rmtree(old, ignore_errors=True)
+        if found is None or old != found[0]:
+            remove(old)
 
 
-def write_best(run_dir: Path, step: int, metric: str, value: float) -> None:
-    """Records the best checkpoint, atomically."""
-    file = run_dir / "checkpoints" / "best.json"
-    temporary = file.with_name(".tmp_best.json")
-    temporary.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
-    temporary.replace(file)
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints past `step` to RUN/set_aside, where no resumption finds them; returns their new places.
+
+    The pictures past it are deleted.
+    """
+    moved: list[Path] = []
+    for newer in checkpoints(run_dir):
+        if newer.name > step_name(step):
+            place, number = run_dir / SET_ASIDE / newer.name, 1
+            while place.exists():
+                number += 1
+                place = place.with_name(f"{newer.name}_{number}")
+            place.parent.mkdir(exist_ok=True)
+            newer.rename(place)
+            moved.append(place)
+    for picture in (run_dir / "panels").glob("step_*.png"):
+        if picture.stem > step_name(step):
+            picture.unlink()
+    return moved
 
 
-def load_model_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Loads model.safetensors strictly: every name, every shape. Raises UserError naming the file and what differs."""
+def load_model_weights(model: nn.Module, checkpoint: Path) -> str:
+    """Loads model.safetensors strictly: every name, every shape; returns its SHA-256.
+
+    Raises UserError naming the file and what differs.
+    """
     file = checkpoint / WEIGHTS
+    digest = checked_hash(checkpoint, WEIGHTS)
     try:
         state = safetensors.torch.load_file(file)
     except (SafetensorError, OSError) as error:
@@ -108,34 +183,16 @@ def load_model_weights(model: nn.Module, checkpoint: Path) -> None:
         shown = "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{file} does not fit its configuration: {shown}. Was config.yaml (levels, widths) changed?")
     model.load_state_dict(state, strict=True)
+    return digest
 
 
-def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Optimizer and counters of a checkpoint, never unpickling code. Raises UserError when missing or broken."""
-    file = checkpoint / STATE
+def load_trainer_state(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """Optimizer and counters of a checkpoint, never unpickling code, and the file's SHA-256.
+
+    Raises UserError when missing or broken.
+    """
+    digest = checked_hash(checkpoint, STATE)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True), digest
     except Exception as error:  # torch raises many kinds for a truncated file
-        raise UserError(f"{file} is missing or broken; resume from another checkpoint") from error
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copies configuration and weights (no trainer state) of a checkpoint to `target`, atomically."""
-    if (target / WEIGHTS).is_file() and file_hash(target / WEIGHTS) == file_hash(source / WEIGHTS):
-        return
-    temporary = target.with_name(f".tmp_{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in ("config.yaml", WEIGHTS):
-        shutil.copy2(source / name, temporary / name)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        raise UserError(f"{checkpoint / STATE} is broken; resume from another checkpoint") from error

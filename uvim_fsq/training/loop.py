@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from uvim_fsq import processes
 from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
 from uvim_fsq.config import Run
-from uvim_fsq.config_io import dump_yaml
 from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
 from uvim_fsq.progress import say
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.lock import run_lock
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.signals import Interrupted, StopSignals
@@ -35,30 +36,40 @@ def fit(stage: Stage, run: Run) -> Path:
     is full; `Interrupted` after SIGINT or SIGTERM, with everything saved.
     """
     trainer = Trainer(stage, run)
-    if trainer.accelerator.is_main_process:
-        trainer.out.mkdir(parents=True, exist_ok=True)
-        ckpt.clean_leftovers(trainer.out)
-    processes.wait()
-    trainer.resume()
-    if trainer.accelerator.is_main_process:
-        (trainer.out / "config.yaml").write_text(dump_yaml(run))
-        stage.extra_files(trainer.out)
-    processes.wait()
-    _say_start(trainer)
-    progress = Progress(
-        run.train,
-        stage.main_prefix,
-        trainer.total,
-        trainer.step,
-        main=trainer.accelerator.is_main_process,
-        ceiling=_ceiling(trainer),
-    )
-    try:
-        with StopSignals() as signals, worker_errors():
-            _train(trainer, progress, signals)
-    finally:
-        progress.close()
+    with _alone(trainer.out):
+        trainer.resume()
+        if processes.is_main():
+            trainer.write_run_files()
+        processes.wait()
+        unevaluated = trainer.lacks_evaluation()
+        _say_start(trainer)
+        progress = Progress(
+            run.train,
+            stage.main_prefix,
+            trainer.total,
+            trainer.step,
+            main=processes.is_main(),
+            ceiling=_ceiling(trainer),
+            unevaluated=unevaluated,
+        )
+        try:
+            with StopSignals() as signals, worker_errors():
+                if unevaluated:
+                    _evaluate(trainer, progress, signals)
+                _train(trainer, progress, signals)
+        finally:
+            progress.close()
     return trainer.out
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory's lock in the main process; what a killed process left behind is removed."""
+    with run_lock(run_dir) if processes.is_main() else contextlib.nullcontext():
+        if processes.is_main():
+            ckpt.clean_leftovers(run_dir)
+        processes.wait()
+        yield
 
 
 def _say_start(trainer: Trainer) -> None:
@@ -89,31 +100,37 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
         while trainer.step < trainer.total:
             window.append(trainer.optimizer_step(batches, progress.waited))
             progress.stepped(trainer.step)
-            last = trainer.step == trainer.total
             stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
             if news:
                 trainer.loader.merge_bad(processes.gather(trainer.loader.bad))
-            evaluate = last or (train.eval_every is not None and trainer.step % train.eval_every == 0)
+            evaluate = trainer.evaluates_now()
             save = stop or evaluate or (train.save_every is not None and trainer.step % train.save_every == 0)
             if save or trainer.step % train.log_every == 0:
                 _log_window(trainer, progress, window)
                 window = []
             if save:
                 trainer.save()
+            if save and not evaluate:
+                trainer.tidy()
             if stop:
                 raise _stopped(progress, signals, f"after step {trainer.step}")
             if evaluate:
-                _evaluate(trainer, progress, signals, last)
+                _evaluate(trainer, progress, signals)
 
 
-def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals, last: bool) -> None:
+def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     try:
         with signals.at_once():
-            trainer.evaluate(progress, final=last)
+            trainer.evaluate(progress)
             # The main process draws pictures meanwhile.
             processes.wait()
-    except Interrupted:
+    except (Interrupted, RuntimeError):
+        # Who waits for a process that the signal has ended first finds a lost connection.
+        if signals.number is None:
+            raise
         raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
+    # Not before the newest is evaluated: until then the best is not known.
+    trainer.tidy()
 
 
 def _stopped(progress: Progress, signals: StopSignals, when: str) -> Interrupted:
@@ -135,20 +152,23 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     losses = torch.stack([logs["loss"] for logs in window])
     names = sorted(window[-1])
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
-    if trainer.accelerator.num_processes > 1:
-        losses, means = _reduced(trainer, losses), _reduced(trainer, means)
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        first = trainer.step - len(window) + 1 + int(np.argmin(finite.cpu().numpy()))
-        kept = ckpt.checkpoints(trainer.out)
-        remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise UserError(
-            f"the loss is not finite at step {first}; {remedy}. "
-            "Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, or use train.precision=bf16 or fp32"
-        )
+    losses, means = _reduced(trainer, losses), _reduced(trainer, means)
+    _stop_at(trainer, losses, len(window), "loss")
+    # fp16's scaler leaves out steps whose gradient is not finite.
+    if "grad_norm" in window[-1] and trainer.accelerator.scaler is None:
+        norms = torch.stack([logs["grad_norm"].to(trainer.device) for logs in window])
+        _stop_at(trainer, norms, len(window), "gradient's norm")
     values = dict(zip(names, means.tolist(), strict=True))
     rate = learning_rate(trainer.step - 1, trainer.total, trainer.run.optim)
     ordered = {"loss": values.pop("loss"), "lr": rate, **values}
     if trainer.loader.bad:
         ordered["bad_samples"] = float(len(trainer.loader.bad))
     progress.log(trainer.step, ordered)
+
+
+def _stop_at(trainer: Trainer, values: torch.Tensor, steps: int, what: str) -> None:
+    """Raises UserError, naming the step, if one of the values of the last `steps` steps is not finite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        first = trainer.step - steps + 1 + int(np.argmin(finite.cpu().numpy()))
+        raise UserError(f"the {what} is not finite at step {first}; {trainer.last_good()}")

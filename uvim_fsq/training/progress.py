@@ -15,17 +15,28 @@ import numpy as np
 
 from uvim_fsq.config import TrainConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import read_json_lines, write_text
 from uvim_fsq.progress import LINES, Bar, clear, say
 
 
 class Progress:
     """Logs of one run. `start_step` > 0 continues an earlier one: lines past it are dropped from metrics.jsonl.
 
+    With `unevaluated` also the evaluation at that step, which is done again.
+
     `ceiling`: the images/s that all devices together would reach at the rate of a large matrix product.
     """
 
     def __init__(
-        self, train: TrainConfig, title: str, total: int, start_step: int, *, main: bool, ceiling: float | None = None
+        self,
+        train: TrainConfig,
+        title: str,
+        total: int,
+        start_step: int,
+        *,
+        main: bool,
+        ceiling: float | None = None,
+        unevaluated: bool = False,
     ) -> None:
         self.train, self.title, self.total, self.main, self.ceiling = train, title, total, main, ceiling
         self.last_step, self.last_time = start_step, time.perf_counter()
@@ -39,21 +50,16 @@ class Progress:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a third of a second
 
         self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=start_step + 1)
-        self._truncate(start_step)
+        self._truncate(start_step, unevaluated)
         if train.wandb:
             self.wandb = _start_wandb(self.out)
 
-    def _truncate(self, step: int) -> None:
+    def _truncate(self, step: int, unevaluated: bool) -> None:
         file = self.out / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # a line cut by a kill
-        file.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_json_lines(file) if isinstance(line.get("step"), int) and line["step"] <= step]
+        if unevaluated:
+            kept = [line for line in kept if line["step"] < step or not any(key.startswith("eval/") for key in line)]
+        write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def waited(self, seconds: float) -> None:
         """Adds time spent waiting for data."""

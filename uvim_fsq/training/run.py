@@ -14,7 +14,7 @@ from uvim_fsq.training.stages import build_stage
 
 
 def train(run: Run) -> Path:
-    """Trains a stage, evaluates its best checkpoint and writes the result to RUN/evaluation.json.
+    """Trains a stage, evaluates its best or last checkpoint (see `data.watch_split`), writes RUN/evaluation.json.
 
     Returns the run directory. Raises UserError for whatever the user can put right.
     """

@@ -25,7 +25,7 @@ from uvim_fsq.models import build_lm, build_oracle, build_task, load_oracle
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.vq import VQ
 from uvim_fsq.report import panel_picture
-from uvim_fsq.run_dirs import resolve_checkpoint
+from uvim_fsq.run_dirs import oracle_to_train_on, weights_hash
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.checkpoint import copy_checkpoint
 
@@ -47,6 +47,7 @@ class OracleStage:
     """Stage I: reconstruct the labels through the tokens."""
 
     main_prefix = "oracle"
+    oracle_sha256 = None
 
     def __init__(self, run: OracleRun) -> None:
         self.run, self.task = run, build_task(run)
@@ -88,7 +89,10 @@ class OracleStage:
 
 
 class LMStage:
-    """Stage II: predict the frozen oracle's tokens from the image."""
+    """Stage II: predict the frozen oracle's tokens from the image.
+
+    `oracle_sha256`: of the oracle's weights; None for an oracle that came from no file.
+    """
 
     main_prefix = "lm"
 
@@ -96,7 +100,8 @@ class LMStage:
         """`oracle`: a frozen oracle and its task, in place of the checkpoint that `run` names."""
         self.run = run
         # Found once: the oracle's best checkpoint may be another one by the time that it is copied.
-        self.oracle_dir = resolve_checkpoint(run.oracle) if oracle is None else None
+        self.oracle_dir = oracle_to_train_on(run) if oracle is None else None
+        self.oracle_sha256 = weights_hash(self.oracle_dir) if self.oracle_dir is not None else None
         self.oracle, self.task = oracle or load_oracle(self.oracle_dir or run.oracle, run)
         self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)

@@ -17,7 +17,7 @@ from uvim_fsq.config import Run, TrainConfig
 from uvim_fsq.data.loader import mix
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation import to_device
-from uvim_fsq.training.optim import build_optimizer, learning_rate, set_rates
+from uvim_fsq.training.optim import build_optimizer, schedule, set_rates
 from uvim_fsq.training.stages import Stage
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -45,7 +45,7 @@ class Stepper:
         self.stage, self.run, self.train, self.total = stage, run, run.train, total
         self.accelerator = make_accelerator(run.train)
         self.device = self.accelerator.device
-        optimizer = build_optimizer(stage.model.named_parameters(), run.optim, run.stage)
+        optimizer = build_optimizer(stage.model, run.optim, run.stage)
         model = compiled(stage.model) if run.train.compile else stage.model
         # The schedule is not prepared: it would step once per process.
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -61,7 +61,7 @@ class Stepper:
         `waited` is told the seconds that each batch had to be waited for.
         """
         rank = self.accelerator.process_index
-        set_rates(self.optimizer, learning_rate(self.step, self.total, self.run.optim))
+        set_rates(self.optimizer, self.run.optim.lr, schedule(self.step, self.total, self.run.optim))
         self.model.train()
         sums: dict[str, torch.Tensor] = {}
         # Micro batches differ by one image where the batch does not divide evenly. Accelerate averages them as equals

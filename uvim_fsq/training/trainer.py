@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import nn
 
 from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.config_io import dump_yaml
+from uvim_fsq.config_rules import check_warmup
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_text, write_whole
+from uvim_fsq.progress import say
+from uvim_fsq.run_dirs import Evaluation, Watch, checkpoints, read_evaluation, resume_from, step_name
 from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
-from uvim_fsq.training.stages import Stage
+from uvim_fsq.training.stages import Stage, watched
 from uvim_fsq.training.step import Stepper
 
 
@@ -30,8 +37,8 @@ class Trainer(Stepper):
         self.out = Path(run.train.out)
         source = stage.task.source(run.data.root, run.data.train_split)
         # What evaluation lacks is better said now than after hours of training.
-        for split in {run.data.eval_split, run.data.watch_split or run.data.eval_split}:
-            stage.task.metric(stage.task.source(run.data.root, split))
+        stage.task.metric(stage.task.source(run.data.root, run.data.eval_split))
+        self.watch = self._watch()
         self.loader = TrainLoader(
             source,
             stage.task,
@@ -45,38 +52,94 @@ class Trainer(Stepper):
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
         self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        check_warmup(run, self.total)
+
+    def _watch(self) -> Watch:
+        task, data, train = self.stage.task, watched(self.run.data), self.run.train
+        source = task.source(data.root, data.eval_split)
+        limit = train.eval_limit if train.eval_limit is not None else self.run.eval.limit
+        # A checkpoint must not be chosen by what is reported.
+        chooses = data.eval_split != self.run.data.eval_split
+        return Watch(
+            split=data.eval_split,
+            images=len(source) if limit is None else min(limit, len(source)),
+            protocol=task.metric(source).protocol,
+            metric=task.choosing_metric or "" if chooses else "",
+            smaller_is_better=task.smaller_is_better,
+        )
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the checkpoint of the present step lies, if it was saved."""
+        return self.out / "checkpoints" / step_name(self.step)
+
     def resume(self) -> None:
-        """Continues from train.resume; refuses to overwrite a run silently."""
-        existing = ckpt.checkpoints(self.out)
-        how = self.train.resume
-        if how == "no":
-            if existing:
-                raise UserError(
-                    f"{self.out} already holds checkpoints; continue with train.resume=auto or choose another train.out"
-                )
+        """Goes on from train.resume, if there is something.
+
+        Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
+        checkpoint, and where a run would be overwritten.
+        """
+        path = processes.broadcast(resume_from(self.out, self.train.resume) if processes.is_main() else None)
+        if path is None:
             return
-        if how == "auto" and not existing:
-            return
-        path = existing[-1] if how == "auto" else ckpt.resolve_checkpoint(how, prefer="last")
-        state = ckpt.load_trainer_state(path)
-        if "optimizer" not in state:
-            raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
-        ckpt.load_model_weights(self.stage.model, path)
-        if self.ema is not None and "raw" in state:
-            self.ema = {name: p.detach().clone() for name, p in self.stage.model.named_parameters()}
+        everyone = processes.gather(self._load(path))
+        if everyone.count(everyone[0]) != len(everyone):
+            raise UserError(
+                f"the processes loaded different checkpoints from {path}; the run directory and the oracle's must be "
+                "ones that all machines share"
+            )
+        if processes.is_main():
+            self._leave_newer()
+
+    def _load(self, path: Path) -> tuple[Any, ...]:
+        """Loads a checkpoint; returns what must be equal in all processes."""
+        if not path.is_dir():
+            raise UserError(
+                f"process {self.accelerator.process_index} has no {path}; the run directory must be one that all "
+                "machines share"
+            )
+        try:
+            state, state_hash = ckpt.load_trainer_state(path)
+            if "optimizer" not in state:
+                raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
+            weights_hash = ckpt.load_model_weights(self.stage.model, path)
+        except UserError as error:
+            earlier = [place for place in checkpoints(self.out) if place.name < path.name]
+            if self.train.resume != "auto" or not earlier:
+                raise
+            raise UserError(f"{error}, e.g. the one before it: train.resume={earlier[-1]}") from error
+        if self.ema is not None:
+            # Without an average in the checkpoint, it starts from the weights.
+            self.ema = self._ema_start()
+        if "raw" in state:
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.bad = dict(state.get("bad_samples", {}))
         self.step = int(state["step"])
+        return self.step, weights_hash, state_hash, self.stage.oracle_sha256
+
+    def _leave_newer(self) -> None:
+        moved = ckpt.set_aside(self.out, self.step)
+        if self.step < self.total:
+            # The result of a run that goes on is none.
+            (self.out / "evaluation.json").unlink(missing_ok=True)
+        if moved:
+            say(
+                f"going on from step {self.step}; {len(moved)} newer checkpoint(s) moved to {moved[0].parent}, "
+                "delete them if they are of no use"
+            )
 
     def save(self) -> None:
-        """Writes a checkpoint of the present step (main process) and prunes old ones."""
-        if self.accelerator.is_main_process:
+        """Writes a checkpoint of the present step (main process).
+
+        Raises UserError in all processes for weights or a state that are not finite, and leaves them unsaved.
+        """
+        self._refuse_to_save_nonsense()
+        if processes.is_main():
             state: dict[str, Any] = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
@@ -88,11 +151,53 @@ class Trainer(Stepper):
             if self.ema is not None:
                 state["raw"] = {name: p.detach().cpu() for name, p in self.stage.model.named_parameters()}
                 weights |= self.ema
-            ckpt.save_checkpoint(self.out, self.step, config=dump_yaml(self.run), weights=weights, state=state)
-            ckpt.prune(self.out, self.train.keep)
+            ckpt.save_checkpoint(
+                self.out,
+                self.step,
+                config=dump_yaml(self.run),
+                weights=weights,
+                state=state,
+                oracle_sha256=self.stage.oracle_sha256,
+            )
         processes.wait()
 
+    def _refuse_to_save_nonsense(self) -> None:
+        tensors = [*self.stage.model.state_dict().values(), *(self.ema or {}).values()]
+        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        checked = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
+        # The largest of each in one kernel for many; an inf or NaN comes through.
+        largest = torch.stack([x.float().to(self.device) for x in torch._foreach_norm(checked, ord=math.inf)])
+        broken = self._sum((~torch.isfinite(largest).all()).float())
+        if broken:
+            raise UserError(
+                f"the weights or the optimizer's state are not finite after step {self.step}; {self.last_good()}"
+            )
+
+    def last_good(self) -> str:
+        """What to do when training has gone wrong."""
+        kept = checkpoints(self.out)
+        remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        return (
+            f"{remedy}. Lower optim.lr, lengthen optim.warmup_steps, set optim.clip_norm, "
+            "or use train.precision=bf16 or fp32"
+        )
+
+    def tidy(self) -> None:
+        """Deletes checkpoints that are not to be kept; not before the newest is evaluated, if it is to be."""
+        if processes.is_main():
+            ckpt.prune(self.out, self.train.keep)
+
     # --- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluates_now(self) -> bool:
+        """Whether the present step is one to evaluate after."""
+        every = self.train.eval_every
+        return self.step == self.total or (every is not None and self.step > 0 and self.step % every == 0)
+
+    def lacks_evaluation(self) -> bool:
+        """Whether the checkpoint of the present step was to be evaluated and a kill came in between."""
+        saved = self.step > 0 and self.evaluates_now()
+        return processes.broadcast(saved and read_evaluation(self.last_checkpoint) is None)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
@@ -107,19 +212,22 @@ class Trainer(Stepper):
             model.load_state_dict({**model.state_dict(), **raw})
             model.train(was_training)
 
-    def evaluate(self, progress: Progress, *, final: bool) -> None:
-        """The real metric, a picture, and the best checkpoint on record. A checkpoint of this step must exist."""
+    def evaluate(self, progress: Progress) -> None:
+        """The real metric and a picture. A checkpoint of this step must exist: it is marked as evaluated at the end,
+        so that what a kill prevents is done again."""
         start = time.perf_counter()
-        task = self.stage.task
         with self.averaged_weights() as model:
-            figures = self.stage.evaluate(model, None if final else self.train.eval_limit, self.device)
-            panel = self.stage.panel(model, self.device) if self.accelerator.is_main_process else None
-        if self.accelerator.is_main_process:
-            assert panel is not None
-            (self.out / "panels").mkdir(exist_ok=True)
-            Image.fromarray(panel).save(self.out / "panels" / f"{ckpt.step_name(self.step)}.png")
-            value, best = figures[task.main_metric], ckpt.read_best(self.out)
-            better = best is None or (value < best["value"]) == task.smaller_is_better and value != best["value"]
-            if better:
-                ckpt.write_best(self.out, self.step, task.main_metric, value)
+            figures = self.stage.evaluate(model, self.train.eval_limit, self.device)
+            panel = self.stage.panel(model, self.device) if processes.is_main() else None
+        if panel is not None:
+            picture = Image.fromarray(panel)
+            place = self.out / "panels" / f"{step_name(self.step)}.png"
+            write_whole(place, lambda path: picture.save(path, format="PNG"))
         progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
+        if processes.is_main():
+            ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.watch, figures))
+
+    def write_run_files(self) -> None:
+        """What lies in the run directory beside the checkpoints."""
+        write_text(self.out / "config.yaml", dump_yaml(self.run))
+        self.stage.extra_files(self.out)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import warnings
 import zipfile
@@ -27,7 +26,7 @@ from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import write_whole
+from uvim_fsq.files import read_json, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
@@ -225,10 +224,11 @@ def open_source(root: str, split: str, config: CocoPanopticConfig) -> PanopticSo
 
 def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
     """ "complete", "begun" or "none". Raises UserError if the folder belongs to another annotation file."""
-    begun = folder / "source.json"
-    if not begun.is_file():
+    try:
+        begun = read_json(folder / "source.json", f"delete {folder} and run `uvim-fsq data prepare` again")
+    except FileNotFoundError:
         return "none"
-    if json.loads(begun.read_text()) != _fingerprint(annotations, index):
+    if begun != _fingerprint(annotations, index):
         raise UserError(f"{folder} was prepared from another {annotations.name}; delete that folder")
     return "complete" if (folder / "complete").is_file() else "begun"
 
@@ -265,10 +265,9 @@ def prepare(root: str, progress: Callable[[int, int], None]) -> str:
         index = read_index(annotations)
         folder = place / PREPARED / annotations.stem
         if _prepared_state(folder, annotations, index) != "complete":
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "source.json").write_text(json.dumps(_fingerprint(annotations, index)) + "\n")
+            write_json(folder / "source.json", _fingerprint(annotations, index), indent=None)
             _prepare_split(find_pngs(place, annotations), index, folder, progress)
-            (folder / "complete").touch()
+            write_whole(folder / "complete", Path.touch)
         done.append(f"{len(index.image_ids)} {split}")
     return f"prepared labels of {' and '.join(done)} images in {place / PREPARED}"
 

@@ -32,12 +32,12 @@ def overlap_table(prediction: Segments, truth: Segments) -> np.ndarray:
     ends = np.flatnonzero(last)
     lengths = np.diff(ends, prepend=-1)
     rows, columns = segment_index(t[ends], truth.segment_ids), segment_index(p[ends], prediction.segment_ids)
-    if rows.min(initial=0) < 0:
+    if (rows < 0).any():
         unknown = t[ends][rows < 0][0]
         raise UserError(
             f"PNG holds segment id {unknown} that the JSON does not list: list it in segments_info or make it 0 (void)"
         )
-    if columns.min(initial=0) < 0:
+    if (columns < 0).any():
         raise UserError(f"the prediction holds segment id {p[ends][columns < 0][0]} that is not among its segments")
     shape = len(truth.segment_ids) + 1, len(prediction.segment_ids) + 1
     pair = rows.astype(np.int64) * shape[1] + columns

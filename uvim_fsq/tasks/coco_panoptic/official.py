@@ -20,7 +20,10 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb, segment_
 _GROUPS = {"All": "", "Things": "_things", "Stuff": "_stuff"}
 #: Arguments: the four paths of `pq_compute`, and where its result goes (it prints much).
 _SCORE = """
-import json, sys
+import sys
+if sys.path[0] == "":
+    del sys.path[0]  # the current folder
+import json
 from panopticapi.evaluation import pq_compute
 result = pq_compute(*sys.argv[1:5])
 with open(sys.argv[5], "w") as file:

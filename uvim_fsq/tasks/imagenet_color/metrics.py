@@ -47,10 +47,17 @@ class PSNRMetric(Metric):
         self.protocol, self.luma = protocol, luma
         self.sums = np.zeros(3)  # psnr, images, squared error
 
-    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+    def pictures(self, prediction: Any, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """What is compared: the prediction and the photo at its size, both (H, W, 3) float32 in [-1, 1]."""
         item = np.asarray(prediction, np.float32)
         truth = to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample)
-        item = keep_luma(item, truth) if self.luma else item
+        return keep_luma(item, truth) if self.luma else item, truth
+
+    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+        return self.add(*self.pictures(prediction, sample))
+
+    def add(self, item: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        """Adds one image, of which `pictures` gave both."""
         error = float(np.mean((item.astype(np.float64) - truth) ** 2))
         psnr = 10 * np.log10(4 / max(error, SMALLEST_ERROR))
         self.sums += [psnr, 1, error]
@@ -132,15 +139,13 @@ class FIDMetric(Metric):
         self.waiting: dict[str, list[np.ndarray]] = {"prediction": [], "real": []}
 
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
-        item = np.asarray(prediction, np.float32)
-        self.official &= item.shape[0] == COLTRAN_SIZE
-        if self.psnr.luma:
-            item = keep_luma(item, to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample))
+        item, truth = self.psnr.pictures(prediction, sample)
+        self.official &= len(item) == COLTRAN_SIZE
         self.waiting["prediction"].append(prediction_uint8(item, FID_SIZE))
         self.waiting["real"].append(crop_and_resize(sample.meta["photo"], FID_SIZE))
         if len(self.waiting["real"]) >= FID_BATCH:
             self._flush()
-        return self.psnr.update(prediction, sample)
+        return self.psnr.add(item, truth)
 
     def _flush(self) -> None:
         for name, images in self.waiting.items():

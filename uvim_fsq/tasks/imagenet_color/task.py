@@ -43,6 +43,11 @@ class ImagenetColor(Task):
     def label_channels(self) -> dict[str, LabelChannel]:
         return {"color": Real(3)}
 
+    @property
+    def choosing_metric(self) -> str | None:
+        """PSNR must not pick what FID reports."""
+        return self.main_metric if self.config.protocol == "psnr" else None
+
     def source(self, root: str, split: str) -> PhotoSource:
         if self.config.protocol == "coltran" and split == "val":
             split = "coltran_evaluation"

@@ -13,16 +13,16 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
-import scipy.io
 
 from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.images import IMAGE_SUFFIXES
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
-from uvim_fsq.tasks.nyu_depth.files import PairSource, first_line, h5_dataset, metres
+from uvim_fsq.tasks.nyu_depth.files import PairSource, h5_dataset, metres, one_line
 from uvim_fsq.tasks.nyu_depth.prepared import prepare as prepare_pairs
 from uvim_fsq.tasks.nyu_depth.prepared import use_prepared
+from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 
 #: layout -> split -> official number of images.
 OFFICIAL = {"A": {"train": 795, "val": 654}, "B": {"train": 47_584, "val": 654}, "C": {"train": 24_231, "val": 654}}
@@ -58,20 +58,14 @@ class LabelledMat:
     def __init__(self, file: Path, split: str, truth: str) -> None:
         self.file, self.key = file, "rawDepths" if truth == "raw" else "depths"
         splits_file = file.with_name("splits.mat")
-        if not splits_file.is_file():
-            raise UserError(f"{splits_file} is missing; it lies beside the labelled .mat on the data set's page")
-        try:
-            splits = scipy.io.loadmat(splits_file)
-            train, val = (splits[name].ravel().astype(int) - 1 for name in ("trainNdxs", "testNdxs"))
-        except (ValueError, KeyError, OSError, TypeError, NotImplementedError) as error:
-            raise UserError(f"{splits_file} is broken ({first_line(error)}); fetch it again") from error
+        train, val = read_splits(splits_file)
         with _open_h5(file) as handle:
             count = len(h5_dataset(handle, "images", file))
             h5_dataset(handle, self.key, file)
-        rows = _take_split(split, list(train), list(val), set(range(0, len(train), HOLDOUT_STRIDE)))
+        rows = _take_split(split, train, val, set(range(0, len(train), HOLDOUT_STRIDE)))
         if rows and max(rows) >= count:
             raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
-        self.rows = [int(row) for row in rows]
+        self.rows = rows
         self.info = _info("A", split, truth, len(self.rows), file.parent)
         self._handle: h5py.File | None = None
 
@@ -92,7 +86,7 @@ class LabelledMat:
             depth = cv2.transpose(np.asarray(self._handle[self.key][row], np.float32))  # type: ignore[index]
         except OSError as error:
             raise UserError(
-                f"{self.file}: image {row + 1} cannot be read ({first_line(error)}); fetch the file again"
+                f"{self.file}: image {row + 1} cannot be read ({one_line(error)}); fetch the file again"
             ) from error
         name = f"{self.file.name}#{row + 1}"
         return Sample(name, image, {"depth": metres(depth, name)}, {"row": row})
@@ -102,7 +96,7 @@ def _open_h5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({first_line(error)}); it is truncated or no HDF5 file") from error
+        raise UserError(f"{path} cannot be opened ({one_line(error)}); it is truncated or no HDF5 file") from error
 
 
 def _fastdepth(root: Path, split: str) -> PairSource:
@@ -174,10 +168,9 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
         raise UserError(f"{depths}: {len(missing)} images have no depth map, the first is {missing[0]}")
     if not pairs:
         raise UserError(f"{images} holds no images")
-    if split not in ("train", "val") or not own_split:
-        # Without train/ and val/ folders every tenth image is the evaluation split.
-        part = {"train": "train_minus_holdout", "val": "holdout"}.get(split, split) if not own_split else split
-        pairs = _take_split(part, pairs, [], set(range(0, len(pairs), 10)))
+    # Without train/ and val/ folders every tenth image is the evaluation split.
+    train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
+    pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
     return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
 
 

@@ -3,6 +3,7 @@ where invalid."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,19 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a depth map ({first_line(error)}); replace or remove it") from error
+        raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     return metres(values, str(path))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def one_line(error: BaseException) -> str:
+    """What an error says, without the memory addresses and dates that HDF5 spreads over several lines."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"time = .*error message = '([^']*)'.*", r"\1)", text)[:160]
 
 
 def h5_dataset(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
-    found = file.get(key)
-    if not isinstance(found, h5py.Dataset):
+    # `get` would take a damaged one for a missing one.
+    if key not in file or not isinstance(found := file[key], h5py.Dataset):
         raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
     return found
 
@@ -107,9 +110,11 @@ def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
             rgb, depth = np.asarray(h5_dataset(file, "rgb", path)), np.asarray(h5_dataset(file, "depth", path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete") from None
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # h5py has many for a damaged file
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}); it is truncated or no HDF5 file, {advice}"
+            f"{path} cannot be read ({one_line(error)}); it is damaged or no HDF5 file, {advice}"
         ) from error
     if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
         raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")

@@ -1,0 +1,311 @@
+"""Checkpoint directories: written whole, read strictly, and which of a run's is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from uvim_fsq.errors import UserError
+from uvim_fsq.models import load_checkpoint
+from uvim_fsq.run_dirs import (
+    Evaluation,
+    Watch,
+    best,
+    checked_hash,
+    checkpoints,
+    choose,
+    file_hash,
+    read_evaluation,
+    recorded_hashes,
+    resolve_checkpoint,
+    resume_from,
+    step_name,
+)
+from uvim_fsq.training import checkpoint as ckpt
+
+HOLDOUT = Watch("holdout", 10, "nyu_depth/uvim", "rmse", True)
+
+
+def save(run_dir: Path, step: int, value: float | None = None, watch: Watch = HOLDOUT) -> Path:
+    """A checkpoint of one number, evaluated with `value` as its error."""
+    weights = {"weight": torch.tensor([[float(step)]])}
+    path = ckpt.save_checkpoint(run_dir, step, config="a: 1\n", weights=weights, state={"step": step})
+    if value is not None:
+        ckpt.write_evaluation(path, Evaluation(watch, {"rmse": value, "images": 10.0}))
+    return path
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoints(run_dir)]
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 3)
+    assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
+        "config.yaml",
+        "model.safetensors",
+        "sha256.json",
+        "trainer/state.pt",
+    ]
+    assert path == tmp_path / "checkpoints" / "step_00000003"
+    assert recorded_hashes(path) == {n: file_hash(path / n) for n in ("config.yaml", ckpt.WEIGHTS, ckpt.STATE)}
+    assert (path / "config.yaml").read_text() == "a: 1\n"
+    model = nn.Linear(1, 1, bias=False)
+    assert ckpt.load_model_weights(model, path) == file_hash(path / ckpt.WEIGHTS) and model.weight.item() == 3
+    assert ckpt.load_trainer_state(path) == ({"step": 3}, file_hash(path / ckpt.STATE))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def rust_full(*_: object, **__: object) -> None:
+        raise SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, name, failure in ((torch, "save", full), (safetensors.torch, "save_file", rust_full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failure)
+            with pytest.raises(UserError, match="step_00000009: the disk is full; earlier checkpoints are intact"):
+                save(tmp_path, 9)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("odd\nlines")))
+        with pytest.raises(UserError, match="cannot save .*: odd; earlier"):
+            save(tmp_path, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 9)
+    assert steps(tmp_path) == [3] and (tmp_path / "checkpoints" / ".tmp_step_00000009").is_dir()
+    ckpt.clean_leftovers(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [3], "the same step again replaces it"
+
+
+def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, and the folders that name it, is synced; the folder of checkpoints after the rename."""
+    synced: list[str] = []
+
+    def record(path: Path) -> None:
+        synced.append(str(path.resolve().relative_to(tmp_path)))
+        assert path.exists()
+
+    monkeypatch.setattr(ckpt, "sync", record)
+    path = save(tmp_path, 1)
+    temporary = "checkpoints/.tmp_step_00000001"
+    names = ("config.yaml", "model.safetensors", "trainer/state.pt", "sha256.json", "trainer")
+    assert synced == [*(f"{temporary}/{name}" for name in names), temporary, "checkpoints"]
+    synced.clear()
+    ckpt.copy_checkpoint(path, tmp_path / "run" / "oracle")
+    names = ("config.yaml", "model.safetensors", "sha256.json")
+    assert synced == [*(f"run/.tmp_oracle/{name}" for name in names), "run"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "trainer/state.pt"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damage_is_one_line_that_names_the_file(tmp_path: Path, oracle_dir: Path, name: str, damage: str) -> None:
+    shutil.copytree(oracle_dir, tmp_path / "run")
+    checkpoint = resolve_checkpoint(tmp_path / "run")
+    file = checkpoint / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content if damage == "flipped" else content[:-100])
+    if damage == "gone":
+        file.unlink()
+    with pytest.raises(UserError, match=name if damage != "gone" else "no |cannot be read") as caught:
+        if name == ckpt.STATE:
+            ckpt.load_trainer_state(checkpoint)
+        else:
+            load_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
+    assert damage == "gone" or "is damaged" in str(caught.value)
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path: Path, oracle_dir: Path) -> None:
+    """They carry no sums; what does not fit is still refused."""
+    shutil.copytree(oracle_dir, tmp_path / "run")
+    checkpoint = resolve_checkpoint(tmp_path / "run")
+    (checkpoint / "sha256.json").unlink()
+    load_checkpoint(tmp_path / "run")
+    ckpt.load_trainer_state(checkpoint)
+    config = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
+    with pytest.raises(UserError, match="encoder_head.* instead of"):
+        load_checkpoint(tmp_path / "run")
+    (checkpoint / "config.yaml").write_text(config)
+    file = checkpoint / ckpt.WEIGHTS
+    tensors = safetensors.torch.load_file(file)
+    first, *others = tensors
+    safetensors.torch.save_file({name: tensors[name] for name in others} | {"x": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=f"missing {first}; unexpected x. Was config.yaml"):
+        load_checkpoint(tmp_path / "run")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=f"and {len(tensors) + 1 - 3} more"):
+        load_checkpoint(tmp_path / "run")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated"):
+        load_checkpoint(tmp_path / "run")
+    (checkpoint / ckpt.STATE).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="state.pt is broken"):
+        ckpt.load_trainer_state(checkpoint)
+
+
+def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    for content in ("{", "[]", "{}", '{"config.yaml": 1, "model.safetensors": "x"}'):
+        (path / "sha256.json").write_text(content)
+        with pytest.raises(UserError, match="sha256.json is damaged.*use another checkpoint"):
+            checked_hash(path, ckpt.WEIGHTS)
+
+
+def test_a_copy_is_whole_and_carries_sums(tmp_path: Path) -> None:
+    source, target = save(tmp_path / "oracle_run", 1), tmp_path / "run" / "oracle"
+    ckpt.copy_checkpoint(source, target)
+    assert recorded_hashes(target) == {n: file_hash(source / n) for n in ("config.yaml", ckpt.WEIGHTS)}
+    before = (target / ckpt.WEIGHTS).stat().st_ino
+    ckpt.copy_checkpoint(source, target)
+    assert (target / ckpt.WEIGHTS).stat().st_ino == before, "copied again for nothing"
+    (target / "config.yaml").write_text("b: 2\n")
+    ckpt.copy_checkpoint(source, target)
+    assert (target / "config.yaml").read_text() == "a: 1\n"
+    other = save(tmp_path / "oracle_run", 2)
+    ckpt.copy_checkpoint(other, target)
+    assert file_hash(target / ckpt.WEIGHTS) == file_hash(other / ckpt.WEIGHTS)
+    assert [p.name for p in target.parent.iterdir()] == ["oracle"]
+    (other / ckpt.WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        ckpt.copy_checkpoint(other, tmp_path / "third")
+
+
+def test_a_kill_while_deleting_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            next(p for p in path.rglob("*") if p.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.prune(tmp_path, 1)
+    assert steps(tmp_path) == [2]
+    half = tmp_path / "checkpoints" / "step_00000000"
+    half.mkdir()
+    (half / "config.yaml").write_text("an earlier version's")
+    (tmp_path / ".tmp_oracle").mkdir()
+    (tmp_path / "panels").mkdir()
+    for leftover in ("panels/.step_00000001.png.7.partial", "checkpoints/step_00000002/.evaluation.json.7.partial"):
+        (tmp_path / leftover).write_text("half")
+    ckpt.clean_leftovers(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not list(tmp_path.rglob(".*")) and steps(tmp_path) == [2]
+
+
+def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    for step, value in enumerate((0.9, 0.5, 0.8, 0.5, 0.7), 1):
+        save(tmp_path, step, value)
+        ckpt.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [2, 4, 5], "the first of equals, and the last two"
+    assert choose(tmp_path) == (tmp_path / "checkpoints" / step_name(2), HOLDOUT)
+    assert HOLDOUT.describe() == "best rmse on holdout, 10 images"
+    assert resolve_checkpoint(tmp_path).name == step_name(2)
+    assert resolve_checkpoint(tmp_path, prefer="last").name == step_name(5)
+    given = tmp_path / "checkpoints" / step_name(4)
+    assert choose(given) == (given, None) and resolve_checkpoint(given, prefer="last") == given
+
+
+def test_equal_measures_only_are_compared(tmp_path: Path) -> None:
+    """Neither another number of images, nor another split or protocol; the newest evaluation says which."""
+    save(tmp_path, 1, 0.1)
+    save(tmp_path, 2, 0.3, Watch("holdout", 4096, "nyu_depth/uvim", "rmse", True))
+    assert choose(tmp_path)[0].name == step_name(2)
+    save(tmp_path, 3, 0.2, Watch("train", 10, "nyu_depth/uvim", "rmse", True))
+    assert choose(tmp_path)[0].name == step_name(3)
+    save(tmp_path, 4, 0.4)
+    assert choose(tmp_path)[0].name == step_name(1)
+    save(tmp_path, 5, 0.4, Watch("val", 10, "nyu_depth/uvim", "", True))
+    assert choose(tmp_path) == (tmp_path / "checkpoints" / step_name(5), None), "nothing chooses: the last"
+
+
+@pytest.mark.parametrize(("smaller", "wanted"), [(True, 2), (False, 3)])
+def test_best_in_both_directions_and_never_nan(tmp_path: Path, smaller: bool, wanted: int) -> None:
+    watch = Watch("holdout", 10, "p", "rmse", smaller)
+    save(tmp_path, 1, float("nan"), watch)
+    assert best(tmp_path) is None and choose(tmp_path)[0].name == step_name(1)
+    for step, value in ((2, 0.2), (3, 0.4), (4, 0.3), (5, float("nan")), (6, float("inf")), (7, float("-inf"))):
+        save(tmp_path, step, value, watch)
+    assert choose(tmp_path)[0].name == step_name(wanted)
+
+
+def test_unevaluated_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 1, 0.5)
+    last = save(tmp_path, 2)
+    assert read_evaluation(last) is None and choose(tmp_path)[0].name == step_name(1)
+    shutil.rmtree(tmp_path / "checkpoints" / step_name(1))
+    assert best(tmp_path) is None and choose(tmp_path) == (last, None)
+
+
+def test_a_damaged_evaluation_is_one_line(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, 0.5)
+    assert read_evaluation(path) == Evaluation(HOLDOUT, {"rmse": 0.5, "images": 10.0})
+    record = json.loads((path / ckpt.FIGURES).read_text())
+    wrong = [{**record, key: value} for key, value in (("images", "10"), ("images", True), ("figures", [1]))]
+    wrong += [{k: v for k, v in record.items() if k != key} for key in record]
+    wrong += [{**record, "figures": {"rmse": "0.5"}}, {**record, "figures": {"images": 3.0}}]
+    for content in (b"", b"\xff", b"[1]", *(json.dumps(each).encode() for each in wrong)):
+        (path / ckpt.FIGURES).write_bytes(content)
+        with pytest.raises(UserError, match="evaluation.json is damaged.*remove it") as caught:
+            choose(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_holds_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run"):
+        choose(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        choose(tmp_path)
+
+
+def test_what_resume_means(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for how in ("no", "auto"):
+        assert resume_from(run, how) is None
+    first, last, foreign = save(run, 1, 0.1), save(run, 2, 0.2), save(other, 1)
+    assert resume_from(run, "auto") == last
+    assert resume_from(run, str(run)) == last, "training goes on from the last one, not from the best"
+    assert resume_from(run, str(first)) == first
+    assert resume_from(tmp_path / "new", str(foreign)) == foreign
+    with pytest.raises(UserError, match="already holds checkpoints; continue with train.resume=auto"):
+        resume_from(run, "no")
+    with pytest.raises(UserError, match="is none of them; choose another train.out"):
+        resume_from(run, str(foreign))
+
+
+def test_newer_checkpoints_are_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        picture = tmp_path / "panels" / f"{step_name(step)}.png"
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes(b"")
+    assert ckpt.set_aside(tmp_path, 3) == []
+    assert [p.name for p in ckpt.set_aside(tmp_path, 1)] == [step_name(2), step_name(3)]
+    assert steps(tmp_path) == [1] and [p.name for p in (tmp_path / "panels").iterdir()] == [f"{step_name(1)}.png"]
+    save(tmp_path, 3)
+    save(tmp_path, 3)
+    assert ckpt.set_aside(tmp_path, 1) == [tmp_path / ckpt.SET_ASIDE / f"{step_name(3)}_2"]
+    save(tmp_path, 3)
+    assert ckpt.set_aside(tmp_path, 1) == [tmp_path / ckpt.SET_ASIDE / f"{step_name(3)}_3"]
+    names = sorted(p.name for p in (tmp_path / ckpt.SET_ASIDE).iterdir())
+    assert names == [step_name(2), step_name(3), f"{step_name(3)}_2", f"{step_name(3)}_3"]
+    assert all((tmp_path / ckpt.SET_ASIDE / name / ckpt.WEIGHTS).is_file() for name in names)

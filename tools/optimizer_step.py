@@ -1,0 +1,110 @@
+"""Operators, bytes and time of one optimizer step: python tools/optimizer_step.py [CONFIG.yaml] [key=value ...]
+
+Our Adafactor beside timm's and torch's fused AdamW, on the parameters of a configuration's model with random
+gradients. Operators and bytes are counted on the meta device, views aside; a bulk operator counts once there, on a GPU
+it is several kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim.adafactor_bv import AdafactorBigVision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from uvim_fsq.benchmark.measure import time_ways
+from uvim_fsq.benchmark.setup import Sizes, read_sizes
+from uvim_fsq.lm.model import LM
+from uvim_fsq.models import build_oracle, build_task
+from uvim_fsq.training.optim import build_optimizer, parameter_groups
+
+VIEWS = ("view", "unbind", "split_with_sizes", "detach", "_local_scalar_dense")
+
+
+class Counting(TorchDispatchMode):
+    """Operators that ran and the bytes of what they read and wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in VIEWS:
+            self.operators += 1
+            tensors = [x for x in tree_leaves([args, kwargs, out]) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(x.untyped_storage().nbytes() if x.dim() == 0 else x.nbytes for x in tensors)
+        return out
+
+
+def model_of(sizes: Sizes, device: torch.device) -> nn.Module:
+    """The model that a configuration trains, weights random."""
+    with torch.device(device):
+        oracle = build_oracle(sizes.oracle, build_task(sizes.oracle))
+        if sizes.lm is None:
+            return oracle
+        vocabulary, length = oracle.quantizer.codebook_size, oracle.code_length
+        return LM(sizes.lm.model, image_size=sizes.lm.data.image_size, vocab_size=vocabulary, length=length)
+
+
+def optimizers(sizes: Sizes, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """By name; rates as in the middle of a run."""
+    optim, stage = sizes.run.optim, sizes.run.stage
+    groups = parameter_groups(model.named_parameters(), optim, stage)
+    timm = AdafactorBigVision(groups, min_dim_size_to_factor=32, beta2_cap=0.95, weight_decay=optim.weight_decay)
+    return {
+        "ours": build_optimizer(model, replace(optim, name="adafactor"), stage),
+        "timm": timm,
+        "adamw": build_optimizer(model, replace(optim, name="adamw"), stage),
+    }
+
+
+def give_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+
+
+def count(step: Callable[[], object]) -> Counting:
+    """Of the second step: the first makes the state."""
+    step()
+    with Counting() as counting:
+        step()
+    return counting
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/nyu_depth/lm.yaml", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--repeats", type=int, default=5, help="0: only count")
+    args = parser.parse_args(arguments)
+    sizes = read_sizes(args.config, args.overrides)
+    model = model_of(sizes, torch.device("meta"))
+    give_gradients(model)
+    numbers = sum(p.numel() for p in model.parameters())
+    print(f"{args.config}: {len(list(model.parameters()))} parameters, {numbers / 1e6:.0f} M numbers")
+    for name, optimizer in optimizers(sizes, model).items():
+        if name != "adamw":  # its fused kernel does not run on the meta device
+            counted = count(optimizer.step)
+            print(f"{name:6} {counted.operators:6} operators, {counted.bytes / numbers:4.0f} bytes a number")
+    if not args.repeats:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(), "torch", torch.__version__)
+    model = model_of(sizes, device)
+    give_gradients(model)
+    ways = {name: optimizer.step for name, optimizer in optimizers(sizes, model).items()}
+    for name, timing in time_ways(ways, device, warmup=2, repeats=args.repeats).items():
+        print(f"{name:6} {1000 * timing.median:8.1f} ms  spread {timing.spread:4.0%}")
+
+
+if __name__ == "__main__":
+    main()

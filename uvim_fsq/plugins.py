@@ -1,0 +1,93 @@
+"""Modules that a configuration names under `plugins:`: which of them may be imported, and from where.
+
+To import a module is to run it. A user's own configuration may name what it likes; that of a trained run, which may be
+anybody's, only what the user trusts. Knows nothing of tasks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from uvim_fsq.errors import UserError
+
+#: The group of entry points under which installed packages offer tasks.
+GROUP = "uvim_fsq.tasks"
+#: What the user named in this process: on the command line, in a configuration file of theirs, in Python.
+_named: set[str] = set()
+_trusting: ContextVar[bool] = ContextVar("trusting", default=False)
+
+
+@contextmanager
+def trusting(trust: bool = True) -> Iterator[None]:
+    """Inside, the plugins of any run may be imported; UVIM_FSQ_TRUST=1 says so for the whole process."""
+    before = _trusting.set(trust or _trusting.get())
+    try:
+        yield
+    finally:
+        _trusting.reset(before)
+
+
+def name_plugins(modules: Iterable[str]) -> None:
+    """Takes note of modules that the user has named, which is to trust them."""
+    _named.update(modules)
+
+
+def refuse_strangers(modules: Iterable[str], file: Path) -> None:
+    """Raises UserError for the first plugin of a trained run that the user has not named, installed or trusted.
+
+    Args:
+        file: the run's configuration, for the message.
+    """
+    if _trusting.get() or os.environ.get("UVIM_FSQ_TRUST") == "1":
+        return
+    known = _named | {point.module for point in entry_points(group=GROUP)}
+    for module in modules:
+        if module not in known:
+            raise UserError(
+                f"{file} asks to import the plugin {module!r}, which runs its code ({_place(module)}); "
+                f"if you trust it, add --trust (Python: trust=True; or set UVIM_FSQ_TRUST=1), or plugins=[{module}]"
+                if module.replace(".", "").isidentifier()
+                else f"{file} asks to import the plugin {module!r}, which is no module's name; remove it"
+            )
+
+
+def import_plugin(module: str) -> None:
+    """Imports a module that was found to be trusted; the current folder is searched last of all.
+
+    Raises UserError when it cannot be imported.
+    """
+    if module in sys.modules:
+        return
+    folder = os.getcwd()
+    try:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if folder in sys.path or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            # It stays on the path: the plugin may import what lies beside it later.
+            sys.path.append(folder)
+            importlib.invalidate_caches()
+            importlib.import_module(module)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(
+            f"plugin {module!r} cannot be imported ({error}); is it installed, or its folder on PYTHONPATH?"
+        ) from error
+
+
+def _place(module: str) -> str:
+    """Where `module` would be imported from, found without running anything."""
+    base = module.replace(".", os.sep)
+    for folder in (*sys.path, os.getcwd()):
+        for file in (f"{base}.py", os.path.join(base, "__init__.py")):
+            found = os.path.abspath(os.path.join(folder, file))
+            if os.path.isfile(found):
+                return f"from {found}"
+    return "no file of that name is found here"

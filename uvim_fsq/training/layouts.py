@@ -1,0 +1,86 @@
+"""The shapes in which the reference holds our parameters: its Adafactor depends on them. Knows nothing of optimizers.
+
+H heads, h head size, E input width, D output width, p patch side, P = p*p pixels, C classes or channels.
+`published.py` moves weights by the same facts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+import torch
+from torch import nn
+
+from uvim_fsq.layers import Attention, PatchEmbed
+from uvim_fsq.lm.encoder import PatchLinear
+from uvim_fsq.oracle.labels import CategoricalEmbed, LabelEmbed, LabelHead, RealEmbed
+
+if TYPE_CHECKING:
+    from timm.layers.attention import Attention as TimmAttention
+
+
+class Layout(NamedTuple):
+    """Our parameter is `view(sizes)`; that view's axes in the order `order` are the reference's parameter."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def layout_of(parameter: torch.Tensor, sizes: tuple[int, ...] = (), order: tuple[int, ...] = ()) -> Layout:
+    """As in `Layout`; one of the sizes may be -1. Without `order`, the axes stay in theirs; without both, the shape."""
+    shape = parameter.view(sizes).shape if sizes else parameter.shape
+    return Layout(tuple(shape), order or tuple(range(len(shape))))
+
+
+def reference_layouts(model: nn.Module) -> dict[torch.Tensor, Layout]:
+    """Layouts of a model's parameters. A plain linear map keeps its two axes, whose order makes no difference.
+
+    Two differ from the reference: it holds the LM's start vector as a row of the token table, and the head has a
+    column for it.
+    """
+    layouts: dict[torch.Tensor, Layout] = {parameter: layout_of(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        layouts |= {parameter: layout_of(parameter, *axes) for parameter, *axes in _views(module)}
+    return layouts
+
+
+def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
+    """A module's own parameters that the reference shapes otherwise, with their sizes and order."""
+    if isinstance(module, Attention):
+        for projection in (module.query, module.key, module.value):
+            yield from _attention(projection, module.out, module.num_heads, parts=1)
+    elif _is_timm_attention(module):
+        yield from _attention(module.qkv, module.proj, module.num_heads, parts=3)
+    elif isinstance(module, PatchEmbed):  # (D, p p 3), theirs (p, p, 3, D)
+        yield module.proj.weight, (-1, module.patch, module.patch, 3), (1, 2, 3, 0)
+    elif isinstance(module, PatchLinear):  # (D, 3, p, p), theirs (p, p, 3, D)
+        yield module.weight, tuple(module.weight.shape), (2, 3, 1, 0)
+    elif isinstance(module, LabelEmbed):
+        for embed in module.channels.values():
+            if isinstance(embed, CategoricalEmbed):  # (P C, D), theirs (C, P, D)
+                yield embed.weight, (module.patch**2, -1, embed.weight.shape[1]), (1, 0, 2)
+            elif isinstance(embed, RealEmbed):  # (D, P C), theirs (C, P, D)
+                yield embed.proj.weight, (embed.proj.out_features, module.patch**2, -1), (2, 1, 0)
+    elif isinstance(module, LabelHead):
+        for head in module.heads.values():  # (P C, D) and (P C), theirs (D, C, P) and (C, P)
+            assert isinstance(head, nn.Linear)
+            yield head.weight, (module.pixels, -1, head.in_features), (2, 1, 0)
+            yield head.bias, (module.pixels, -1), (1, 0)
+
+
+def _is_timm_attention(module: nn.Module) -> TypeGuard[TimmAttention]:
+    # Whoever has such a module has imported timm, which takes seconds.
+    timm_attention = sys.modules.get("timm.layers.attention")
+    return timm_attention is not None and isinstance(module, timm_attention.Attention)
+
+
+def _attention(
+    into: nn.Linear, out: nn.Linear, heads: int, *, parts: int
+) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
+    """Query, key and value, each by itself or three `parts` in one, and the output map."""
+    yield into.weight, (parts, heads, -1, into.in_features), (0, 3, 1, 2)  # theirs (E, H, h) each
+    if into.bias is not None:
+        yield into.bias, (parts, heads, -1), (0, 1, 2)  # theirs (H, h) each
+    yield out.weight, (out.out_features, heads, -1), (1, 2, 0)  # theirs (H, h, D)

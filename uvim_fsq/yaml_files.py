@@ -1,0 +1,82 @@
+"""YAML files as plain trees, read within bounds of size, depth and aliases. Knows no keys.
+
+What a file holds never stands in a message: it may be a link to somebody's password.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from uvim_fsq.errors import UserError
+
+Tree = dict[str, Any]
+
+MAX_BYTES = 1_000_000
+#: Levels of lists and mappings. Readers are recursive, also those in C, which crash.
+MAX_DEPTH = 50
+#: Entries with all aliases written out.
+MAX_ENTRIES = 100_000
+
+
+def read_tree(path: Path) -> Tree:
+    """The keys and values of a YAML file. Raises UserError naming the file and the line for anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path} is longer than {MAX_BYTES} bytes; it cannot be a configuration")
+        _check_shape(path, text)
+        # OmegaConf's reader, unlike yaml's own, refuses a key that stands there twice, and reads 1e-3 as a number.
+        loaded = OmegaConf.load(io.StringIO(text.decode()), max_yaml_expanded_nodes=MAX_ENTRIES)
+        tree = OmegaConf.to_container(loaded, resolve=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or 'it is no text'}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise UserError(f"{path} is not valid YAML: {_problem(error)} in {where}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid YAML: it holds characters or numbers that cannot be read") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0][:100]}") from error
+    return typing.cast(Tree, tree)
+
+
+def _check_shape(path: Path, text: bytes) -> None:
+    """Refuses what is no mapping and what is nested too deeply, event by event, without any recursion."""
+    depth = 0
+    started = False
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.NodeEvent) and not started:
+            if not isinstance(event, yaml.MappingStartEvent):
+                raise UserError(f"{path} must hold keys and values")
+            started = True
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep; it cannot be a configuration")
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong, without the file's own words (a key that stands there twice is named if it is one word)."""
+    problem = " ".join(str(error.problem or error.context or "broken").split()).split(". ")[0]
+    problem = re.sub(r"'[^']*\w[^']*'", "'...'", problem)
+    return (
+        problem
+        if re.fullmatch(r"(found duplicate key [\w.-]{1,40}|(?!found duplicate key).{1,100})", problem)
+        else "broken"
+    )
