@@ -61,6 +61,7 @@ def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tu
     """All problems, and the first image's size."""
     problems: list[str] = []
     size = "unknown"
+    seen: dict[str, int] = {}
     for i in range(len(source)):
         if progress is not None and i % 20 == 0:
             progress(i, len(source))
@@ -69,6 +70,8 @@ def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tu
         except UserError as error:
             problems.append(str(error))
             continue
+        if seen.setdefault(sample.id, i) != i:
+            problems.append(f"samples {seen[sample.id] + 1} and {i + 1} are both {sample.id}; remove one")
         if size == "unknown":
             size = f"{sample.image.shape[0]} x {sample.image.shape[1]}"
         found = task.inspect(sample)

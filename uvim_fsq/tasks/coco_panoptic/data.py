@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.folders import and_list
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
@@ -37,11 +38,14 @@ PREPARED = "prepared_panoptic"
 
 def find_annotations(root: Path, split: str) -> Path:
     """The panoptic JSON of "train" or "val" under `root` or its `annotations/`. Raises UserError if there is none."""
-    found = sorted(file for place in (root / "annotations", root) for file in place.glob(f"panoptic_{split}*.json"))
+    places = (root / "annotations", root)
+    found = sorted(file for place in places for file in place.glob(f"panoptic_{split}*.json"))
     if not found:
+        there = sorted(file.name for place in places for file in place.glob("*.json"))
         raise UserError(
-            f"{root} holds no annotations/panoptic_{split}*.json; the COCO panoptic format is expected, "
-            "see datasets/README.md"
+            f"{root} holds no annotations/panoptic_{split}*.json"
+            + (f", only {and_list(there)}" if there else "")
+            + "; the COCO panoptic format is expected, see datasets/README.md"
         )
     # The plain name before variants that other tools leave beside it.
     return min(found, key=lambda file: (file.stem != f"panoptic_{split}2017", len(file.name), file.name))
@@ -104,7 +108,11 @@ def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Pa
     for place in (root / name, root / "images" / name, root / split, root / "images" / split, root / "images"):
         if place.is_dir():
             return place
-    raise UserError(f"{root} holds no photos: looked for {name}/ and images/{name}/; name it with task.image_dir=")
+    there = and_list([f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir()])
+    raise UserError(
+        f"{root} holds no photos: looked for {name}/ and images/{name}/, found {there or 'no folder'}; rename one or "
+        "name it with task.image_dir="
+    )
 
 
 def decode_ids(data: bytes, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,9 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
         if len(table) != len(tree[rows]):
             raise UserError(f"{file}: {len(tree[rows]) - len(table)} entries of `{rows}` repeat an {name}; remove them")
+        for twice, times in Counter(entry["file_name"] for entry in table.values()).most_common(1):
+            if times > 1:
+                raise UserError(f"{file}: {times} entries of `{rows}` are of the file {twice}; remove all but one")
     strangers = annotations.keys() - images.keys()
     if strangers:
         raise UserError(
@@ -132,12 +136,20 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "ids": np.array([info["id"] for info in segments], np.int64),
         "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),
         "areas": np.array([-1 if info.get("area") is None else info["area"] for info in segments], np.int64),
-        "crowd": np.array([bool(info.get("iscrowd", 0)) for info in segments], np.bool_),
+        "crowd": np.array([_flag(file, info, "iscrowd") for info in segments], np.bool_),
         "category_ids": np.array([category["id"] for category in categories], np.int64),
         "category_names": np.array(_unique_names(categories), np.str_),
-        "is_thing": np.array([bool(category["isthing"]) for category in categories], np.bool_),
+        "is_thing": np.array([_flag(file, category, "isthing") for category in categories], np.bool_),
         "without_annotation": np.array(len(images) - len(order)),
     }
+
+
+def _flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
+    """0 or 1, also as a truth value; a segment need not say whether it is a crowd."""
+    value = entry.get(key, 0) if key == "iscrowd" else entry[key]
+    if value not in (0, 1):
+        raise UserError(f"{file}: `{key}` is {value!r}, expected 0 or 1 (entry of id {entry['id']})")
+    return bool(value)
 
 
 def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -160,6 +172,7 @@ def _segment_problems(
         twice = next(i for i in ids if ids.count(i) > 1)
         yield f"segment id {twice} stands twice in the annotation of {name}; give each its own id"
     elif ids and not 0 < min(ids) <= max(ids) < 1 << 24:
-        yield f"{name} has a segment id outside 1..16777215, which its PNG cannot hold"
+        wrong = min(ids) if min(ids) < 1 else max(ids)
+        yield f"{name} has segment id {wrong}, outside of 1..16777215, which its PNG cannot hold; renumber the segments"
     elif strangers:
         yield f"{name} has a segment of category {strangers[0]}, which `categories` does not list"

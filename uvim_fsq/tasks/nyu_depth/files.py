@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Sample
@@ -59,7 +59,7 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, KeyError) as error:
+    except Exception as error:  # Pillow, NumPy and h5py have many for a damaged file
         raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     return metres(values, str(path))
 

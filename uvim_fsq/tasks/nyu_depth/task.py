@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class NYUDepth(Task):
     def __init__(self, config: NYUDepthConfig) -> None:
         if config.num_bins < 2 or not 0 <= config.min_depth < config.max_depth:
             raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
+        if config.depth_scale is not None and not 0 < config.depth_scale < math.inf:
+            raise UserError(f"task.depth_scale={config.depth_scale}: the stored units per metre are a number above 0")
         super().__init__(config)
         self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
