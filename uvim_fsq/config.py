@@ -43,6 +43,8 @@ class DataConfig:
     """Loader processes per training process; 0 loads in the main process."""
     cache: bool = False
     """Keep decoded samples in memory (small data sets; with workers > 0 each worker keeps its own)."""
+    max_pixels: int = 250_000_000
+    """Pixels of the largest picture or label map that is decoded; larger ones are refused by their headers."""
     max_bad_samples: int = 0
     """Unreadable training samples to skip and count before giving up; evaluation never skips."""
 

@@ -271,9 +271,9 @@ def ways_to_predict(loaded: Loaded) -> dict[str, Predictor]:
 def evaluate_loaded(
     loaded: Loaded,
     *,
+    device: torch.device,
     limit: int | None = None,
     csv_file: Path | None = None,
-    device: torch.device | None = None,
     baseline: bool = False,
     official: Path | None = None,
 ) -> dict[str, Any]:
@@ -285,7 +285,6 @@ def evaluate_loaded(
         baseline: also the task's trivial baseline, made from the training split.
         official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
     """
-    device = device or processes.device()
     run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
     if loaded.lm is not None:
         loaded.lm.to(device)

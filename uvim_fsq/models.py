@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
+from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
@@ -21,6 +22,7 @@ from uvim_fsq.training.checkpoint import load_model_weights
 def build_task(run: Run) -> Task:
     """The task of a resolved configuration."""
     load_plugins(run.plugins)
+    limit_pixels(run.data.max_pixels)
     return task_class(run.task.name)(run.task.options)
 
 

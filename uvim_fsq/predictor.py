@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.data.images import list_images, read_image, to_rgb
+from uvim_fsq.data.images import limit_pixels, list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Array, Sample
 from uvim_fsq.errors import UserError
@@ -80,6 +80,7 @@ class Predictor:
         """
         if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)):
             raise UserError("predict_batch takes a list of pictures; use predict for one")
+        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
         kept = [_content(image) for image in images]
         items = self.predict_small([self.small(_pixels(image)) for image in kept])
         return [self.task.to_size(item, _pixels(image)) for item, image in zip(items, kept, strict=True)]

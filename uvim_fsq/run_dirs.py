@@ -202,6 +202,8 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
+    if not Path(path).exists():
+        raise UserError(f"oracle={path}: no such run or checkpoint directory; train the oracle first, or name another")
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint)
     if not isinstance(run, OracleRun):
@@ -236,9 +238,9 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
                     f"{place} is not the oracle that {checkpoint} was trained on (another SHA-256); put that one back"
                 )
             return place
-    if wanted is None:
-        return Path(run.oracle)
     original = Path(run.oracle)
+    if wanted is None and original.exists():
+        return original
     for place in (original, *checkpoints(original)):
         if (place / WEIGHTS).is_file() and weights_hash(place) == wanted:
             return place
