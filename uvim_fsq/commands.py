@@ -108,8 +108,9 @@ def _check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]
     """
     from uvim_fsq.run_dirs import read_overridden, resolve_checkpoint
 
-    return read_overridden(resolve_checkpoint(run), overrides)[1]
+    changed = read_overridden(resolve_checkpoint(run), overrides)[1]
     say(f"{run}: loading ...")
+    return changed
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
