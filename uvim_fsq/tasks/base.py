@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Array, Sample, SampleSource
 from uvim_fsq.errors import UserError
@@ -219,15 +219,22 @@ class Task(ABC):
             truth: the sample that `image` belongs to, or None.
         """
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        """Kind -> path of the files that `save_prediction` will write, so that no two pictures claim one file.
+
+        To be overridden together with it. Other files it writes are refused where they would replace something.
+        """
+        return {"prediction": f"{stem}_prediction.png"}
+
     def save_prediction(self, prediction: Any, image: Array, stem: str) -> dict[str, str]:
         """Writes one prediction, at the size of `image` (H, W, 3), as `stem`*; returns kind -> path.
 
-        Unless overridden: the pictures of `render`.
+        Unless overridden: the pictures of `render`. Raises UserError where they cannot be written.
         """
         paths: dict[str, str] = {}
         for title, picture in self.render(image, prediction).items():
             paths[title] = f"{stem}_{title}.png"
-            Image.fromarray(picture).save(paths[title])
+            write_png(paths[title], picture)
         return paths
 
     def legend(self) -> Array | None:
