@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from uvim_fsq.config import OracleModelConfig, QuantizerConfig
 from uvim_fsq.layers import patchify, unpatchify
+from uvim_fsq.oracle.labels import LabelEmbed
 from uvim_fsq.oracle.model import Oracle, drop_codes
 from uvim_fsq.tasks.base import Categorical, Real
 
@@ -64,6 +65,24 @@ def test_context_reaches_only_where_it_should(context: str) -> None:
     else:
         with pytest.raises(ValueError, match="needs the image"):
             oracle.decode(oracle.quantizer(oracle.encode(labels_of()))[0])
+
+
+def test_label_embeddings_add_up() -> None:
+    """Each channel's own, of the deviation of a linear map with that many inputs; without labels the bias is left."""
+    torch.manual_seed(0)
+    channels = {**CHANNELS, "more": Categorical(50)}
+    embed, labels = LabelEmbed(channels, 4, 64), {**labels_of(), "more": labels_of(1)["classes"]}
+    parts = [LabelEmbed({name: channel}, 4, 64) for name, channel in channels.items()]
+    for part in parts:
+        part.load_state_dict({k: v for k, v in embed.state_dict().items() if k in part.state_dict()})
+    torch.testing.assert_close(embed(labels), sum(part(labels) for part in parts))
+    for name, numbers in (("classes", 16 * 7), ("more", 16 * 50)):
+        weight, bias = embed.channels[name].weight, embed.channels[name].bias
+        assert weight.shape == (numbers, 64) and float(weight.std()) == pytest.approx(numbers**-0.5, rel=0.03)
+        assert abs(float(weight.mean())) < 0.05 * numbers**-0.5 and not bias.any()
+        torch.nn.init.normal_(bias)
+        nothing = torch.full((1, 1, 16), -1, dtype=torch.int16)
+        torch.testing.assert_close(embed.channels[name](nothing)[0, 0], bias)
 
 
 def test_heads_start_at_zero() -> None:

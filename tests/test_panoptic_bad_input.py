@@ -77,7 +77,18 @@ def repeat_id(tree: dict[str, Any]) -> None:
     [
         (repeat_id, "stands twice"),
         (lambda tree: first_segments(tree)[0].update(category_id=77), "category 77, which `categories` does not list"),
-        (lambda tree: first_segments(tree)[0].update(id=1 << 24), "outside 1..16777215"),
+        (lambda tree: first_segments(tree)[0].update(id=1 << 24), "segment id 16777216, outside of 1..16777215"),
+        (lambda tree: first_segments(tree)[0].update(id=-5), "segment id -5, outside of 1..16777215"),
+        (lambda tree: first_segments(tree)[0].update(iscrowd="no"), "`iscrowd` is 'no', expected 0 or 1"),
+        (lambda tree: tree["categories"][0].update(isthing="false"), "`isthing` is 'false', expected 0 or 1"),
+        (
+            lambda tree: tree["images"][1].update(file_name=tree["images"][0]["file_name"]),
+            "2 entries of `images` are of the file 0000.*jpg",
+        ),
+        (
+            lambda tree: tree["annotations"][1].update(file_name=tree["annotations"][0]["file_name"]),
+            "2 entries of `annotations` are of the file 0000.*png",
+        ),
         (lambda tree: tree["annotations"].append(tree["annotations"][0]), "repeat an image_id"),
         (lambda tree: tree["images"].pop(0), "of images that `images` lacks"),
         (lambda tree: tree["annotations"][0].pop("segments_info"), "lacks or garbles a field"),
@@ -195,13 +206,17 @@ def test_missing_parts(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no zip file or truncated"):
         open_source(str(root), "train", CONFIG)
     shutil.rmtree(root / "val2017")
-    with pytest.raises(UserError, match="holds no photos"):
+    with pytest.raises(UserError, match="holds no photos: looked for val2017/ .* found annotations/ and train2017/; "):
         open_source(str(root), "val", CONFIG)
     (root / "annotations/panoptic_val2017.json").write_text('{"images": [')
     with pytest.raises(UserError, match="no valid JSON"):
         open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="holds no annotations/panoptic_val"):
         open_source(str(tmp_path), "val", CONFIG)
+    (root / "annotations/panoptic_train2017.json").rename(root / "annotations/panoptic_training.json")
+    (root / "annotations/panoptic_val2017.json").rename(root / "annotations/validation.json")
+    with pytest.raises(UserError, match="panoptic_val.*json, only panoptic_training.json and validation.json; the"):
+        open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="unknown split"):
         open_source(str(root), "test", CONFIG)
 

@@ -199,6 +199,7 @@ def test_processes_add_up_to_one() -> None:
     total = metric()
     total.load_state({name: np.sum([state[name] for state in states], axis=0) for name in states[0]})
     assert total.compute() == pytest.approx(whole.compute(), abs=1e-9)
+    assert whole.state()["images"].tolist() == [len(cases)]
     assert whole.state()["counts"].shape == (4, CLASSES) and whole.compute()["images"] == len(cases)
 
 

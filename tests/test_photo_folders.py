@@ -180,11 +180,31 @@ def test_clear_errors(tmp_path: Path) -> None:
         open_source(str(tmp_path / "alone"), "train")
     photo(tmp_path / "half" / "val" / "x.png")
     for split in ("train", "holdout", "train_minus_holdout"):
-        with pytest.raises(UserError, match=f"half holds only val/; split {split} needs train/ beside it"):
+        with pytest.raises(UserError, match="half: found val/, but no train/: add train/, or set data.root"):
             open_source(str(tmp_path / "half"), split)
     photo(tmp_path / "other" / "train" / "x.png")
-    with pytest.raises(UserError, match="other holds only train/; split val needs val/ beside it"):
+    with pytest.raises(UserError, match="other: found train/, but no val/: add val/, or"):
         open_source(str(tmp_path / "other"), "val")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (("training", "val"), "train", "found training/ and val/, but no train/: rename training/ to train/"),
+        (("Train", "val"), "train", "no train/: rename Train/ to train/"),
+        (("train", "validation"), "val", "no val/: rename validation/ to val/"),
+        (("train", "test"), "val", "no val/: rename test/ to val/"),
+        (("training", "validation"), "train", "no train/: rename training/"),
+        (("training", "validation"), "val", "no val/: rename validation/"),
+    ],
+)
+def test_misnamed_folders(tmp_path: Path, names: tuple[str, str], split: str, message: str) -> None:
+    """All photos of both would have been one folder to train on."""
+    for name in names:
+        for i in range(12):
+            photo(tmp_path / name / f"{i}.png")
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path), split)
 
 
 def test_odd_files(tmp_path: Path) -> None:

@@ -111,11 +111,11 @@ def test_what_is_rare_and_how_it_is_revived() -> None:
         vq.counts.copy_(torch.tensor([5.0, count, 1.0]))
         nothing_new(vq)
         torch.testing.assert_close(vq.counts, torch.tensor([5.0, count, 1.0]))
-    vq.counts[1] = 0.09
+    vq.counts.copy_(torch.tensor([5.0, 0.09, RARE]))
     sums = vq.sums.clone()
     nothing_new(vq)
     noise = torch.rand(4, generator=torch.Generator().manual_seed(7)) * 0.002 + 0.999
-    torch.testing.assert_close(vq.counts, torch.tensor([2.5, 2.5, 1.0]))
+    torch.testing.assert_close(vq.counts, torch.tensor([2.5, 2.5, RARE]))
     half = sums[0] / 2
     torch.testing.assert_close(vq.sums, torch.stack([half, half * noise, sums[2]]), rtol=1e-6, atol=0)
 

@@ -271,9 +271,9 @@ def ways_to_predict(loaded: Loaded) -> dict[str, Predictor]:
 def evaluate_loaded(
     loaded: Loaded,
     *,
+    device: torch.device,
     limit: int | None = None,
     csv_file: Path | None = None,
-    device: torch.device | None = None,
     baseline: bool = False,
     official: Path | None = None,
 ) -> dict[str, Any]:
@@ -285,7 +285,6 @@ def evaluate_loaded(
         baseline: also the task's trivial baseline, made from the training split.
         official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
     """
-    device = device or processes.device()
     run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
     if loaded.lm is not None:
         loaded.lm.to(device)
@@ -330,6 +329,7 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
         "task_options": to_dict(task.config),
+        "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
         "chosen": loaded.chosen,
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
@@ -369,12 +369,11 @@ def evaluate_run(
 
     `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give at least 1 image")
     device = processes.device()
-    loaded = load_checkpoint(run_dir, overrides, device)
+    limited = [] if limit is None else [f"eval.limit={limit}"]
+    loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    result = evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)
+    result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):

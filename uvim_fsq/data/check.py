@@ -18,15 +18,24 @@ def check_data(
 ) -> tuple[list[str], bool]:
     """Reads every sample of train and val under `root` as task `name` with `task.key=value` overrides.
 
+    A task from outside of the package first shows that its code is sound.
+
     Returns the lines to print and whether all is well. Raises UserError when nothing of this task is found.
     """
     from uvim_fsq.config_io import find_data_root, load_run
     from uvim_fsq.models import build_task, complete
+    from uvim_fsq.tasks.contract import contract_faults
+    from uvim_fsq.tasks.registry import BUILT_IN
 
     find_data_root(root)
     run = complete(load_run({"task": {"name": name}, "data": {"root": root}}, overrides))
     task = build_task(run)
     lines: list[str] = []
+    if name not in BUILT_IN:
+        faults = contract_faults(task, root)
+        if faults:
+            return faults, False
+        lines.append(f"task {name}: a sample goes through all of its methods")
     ok = True
     for split in ("train", "val"):
         try:
@@ -61,6 +70,7 @@ def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tu
     """All problems, and the first image's size."""
     problems: list[str] = []
     size = "unknown"
+    seen: dict[str, int] = {}
     for i in range(len(source)):
         if progress is not None and i % 20 == 0:
             progress(i, len(source))
@@ -69,6 +79,8 @@ def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tu
         except UserError as error:
             problems.append(str(error))
             continue
+        if seen.setdefault(sample.id, i) != i:
+            problems.append(f"samples {seen[sample.id] + 1} and {i + 1} are both {sample.id}; remove one")
         if size == "unknown":
             size = f"{sample.image.shape[0]} x {sample.image.shape[1]}"
         found = task.inspect(sample)

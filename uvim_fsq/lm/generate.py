@@ -236,14 +236,14 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p
     The CDF runs in the vocabulary's order, not in that of the probabilities: rounding could swap two nearly equal ones.
     A token of probability 0, or one that a filter cut, is never chosen.
     """
-    probabilities = logits.double().softmax(-1)
+    probabilities = logits.double().softmax(1)
     if top_k is not None:
-        smallest = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
+        smallest = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1).values[:, -1:]
         probabilities = probabilities * (probabilities >= smallest)
     if top_p is not None:
-        ordered = probabilities.sort(dim=-1, descending=True).values
+        ordered = probabilities.sort(dim=1, descending=True).values
         # A token stays if those before it hold less than top_p; the likeliest always stays.
-        smallest = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 1.0).amin(-1, keepdim=True)
+        smallest = ordered.masked_fill(ordered.cumsum(1) - ordered >= top_p, 1.0).amin(1, keepdim=True)
         probabilities = probabilities * (probabilities >= smallest)
-    cumulative = probabilities.cumsum(-1)
-    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
+    cumulative = probabilities.cumsum(1)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(1, keepdim=True)

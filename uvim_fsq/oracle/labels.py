@@ -114,8 +114,10 @@ class LabelEmbed(nn.Module):
                 self.channels[name] = RealEmbed(channel.channels, patch * patch, dim)
 
     def forward(self, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        embedded = [embed(patchify(labels[name], self.patch)) for name, embed in self.channels.items()]
-        return torch.stack(embedded).sum(0) if len(embedded) > 1 else embedded[0]
+        first, *others = (embed(patchify(labels[name], self.patch)) for name, embed in self.channels.items())
+        for other in others:
+            first = first + other
+        return first
 
 
 class LabelHead(nn.Module):

@@ -163,5 +163,6 @@ class Oracle(nn.Module):
         value, logs = head_and_loss(self.label_head, hidden, patches, loss)
         if isinstance(self.quantizer, VQ) and self.config.quantizer.commitment:
             distance = (self.quantizer.standardize(bottleneck) - quantized.detach()).square().mean((1, 2))
-            value, logs = value + self.config.quantizer.commitment * distance, {**logs, "commitment": distance.detach()}
+            logs = {**logs, "reconstruction": value.detach(), "commitment": distance.detach()}
+            value = value + self.config.quantizer.commitment * distance
         return OracleOutput(value, logs, tokens, bottleneck.detach())

@@ -45,8 +45,8 @@ class VQ(nn.Module):
     def codewords(self) -> torch.Tensor:
         """(K, d) float32 of length 1."""
         # The counts drop out: sum / count has the direction of the sum.
-        largest = self.sums.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return F.normalize(self.sums / largest, dim=-1)
+        largest = self.sums.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return F.normalize(self.sums / largest, dim=1)
 
     @staticmethod
     def standardize(z: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class VQ(nn.Module):
         self._seen = None
         fade = torch.where(self.counts > FADED, self.momentum, 1.0)
         self.counts.mul_(fade).add_(counts)
-        self.sums.mul_(fade.unsqueeze(-1)).add_(sums)
+        self.sums.mul_(fade.unsqueeze(1)).add_(sums)
         if self.split and bool(self.counts.min() < RARE):
             self._split(torch.Generator().manual_seed(seed))
 

@@ -28,6 +28,9 @@ from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.trainer import Trainer
 
+#: After so many steps it is certain whether any label counts.
+EARLY = 10
+
 
 def fit(stage: Stage, run: Run) -> Path:
     """Trains a stage to the end of its schedule and returns the run directory.
@@ -96,10 +99,15 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     train = trainer.train
     agreement = processes.Agreement()
     window: list[dict[str, torch.Tensor]] = []
+    early: list[torch.Tensor] = []
     with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
         while trainer.step < trainer.total:
             window.append(trainer.optimizer_step(batches, progress.waited))
             progress.stepped(trainer.step)
+            if trainer.step <= EARLY:
+                early.append(window[-1].get("reconstruction", window[-1]["loss"]))
+                if trainer.step in (EARLY, trainer.total):
+                    _refuse_empty(trainer, torch.stack(early))
             stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
             if news:
                 trainer.loader.merge_bad(processes.gather(trainer.loader.bad))
@@ -145,6 +153,15 @@ def _reduced(trainer: Trainer, values: torch.Tensor) -> torch.Tensor:
     result = trainer.accelerator.reduce(values, "mean")
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def _refuse_empty(trainer: Trainer, losses: torch.Tensor) -> None:
+    """Of the first steps: no loss begins at 0, unless there is nothing to learn from."""
+    if not bool(_reduced(trainer, losses).any()):
+        raise UserError(
+            f"the loss of the first {len(losses)} steps is exactly 0: no pixel has a label that counts. Look at the "
+            "data with `uvim-fsq data check`, and at the task's settings (a wrong scale makes every pixel invalid)"
+        )
 
 
 def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, torch.Tensor]]) -> None:

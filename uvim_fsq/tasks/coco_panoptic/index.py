@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.data.names import inner_name
 from uvim_fsq.errors import UserError
 
 #: Files below this size are parsed each time.
@@ -69,7 +71,8 @@ def _read(file: Path, mtime: int, size: int) -> Index:
     if size < CACHE_FROM:
         arrays = _parse(file)
     else:
-        key = {"file": str(file.resolve()), "mtime": mtime, "size": size}
+        # The version tells files apart that were written before names were checked.
+        key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 2}
         arrays = cached_arrays("panoptic_index", key, lambda: _parse(file))
     return Index(file=file, **{**arrays, "without_annotation": int(arrays["without_annotation"])})
 
@@ -77,7 +80,7 @@ def _read(file: Path, mtime: int, size: int) -> Index:
 def _parse(file: Path) -> dict[str, np.ndarray]:
     try:
         tree = json.loads(file.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no valid JSON ({error}); it is truncated or broken, replace it") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
@@ -105,6 +108,9 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
         if len(table) != len(tree[rows]):
             raise UserError(f"{file}: {len(tree[rows]) - len(table)} entries of `{rows}` repeat an {name}; remove them")
+        for twice, times in Counter(entry["file_name"] for entry in table.values()).most_common(1):
+            if times > 1:
+                raise UserError(f"{file}: {times} entries of `{rows}` are of the file {twice}; remove all but one")
     strangers = annotations.keys() - images.keys()
     if strangers:
         raise UserError(
@@ -126,18 +132,26 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     entries = [images[image_id] for image_id in order]
     return {
         "image_ids": np.array(order, np.int64 if isinstance(order[0], int) else np.str_),
-        "images": np.array([entry["file_name"] for entry in entries], np.str_),
-        "pngs": np.array([annotations[image_id]["file_name"] for image_id in order], np.str_),
+        "images": np.array([inner_name(entry["file_name"], file) for entry in entries], np.str_),
+        "pngs": np.array([inner_name(annotations[image_id]["file_name"], file) for image_id in order], np.str_),
         "first": np.array(first, np.int64),
         "ids": np.array([info["id"] for info in segments], np.int64),
         "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),
         "areas": np.array([-1 if info.get("area") is None else info["area"] for info in segments], np.int64),
-        "crowd": np.array([bool(info.get("iscrowd", 0)) for info in segments], np.bool_),
+        "crowd": np.array([_flag(file, info, "iscrowd") for info in segments], np.bool_),
         "category_ids": np.array([category["id"] for category in categories], np.int64),
         "category_names": np.array(_unique_names(categories), np.str_),
-        "is_thing": np.array([bool(category["isthing"]) for category in categories], np.bool_),
+        "is_thing": np.array([_flag(file, category, "isthing") for category in categories], np.bool_),
         "without_annotation": np.array(len(images) - len(order)),
     }
+
+
+def _flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
+    """0 or 1, also as a truth value; a segment need not say whether it is a crowd."""
+    value = entry.get(key, 0) if key == "iscrowd" else entry[key]
+    if value not in (0, 1):
+        raise UserError(f"{file}: `{key}` is {value!r}, expected 0 or 1 (entry of id {entry['id']})")
+    return bool(value)
 
 
 def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -160,6 +174,7 @@ def _segment_problems(
         twice = next(i for i in ids if ids.count(i) > 1)
         yield f"segment id {twice} stands twice in the annotation of {name}; give each its own id"
     elif ids and not 0 < min(ids) <= max(ids) < 1 << 24:
-        yield f"{name} has a segment id outside 1..16777215, which its PNG cannot hold"
+        wrong = min(ids) if min(ids) < 1 else max(ids)
+        yield f"{name} has segment id {wrong}, outside of 1..16777215, which its PNG cannot hold; renumber the segments"
     elif strangers:
         yield f"{name} has a segment of category {strangers[0]}, which `categories` does not list"

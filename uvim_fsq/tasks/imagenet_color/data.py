@@ -19,6 +19,7 @@ import numpy as np
 from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data import splits
 from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.data.folders import has_split_folders, split_folder
 from uvim_fsq.data.images import IMAGE_SUFFIXES, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -218,15 +219,13 @@ def _no_photos(folder: Path) -> UserError:
 def _find(top: Path, split: str) -> tuple[str, Path, str]:
     """Layout, folder of the data set and the folder inside it ("train", "val" or "") where the split's photos lie.
 
-    Raises UserError when the other one is there alone.
+    Raises UserError when the other one is there alone, or one is misnamed.
     """
     part = "val" if split == "val" or split in COLTRAN else "train"
     for place in PLACES:
         base = top / place
-        there = [name for name in ("train", "val") if (base / name).is_dir()]
-        if there and part not in there:
-            raise UserError(f"{base} holds only {there[0]}/; split {split} needs {part}/ beside it")
-        if there:
+        if has_split_folders(base):
+            split_folder(base, part)
             return "kaggle" if base.name == "CLS-LOC" else "train-val", base, part
     return "folder", top, ""
 

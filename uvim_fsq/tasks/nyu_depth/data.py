@@ -15,7 +15,9 @@ import h5py
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.folders import and_list, has_split_folders, split_folder
 from uvim_fsq.data.images import IMAGE_SUFFIXES
+from uvim_fsq.data.names import inner_name
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -60,8 +62,8 @@ class LabelledMat:
         splits_file = file.with_name("splits.mat")
         train, val = read_splits(splits_file)
         with _open_h5(file) as handle:
-            count = len(h5_dataset(handle, "images", file))
-            h5_dataset(handle, self.key, file)
+            count = len(h5_dataset(handle, "images", file, 4))
+            h5_dataset(handle, self.key, file, 3)
         rows = _take_split(split, train, val, set(range(0, len(train), HOLDOUT_STRIDE)))
         if rows and max(rows) >= count:
             raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
@@ -100,7 +102,7 @@ def _open_h5(path: Path) -> h5py.File:
 
 
 def _fastdepth(root: Path, split: str) -> PairSource:
-    folder = root / ("val" if split == "val" else "train")
+    folder = split_folder(root, "val" if split == "val" else "train")
     files = sorted(folder.rglob("*.h5"))
     if not files:
         raise UserError(
@@ -144,7 +146,7 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
         if len(parts) < 2 or "None" in parts[:2]:
             skipped += bool(parts)
             continue
-        rgb, depth = (part.lstrip("/") for part in parts[:2])
+        rgb, depth = (inner_name(part.lstrip("/"), file) for part in parts[:2])
         place = folder if (folder / rgb).exists() or not (root / rgb).exists() else root
         pairs.append((rgb, place / rgb, place / depth))
     return pairs, skipped
@@ -152,26 +154,35 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
 
 def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
     """Own data: ROOT[/train|/val]/<image_dir>/NAME.jpg and <depth_dir>/NAME.(png|npy|h5)."""
-    base = root / ("val" if split == "val" else "train")
-    own_split = base.is_dir()
-    base = base if own_split else root
+    own_split = has_split_folders(root)
+    base = split_folder(root, "val" if split == "val" else "train") if own_split else root
     images, depths = base / config.image_dir, base / config.depth_dir
-    by_stem = {str(p.relative_to(depths).with_suffix("")): p for p in depths.rglob("*") if p.is_file()}
-    pairs, missing = [], []
-    for image in sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        stem = str(image.relative_to(images).with_suffix(""))
-        if stem in by_stem:
-            pairs.append((stem, image, by_stem[stem]))
-        else:
-            missing.append(stem)
+    for folder, key in ((images, "image_dir"), (depths, "depth_dir")):
+        if not folder.is_dir():
+            there = and_list(sorted(f"{path.name}/" for path in base.iterdir() if path.is_dir()))
+            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; name it with task.{key}=")
+    photos = _by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
+    maps = _by_stem(depths, lambda path: path.is_file())
+    missing = sorted(photos.keys() - maps.keys())
     if missing:
         raise UserError(f"{depths}: {len(missing)} images have no depth map, the first is {missing[0]}")
-    if not pairs:
+    if not photos:
         raise UserError(f"{images} holds no images")
+    pairs = [(stem, image, maps[stem]) for stem, image in photos.items()]
     # Without train/ and val/ folders every tenth image is the evaluation split.
     train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
     pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
     return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
+
+
+def _by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
+    """The files below `folder` by their path without extension, sorted. Raises UserError where two have the same."""
+    found: dict[str, Path] = {}
+    for path in sorted(filter(wanted, folder.rglob("*"))):
+        other = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
+        if other != path:
+            raise UserError(f"{other} and {path.name} have the same name; which one is meant? Remove the other")
+    return found
 
 
 def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]:
@@ -179,31 +190,42 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
 
     Raises UserError that says what was looked for.
     """
-    image_dir, depth_dir = (config.image_dir, config.depth_dir) if config else ("images", "depth")
-    places = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else [root]
+    config = config or NYUDepthConfig()
+    places = [root]
+    # train/ and val/ are no data sets of their own.
+    if root.is_dir() and not has_split_folders(root):
+        places += sorted(path for path in root.iterdir() if path.is_dir())
     for place in places:
-        mats = [place] if place.is_file() else sorted(place.glob("*.mat"))
-        for mat in mats:
-            if h5py.is_hdf5(mat):
-                with _open_h5(mat) as handle:
-                    if "images" in handle and "depths" in handle:
-                        return "A", mat
-            elif mat.name == "nyu_depth_v2_labeled.mat":
-                raise UserError(f"{mat} is truncated or no HDF5 file; fetch it again (2.8 GB)")
-        if (
-            any(next((place / part).rglob("*.h5"), None) for part in ("train", "val"))
-            and not (place / "train" / image_dir).is_dir()
-        ):
+        mat = _labelled_mat(place)
+        if mat is not None:
+            return "A", mat
+        bases = [place, place / "train", place / "val"]
+        own = any((base / config.image_dir).is_dir() for base in bases)
+        if not own and any(next(base.rglob("*.h5"), None) for base in bases[1:]):
             return "B", place
         if (place / "sync").is_dir() or (place / "official_splits").is_dir():
             return "C", place
-        for base in (place, place / "train"):
-            if (base / image_dir).is_dir() and (base / depth_dir).is_dir():
-                return "folder", place
+        # Of the folder that the user named, what is missing can be said.
+        if own and (place == root or any((base / config.depth_dir).is_dir() for base in bases)):
+            return "folder", place
+    if has_split_folders(root):
+        split_folder(root, "train")
     raise UserError(
         f"{root}: no depth data found. Looked for nyu_depth_v2_labeled.mat, train/**/*.h5 (FastDepth), sync/ and "
-        f"official_splits/ (BTS), {image_dir}/ with {depth_dir}/ (own data); see datasets/README.md"
+        f"official_splits/ (BTS), {config.image_dir}/ with {config.depth_dir}/ (own data; task.image_dir=, "
+        "task.depth_dir=); see datasets/README.md"
     )
+
+
+def _labelled_mat(place: Path) -> Path | None:
+    for mat in [place] if place.is_file() else sorted(place.glob("*.mat")):
+        if h5py.is_hdf5(mat):
+            with _open_h5(mat) as handle:
+                if "images" in handle and "depths" in handle:
+                    return mat
+        elif mat.name == "nyu_depth_v2_labeled.mat":
+            raise UserError(f"{mat} is truncated or no HDF5 file; fetch it again (2.8 GB)")
+    return None
 
 
 def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -36,6 +40,8 @@ class NYUDepth(Task):
     def __init__(self, config: NYUDepthConfig) -> None:
         if config.num_bins < 2 or not 0 <= config.min_depth < config.max_depth:
             raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
+        if config.depth_scale is not None and not 0 < config.depth_scale < math.inf:
+            raise UserError(f"task.depth_scale={config.depth_scale}: the stored units per metre are a number above 0")
         super().__init__(config)
         self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
@@ -107,16 +113,19 @@ class NYUDepth(Task):
             pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
         return pictures
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
+
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
         """stem.png: 16-bit millimetres, the scale in its text chunks; stem.npy: float32 metres; stem_color.png."""
         depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
-        paths = {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
+        paths = self.prediction_files(stem)
         info = PngInfo()
         info.add_text("unit", "millimetre")
         info.add_text("depth_scale", "1000")
-        Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)).save(paths["png"], pnginfo=info)
-        np.save(paths["npy"], depth)
-        Image.fromarray(self.render(image, depth)["prediction"]).save(paths["color"])
+        write_png(paths["png"], (depth * 1000).round().clip(0, 65535).astype(np.uint16), info)
+        write_whole(Path(paths["npy"]), lambda file: _save_array(file, depth), durable=False)
+        write_png(paths["color"], self.render(image, depth)["prediction"])
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
@@ -138,9 +147,18 @@ class NYUDepth(Task):
         return prepare(root, self.config, progress)
 
 
+def _save_array(file: Path, array: np.ndarray) -> None:
+    # To an open file: np.save would add a suffix to the name.
+    with file.open("wb") as opened:
+        np.save(opened, array)
+
+
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
     """(H, W) reals in [0, high] -> (H, W, 3) uint8."""
     import matplotlib
 
+    table = (matplotlib.colormaps[name](np.arange(256))[:, None, :3] * 255).astype(np.uint8)
     share = np.clip(np.nan_to_num(values) / max(high, 1e-6), 0, 1)
-    return (matplotlib.colormaps[name](share)[..., :3] * 255).astype(np.uint8)
+    share *= 256
+    # matplotlib would make 56 bytes of each pixel on the way.
+    return cv2.applyColorMap(np.minimum(share, 255, out=share).astype(np.uint8), table)

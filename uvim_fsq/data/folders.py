@@ -1,0 +1,45 @@
+"""train/ and val/ under a data set's root: found by exactly these names; others that are meant are named, not used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from uvim_fsq.errors import UserError
+
+#: What people call the two folders, in small letters.
+MEANT = {
+    "train": ("train", "training", "trainset", "train_set", "training_set"),
+    "val": ("val", "valid", "validation", "validate", "valset", "val_set", "validation_set"),
+}
+#: Other words for val, which mean it only beside a training folder.
+PERHAPS_VAL = ("test", "testing", "dev", "eval", "holdout")
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def has_split_folders(root: Path) -> bool:
+    """Whether `root` holds train/ or val/, or a folder that must be meant as one of them."""
+    return any(name.lower() in names for name in _folders(root) for names in MEANT.values())
+
+
+def split_folder(root: Path, part: str) -> Path:
+    """`root`/train or `root`/val (`part`). Raises UserError that names what is there instead."""
+    folder = root / part
+    if folder.is_dir():
+        return folder
+    names = MEANT[part] + (PERHAPS_VAL if part == "val" else ())
+    there = _folders(root)
+    close = [name for name in there if name.lower() in names]
+    found = and_list([f"{name}/" for name in there]) or "no folder"
+    remedy = f"rename {close[0]}/ to {part}/" if close else f"add {part}/, or set data.root to a folder that has both"
+    raise UserError(f"{root}: found {found}, but no {part}/: {remedy}")
+
+
+def and_list(words: Sequence[str], most: int = 6) -> str:
+    """ "a, b and c"; of many the first ones and their number."""
+    if len(words) > most:
+        return f"{', '.join(words[:most])} and {len(words) - most} more"
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + list(words[-1:]))
