@@ -167,6 +167,20 @@ def test_checkpoints_of_earlier_versions_load(tmp_path: Path, oracle_dir: Path) 
         ckpt.load_trainer_state(checkpoint)
 
 
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("harm is done",)
+
+
+def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={}, state={"x": Harmful()})
+    with pytest.raises(UserError, match="state.pt is broken"):
+        ckpt.load_trainer_state(path)
+    assert "harm" not in capsys.readouterr().out
+
+
 def test_of_many_differences_three_are_named(tmp_path: Path) -> None:
     path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={"0.weight": torch.zeros(1, 1)}, state={})
     three = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
