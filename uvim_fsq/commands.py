@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import check_file, check_folder, write_json
+from uvim_fsq.files import check_file, check_folder, inside, refuse_links, write_json
 from uvim_fsq.progress import Bar, is_first, say
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def command_evaluate(args: argparse.Namespace) -> None:
     official = Path(args.run) / "official" if args.official else None
     file = args.json or Path(args.run) / "evaluation.json"
     _check_run(args.run, args.overrides)
+    if official:
+        inside(Path(args.run), official / "oracle")
+        refuse_links(official)
     _check_places([file, args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes
@@ -125,6 +128,8 @@ def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
     out = args.out or Path(args.run) / "analysis"
     _check_run(args.run, args.overrides)
+    if args.out is None:
+        inside(Path(args.run), out / "analysis.json")
     _check_places(folders=[out])
 
     from uvim_fsq import processes
