@@ -27,7 +27,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error that a library raised while writing means that no space is left, or none of the quota."""
+    """Whether an error that a library raised while writing, or a UserError made of it, means that no space is left, or
+    none of the quota."""
+    if isinstance(error, UserError):
+        return error.__cause__ is not None and disk_is_full(error.__cause__)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     # safetensors' own error, which derives from none of these, known by its name so that nothing is imported here.
