@@ -159,6 +159,20 @@ class Task(ABC):
         """The part of a sample that evaluation is about (e.g. NYU's crop); the whole sample unless overridden."""
         return sample
 
+    def adjust(self, maps: dict[str, Array], scale: tuple[float, float], *, mirrored: bool) -> dict[str, Array]:
+        """Corrects values that mean a direction or a distance in the picture after their pixels were moved; unless
+        overridden the maps as they are.
+
+        Called for every sample at the label size, before `encode`. Crop, resize and flip move whole pixels: a normal
+        still points to the old left after a flip, and a flow of 10 pixels is still 10 in a picture of half the size.
+
+        Args:
+            maps: (S, S) or (S, S, C) arrays; return new ones, do not write into these.
+            scale: new pixels per old pixel, downwards and across.
+            mirrored: whether left and right were exchanged; always False in evaluation, which neither crops nor flips.
+        """
+        return maps
+
     @abstractmethod
     def encode(self, sample: Sample) -> dict[str, Array]:
         """Labels of a sample at the label size, in the form in which they travel to the device.
