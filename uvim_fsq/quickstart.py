@@ -82,9 +82,8 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     timer = Timer(_read_seconds(out))
     data = out / "data"
     if not data.exists():
-        console.print(
-            f"[bold]1/4[/] {scale.num_train} training and {scale.num_val} test scenes -> {data}", soft_wrap=True
-        )
+        scenes = f"{scale.num_train} training and {scale.num_val} test scenes"
+        console.print(f"[bold]1/4[/] {scenes} -> {data}", soft_wrap=True)
         timer("data", lambda: _make_data(scale, data, kind))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
