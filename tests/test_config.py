@@ -130,7 +130,7 @@ def test_an_lm_inherits_only_what_was_not_given() -> None:
         assert load_run(to_dict(run)) == run and resolve_lm(run, oracle) == run
     for override, message in (
         ("data.image_size=512", "was trained at 16"),
-        ("task.num_bins=8", "change the label channels"),
+        ("task.num_bins=8", "task.num_bins=8 but the oracle o was trained with 16"),
         ("task.decodin=x", "did you mean task.decoding"),
     ):
         with pytest.raises(UserError, match=message):

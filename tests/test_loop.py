@@ -172,7 +172,7 @@ def test_what_goes_wrong(tmp_path: Path, data: Path, oracle_dir: Path, lm_dir: P
         lm_run(tmp_path / "d", tmp_path)
     with pytest.raises(UserError, match="was trained at 16"):
         lm_run(tmp_path / "d", oracle_dir, "data.image_size=32")
-    with pytest.raises(UserError, match="label channels"):
+    with pytest.raises(UserError, match="task.num_bins=8 but the oracle"):
         lm_run(tmp_path / "d", oracle_dir, "task.num_bins=8")
     assert lm_run(tmp_path / "d", oracle_dir, "task.decoding=expectation").task.options.decoding == "expectation"
 

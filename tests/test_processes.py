@@ -75,7 +75,7 @@ def train_all(folder: str, data: str, oracle: str, bad: str) -> None:
     torch.set_num_threads(1)
     for run in configurations(Path(folder), Path(data), Path(oracle)).values():
         train(run)
-    fit_run(oracle_run(Path(folder) / "bad", Path(bad), "train.steps=9", "data.max_bad_samples=2"))
+    fit_run(oracle_run(Path(folder) / "bad", Path(bad), "train.steps=4", "data.max_bad_samples=4"))
     main(["evaluate", f"{folder}/lm", "--limit=2", f"--json={folder}/few.json", f"--csv={folder}/few.csv"])
     assert not torch.distributed.is_initialized(), "the command has not parted from the others"
 
@@ -87,8 +87,10 @@ def fit_run(run: Run) -> Path:
 @pytest.mark.multi
 @pytest.mark.slow
 def test_three_ranks_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    others = (str(data), str(oracle_dir), str(damaged(data, tmp_path / "data", "train", 2)))
-    run_ranks(RANKS, "tests.test_processes:train_all", str(tmp_path / "three"), *others)
+    others = (str(data), str(oracle_dir), str(damaged(data, tmp_path / "data", "train", 4)))
+    said = run_ranks(RANKS, "tests.test_processes:train_all", str(tmp_path / "three"), *others)
+    assert said.count("written: ") == 1, "one process prints and writes"
+    assert said.count(f"batch 8 = {8 / RANKS:g} x 1 x {RANKS} ") == 2
     train_all(str(tmp_path / "one"), *others)
     for name in configurations(tmp_path, data, oracle_dir):
         one, three = tmp_path / "one" / name, tmp_path / "three" / name
@@ -105,10 +107,10 @@ def test_three_ranks_equal_one(tmp_path: Path, data: Path, oracle_dir: Path) -> 
     rows = (tmp_path / "three" / "few.csv").read_text().splitlines()
     assert sorted(rows) == sorted((tmp_path / "one" / "few.csv").read_text().splitlines()) and len(rows) == 1 + 3 * 2
     for count in ("one", "three"):
-        # Three epochs meet both bad files again and again, each time in another rank.
-        assert lines(tmp_path / count / "bad")[-1]["bad_samples"] == 2
-        state = ckpt.load_trainer_state(ckpt.checkpoints(tmp_path / count / "bad")[-1])
-        assert len(state["bad_samples"]) == 2 and all(".h5" in text for text in state["bad_samples"].values())
+        # Three steps meet every file, each in one of the ranks, and in the fourth all know.
+        assert lines(tmp_path / count / "bad")[-1]["bad_samples"] == 4
+        state, _ = ckpt.load_trainer_state(ckpt.checkpoints(tmp_path / count / "bad")[-1])
+        assert len(state["bad_samples"]) == 4 and all(".h5" in text for text in state["bad_samples"].values())
 
 
 def assert_same_result(ours: Path, theirs: Path) -> None:
@@ -142,14 +144,14 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
     config = tmp_path / "oracle.yaml"
     config.write_text(yaml.safe_dump(ORACLE))
     bad = [damaged(data, tmp_path / split, split, 1) for split in ("train", "val")]
-    train = ("train-oracle", str(config), f"train.out={tmp_path / 'run'}")
+    train = ("train-oracle", str(config))
+    bad_file = (*train, f"train.out={tmp_path / 'bad'}", f"data.root={bad[0]}", "data.max_bad_samples=0")
+    no_memory = (*train, f"train.out={tmp_path / 'memory'}", f"data.root={data}")
     # As on a machine without a GPU where nobody has said so: Accelerate would not see that there are two.
     silent = {"ACCELERATE_USE_CPU": "false"}
     started = {
-        "cannot be read": start_ranks(2, "cli", *train, f"data.root={bad[0]}", "data.max_bad_samples=0"),
-        "^torch.OutOfMemoryError: CUDA out of memory": start_ranks(
-            2, "tests.test_processes:out_of_memory", *train, f"data.root={data}"
-        ),
+        "cannot be read": start_ranks(2, "cli", *bad_file),
+        "^torch.OutOfMemoryError: CUDA": start_ranks(2, "tests.test_processes:out_of_memory", *no_memory),
         "cannot be read.*": start_ranks(2, "cli", "evaluate", str(oracle_dir), f"data.root={bad[1]}", env=silent),
     }
     for message, process in started.items():
@@ -157,7 +159,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
         ours = said[: said.find("torch/distributed/elastic")]
         assert process.returncode == 1 and len(re.findall(message, said, re.M)) == 1, said
         # Whoever was waiting is ended by the launcher, or says one line.
-        assert ours.count("Traceback") == ("memory" in message) and ours.count("stopped: another process") <= 1, said
+        assert ours.count("Traceback") == ("Memory" in message) and ours.count("stopped: another process") <= 1, said
         assert "gloo" not in ours and "Connection" not in ours, said
 
 
@@ -300,7 +302,8 @@ def test_a_signal_to_an_evaluation_and_its_loaders(tmp_path: Path, oracle_dir: P
     wait_for((tmp_path / "started").exists)
     os.killpg(process.pid, number)
     said = finish(process)
-    assert process.returncode == 128 + number and len(said.strip().splitlines()) == 1, said
+    # The first line says that it has begun.
+    assert process.returncode == 128 + number and len(said.strip().splitlines()) == 2, said
 
 
 def test_a_signal_during_evaluation_acts_at_once(
@@ -316,6 +319,9 @@ def test_a_signal_during_evaluation_acts_at_once(
     assert "stopped by signal 15 during the evaluation of step 2; saved" in capsys.readouterr().out
     assert [p.name for p in ckpt.checkpoints(tmp_path / "run")] == [ckpt.step_name(2)]
     fit_run(replace(run, train=replace(run.train, resume="auto")))
+    figures = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    evaluated = [line["step"] for line in map(json.loads, figures) if "eval/rmse" in line]
+    assert evaluated == [2, 4], "what the signal prevented is done again"
     whole = fit_run(replace(run, train=replace(run.train, out=str(tmp_path / "whole"))))
     assert lines(tmp_path / "run") == lines(whole)
 

@@ -28,6 +28,7 @@ from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import loop
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.optim import learning_rate
+from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import OracleStage, build_stage
 from uvim_fsq.training.trainer import Trainer
@@ -218,11 +219,12 @@ def test_which_steps_are_logged_saved_and_evaluated(tmp_path: Path, data: Path) 
     out = run_fit(oracle_run(tmp_path / "sparse", data, *keys, *sparse))
     assert [p.name for p in ckpt.checkpoints(out)] == [ckpt.step_name(n) for n in (2, 3, 4, 6, 8, 9)]
     evaluated = lines(out, "eval/rmse")
-    # The last one is over the whole split.
-    assert [(line["step"], line["eval/images"]) for line in evaluated] == [(3, 2), (6, 2), (9, 6)]
+    assert [(line["step"], line["eval/images"]) for line in evaluated] == [(3, 2), (6, 2), (9, 2)]
     logged = lines(out)
     assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9], "each checkpoint is logged, too"
     assert [line["step"] for line in every] == list(range(1, 10))
+    optim = oracle_run(tmp_path / "every", data, *keys).optim
+    assert [line["lr"] for line in every] == [learning_rate(step, 9, optim) for step in range(9)]
     last = 0
     for line in logged:
         window = every[last : int(line["step"])]
@@ -246,11 +248,16 @@ def test_what_a_run_starts_with(
     tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "matrix_rate", lambda device, precision: {"fp32": 1e12}[precision])
+    wide = ["model.width=64", "train.precision=bf16"]
     (tmp_path / "run" / "checkpoints" / ".tmp_step_00000001").mkdir(parents=True)
-    run = lm_run(tmp_path / "run", oracle_dir, "train.steps=1", "train.accumulate=2", "optim.warmup_steps=0")
+    run = lm_run(tmp_path / "run", oracle_dir, "train.steps=1", "train.accumulate=2", "optim.warmup_steps=0", *wide)
     stage = build_stage(run)
     parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
+    closed: list[bool] = []
+    close = Progress.close
+    monkeypatch.setattr(Progress, "close", lambda self: closed.append(True) or close(self))
     fit(stage, run)
+    assert closed
     said = capsys.readouterr().out.splitlines()[0]
     assert re.match(rf"training on .*: {parameters:.2f} M parameters, 24 samples, batch 8 = 4 x 2 x 1 ", said)
     assert said.endswith(f"step 0 of 1, into {tmp_path / 'run'}")
@@ -320,4 +327,5 @@ def test_a_signal_ends_after_the_step(
     assert [line["step"] for line in lines(tmp_path / "run")] == [3]
     monkeypatch.undo()
     again = run_fit(replace(run, train=replace(run.train, resume="auto")))
+    assert [line["step"] for line in lines(again)] == [3, 6]
     assert [p.name for p in ckpt.checkpoints(again)][-1] == ckpt.step_name(6)

@@ -106,6 +106,12 @@ def read_grid(file: Path) -> Grid:
     )
 
 
+def is_grid(file: Path) -> bool:
+    """Whether a file is a grid rather than a configuration. Raises UserError where it cannot be read."""
+    tree = read_tree(file)
+    return all(isinstance(tree.get(key), str) for key in STAGES)
+
+
 def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
     named, grid = tree.get("rows") or {"": {}}, tree.get("grid") or {}
     if not isinstance(named, dict) or not isinstance(grid, dict):

@@ -33,6 +33,7 @@ from uvim_fsq.evaluation import (
     to_device,
 )
 from uvim_fsq.files import check_folder
+from uvim_fsq.identity import describe
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
@@ -122,6 +123,7 @@ def write_pages(out: Path, loaded: Loaded, result: Mapping[str, Any], pictures: 
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
         "images": f"{result['images']}" + (f" (the first {result['limit']})" if result["limit"] else ""),
         "seed": str(result["seed"]),
+        **({"settings": describe(result["overrides"])} if result["overrides"] else {}),
         **{key: result[key][:16] for key in ("checkpoint_sha256", "oracle_sha256") if key in result},
     }
     lines = "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items())

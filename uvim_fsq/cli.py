@@ -90,7 +90,7 @@ def _add_use(commands: Any, asked: Callable[[str], bool]) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. task.protocol=eigen data.root=...")
     sub.add_argument("--limit", type=int, help="first N images only")
     sub.add_argument("--csv", type=Path, help="write each image's figures to this file")
-    sub.add_argument("--json", type=Path, help="result file (default: RUN/evaluation.json)")
+    sub.add_argument("--json", type=Path, help="default: RUN/evaluation.json; with other settings beside it")
     sub.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
     sub.add_argument("--report", type=Path, help="write an HTML page with figures, panels and curves to this file")
     sub.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
@@ -220,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with ended_by_sigterm():
             _main(argv)
+            if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+                sys.modules["uvim_fsq.processes"].part()
     except BaseException as error:
-        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+        if "uvim_fsq.processes" in sys.modules:
             sys.modules["uvim_fsq.processes"].end_at_once(error)
         raise
-    if "uvim_fsq.processes" in sys.modules:
-        sys.modules["uvim_fsq.processes"].part()
 
 
 def _several() -> bool:

@@ -20,22 +20,39 @@ if TYPE_CHECKING:
 
 
 def command_config(args: argparse.Namespace) -> None:
-    """Prints the resolved configuration."""
+    """Prints the resolved configuration, as far as it can be known before data, oracle and run directory are there."""
+    from dataclasses import replace
+
+    from uvim_fsq.ablation import is_grid
     from uvim_fsq.config import OracleRun
     from uvim_fsq.config_io import dump_yaml, load_run
     from uvim_fsq.config_rules import validate
-    from uvim_fsq.models import resolve
+    from uvim_fsq.models import complete
+    from uvim_fsq.run_dirs import inherit
 
+    if is_grid(Path(args.config)):
+        raise UserError(f"{args.config} is a grid; uvim-fsq ablate {args.config} --dry-run prints its cells")
     run = load_run(args.config, args.overrides)
-    try:
-        run = resolve(run)
-    except UserError as error:
-        # A configuration can be read before its data are there.
-        if not isinstance(run, OracleRun) or not str(error).startswith("data.root"):
-            raise
+    out, notes = run.train.out, list[str]()
+    run = replace(run, train=replace(run.train, out=out or "unnamed"))
+    if isinstance(run, OracleRun):
         validate(run)
-        print(f"note: {error}; what only the data can say is left out", file=sys.stderr)
-    print(dump_yaml(run), end="")
+        try:
+            run = complete(run)
+        except UserError as error:
+            if not str(error).startswith("data.root"):
+                raise
+            notes.append(f"{error}; what only the data can say is left out")
+    elif Path(run.oracle).exists():
+        run = inherit(run)
+    else:
+        validate(run)
+        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
+    if not out:
+        notes.append("train.out is empty; training needs a run directory there")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(dump_yaml(replace(run, train=replace(run.train, out=out))), end="")
 
 
 def command_train(args: argparse.Namespace) -> None:
@@ -81,19 +98,26 @@ def _check_places(files: Sequence[Path | None] = (), folders: Sequence[str | Pat
             check_folder(Path(folder))
 
 
-def _check_run(run: str | Path, overrides: Sequence[str]) -> None:
-    """Refuses what a user may mistype about a trained run before torch is imported."""
-    from uvim_fsq.run_dirs import read_config, resolve_checkpoint
+def _check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """Refuses what a user may mistype about a trained run before torch is imported.
 
-    read_config(resolve_checkpoint(run), overrides)
+    Returns the settings that differ from the trained ones (`identity.check_overrides`).
+    """
+    from uvim_fsq.run_dirs import read_overridden, resolve_checkpoint
+
+    return read_overridden(resolve_checkpoint(run), overrides)[1]
     say(f"{run}: loading ...")
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a run by its task's protocol."""
-    official = Path(args.run) / "official" if args.official else None
-    file = args.json or Path(args.run) / "evaluation.json"
-    _check_run(args.run, args.overrides)
+    from uvim_fsq.results import beside, result_file
+
+    limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
+    changed = _check_run(args.run, [*args.overrides, *limited])
+    # The result of a part, and its official files, must not take the place of the whole.
+    official = beside(Path(args.run) / "official", changed) if args.official else None
+    file = args.json or beside(result_file(Path(args.run)), changed)
     _check_places([file, args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes
@@ -144,6 +168,8 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from uvim_fsq.identity import describe
+
     figures: dict[str, dict[str, float]] = result["figures"]
     data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
     table = Table(title=f"{result['protocol']} ({data})")
@@ -154,6 +180,8 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(name, *(f"{way[name]:.4f}" if name in way else "" for way in figures.values()))
     Console().print(table)
     limit = f", first {result['limit']} images only" if result["limit"] else ""
+    if result["overrides"]:
+        print(describe(result["overrides"]))
     print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")
 
 

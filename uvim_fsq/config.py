@@ -43,6 +43,8 @@ class DataConfig:
     """Loader processes per training process; 0 loads in the main process."""
     cache: bool = False
     """Keep decoded samples in memory (small data sets; with workers > 0 each worker keeps its own)."""
+    max_pixels: int = 250_000_000
+    """Pixels of the largest picture or label map that is decoded; larger ones are refused by their headers."""
     max_bad_samples: int = 0
     """Unreadable training samples to skip and count before giving up; evaluation never skips."""
 
@@ -175,9 +177,11 @@ class TrainConfig:
     """Steps between checkpoints; null: only at the end and on interruption."""
     keep: int = 2
     """Latest checkpoints kept, beside the best where one is picked (data.watch_split)."""
-    resume: str = "no"
+    resume: Literal["no", "auto"] | str = "no"
     """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path; newer
     checkpoints of that run are then moved to its folder set_aside/."""
+    resume_changes: bool = False
+    """On resume, go on with settings that differ from the checkpoint's; without it they are listed and refused."""
     wandb: bool = False
     """Log to Weights & Biases too (needs the wandb package)."""
 

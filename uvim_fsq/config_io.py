@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from uvim_fsq.config import DataConfig, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.errors import UserError
 from uvim_fsq.plugins import name_plugins, refuse_strangers
-from uvim_fsq.tasks.registry import config_class, load_plugins, task_class, task_names
+from uvim_fsq.tasks.registry import config_class, load_plugins, task_names
 from uvim_fsq.yaml_files import Tree, read_tree
 
 #: Keys of `data` that an LM takes over from its oracle unless they are given.
@@ -197,6 +197,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, key, hint)
     if origin is Literal:
+        if value is False and "no" in args:
+            return "no"  # YAML's reading of an unquoted no
         if value in args and not isinstance(value, bool):
             return value
         raise UserError(f"{key}={short(value)}: must be one of {', '.join(map(str, args))}")
@@ -217,9 +219,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if hint is str and value is None:
         return ""  # `key=` on the command line
-    if hint is str and isinstance(value, (str, int, float)):
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_truth(value)}")
+
+
+def _truth(value: Any) -> str:
+    return " (YAML reads yes and on as true, no and off as false)" if isinstance(value, bool) else ""
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
@@ -232,7 +238,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> An
             return _convert(option, value, key)
         except UserError:
             continue
-    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_truth(value)}")
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
@@ -274,6 +280,11 @@ def to_dict(run: Any) -> Tree:
     return tree
 
 
+def changeable(task: TaskSection) -> tuple[str, ...]:
+    """The task's keys that define no labels, as its Config declares them."""
+    return getattr(task.options, "changeable", ())
+
+
 def _explicit(run: LMRun) -> set[str]:
     defaults = DataConfig()
     return {key for key in INHERITED if key in run.given or getattr(run.data, key) != getattr(defaults, key)}
@@ -309,10 +320,13 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             "point `oracle=` at an oracle of this task"
         )
     section = _build_task({**theirs, **own}, plugins)
-    if section.options != oracle.task.options:
-        cls = task_class(name)
-        if cls(section.options).label_channels != cls(oracle.task.options).label_channels:
-            raise UserError("task: these keys change the label channels, which the oracle's checkpoint has fixed")
+    for key in (field.name for field in _settings(section.options)):
+        value, fixed = getattr(section.options, key), getattr(oracle.task.options, key)
+        if value != fixed and key not in changeable(section):
+            raise UserError(
+                f"task.{key}={value} but the oracle {run.oracle} was trained with {fixed}; "
+                "leave it out to take over the oracle's"
+            )
     explicit = _explicit(run)
     data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
     if data.image_size != oracle.data.image_size:

@@ -31,9 +31,9 @@ def check_warmup(run: Run, total: int) -> None:
 
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
-    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size optim.lr
-    optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth model.num_heads
-    model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
+    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size data.max_pixels
+    optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
+    model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim"""
 _NOT_NEGATIVE = """

@@ -329,6 +329,7 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
         "task_options": to_dict(task.config),
+        "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
         "chosen": loaded.chosen,
         "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
@@ -368,12 +369,11 @@ def evaluate_run(
 
     `csv`, `baseline` and `official` are those of `evaluate_loaded`; `report` is an HTML page to write.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give at least 1 image")
     device = processes.device()
-    loaded = load_checkpoint(run_dir, overrides, device)
+    limited = [] if limit is None else [f"eval.limit={limit}"]
+    loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    result = evaluate_loaded(loaded, limit=limit, csv_file=csv, device=device, baseline=baseline, official=official)
+    result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):

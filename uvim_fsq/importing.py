@@ -40,6 +40,8 @@ def import_oracle(file: Path, task: str, out: Path, overrides: Sequence[str] = (
     already holds checkpoints.
     """
     _refuse_existing(out)
+    if task not in (*TASKS, *TASKS.values()):
+        raise UserError(f"--task {task}: UViM published {', '.join(TASKS)}; give one of these")
     tensors = read_npz(file)
     shape = oracle_shape(tensors, str(file))
     run = resolve(load_run(_oracle_tree(shape, TASKS.get(task, task), out), overrides))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from uvim_fsq.config import LMRun, OracleRun, Run
+from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import choose, find_oracle, inherit, read_config, read_oracle_config, resolve_checkpoint
+from uvim_fsq.run_dirs import choose, find_oracle, inherit, read_oracle_config, read_overridden, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
 from uvim_fsq.training.checkpoint import load_model_weights
@@ -21,6 +23,7 @@ from uvim_fsq.training.checkpoint import load_model_weights
 def build_task(run: Run) -> Task:
     """The task of a resolved configuration."""
     load_plugins(run.plugins)
+    limit_pixels(run.data.max_pixels)
     return task_class(run.task.name)(run.task.options)
 
 
@@ -70,6 +73,7 @@ def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Tas
 class Loaded:
     """A checkpoint ready for use. `lm` is None for an oracle's checkpoint.
 
+    `overrides`: key -> [trained value, present value] of the settings that were changed.
     `chosen` says how it was: the one `given`, the `last` of its run, or by what it is the best.
     """
 
@@ -79,6 +83,7 @@ class Loaded:
     lm: LM | None
     checkpoint: Path
     chosen: str = "given"
+    overrides: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> Loaded:
@@ -87,35 +92,28 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
 
     An LM's run carries its oracle in `oracle/`, so that it can be moved alone.
     """
-    checkpoint, chosen, run = _choose(path, overrides)
-    _refuse_other_labels(run, read_config(checkpoint), overrides)
+    checkpoint, chosen, run, changed = _choose(path, overrides)
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
         load_model_weights(oracle, checkpoint)
-        return Loaded(run, task, oracle.eval().to(device), None, checkpoint, chosen)
-    oracle, task = load_oracle(find_oracle(checkpoint, run), run)
+        return Loaded(run, task, oracle.eval().to(device), None, checkpoint, chosen, changed)
+    place = find_oracle(checkpoint, run)
+    if "oracle" in changed and place != Path(run.oracle):
+        raise UserError(f"oracle={run.oracle}: this run carries its own oracle, {place}; a trained LM cannot follow")
+    oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
-    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen)
+    return Loaded(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen, changed)
 
 
-def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run]:
+def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]]]:
     checkpoint, watch = choose(path)
-    run = read_config(checkpoint, overrides)
+    run, changed = read_overridden(checkpoint, overrides)
     if watch is None:
-        return checkpoint, "given" if checkpoint == Path(path) else "last", run
+        return checkpoint, "given" if checkpoint == Path(path) else "last", run, changed
     if watch.split == run.data.eval_split or watch.metric != build_task(run).choosing_metric:
         # What is reported must not have chosen.
         checkpoint = resolve_checkpoint(path, prefer="last")
-        return checkpoint, "last", read_config(checkpoint, overrides)
-    return checkpoint, watch.describe(), run
-
-
-def _refuse_other_labels(run: Run, trained: Run, overrides: Sequence[str]) -> None:
-    if overrides and run.task is not None and trained.task is not None:
-        asked, known = build_task(run).label_channels, build_task(trained).label_channels
-        if asked != known:
-            raise UserError(
-                f"{' '.join(overrides)} changes the labels from {known} to {asked}; a trained model cannot follow"
-            )
+        return checkpoint, "last", *read_overridden(checkpoint, overrides)
+    return checkpoint, watch.describe(), run, changed

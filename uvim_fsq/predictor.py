@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.data.images import list_images, read_image, to_rgb
+from uvim_fsq.data.images import limit_pixels, list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -64,6 +64,7 @@ class Predictor:
     @torch.inference_mode()
     def predict_batch(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> list[Any]:
         """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results."""
+        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
         rgb = [self._array(image) for image in images]
         size = self.run.data.image_size
         small = [self.task.model_image(Sample("", resize_linear(picture, (size, size)))) for picture in rgb]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -28,6 +29,7 @@ def read_npz(file: Path) -> dict[str, torch.Tensor]:
     """
     tensors: dict[str, torch.Tensor] = {}
     try:
+        check_npz(file)
         with np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:
                 array = arrays[name]

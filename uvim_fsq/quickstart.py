@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,10 @@ from uvim_fsq.config_io import load_run
 from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import evaluate_loaded
+from uvim_fsq.files import read_json, write_json
 from uvim_fsq.models import load_checkpoint, resolve
 from uvim_fsq.report import result_table, write_evaluation
+from uvim_fsq.results import finished, result_file
 from uvim_fsq.tasks.registry import task_class
 from uvim_fsq.training.run import train
 
@@ -71,8 +73,8 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     console = Console()
     scale = GPU if gpu_scale else SMALL
     summary_file = out / "summary.json"
-    if summary_file.is_file():
-        summary = json.loads(summary_file.read_text())
+    summary = _read_summary(summary_file)
+    if summary is not None:
         console.print(f"{out} holds a finished run; delete it to run again")
         _print_table(console, summary, out)
         return summary
@@ -85,7 +87,7 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     runs: dict[str, Path] = {}
     for number, name in ((2, "oracle"), (3, "lm")):
         runs[name] = out / name
-        if not (runs[name] / "evaluation.json").is_file():
+        if not finished(runs[name]):
             run = _run_config(scale, task, name, out)
             console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
             timer(name, lambda run=run: train(run))
@@ -93,7 +95,7 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     console.print("[bold]4/4[/] evaluate and draw")
     summary = timer("evaluate", lambda: _evaluate(out, runs))
     summary["seconds"] = {**timer.seconds, "total": round(sum(timer.seconds.values()), 1)}
-    summary_file.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(summary_file, summary)
     _print_table(console, summary, out)
     return summary
 
@@ -121,19 +123,38 @@ def _seconds_file(out: Path) -> Path:
 
 
 def _read_seconds(out: Path) -> dict[str, float]:
-    file = _seconds_file(out)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """The times of earlier stages; those of a damaged file are lost, which is no reason to stop."""
+    try:
+        seconds = read_json(_seconds_file(out), "the times of finished stages are lost")
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return {}
+    return {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
 
 
 def _write_seconds(out: Path, timer: Timer) -> None:
-    _seconds_file(out).write_text(json.dumps(timer.seconds) + "\n")
+    write_json(_seconds_file(out), timer.seconds, indent=None)
+
+
+def _read_summary(file: Path) -> dict[str, Any] | None:
+    """What a finished run wrote; None where there is nothing, or nothing whole, so that the last stage runs again."""
+    try:
+        summary = read_json(file, "evaluating again")
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    return summary if {"table", "data", "protocol", "seconds"} <= set(summary) else None
 
 
 def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     device = processes.device()
     loaded = load_checkpoint(runs["lm"], device=device)
     result = evaluate_loaded(loaded, device=device, baseline=True)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result_file(out), result)
     title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
     write_evaluation(out / "report.html", title, loaded, result, runs, device)
     figures, metric = result["figures"], loaded.task.main_metric

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run, resolve_lm
 from uvim_fsq.config_rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
+from uvim_fsq.identity import check_overrides
 from uvim_fsq.yaml_files import read_tree
 
 CONFIG = "config.yaml"
@@ -110,9 +111,9 @@ def choose(path: str | Path) -> tuple[Path, Watch | None]:
         return path, None
     found = checkpoints(path)
     if not found:
-        raise UserError(
-            f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); give a run directory of training"
-        )
+        inside = [str(folder) for folder in sorted(path.glob("*/")) if checkpoints(folder)]
+        remedy = f"did you mean {' or '.join(inside[:3])}?" if inside else "give a run directory of training"
+        raise UserError(f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); {remedy}")
     return best(path) or (found[-1], None)
 
 
@@ -179,10 +180,17 @@ def checked_hash(checkpoint: Path, name: str) -> str:
     return found
 
 
-def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
-    """The configuration a checkpoint directory carries, with `key=value` overrides.
+def read_config(checkpoint: Path) -> Run:
+    """The configuration a checkpoint directory carries. Raises UserError if it holds none or a damaged one."""
+    return read_overridden(checkpoint)[0]
 
-    Raises UserError if it holds none or a damaged one, and for overrides that are misspelt or impossible.
+
+def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, list[Any]]]:
+    """The configuration a checkpoint directory carries, with `key=value` overrides, and what these changed:
+    key -> [trained value, present value].
+
+    Raises UserError if it holds none or a damaged one, and for overrides that are misspelt or impossible, or that would
+    make another model of it.
     """
     file = checkpoint / CONFIG
     if not file.is_file():
@@ -193,15 +201,20 @@ def read_config(checkpoint: Path, overrides: Sequence[str] = ()) -> Run:
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
     run = load_run(tree, overrides, found_in=file)
-    if overrides:
-        # The plugins that the user names stand in for those of the run.
-        named = [override for override in overrides if override.startswith("plugins=")]
-        validate(run, load_run(tree, named, found_in=file))
-    return run
+    if not overrides:
+        return run, {}
+    # The plugins that the user names stand in for those of the run.
+    named = [override for override in overrides if override.startswith("plugins=")]
+    trained = load_run(tree, named, found_in=file)
+    changed = check_overrides(run, replace(trained, plugins=tuple(tree.get("plugins") or ())))
+    validate(run, trained)
+    return run, changed
 
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
+    if not Path(path).exists():
+        raise UserError(f"oracle={path}: no such run or checkpoint directory; train the oracle first, or name another")
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint)
     if not isinstance(run, OracleRun):
@@ -236,9 +249,9 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
                     f"{place} is not the oracle that {checkpoint} was trained on (another SHA-256); put that one back"
                 )
             return place
-    if wanted is None:
-        return Path(run.oracle)
     original = Path(run.oracle)
+    if wanted is None and original.exists():
+        return original
     for place in (original, *checkpoints(original)):
         if (place / WEIGHTS).is_file() and weights_hash(place) == wanted:
             return place

@@ -81,6 +81,8 @@ class MeanIoU(Metric):
 
 @dataclass(frozen=True)
 class Config:
+    changeable = ("label_suffix",)  # where files lie, not what the labels mean
+
     label_suffix: str = "annot"
     """The label maps of SPLIT lie in the folder SPLIT + this."""
 

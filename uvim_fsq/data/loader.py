@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from uvim_fsq.config import DataConfig
+from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
@@ -108,9 +109,11 @@ class _Samples(Dataset[Item | dict[int, str]]):
     """Loads, transforms and encodes one request. Errors come back as text by index: an exception would lose its one
     line. Where nothing could be read, they are all that comes back."""
 
-    def __init__(self, source: SampleSource, transform: JointTransform, *, cache: bool, keep_view: bool) -> None:
-        self.source, self.transform, self.keep_view = source, transform, keep_view
-        self.cache: dict[int, Sample] | None = {} if cache else None
+    def __init__(self, source: SampleSource, task: Task, data: DataConfig, *, train: bool) -> None:
+        """`train`: with augmentation, and kept in memory if so configured; else with the evaluation view."""
+        self.source, self.transform, self.keep_view = source, JointTransform(data, task, train=train), not train
+        self.cache: dict[int, Sample] | None = {} if data.cache and train else None
+        self.max_pixels = data.max_pixels
 
     def _sample(self, index: int) -> Sample:
         if self.cache is None:
@@ -121,12 +124,16 @@ class _Samples(Dataset[Item | dict[int, str]]):
 
     def __getitem__(self, request: Request) -> Item | dict[int, str]:
         bad: dict[int, str] = {}
+        limit_pixels(self.max_pixels)  # this may be a process of its own
         for index in (request.index, request.substitute):
             try:
                 sample = self._sample(index)
                 image, labels, view = self.transform(sample, request.seed)
             except UserError as problem:
                 bad[index] = str(problem)
+                continue
+            except MemoryError:
+                bad[index] = f"sample {index} (from 0) is too large for this machine's memory; make its files smaller"
                 continue
             return Item(index, sample.id, image, labels, bad, view if self.keep_view else None)
         return bad
@@ -268,7 +275,7 @@ class TrainLoader:
                 f"train.batch_size={batch_size} is smaller than processes x accumulation ({world} x {accumulate})"
             )
         self.data, self.accumulate, self.rank, self.world = data, accumulate, rank, world
-        self.dataset = _Samples(source, JointTransform(data, task, train=True), cache=data.cache, keep_view=False)
+        self.dataset = _Samples(source, task, data, train=True)
         self.bad: dict[int, str] = {}
         #: Whether this process has met a bad sample since the last call of `merge_bad`.
         self.news = False
@@ -317,7 +324,7 @@ def eval_batches(
     count = len(source) if limit is None else min(limit, len(source))
     mine = [Request(i, 0, i) for i in range(rank, count, world)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    dataset = _Samples(source, JointTransform(data, task, train=False), cache=False, keep_view=True)
+    dataset = _Samples(source, task, data, train=False)
     workers = min(workers, math.ceil(len(batches) / 2))
     with contextlib.closing(_load(dataset, batches, workers)) as loaded:
         for batch, views, bad in loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from einops import rearrange
 from torch import nn
 
 from uvim_fsq.config import EncoderConfig
+from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.errors import UserError
 
 # timm takes seconds to import, and with it come all of torchvision and the compiler.
@@ -43,6 +45,8 @@ class PatchLinear(nn.Module):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+#: timm's modules of plain ViTs and of those with a small CNN before them.
+VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
 ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
 
 Triple = tuple[float, float, float]
@@ -93,9 +97,11 @@ def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTran
     try:
         encoder = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
+        if not timm.models.is_model_in_modules(name, VIT_MODULES):
+            raise _no_vit(name) from error
         raise UserError(f"timm model {name!r} cannot be the image encoder ({error}); choose a plain ViT") from error
     if not isinstance(encoder, VisionTransformer):
-        raise UserError(f"timm model {name!r} is a {type(encoder).__name__}; the image encoder must be a plain ViT")
+        raise _no_vit(name)
     patch, conv = encoder.patch_embed.patch_size[0], encoder.patch_embed.proj
     if image_size % patch:
         raise UserError(
@@ -104,6 +110,16 @@ def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTran
     if isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride and conv.padding == (0, 0):
         encoder.patch_embed.proj = PatchLinear(conv)
     return encoder
+
+
+def _no_vit(name: str) -> UserError:
+    import timm
+
+    kind = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    return UserError(
+        f"model.encoder.name={name} is no vision transformer (timm's {kind}), which the image encoder must be; "
+        "choose e.g. vit_base_patch16_224"
+    )
 
 
 def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[Triple, Triple]:
@@ -117,16 +133,14 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
         file = Path(config.weights)
         if not file.is_file():
             raise UserError(f"model.encoder.weights={file}: no such file; give none, hub or a local weights file")
+        if file.suffix == ".npz":
+            _refuse_bad_npz(file)
         # timm's own loader of the .npz files in which ViTs were first published.
         arguments["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": file.suffix == ".npz"}
     try:
         published = timm.create_model(config.name, **arguments)
     except Exception as error:  # timm, the hub client and three file formats raise many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model.encoder.weights={config.weights}: cannot load weights of {config.name} ({first[:200]}); "
-            "give the path of a file with this model's weights"
-        ) from error
+        raise UserError(_why_no_weights(config, error)) from error
     assert isinstance(published, VisionTransformer)
     state: dict[str, Any] = {
         name: value for name, value in published.state_dict().items() if not name.startswith(("head", "cls_token"))
@@ -141,3 +155,30 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
     cfg: Any = published.pretrained_cfg
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
     return mean, std
+
+
+def _refuse_bad_npz(file: Path) -> None:
+    try:
+        check_npz(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.encoder.weights={file} is truncated or no .npz ({error}); fetch it again") from error
+
+
+def _why_no_weights(config: EncoderConfig, error: Exception) -> str:
+    """One line for what timm, the hub's client or a file's reader raised."""
+    cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    if config.weights == "hub":
+        return (
+            f"model.encoder.weights=hub: the published weights of {config.name} are not on this machine and cannot be "
+            f"fetched ({cause}); go online once, or give the path of a file with them, or weights=none"
+        )
+    if "loading state_dict" in cause or isinstance(error, KeyError):
+        cause = "its arrays are another model's"
+    elif "weights_only" in cause:
+        cause = "it holds pickled Python objects, which are never loaded; have it saved as .safetensors"
+    return (
+        f"model.encoder.weights={config.weights} is no file of weights of model.encoder.name={config.name} ({cause}); "
+        "give the file that belongs to this name"
+    )

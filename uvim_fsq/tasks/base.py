@@ -98,7 +98,9 @@ class Task(ABC):
 
     #: The registry's name, set by the decorator.
     name: ClassVar[str]
-    #: The task's own frozen dataclass; its fields are the keys under `task:` in the YAML, beside `name`.
+    #: The task's own frozen dataclass; its fields are the keys under `task:` in the YAML, beside `name`. Its tuple
+    #: `changeable` names those that may differ once a model is trained: evaluation protocol, decoding, where files lie.
+    #: All others define the labels.
     Config: ClassVar[type]
     #: The metric that tables show first and that picks the best checkpoint, and whether smaller is better.
     main_metric: ClassVar[str]

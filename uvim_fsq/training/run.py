@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.files import write_json
 from uvim_fsq.models import resolve
+from uvim_fsq.results import result_file
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
@@ -24,5 +25,5 @@ def train(run: Run) -> Path:
     out = fit(build_stage(run), run)
     result = evaluate_run(out)
     if processes.is_main():
-        (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(result_file(out), result)
     return out

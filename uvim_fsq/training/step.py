@@ -86,10 +86,11 @@ class Stepper:
             for name, value in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float() * weight
         self.stage.after_step(self._sum, mix(self.train.seed, self.step))
-        if self.ema is not None and self.train.ema is not None:
-            now = [p.detach() for _, p in self.stage.model.named_parameters()]
-            # One kernel for many tensors.
-            get_ema_multi_avg_fn(self.train.ema)(list(self.ema.values()), now, self.step)
+        if self.ema is not None:
+            assert self.train.ema is not None
+            # One kernel for many tensors, without gradients.
+            average = get_ema_multi_avg_fn(self.train.ema)
+            average(list(self.ema.values()), list(self.stage.model.parameters()), self.step)
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class CocoPanopticConfig:
+    changeable = ("min_fraction", "image_dir")
+
     max_instances: int = 99
     """Instance numbers beside 0; of an image with more segments the largest are kept."""
     void: Literal["class", "ignore"] = "class"

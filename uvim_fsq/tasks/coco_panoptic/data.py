@@ -22,8 +22,9 @@ import cv2
 import numpy as np
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.arrays import MAX_RATIO
 from uvim_fsq.data.folders import and_list
-from uvim_fsq.data.images import read_image
+from uvim_fsq.data.images import decode_png, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
@@ -71,10 +72,13 @@ class PngStore:
             # An open file must not travel to a loader process: after a fork both would move one position.
             if self._zip is None or self._owner != os.getpid():
                 self._zip, self._owner = zipfile.ZipFile(self.place), os.getpid()
-            return self._zip.read(self.prefix + name)
+            member = self._zip.getinfo(self.prefix + name)
+            if member.file_size > 1_000_000 + MAX_RATIO * member.compress_size:
+                raise UserError(f"{self.place}: {name} unpacks to {member.file_size} bytes; it is no PNG of labels")
+            return self._zip.read(member)
         except (FileNotFoundError, KeyError):
             raise UserError(f"{self.place / name}: no such PNG, but the annotation file names it") from None
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError) as error:
             raise UserError(f"{self.place}: {name} cannot be read ({error}); replace it") from error
 
 
@@ -117,7 +121,7 @@ def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Pa
 
 def decode_ids(data: bytes, name: str) -> np.ndarray:
     """An id PNG -> (H, W) int32, R + 256 G + 65536 B. Raises UserError for anything but 8-bit RGB."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    pixels = decode_png(data, name)
     if pixels is None:
         raise UserError(f"{name} cannot be read as a PNG; replace it")
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
@@ -255,7 +259,7 @@ def _prepared_folder(root: Path, annotations: Path, index: Index) -> Path | None
 
 def decode_prepared(data: bytes, name: str) -> np.ndarray:
     """A prepared label PNG (8 or 16 bits, grey) -> (H, W) int32 numbers of segments."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    pixels = decode_png(data, name)
     if pixels is None or pixels.ndim != 2:
         raise UserError(f"{name} is broken; delete its folder and run `uvim-fsq data prepare` again")
     return pixels.astype(np.int32)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from uvim_fsq.data.cache import cached_arrays
+from uvim_fsq.data.names import inner_name
 from uvim_fsq.errors import UserError
 
 #: Files below this size are parsed each time.
@@ -70,7 +71,8 @@ def _read(file: Path, mtime: int, size: int) -> Index:
     if size < CACHE_FROM:
         arrays = _parse(file)
     else:
-        key = {"file": str(file.resolve()), "mtime": mtime, "size": size}
+        # The version tells files apart that were written before names were checked.
+        key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 2}
         arrays = cached_arrays("panoptic_index", key, lambda: _parse(file))
     return Index(file=file, **{**arrays, "without_annotation": int(arrays["without_annotation"])})
 
@@ -78,7 +80,7 @@ def _read(file: Path, mtime: int, size: int) -> Index:
 def _parse(file: Path) -> dict[str, np.ndarray]:
     try:
         tree = json.loads(file.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no valid JSON ({error}); it is truncated or broken, replace it") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
@@ -130,8 +132,8 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     entries = [images[image_id] for image_id in order]
     return {
         "image_ids": np.array(order, np.int64 if isinstance(order[0], int) else np.str_),
-        "images": np.array([entry["file_name"] for entry in entries], np.str_),
-        "pngs": np.array([annotations[image_id]["file_name"] for image_id in order], np.str_),
+        "images": np.array([inner_name(entry["file_name"], file) for entry in entries], np.str_),
+        "pngs": np.array([inner_name(annotations[image_id]["file_name"], file) for image_id in order], np.str_),
         "first": np.array(first, np.int64),
         "ids": np.array([info["id"] for info in segments], np.int64),
         "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),

@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ImagenetColorConfig:
+    changeable = ("protocol", "inception_weights", "fid_reference", "keep_luma")
+
     protocol: Literal["psnr", "coltran", "fid"] = "psnr"
     """psnr: on the evaluation split at the model's size; coltran: FID-5k by the ColTran protocol on the two lists of
     5,000 of the ImageNet validation set; fid: the same steps on any evaluation split against fid_reference."""

@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class NYUDepthConfig:
+    changeable = ("protocol", "decoding", "ground_truth", "image_dir", "depth_dir", "depth_scale")
+
     num_bins: int = 256
     """Linear depth bins between min_depth and max_depth."""
     min_depth: float = 0.001

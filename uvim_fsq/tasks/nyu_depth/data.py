@@ -17,6 +17,7 @@ import numpy as np
 from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.folders import and_list, has_split_folders, split_folder
 from uvim_fsq.data.images import IMAGE_SUFFIXES
+from uvim_fsq.data.names import inner_name
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -61,8 +62,8 @@ class LabelledMat:
         splits_file = file.with_name("splits.mat")
         train, val = read_splits(splits_file)
         with _open_h5(file) as handle:
-            count = len(h5_dataset(handle, "images", file))
-            h5_dataset(handle, self.key, file)
+            count = len(h5_dataset(handle, "images", file, 4))
+            h5_dataset(handle, self.key, file, 3)
         rows = _take_split(split, train, val, set(range(0, len(train), HOLDOUT_STRIDE)))
         if rows and max(rows) >= count:
             raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
@@ -145,7 +146,7 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
         if len(parts) < 2 or "None" in parts[:2]:
             skipped += bool(parts)
             continue
-        rgb, depth = (part.lstrip("/") for part in parts[:2])
+        rgb, depth = (inner_name(part.lstrip("/"), file) for part in parts[:2])
         place = folder if (folder / rgb).exists() or not (root / rgb).exists() else root
         pairs.append((rgb, place / rgb, place / depth))
     return pairs, skipped

@@ -11,9 +11,9 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
-from PIL import Image
 
-from uvim_fsq.data.images import read_image
+from uvim_fsq.data.arrays import check_npy
+from uvim_fsq.data.images import check_pixels, open_picture, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 
@@ -46,12 +46,16 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
     """
     try:
         if path.suffix == ".npy":
+            with path.open("rb") as file:
+                shape = check_npy(file, path.stat().st_size, path)
+            if len(shape) == 2:
+                check_pixels(shape[1], shape[0], path)
             values = np.load(path, allow_pickle=False) / (scale or 1.0)
         elif path.suffix in (".h5", ".hdf5"):
             with h5py.File(path, "r") as file:
-                values = np.asarray(h5_dataset(file, "depth", path)) / (scale or 1.0)
+                values = np.asarray(h5_dataset(file, "depth", path, 2)) / (scale or 1.0)
         else:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 image.load()
                 wide = image.mode.startswith("I")
                 values = np.asarray(image, np.float32) / (scale or (1000.0 if wide else 25.5))
@@ -59,6 +63,8 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
+    except MemoryError as error:
+        raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
     except Exception as error:  # Pillow, NumPy and h5py have many for a damaged file
         raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     return metres(values, str(path))
@@ -70,10 +76,19 @@ def one_line(error: BaseException) -> str:
     return re.sub(r"time = .*error message = '([^']*)'.*", r"\1)", text)[:160]
 
 
-def h5_dataset(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
+def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset:
+    """The data set `key` of so many dimensions, the last two of them a picture's, before any of it is read.
+
+    Raises UserError where there is none, or one of anything but numbers, in another file, or with too many pixels.
+    """
     # `get` would take a damaged one for a missing one.
     if key not in file or not isinstance(found := file[key], h5py.Dataset):
         raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
+    if found.file.filename != file.filename or found.external or found.is_virtual:
+        raise UserError(f"{path}: dataset {key!r} lies in another file; only data inside are read")
+    if found.ndim != dims or found.dtype.kind not in "fiu":
+        raise UserError(f"{path}: `{key}` is {found.dtype} {found.shape}, expected numbers in {dims} dimensions")
+    check_pixels(found.shape[-1], found.shape[-2], f"{path}, dataset {key!r}")
     return found
 
 
@@ -107,15 +122,18 @@ class PairSource:
 def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
-            rgb, depth = np.asarray(h5_dataset(file, "rgb", path)), np.asarray(h5_dataset(file, "depth", path))
+            picture = h5_dataset(file, "rgb", path, 3)
+            if picture.shape[0] != 3 or picture.dtype != np.uint8:
+                raise UserError(f"{path}: `rgb` is {picture.dtype} {picture.shape}, expected uint8 (3, H, W)")
+            rgb, depth = np.asarray(picture), np.asarray(h5_dataset(file, "depth", path, 2))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete") from None
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
     except Exception as error:  # h5py has many for a damaged file
         raise UserError(
             f"{path} cannot be read ({one_line(error)}); it is damaged or no HDF5 file, {advice}"
         ) from error
-    if rgb.ndim != 3 or rgb.shape[0] != 3 or rgb.dtype != np.uint8:
-        raise UserError(f"{path}: `rgb` is {rgb.dtype} {rgb.shape}, expected uint8 (3, H, W)")
     return cv2.merge(list(rgb)), metres(depth, str(path))
