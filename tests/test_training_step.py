@@ -249,15 +249,17 @@ def test_what_a_run_starts_with(
 ) -> None:
     monkeypatch.setattr(loop, "matrix_rate", lambda device, precision: {"fp32": 1e12}[precision])
     wide = ["model.width=64", "train.precision=bf16"]
-    (tmp_path / "run" / "checkpoints" / ".tmp_step_00000001").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".tmp_step_00000007").mkdir(parents=True)
     run = lm_run(tmp_path / "run", oracle_dir, "train.steps=1", "train.accumulate=2", "optim.warmup_steps=0", *wide)
     stage = build_stage(run)
     parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
     closed: list[bool] = []
     close = Progress.close
     monkeypatch.setattr(Progress, "close", lambda self: closed.append(True) or close(self))
+    stepped: list[int] = []
+    monkeypatch.setattr(Progress, "stepped", lambda self, step: stepped.append(step))
     fit(stage, run)
-    assert closed
+    assert closed and stepped == [1]
     said = capsys.readouterr().out.splitlines()[0]
     assert re.match(rf"training on .*: {parameters:.2f} M parameters, 24 samples, batch 8 = 4 x 2 x 1 ", said)
     assert said.endswith(f"step 0 of 1, into {tmp_path / 'run'}")
@@ -317,15 +319,15 @@ def test_a_signal_ends_after_the_step(
     if other:
         asked = itertools.count(1)
         monkeypatch.setattr(processes.Agreement, "ask", lambda *_: [next(asked) == 3, False])
-    run = oracle_run(tmp_path / "run", data, "train.log_every=50")
+    run = oracle_run(tmp_path / "run", data, "train.log_every=50", "train.save_every=1", "train.keep=1")
     with pytest.raises(Interrupted) as caught:
         run_fit(run)
     assert caught.value.code == (143 if other else 130)
     said = capsys.readouterr().out
     assert f"stopped by signal {15 if other else 2} after step 3; saved. Continue" in said and "evaluation" not in said
     assert [p.name for p in ckpt.checkpoints(tmp_path / "run")] == [ckpt.step_name(3)]
-    assert [line["step"] for line in lines(tmp_path / "run")] == [3]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
     monkeypatch.undo()
     again = run_fit(replace(run, train=replace(run.train, resume="auto")))
-    assert [line["step"] for line in lines(again)] == [3, 6]
+    assert [line["step"] for line in lines(again)] == [1, 2, 3, 4, 5, 6]
     assert [p.name for p in ckpt.checkpoints(again)][-1] == ckpt.step_name(6)

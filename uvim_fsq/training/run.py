@@ -8,8 +8,9 @@ from uvim_fsq import processes
 from uvim_fsq.config import Run
 from uvim_fsq.evaluation import evaluate_run
 from uvim_fsq.files import write_json
-from uvim_fsq.models import resolve
+from uvim_fsq.models import build_task, resolve
 from uvim_fsq.results import result_file
+from uvim_fsq.tasks.contract import refuse_faults
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
@@ -22,6 +23,7 @@ def train(run: Run) -> Path:
     # Before the data are read, which takes time.
     processes.state()
     run = resolve(run)
+    refuse_faults(build_task(run), run.data.root, run.data.eval_split)
     out = fit(build_stage(run), run)
     result = evaluate_run(out)
     if processes.is_main():
