@@ -326,7 +326,7 @@ def test_an_oracle_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
         again = evaluate_run(runs[0], [f"eval.limit={key}"], limit=limit)
         assert again["images"] == images and again["limit"] == (None if images == 6 else images)
     for limit in (0, -1):
-        with pytest.raises(UserError, match=f"limit={limit}: give at least 1 image"):
+        with pytest.raises(UserError, match=f"limit={limit}: "):
             evaluate_run(runs[0], limit=limit)
 
 
