@@ -6,7 +6,6 @@ and every process sees its own share of the images.
 
 from __future__ import annotations
 
-import csv
 import math
 import platform
 import warnings
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import uvim_fsq
-from uvim_fsq import processes
+from uvim_fsq import files, processes
 from uvim_fsq.config import DataConfig, EvalConfig, LMRun, Run
 from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
@@ -345,13 +344,9 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
 
 def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     """One line per way and image: way, id and that image's figures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = [{"way": way, **row} for way, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(flat)
+    files.write_csv(path, [keys, *([row.get(key, "") for key in keys] for row in flat)])
 
 
 def evaluate_run(
