@@ -395,3 +395,4 @@ def command_quickstart(args: argparse.Namespace) -> None:
     from uvim_fsq.quickstart import quickstart
 
     quickstart(Path(out), args.gpu_scale, args.task)
+    _say_next_of_lm(Path(out) / "lm")

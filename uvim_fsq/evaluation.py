@@ -28,6 +28,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
+from uvim_fsq.memory import EVALUATION, enough_memory
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
@@ -368,7 +369,8 @@ def evaluate_run(
     limited = [] if limit is None else [f"eval.limit={limit}"]
     loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
+    with enough_memory(EVALUATION):
+        result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):
