@@ -215,10 +215,15 @@ def test_two_trainings_in_one_directory(tmp_path: Path, data: Path, quick_evalua
 
 
 def test_a_lock_holds_to_the_end_and_no_longer(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when training fails, and children that outlive it do not hold it."""
+    """Also when training fails, and a loader process that outlives it does not hold it."""
     held: list[bool] = []
+    ready, go_on = os.pipe()
 
     def training(*_: Any) -> None:
+        if os.fork() == 0:
+            os.close(go_on)
+            os.read(ready, 1)  # until the test ends
+            os._exit(0)
         pid = os.fork()
         if pid == 0:
             code = 1
@@ -234,7 +239,8 @@ def test_a_lock_holds_to_the_end_and_no_longer(tmp_path: Path, data: Path, monke
         fitted(oracle_run(tmp_path / "run", data))
     assert held == [True]
     with another_process(tmp_path / "run"):
-        pass
+        os.close(go_on)
+        os.wait()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
