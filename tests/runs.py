@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from uvim_fsq.config import Run, TrainConfig
+from uvim_fsq.config import Run
 from uvim_fsq.files import read_json_lines
 from uvim_fsq.run_dirs import checkpoints, file_hash, step_name
 from uvim_fsq.training import checkpoint as ckpt
@@ -24,7 +24,7 @@ from uvim_fsq.training.stages import build_stage
 #: Of log lines, what differs from run to run by its nature.
 TIMED = ("images_per_second", "mfu", "data_wait")
 #: A resumption with other settings has to be asked for.
-CHANGED = ["train.resume_changes=true"] if hasattr(TrainConfig, "resume_changes") else []
+CHANGED = ["train.resume_changes=true"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 

@@ -24,6 +24,7 @@ from uvim_fsq.run_dirs import checkpoints, file_hash, recorded_hashes, step_name
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import loop
 from uvim_fsq.training.lock import run_lock
+from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.run import train
 from uvim_fsq.training.signals import Interrupted
 from uvim_fsq.training.stages import OracleStage, build_stage
@@ -116,6 +117,25 @@ def test_what_is_not_finite_anywhere_is_never_saved(tmp_path: Path, data: Path, 
     with pytest.raises(UserError, match=f"not finite after step 2; the last good checkpoint is {at(broken.out, 1)}"):
         broken.save()
     assert [p.name for p in checkpoints(broken.out)] == [step_name(1)]
+
+
+def test_a_step_that_the_scaler_leaves_out_is_no_error(tmp_path: Path, data: Path) -> None:
+    """With fp16 a gradient that is not finite is part of finding the scale; the loss must be finite with it too."""
+    run = oracle_run(tmp_path / "run", data)
+    trainer = Trainer(build_stage(run), run)
+    trainer.out.mkdir()
+    progress = Progress(run.train, "oracle", 6, 0, main=True)
+    window = [{"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf)}, {"loss": torch.tensor(1.0)}]
+    window[1]["grad_norm"] = torch.tensor(1.0)
+    trainer.step = 4
+    with pytest.raises(UserError, match="gradient's norm is not finite at step 3"):
+        loop._log_window(trainer, progress, window)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    loop._log_window(trainer, progress, window)
+    window[1]["loss"] = torch.tensor(math.nan)
+    with pytest.raises(UserError, match="loss is not finite at step 4; no checkpoint was written yet"):
+        loop._log_window(trainer, progress, window)
+    progress.close()
 
 
 def test_large_numbers_are_finite(tmp_path: Path, data: Path) -> None:
