@@ -186,6 +186,23 @@ def test_going_on_from_an_older_checkpoint(
     assert (out / "evaluation.json").exists()
 
 
+def test_a_damaged_evaluation_is_found_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+    """Not when old checkpoints are deleted."""
+    out = tmp_path / "run"
+    keys = ["train.steps=8", "train.eval_every=2", "train.keep=9", "data.watch_split=train", "train.resume=auto"]
+    fitted(oracle_run(out, data, *keys))
+    shutil.rmtree(at(out, 8))
+    (at(out, 2) / ckpt.FIGURES).write_text("{")
+    with (
+        pytest.raises(UserError, match="evaluation.json is damaged.*; remove it"),
+        killing(Trainer, "_load", "before", 1),
+    ):
+        fitted(oracle_run(out, data, *keys))
+    (at(out, 2) / ckpt.FIGURES).unlink()
+    fitted(oracle_run(out, data, *keys))
+    assert at(out, 8).is_dir()
+
+
 @pytest.mark.parametrize("name", ["trainer/state.pt", "model.safetensors"])
 def test_a_broken_newest_checkpoint(tmp_path: Path, data: Path, quick_evaluation: None, name: str) -> None:
     out = tmp_path / "run"

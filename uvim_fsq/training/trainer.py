@@ -22,7 +22,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_text, write_whole
 from uvim_fsq.identity import check_resume
 from uvim_fsq.progress import say
-from uvim_fsq.run_dirs import Evaluation, Watch, checkpoints, read_config, read_evaluation, resume_from, step_name
+from uvim_fsq.run_dirs import Evaluation, Watch, best, checkpoints, read_config, read_evaluation, resume_from, step_name
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
@@ -82,7 +82,7 @@ class Trainer(Stepper):
         Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
         checkpoint, and where a run would be overwritten.
         """
-        path = processes.broadcast(resume_from(self.out, self.train.resume) if processes.is_main() else None)
+        path = processes.broadcast(self._resume_from() if processes.is_main() else None)
         if path is None:
             return
         everyone = processes.gather(self._load(path))
@@ -93,6 +93,11 @@ class Trainer(Stepper):
             )
         if processes.is_main():
             self._leave_newer()
+
+    def _resume_from(self) -> Path | None:
+        # Damaged records of evaluations are better found now than when old checkpoints are deleted.
+        best(self.out)
+        return resume_from(self.out, self.train.resume)
 
     def _load(self, path: Path) -> tuple[Any, ...]:
         """Loads a checkpoint; returns what must be equal in all processes."""
