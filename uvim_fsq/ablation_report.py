@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from uvim_fsq.ablation import Cell, Grid, finished
 from uvim_fsq.evaluation import ways_to_predict
+from uvim_fsq.files import write_csv, write_json, write_text
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.report import html_table, panel_rows, png_tag, tile, write_report
 
@@ -156,15 +156,15 @@ def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]
 def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
     """table.md, table.csv and results.json in `out`, of all that is finished; returns the results."""
     results = collect(grid, cells, failures)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(results))
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "column", "mean", "std", "n"])
-        for row in results["rows"]:
-            for title, summary in row["columns"].items():
-                if summary:
-                    writer.writerow([row["name"], title, summary["mean"], summary["std"], summary["n"]])
+    write_json(out / "results.json", results, indent=1)
+    write_text(out / "table.md", markdown(results))
+    lines = [
+        [row["name"], title, summary["mean"], summary["std"], summary["n"]]
+        for row in results["rows"]
+        for title, summary in row["columns"].items()
+        if summary
+    ]
+    write_csv(out / "table.csv", [["row", "column", "mean", "std", "n"], *lines])
     return results
 
 

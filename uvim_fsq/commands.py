@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import check_file, check_folder, write_json
+from uvim_fsq.files import check_file, check_folder, inside, refuse_links, write_json
 from uvim_fsq.progress import Bar, is_first, say
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ def command_evaluate(args: argparse.Namespace) -> None:
     changed = _check_run(args.run, [*args.overrides, *limited])
     # The result of a part, and its official files, must not take the place of the whole.
     official = beside(Path(args.run) / "official", changed) if args.official else None
+    if official:
+        inside(Path(args.run), official / "oracle")
+        refuse_links(official)
     file = args.json or beside(result_file(Path(args.run)), changed)
     _check_places([file, args.csv, args.report], [official] if official else [])
 
@@ -153,6 +156,8 @@ def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
     out = args.out or Path(args.run) / "analysis"
     _check_run(args.run, args.overrides)
+    if args.out is None:
+        inside(Path(args.run), out / "analysis.json")
     _check_places(folders=[out])
 
     from uvim_fsq import processes
@@ -390,3 +395,4 @@ def command_quickstart(args: argparse.Namespace) -> None:
     from uvim_fsq.quickstart import quickstart
 
     quickstart(Path(out), args.gpu_scale, args.task)
+    _say_next_of_lm(Path(out) / "lm")

@@ -18,6 +18,7 @@ from uvim_fsq.data.sample import Array, Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import arithmetic, build_decoder, label_maps
 from uvim_fsq.files import disk_is_full
+from uvim_fsq.memory import EVALUATION, enough_memory
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.plugins import trusting
 from uvim_fsq.prediction_folder import INDEX, Entry, PredictionFolder
@@ -95,8 +96,8 @@ class Predictor:
         """What `small` gave -> one item each as `Task.decode` gives them, at the models' size."""
         if not images:
             return []
-        tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()).to(self.device)
-        with arithmetic(self.run.eval, self.device):
+        with enough_memory(EVALUATION), arithmetic(self.run.eval, self.device):
+            tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()).to(self.device)
             # Each picture draws from the same stream as when it is alone.
             tokens = self.decoder(tensor, torch.full((len(images),), self.run.eval.seed))
             return label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
@@ -197,8 +198,9 @@ def _predicted(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry
                 yield {"image": str(file), "error": errors[file]}
                 continue
             try:
-                image = read_image(file)
-                entry = folder.save(file, predictor.task.to_size(items[file], image), image)
+                with enough_memory(f"make {file} smaller"):
+                    image = read_image(file)
+                    entry = folder.save(file, predictor.task.to_size(items[file], image), image)
             except UserError as error:
                 if disk_is_full(error):
                     raise UserError(f"{error}; {folder.out / INDEX} lists what is whole") from error

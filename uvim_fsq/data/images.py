@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         if see_through:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
-        rgb[rows] = strip.convert("RGB")
+        rgb[rows] = np.asarray(strip.convert("RGB"))
     return rgb
 
 
