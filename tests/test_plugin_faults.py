@@ -212,11 +212,12 @@ def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
     assert [line.split(":")[0] for line in faults(photos, **changes)] == [
         "task camvid_segmentation, metric",
         "task camvid_segmentation, render",
+        "task camvid_segmentation, save_prediction",
     ]
     one, two = (type("Mine", (CamvidSegmentation,), some)(Config()) for some in ({"main_metric": "mIoU"}, changes))
     with pytest.raises(UserError, match="no 'mIoU' .main_metric, headline.$"):
         refuse_faults(one, str(photos), "val")
-    with pytest.raises(UserError, match="no 'mIoU' .*; 1 more are listed by `uvim-fsq data check`$"):
+    with pytest.raises(UserError, match="no 'mIoU' .*; 2 more are listed by `uvim-fsq data check`$"):
         refuse_faults(two, str(photos), "val")
 
 
