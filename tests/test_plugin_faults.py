@@ -170,6 +170,12 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("to_size", {"to_size": lambda *_: 1 / 0}, "to_size fails: ZeroDivisionError"),
     ("render", {"render": lambda *_: {"picture": 0}}, 'render: a dict with the title "prediction" expected'),
     (
+        "with truth",
+        {"render": lambda self, i, p, t=None: {"prediction": i} if t is None else {}},
+        "render: a dict with",
+    ),
+    ("alone", {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}}, "render: a dict with"),
+    (
         "picture",
         {"render": lambda self, image, *_: {"prediction": image / 255}},
         r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
