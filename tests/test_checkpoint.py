@@ -80,6 +80,14 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("odd\nlines")))
         with pytest.raises(UserError, match="cannot save .*: odd; earlier"):
             save(tmp_path, 9)
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot save .*blocked"):
+        save(tmp_path / "blocked", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(UserError, match=r"cannot save .*: OSError\(\); earlier"):
+            save(tmp_path, 9)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -159,6 +167,30 @@ def test_checkpoints_of_earlier_versions_load(tmp_path: Path, oracle_dir: Path) 
         ckpt.load_trainer_state(checkpoint)
 
 
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("harm is done",)
+
+
+def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={}, state={"x": Harmful()})
+    with pytest.raises(UserError, match="state.pt is broken"):
+        ckpt.load_trainer_state(path)
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_of_many_differences_three_are_named(tmp_path: Path) -> None:
+    path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={"0.weight": torch.zeros(1, 1)}, state={})
+    three = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(UserError, match="missing 0.bias; missing 1.weight; missing 1.bias. Was config.yaml"):
+        ckpt.load_model_weights(three, path)
+    four = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    with pytest.raises(UserError, match="missing 0.bias; missing 1.weight; missing 1.bias and 1 more. Was"):
+        ckpt.load_model_weights(four, path)
+
+
 def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     for content in ("{", "[]", "{}", '{"config.yaml": 1, "model.safetensors": "x"}'):
@@ -169,8 +201,12 @@ def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
 
 def test_a_copy_is_whole_and_carries_sums(tmp_path: Path) -> None:
     source, target = save(tmp_path / "oracle_run", 1), tmp_path / "run" / "oracle"
+    # As an earlier one that was killed leaves it.
+    (target.parent / ".tmp_oracle").mkdir(parents=True)
+    (target.parent / ".tmp_oracle" / "config.yaml").write_text("half")
     ckpt.copy_checkpoint(source, target)
     assert recorded_hashes(target) == {n: file_hash(source / n) for n in ("config.yaml", ckpt.WEIGHTS)}
+    assert [p.name for p in target.parent.iterdir()] == ["oracle"]
     before = (target / ckpt.WEIGHTS).stat().st_ino
     ckpt.copy_checkpoint(source, target)
     assert (target / ckpt.WEIGHTS).stat().st_ino == before, "copied again for nothing"
@@ -200,6 +236,9 @@ def test_a_kill_while_deleting_leaves_no_half(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt):
             ckpt.prune(tmp_path, 1)
     assert steps(tmp_path) == [2]
+    save(tmp_path, 1)
+    ckpt.prune(tmp_path, 1)
+    assert steps(tmp_path) == [2], "what an earlier kill left stands in the way"
     half = tmp_path / "checkpoints" / "step_00000000"
     half.mkdir()
     (half / "config.yaml").write_text("an earlier version's")

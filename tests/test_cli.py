@@ -69,9 +69,6 @@ def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], orac
     assert "no such run" in failure(capsys, "evaluate", tmp_path / "nowhere")
     assert "needs labels to predict" in failure(capsys, "predict", oracle_dir, __file__, "--out", tmp_path)
     assert "no such file" in failure(capsys, "predict", lm_dir, tmp_path / "no.jpg", "--out", tmp_path)
-    text = tmp_path / "text.jpg"
-    text.write_text("this is no picture")
-    assert "text.jpg cannot be read as an image" in failure(capsys, "predict", lm_dir, text, "--out", tmp_path)
     assert "eval.limit=0: must be above 0" in failure(capsys, "evaluate", lm_dir, "--limit", "0")
     size = ("synth", "--format", "nyu", "--num", "2", "--size", "big", "--out", tmp_path / "s")
     assert "HEIGHTxWIDTH" in failure(capsys, *size)

@@ -18,16 +18,24 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_settings_at_their_limits() -> None:
-    for good in ({"top_k": 1}, {"top_p": 1.0}, {"top_p": 1e-9}, {"temperature": 0.0}, {"temperature": 9.0}):
+    goods: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"top_p": 1.0},
+        {"top_p": 1e-9},
+        {"temperature": 0.0},
+        {"temperature": 9.0},
+    ]
+    for good in goods:
         Sampling(**{"temperature": 1.0, **good})
     assert (Sampling().temperature, Sampling().top_k, Sampling().top_p) == (0, None, None)
-    for bad, message in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1e-9}, "temperature=-1e-09 is negative; 0 is greedy"),
         ({"top_k": 1, "top_p": 1.0}, "top_k and top_p exclude each other"),
         ({"top_k": 0}, "top_k=0: keep at least one token"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.001}, "top_p=1.001: must be above 0"),
-    ):
+    ]
+    for bad, message in mistakes:
         with pytest.raises(UserError, match=message):
             Sampling(**bad)
 

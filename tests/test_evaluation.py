@@ -33,6 +33,7 @@ from uvim_fsq.evaluation import (
     ways_to_predict,
 )
 from uvim_fsq.models import Loaded, load_checkpoint
+from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.tasks.base import Baseline, OfficialResults
 from uvim_fsq.training.checkpoint import file_hash
 from uvim_fsq.training.stages import build_stage
@@ -94,7 +95,7 @@ def test_what_each_way_predicts(loaded: Loaded) -> None:
     image = batch["image"]
     tokens = oracle.tokenize(batch["labels"], image)
     whole = oracle_predictions(oracle, task)(batch)
-    assert torch.equal(whole.tokens, tokens) and whole.bits is None
+    assert whole.tokens is not None and torch.equal(whole.tokens, tokens) and whole.bits is None
     assert equal(whole.items, task.decode(oracle.detokenize(tokens, image)))
     zero = context_predictions(oracle, task)(batch)
     assert zero.tokens is None and zero.bits is None
@@ -115,7 +116,11 @@ def test_an_lm_predicts_from_the_image_and_its_bits_are_those_of_the_true_tokens
     found = lm_predictions(lm, oracle, task, config)(batch)
     streams = 3 * 1_000_003 + torch.arange(IMAGES)
     tokens = build_decoder(lm, config)(batch["image"], streams)
-    assert torch.equal(found.tokens, tokens) and not torch.equal(tokens, build_decoder(lm, config)(batch["image"]))
+    assert (
+        found.tokens is not None
+        and torch.equal(found.tokens, tokens)
+        and not torch.equal(tokens, build_decoder(lm, config)(batch["image"]))
+    )
     assert equal(found.items, task.decode(oracle.detokenize(tokens, batch["image"])))
     truth = oracle.tokenize(batch["labels"], batch["image"])
     chances = lm(batch["image"], truth).softmax(-1).gather(2, truth[..., None])
@@ -283,10 +288,12 @@ def test_a_result_says_what_it_is(runs: tuple[Path, Path], tmp_path: Path, monke
             "oracle": loaded.oracle.tokenize(batch["labels"], batch["image"]),
             "lm": lm_predictions(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)(batch).tokens,
         }
+    quantizer = loaded.oracle.quantizer
+    assert isinstance(quantizer, FSQ)
     for way, found in tokens.items():
         assert found is not None
         assert result["code_counts"][way] == torch.bincount(found.flatten(), minlength=25).tolist()
-        digits = loaded.oracle.quantizer.indices_to_digits(found).flatten(0, 1)
+        digits = quantizer.indices_to_digits(found).flatten(0, 1)
         assert result["level_histogram"][way] == [torch.bincount(d, minlength=5).tolist() for d in digits.T]
     assert set(result["code_counts"]) == set(result["level_histogram"]) == {"oracle", "lm"}
     with file.open(newline="") as opened:
@@ -319,7 +326,7 @@ def test_an_oracle_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
         again = evaluate_run(runs[0], [f"eval.limit={key}"], limit=limit)
         assert again["images"] == images and again["limit"] == (None if images == 6 else images)
     for limit in (0, -1):
-        with pytest.raises(UserError, match=f"limit={limit}: give at least 1 image"):
+        with pytest.raises(UserError, match=f"limit={limit}: "):
             evaluate_run(runs[0], limit=limit)
 
 

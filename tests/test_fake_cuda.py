@@ -93,7 +93,9 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
         lm = generate._with_bf16_weights(lm) if precision == "bf16" else lm
     monkeypatch.setattr(generate, "_with_bf16_weights", lambda model: model)
     monkeypatch.setattr(generate, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double())
-    monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: None)
+    captured: list[int] = []
+    monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: captured.append(span))
+    monkeypatch.setattr(generate, "SPAN", 3)  # of 4 positions
     monkeypatch.setattr(cache, "_ON_GPU", {"to_int8": cache.to_int8, "attend_int8": cache.attend_int8})
     decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
@@ -103,6 +105,7 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
         tokens = decoder(image[:count])
         assert (tokens.device, tokens.dtype, tuple(tokens.shape)) == (CUDA, torch.int64, (count, 4))
         assert list(decoder._buffers) == sizes
+    assert sorted(captured) == [3, 3, 3, 4, 4, 4]  # once for 9, 1 and 12
 
 
 def test_mistakes_are_found() -> None:

@@ -25,7 +25,7 @@ from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import evaluate_run, to_device
-from uvim_fsq.models import resolve
+from uvim_fsq.models import load_checkpoint, resolve
 from uvim_fsq.predictor import predict_files
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.fid import DIM, Moments, frechet_distance
@@ -265,7 +265,10 @@ def test_training_watches_its_own_split(root: Path, tmp_path: Path) -> None:
     out = train(resolve(load_run({**ORACLE, **section}, keys)))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval/images"] for line in lines if "eval/images" in line] == [1, 1]  # a tenth of 12 photos
-    assert json.loads((out / "evaluation.json").read_text())["images"] == 5
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["images"] == 5 and result["chosen"] == "best psnr on holdout, 1 images"
+    for protocol in ("fid", "coltran"):
+        assert load_checkpoint(out, [f"task.protocol={protocol}"]).chosen == "last", "PSNR picked what FID reports"
 
 
 def test_fid_mistakes(root: Path) -> None:

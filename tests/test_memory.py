@@ -1,164 +1,110 @@
-"""Memory by count: against the tensors that autograd really keeps, and shipped recipes against their hardware."""
+"""Too little memory, and places that cannot be written: one line each, before or after hours of work."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import yaml
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from tests.small import TASKS, random_batch
-from uvim_fsq.ablation_devices import USABLE
-from uvim_fsq.benchmark.memory import (
-    LOGIT_BYTES,
-    OVERHEAD,
-    TrainingMemory,
-    lm_memory,
-    memory_of,
-    oracle_memory,
-    smallest_accumulate,
+from tests.small import ORACLE
+from tests.test_cli import failure
+from uvim_fsq import cli
+from uvim_fsq.errors import UserError
+from uvim_fsq.memory import enough_memory
+from uvim_fsq.predictor import Predictor
+from uvim_fsq.training.step import Stepper
+
+CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free."
+
+
+def test_what_is_too_little_memory() -> None:
+    for allocate in (
+        lambda: torch.empty(10**14),
+        lambda: nn.Linear(10**15, 10**15),
+        lambda: np.empty(10**15),
+    ):
+        with pytest.raises(UserError, match="too little memory .*; buy more") as caught, enough_memory("buy more"):
+            allocate()
+        assert "\n" not in str(caught.value)
+    for other in (RuntimeError("shapes differ"), KeyError("out of memory")):
+        with pytest.raises(type(other)), enough_memory(""):
+            raise other
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["model.width=1000000000", "model.num_heads=8"],
+        ["model.width=2147483647", "model.num_heads=1", "model.mlp_dim=2147483647"],
+        ["model.width=2147483648"],
+        ["model.width=9223372036854775808"],
+        ["model.mlp_dim=100000000000"],
+    ],
 )
-from uvim_fsq.benchmark.setup import read_sizes
-from uvim_fsq.config import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle import labels as ends
-from uvim_fsq.oracle.model import Oracle
-
-CUDA = torch.device("cuda", 0)
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
-
-
-def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **given: Any) -> torch.Tensor:
-    """What a GPU uses; without one torch would take the plain product, which keeps all scores."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention
-    return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, given.get("is_causal", False))[0]
-
-
-@pytest.fixture()
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
-    monkeypatch.setattr(ends, "BUDGET", 2**16)  # the label head keeps nothing
-    with FakeTensorMode() as mode:
-        yield mode
-
-
-def on_cuda(module: nn.Module) -> Any:
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=CUDA)))
-        for name, x in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(x.shape, dtype=x.dtype, device=CUDA))
-    return module.train()
-
-
-def kept(module: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that autograd keeps from `forward` on, parameters and their copies in low precision left out."""
-    shapes = {shape for p in module.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
-    storages: dict[int, tuple[Any, int]] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if tuple(x.shape) not in shapes:
-            storage = x.untyped_storage()
-            storages[storage._cdata] = storage, storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cuda", torch.bfloat16):
-        forward()
-    return sum(size for _, size in storages.values())
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> None:
-    batch = 5
-    config = OracleModelConfig(8, 192, 2, 3, 3, 800, code_length=64)
-    with unset_fake_temporarily():
-        oracle = Oracle(config, TASKS[task].label_channels, 128)
-        labels, image = random_batch(TASKS[task], batch, 128)
-    oracle = on_cuda(oracle)
-    labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
-    image = fake.from_tensor(image).to(CUDA)
-    found = kept(oracle, lambda: oracle(labels, image, TASKS[task].loss))
-    assert found == pytest.approx(batch * oracle_memory(oracle, RUN).image, rel=0.04)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> None:
-    batch = 5
-    encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
-    with unset_fake_temporarily():
-        lm = LM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
-        oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
-        tokens, image = torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128, dtype=torch.uint8)
-    lm = on_cuda(lm)
-    tokens, image = fake.from_tensor(tokens).to(CUDA), fake.from_tensor(image).to(CUDA)
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(lm(image, tokens).float().flatten(0, 1), tokens.flatten())
-
-    assert kept(lm, loss) == pytest.approx(batch * lm_memory(lm, oracle, RUN).image, rel=0.04)
-
-
-def header(file: Path) -> tuple[int, float] | None:
-    """(processes, bytes of each one's GPU) that a shipped file says it needs; None for a CPU or any GPU."""
-    found = re.search(r"^# hardware: (\d+)(?: or more)? GPUs? of (\d+) GB", file.read_text(), flags=re.MULTILINE)
-    return (int(found[1]), USABLE * 1e9 * int(found[2])) if found else None
-
-
-SHIPPED = [file for file in sorted(CONFIGS.rglob("*.yaml")) if file.parent.name != "ablations" and header(file)]
-
-
-def test_there_are_recipes_for_large_hardware() -> None:
-    assert len(SHIPPED) == 12 and {header(file) for file in SHIPPED} == {(8, 0.92 * 80e9), (1, 0.92 * 80e9)}
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_shipped_recipes_fit_the_hardware_they_name(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_is_too_large(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], keys: list[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    asked = header(file)
-    assert asked is not None
-    processes, available = asked
-    sizes = read_sizes(file)
-    train = sizes.run.train
-    memory = memory_of(sizes.oracle, sizes.lm, processes)
-    assert memory.of(train.batch_size // train.accumulate // processes) <= available
-    assert smallest_accumulate(memory, train, available, processes) == train.accumulate
-    # Nothing is cut finer than it must be.
-    whole = replace(train, accumulate=1)
-    assert smallest_accumulate(memory, whole, available, processes) == train.accumulate
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(ORACLE))
+    said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}", *keys)
+    assert ("too little memory" in said and "model.width" in said) or "must be below 2^31" in said or "64 bits" in said
 
 
-def test_the_fewest_micro_batches_that_fit() -> None:
-    memory, train = TrainingMemory(fixed=100.0, image=10.0), TrainConfig(batch_size=12)
-    found = [smallest_accumulate(memory, train, available) for available in (220, 219, 160, 159, 139, 110, 109)]
-    assert found == [1, 2, 2, 3, 4, 12, None]
-    assert smallest_accumulate(memory, replace(train, accumulate=4), 1000) == 4
-    assert smallest_accumulate(memory, train, 130, processes=2) == 2 and smallest_accumulate(memory, train, 120, 5) == 2
-    logits = replace(memory, logits=2**27)
-    assert logits.of(1) == 110 + LOGIT_BYTES * 2**27
-    assert logits.of(3) == 130 + LOGIT_BYTES * 2**28  # done in pieces from there on
+def test_a_step_or_an_evaluation_that_needs_too_much(
+    tmp_path: Path, data: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(Stepper, "optimizer_step", full)
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(ORACLE))
+    said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}")
+    assert "20.00 GiB" in said and "lower train.batch_size, raise train.accumulate" in said
+    predictor = Predictor.from_run(lm_dir)
+    monkeypatch.setattr(predictor, "decoder", full)
+    with pytest.raises(UserError, match="20.00 GiB.*lower eval.batch_size"):
+        predictor.predict(np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr("uvim_fsq.evaluation.Evaluator.run", full)
+    assert "lower eval.batch_size" in failure(capsys, "evaluate", lm_dir)
 
 
-def test_what_does_not_depend_on_the_batch() -> None:
-    def fixed(optim: str = "adamw", processes: int = 1, **train: Any) -> float:
-        run = replace(RUN, train=TrainConfig(**train), optim=OptimConfig(name=optim))  # type: ignore[arg-type]
-        with torch.device("meta"):
-            oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
-        count = sum(p.numel() for p in oracle.parameters())
-        return (oracle_memory(oracle, run, processes).fixed - OVERHEAD) / count
+@pytest.mark.parametrize("place", ["file", "file/under", "/proc/nowhere/under"])
+def test_places_are_tried_before_the_work(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "file").write_text("the user's")
+    config = tmp_path / "a.yaml"
+    config.write_text(yaml.safe_dump(ORACLE))
+    target = tmp_path / place
+    for work in ("uvim_fsq.training.run.train", "uvim_fsq.evaluation.evaluate_run", "uvim_fsq.analysis.analyze_run"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work was begun"))
+    size = ("--num", 1, "--size", 16)
+    lists = (
+        ("train-oracle", config, f"train.out={target}"),
+        ("analyze", lm_dir, "--out", target),
+        ("predict", lm_dir, config, "--out", target),
+        ("synth", "--format", "nyu", *size, "--out", target),
+        ("data", "coltran-lists", "--out", target),
+        ("quickstart", "--out", target),
+        ("import-uvim", config, "--task", "depth", "--out", target),
+    )
+    for arguments in lists:
+        said = failure(capsys, *(str(a) for a in arguments))
+        assert said.startswith("error: cannot write ") and "Traceback" not in said, arguments
+    # A file in the place of a file is replaced.
+    if place == "file":
+        target = tmp_path
+    for option in ("--csv", "--json", "--report"):
+        assert "error: cannot write " in failure(capsys, "evaluate", lm_dir, option, target), option
+    assert "error: cannot write " in failure(capsys, "benchmark", "metrics", "--json", target)
+    assert (tmp_path / "file").read_text() == "the user's"
 
-    assert fixed(precision="fp32") == 16 and fixed() == 18 and fixed("adafactor") == 14
-    assert fixed(processes=2) == 22 and fixed(ema=0.9) == 22
+
+def test_a_device_is_written_as_it_is(lm_dir: Path) -> None:
+    cli.main(["evaluate", str(lm_dir), "--limit", "1", "--json", "/dev/null"])
+    assert Path("/dev/null").is_char_device()

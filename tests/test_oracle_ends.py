@@ -19,6 +19,7 @@ from uvim_fsq.models import load_checkpoint
 from uvim_fsq.oracle import labels as ends
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.run_dirs import SUMS
 from uvim_fsq.tasks.base import Categorical, Task
 
 CONFIG = replace(WITH_DROPOUT, code_dropout="none")
@@ -109,8 +110,8 @@ def test_pieces_equal_the_plain_way(task: Task, pieces: str, monkeypatch: pytest
 def test_no_tensor_exceeds_the_budget(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, whatever the batch: neither logits nor one-hot labels of more than the budget."""
     head = LabelHead(task.label_channels, 4, 2)
-    budget = 6 * head.logits  # of 16 patches
-    for batch in (2, 5):
+    budget = 6 * head.logits  # of 16 patches, so that each example has three pieces
+    for batch in (3, 5):
         labels, _ = random_batch(task, batch)
         patches = {name: ends.patchify(x, 4) for name, x in labels.items()}
         hidden = torch.randn(batch, 16, 2, requires_grad=True)
@@ -122,6 +123,20 @@ def test_no_tensor_exceeds_the_budget(task: Task, monkeypatch: pytest.MonkeyPatc
                 value.mean().backward()
             most.append(largest.numbers)
         assert most[0] <= budget < most[1]
+
+
+def test_pieces_of_one_hot_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch at a time at least; labels are compared in their own type, which is quickest, wherever that is right."""
+    patches = torch.randint(0, 7, (2, 3, 16)).to(torch.uint8)
+    for budget, sizes in ((1, [1] * 6), (4 * 16 * 7, [4, 2]), (2**28, [6])):
+        monkeypatch.setattr(ends, "BUDGET", budget)
+        assert [len(x) for _, x in OneHotProduct._pieces(patches, 7, torch.float32)] == sizes
+    made: list[torch.dtype] = []
+    real = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *sizes, **keys: made.append(keys["dtype"]) or real(*sizes, **keys))
+    for classes in (7, 256, 257):
+        list(OneHotProduct._pieces(patches, classes, torch.float32))
+    assert made == [torch.uint8, torch.uint8, torch.int32]
 
 
 def test_one_hot_labels_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +204,7 @@ def test_checkpoints_with_retired_settings_load(oracle_dir: Path, tmp_path: Path
     for file in copy.glob("checkpoints/*/config.yaml"):
         file.write_text(file.read_text().replace("  code_length:", "  head_chunks: 4\n  code_length:"))
         assert "head_chunks" in file.read_text()
+        (file.parent / SUMS).unlink()  # versions with such settings wrote none
     assert load_checkpoint(copy).run == load_checkpoint(oracle_dir).run
 
 

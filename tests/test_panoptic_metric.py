@@ -252,6 +252,8 @@ def test_groups_without_classes_and_without_occurrences() -> None:
         (segments([[0]]), segments([[-5]], (5, 1, False)), "img.jpg: PNG holds segment id -5 that the JSON"),
         (segments([[3]], (1, 1, False)), segments([[0]]), "the prediction holds segment id 3 "),
         (segments([[0]]), segments([[1]], (1, 9, False)), "the ground truth holds class 9"),
+        (segments([[1]], (1, 6, False)), segments([[0]]), "the prediction holds class 6, but the classes are 1..5"),
+        (segments([[1]], (1, 0, False)), segments([[0]]), "the prediction holds class 0"),
         (segments([[0]]), segments([[1]], (1, 1, False), (1, 2, False)), "segment id 1 is listed twice"),
         (segments([[0]]), segments([[1]], (0, 1, False), (1, 2, False)), "segment id 0 is listed"),
     ],

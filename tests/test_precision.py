@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,14 +56,15 @@ def test_tokens_of_training_are_those_of_evaluation(
     assert not torch.equal(low, exact)  # or nothing would have been tested
     for config in (EvalConfig(), BF16):
         with torch.inference_mode(), arithmetic(config, CPU):
-            assert torch.equal(oracle_predictions(stage.oracle, stage.task)(batch).tokens, exact)
+            tokens = oracle_predictions(stage.oracle, stage.task)(batch).tokens
+        assert tokens is not None and torch.equal(tokens, exact)
 
 
 def test_what_tokens_cost_is_asked_of_those_of_float32(tmp_path: Path, oracle_dir: Path) -> None:
     run = lm_run(tmp_path / "lm", oracle_dir)
     assert isinstance(run, LMRun)
     stage, batch = LMStage(run), many()
-    lm = stage.model.eval()
+    lm: Any = stage.model.eval()
     asked = []
     lm.decode = lambda tokens, memory: asked.append(tokens) or torch.zeros(*tokens.shape, 25)
     with torch.inference_mode(), arithmetic(BF16, CPU):

@@ -319,6 +319,9 @@ def test_a_signal_during_evaluation_acts_at_once(
     assert "stopped by signal 15 during the evaluation of step 2; saved" in capsys.readouterr().out
     assert [p.name for p in ckpt.checkpoints(tmp_path / "run")] == [ckpt.step_name(2)]
     fit_run(replace(run, train=replace(run.train, resume="auto")))
+    figures = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    evaluated = [line["step"] for line in map(json.loads, figures) if "eval/rmse" in line]
+    assert evaluated == [2, 4], "what the signal prevented is done again"
     whole = fit_run(replace(run, train=replace(run.train, out=str(tmp_path / "whole"))))
     assert lines(tmp_path / "run") == lines(whole)
 

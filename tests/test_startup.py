@@ -56,7 +56,7 @@ def test_mistakes_are_refused_without_torch(tmp_path: Path, oracle_dir: Path, lm
         ("unknown key eval.batch_siz;", ("evaluate", lm_dir, "eval.batch_siz=1")),
         ("eval.batch_size=0: must be above 0", ("evaluate", lm_dir, "eval.batch_size=0")),
         ("eval.workers=-1: must not be negative", ("analyze", oracle_dir, "eval.workers=-1")),
-        ("data.image_size=0: must be above 0", ("predict", lm_dir, oracle, "--out", tmp_path, "data.image_size=0")),
+        ("data.image_size=0 (trained with 16)", ("predict", lm_dir, oracle, "--out", tmp_path, "data.image_size=0")),
         ("eval.batch_size=-4: must be above 0", ("predict", lm_dir, oracle, "--out", tmp_path, "eval.batch_size=-4")),
         ("unknown key task.num_bin;", ("data", "check", tmp_path, "--task", "nyu_depth", "task.num_bin=3")),
         ("unknown task 'nyu_dept'", ("quickstart", "--task", "nyu_dept")),
@@ -66,7 +66,7 @@ def test_mistakes_are_refused_without_torch(tmp_path: Path, oracle_dir: Path, lm
         assert len(said.splitlines()) == 1 and message in said, (arguments, said)
 
 
-@pytest.mark.parametrize("module", ["uvim_fsq.predictor"])
+@pytest.mark.parametrize("module", ["uvim_fsq.predictor", "uvim_fsq.training.run"])
 def test_importing_leaves_out_what_takes_seconds(module: str) -> None:
     heavy = ["torch._dynamo", "torch._inductor", "torchvision", "albumentations", "matplotlib", "tensorboard", "timm"]
     assert probe([*heavy, "torch"], "import", module)[:2] == (0, ["torch"])

@@ -20,13 +20,13 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import to_device
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.tasks.base import Categorical, Task
-from uvim_fsq.tasks.registry import register_task, task_class, task_names
+from uvim_fsq.tasks.registry import BUILT_IN, register_task, task_class
 
 #: Settings that fit small scenes.
 OPTIONS: dict[str, dict[str, Any]] = {"nyu_depth": {"protocol": "full", "num_bins": 16}}
 
 
-@pytest.fixture(scope="module", params=task_names())
+@pytest.fixture(scope="module", params=sorted(BUILT_IN))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
     root = tmp_path_factory.mktemp(request.param) / "data"
     cls = task_class(request.param)

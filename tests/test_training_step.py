@@ -239,7 +239,7 @@ def test_which_steps_are_logged_saved_and_evaluated(tmp_path: Path, data: Path) 
 
 def test_log_lines_alone(tmp_path: Path, data: Path) -> None:
     """Without save_every and eval_every only the end is saved and evaluated; steps are logged by log_every."""
-    out = run_fit(oracle_run(tmp_path / "run", data, "train.log_every=2", "train.steps=5"))
+    out = run_fit(oracle_run(tmp_path / "run", data, "train.log_every=2", "train.steps=5", "optim.clip_norm=null"))
     assert [line["step"] for line in lines(out)] == [2, 4, 5] and len(ckpt.checkpoints(out)) == 1
     assert [line["step"] for line in lines(out, "eval/rmse")] == [5]
 
@@ -249,15 +249,17 @@ def test_what_a_run_starts_with(
 ) -> None:
     monkeypatch.setattr(loop, "matrix_rate", lambda device, precision: {"fp32": 1e12}[precision])
     wide = ["model.width=64", "train.precision=bf16"]
-    (tmp_path / "run" / "checkpoints" / ".tmp_step_00000001").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".tmp_step_00000007").mkdir(parents=True)
     run = lm_run(tmp_path / "run", oracle_dir, "train.steps=1", "train.accumulate=2", "optim.warmup_steps=0", *wide)
     stage = build_stage(run)
     parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
     closed: list[bool] = []
     close = Progress.close
     monkeypatch.setattr(Progress, "close", lambda self: closed.append(True) or close(self))
+    stepped: list[int] = []
+    monkeypatch.setattr(Progress, "stepped", lambda self, step: stepped.append(step))
     fit(stage, run)
-    assert closed
+    assert closed and stepped == [1]
     said = capsys.readouterr().out.splitlines()[0]
     assert re.match(rf"training on .*: {parameters:.2f} M parameters, 24 samples, batch 8 = 4 x 2 x 1 ", said)
     assert said.endswith(f"step 0 of 1, into {tmp_path / 'run'}")
@@ -268,19 +270,29 @@ def test_what_a_run_starts_with(
     assert line["images_per_second"] / line["mfu"] == pytest.approx(1e12 / stage.train_flops())
 
 
-@pytest.mark.parametrize(("bad", "kept"), [(2, "no checkpoint was written yet"), (5, "step_00000003. ")])
+@pytest.mark.parametrize(
+    ("what", "bad", "kept"),
+    [
+        ("loss", 2, "no checkpoint was written yet"),
+        ("loss", 5, "step_00000003. "),
+        ("gradient's norm", 6, "step_00000003. "),
+    ],
+)
 def test_the_step_that_went_wrong_is_named(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, bad: int, kept: str
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, what: str, bad: int, kept: str
 ) -> None:
     plain = OracleStage.step
     count = itertools.count(1)
 
     def step(self, model, batch):
         loss, logs = plain(self, model, batch)
-        return loss * (float("nan") if next(count) == bad else 1.0), logs
+        if next(count) == bad:
+            # Of a root at 0 the value is finite and the slope is not.
+            loss = loss * float("nan") if what == "loss" else loss + (loss * 0).sqrt()
+        return loss, logs
 
     monkeypatch.setattr(OracleStage, "step", step)
-    with pytest.raises(UserError, match=f"not finite at step {bad};.*{kept}"):
+    with pytest.raises(UserError, match=f"the {what} is not finite at step {bad};.*{kept}"):
         run_fit(oracle_run(tmp_path / "run", data, "train.log_every=6", "train.save_every=3"))
 
 
@@ -317,15 +329,16 @@ def test_a_signal_ends_after_the_step(
     if other:
         asked = itertools.count(1)
         monkeypatch.setattr(processes.Agreement, "ask", lambda *_: [next(asked) == 3, False])
-    run = oracle_run(tmp_path / "run", data, "train.log_every=50")
+    run = oracle_run(tmp_path / "run", data, "train.log_every=50", "train.save_every=1", "train.keep=1")
     with pytest.raises(Interrupted) as caught:
         run_fit(run)
     assert caught.value.code == (143 if other else 130)
     said = capsys.readouterr().out
     assert f"stopped by signal {15 if other else 2} after step 3; saved. Continue" in said and "evaluation" not in said
     assert [p.name for p in ckpt.checkpoints(tmp_path / "run")] == [ckpt.step_name(3)]
-    assert [line["step"] for line in lines(tmp_path / "run")] == [3]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
     monkeypatch.undo()
     again = run_fit(replace(run, train=replace(run.train, resume="auto")))
-    assert [line["step"] for line in lines(again)] == [3, 6]
+    assert "step 3 of 6" in capsys.readouterr().out
+    assert [line["step"] for line in lines(again)] == [1, 2, 3, 4, 5, 6]
     assert [p.name for p in ckpt.checkpoints(again)][-1] == ckpt.step_name(6)

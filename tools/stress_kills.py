@@ -24,6 +24,7 @@ from typing import Any
 
 from uvim_fsq.cli import main as cli
 from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.run_dirs import best
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "nyu_depth"
 SMALL = ("data.image_size=16", "data.train_split=train_minus_holdout", "data.watch_split=holdout", "data.cache=false")
@@ -83,8 +84,10 @@ def outcome(run: Path) -> dict[str, Any]:
         found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-    best = run / "checkpoints" / "best.json"
-    found["best"] = json.loads(best.read_text()) if best.is_file() else None
+    for file in sorted(run.glob("checkpoints/step_*/evaluation.json")):
+        found[str(file.relative_to(run))] = json.loads(file.read_text())
+    chosen = best(run)
+    found["best"] = chosen[0].name if chosen is not None else None
     found["figures"] = json.loads((run / "evaluation.json").read_text())["figures"]
     found["panels"] = sorted(file.name for file in (run / "panels").glob("*.png"))
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from matplotlib.figure import Figure
 from uvim_fsq.ablation import Cell, Grid
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import ways_to_predict
-from uvim_fsq.files import write_json, write_text
+from uvim_fsq.files import write_csv, write_json, write_text
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.report import html_table, panel_rows, png_tag, tile, write_report
 from uvim_fsq.results import finished, read_result
@@ -190,14 +188,13 @@ def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping
     results = collect(grid, cells, failures)
     write_json(out / "results.json", results, indent=1)
     write_text(out / "table.md", markdown(results))
-    lines = [["row", "column", "mean", "std", "n"]]
-    for row in results["rows"]:
-        for title, summary in row["columns"].items():
-            if summary:
-                lines.append([row["name"], title, summary["mean"], summary["std"], summary["n"]])
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
-    write_text(out / "table.csv", text.getvalue())
+    lines = [
+        [row["name"], title, summary["mean"], summary["std"], summary["n"]]
+        for row in results["rows"]
+        for title, summary in row["columns"].items()
+        if summary
+    ]
+    write_csv(out / "table.csv", [["row", "column", "mean", "std", "n"], *lines])
     return results
 
 

@@ -5,8 +5,8 @@ Knows tasks by their interface only; the pictures are made in `code_pictures`. L
 
 from __future__ import annotations
 
+import functools
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from uvim_fsq.evaluation import (
     label_maps,
     to_device,
 )
-from uvim_fsq.files import check_folder
+from uvim_fsq.files import check_folder, write_json, write_whole
 from uvim_fsq.identity import describe
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
@@ -109,10 +109,16 @@ def describe_ways(oracle: Oracle, images: int) -> dict[str, str]:
     }
 
 
+def _save_picture(picture: np.ndarray | Figure, file: Path) -> None:
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png", dpi=100, bbox_inches="tight")
+    else:
+        Image.fromarray(picture).save(file, format="PNG")
+
+
 def write_pages(out: Path, loaded: Loaded, result: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
     """analysis.json, report.html and the pictures as PNG files into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "analysis.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "analysis.json", result)
     names = (loaded.task.main_metric, *loaded.task.headline, "codebook_usage", "code_perplexity")
     rows = [["", *names, "what it is"]]
     for way, figures in result["figures"].items():
@@ -129,10 +135,7 @@ def write_pages(out: Path, loaded: Loaded, result: Mapping[str, Any], pictures: 
     lines = "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items())
     sections = [("How much hangs on the codes", f"{html_table(rows)}<p>{lines}</p>")]
     for item in pictures:
-        if isinstance(item.picture, Figure):
-            item.picture.savefig(out / f"{item.name}.png", dpi=100, bbox_inches="tight")
-        else:
-            Image.fromarray(item.picture).save(out / f"{item.name}.png")
+        write_whole(out / f"{item.name}.png", functools.partial(_save_picture, item.picture))
         sections.append((item.heading, f"<p>{html.escape(item.caption)}</p>{png_tag(item.picture, item.name)}"))
     legend = loaded.task.legend()
     if legend is not None:

@@ -220,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with ended_by_sigterm():
             _main(argv)
+            if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+                sys.modules["uvim_fsq.processes"].part()
     except BaseException as error:
-        if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+        if "uvim_fsq.processes" in sys.modules:
             sys.modules["uvim_fsq.processes"].end_at_once(error)
         raise
-    if "uvim_fsq.processes" in sys.modules:
-        sys.modules["uvim_fsq.processes"].part()
 
 
 def _several() -> bool:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import check_file, check_folder, write_json
+from uvim_fsq.files import check_file, check_folder, inside, refuse_links, write_json
 from uvim_fsq.progress import Bar, is_first, say
 
 if TYPE_CHECKING:
     from uvim_fsq.config import Run
+
+#: Failures that are named one by one; the rest are counted.
+SHOWN = 20
 
 # Heavy imports stay inside the commands, after what can be refused without them, so that --help and a misspelt key are
 # answered at once.
@@ -105,8 +108,9 @@ def _check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]
     """
     from uvim_fsq.run_dirs import read_overridden, resolve_checkpoint
 
-    return read_overridden(resolve_checkpoint(run), overrides)[1]
+    changed = read_overridden(resolve_checkpoint(run), overrides)[1]
     say(f"{run}: loading ...")
+    return changed
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -117,6 +121,9 @@ def command_evaluate(args: argparse.Namespace) -> None:
     changed = _check_run(args.run, [*args.overrides, *limited])
     # The result of a part, and its official files, must not take the place of the whole.
     official = beside(Path(args.run) / "official", changed) if args.official else None
+    if official:
+        inside(Path(args.run), official / "oracle")
+        refuse_links(official)
     file = args.json or beside(result_file(Path(args.run)), changed)
     _check_places([file, args.csv, args.report], [official] if official else [])
 
@@ -149,6 +156,8 @@ def command_analyze(args: argparse.Namespace) -> None:
     """Says what a run's codes are."""
     out = args.out or Path(args.run) / "analysis"
     _check_run(args.run, args.overrides)
+    if args.out is None:
+        inside(Path(args.run), out / "analysis.json")
     _check_places(folders=[out])
 
     from uvim_fsq import processes
@@ -194,10 +203,17 @@ def command_predict(args: argparse.Namespace) -> None:
     _check_run(args.run, overrides)
     _check_places(folders=[args.out])
 
+    from uvim_fsq.prediction_folder import INDEX
     from uvim_fsq.predictor import predict_files
 
-    written = predict_files(args.run, inputs, args.out, overrides)
-    print(f"{len(written)} predictions written to {args.out}")
+    entries = predict_files(args.run, inputs, args.out, overrides)
+    errors = [entry["error"] for entry in entries if "error" in entry]
+    say(f"{len(entries) - len(errors)} predictions written to {args.out}, listed in {Path(args.out) / INDEX}")
+    if errors:
+        for error in errors[:SHOWN]:
+            print(f"failed: {' '.join(error.split())}", file=sys.stderr)
+        more = f", {len(errors) - SHOWN} of them not shown" if len(errors) > SHOWN else ""
+        raise UserError(f"{len(errors)} of {len(entries)} pictures could not be predicted{more}; the index names all")
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -385,3 +401,4 @@ def command_quickstart(args: argparse.Namespace) -> None:
     from uvim_fsq.quickstart import quickstart
 
     quickstart(Path(out), args.gpu_scale, args.task)
+    _say_next_of_lm(Path(out) / "lm")

@@ -31,7 +31,7 @@ def check_warmup(run: Run, total: int) -> None:
 
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
-    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size data.max_pixels
+    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
@@ -41,8 +41,9 @@ _NOT_NEGATIVE = """
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
     model.quantizer.commitment"""
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
+    (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+    (_ABOVE_ZERO, lambda value: value < 2**31, "must be below 2^31"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),

@@ -6,7 +6,6 @@ and every process sees its own share of the images.
 
 from __future__ import annotations
 
-import csv
 import math
 import platform
 import warnings
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import uvim_fsq
-from uvim_fsq import processes
+from uvim_fsq import files, processes
 from uvim_fsq.config import DataConfig, EvalConfig, LMRun, Run
 from uvim_fsq.config_io import to_dict
 from uvim_fsq.data.loader import eval_batches
@@ -29,6 +28,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.layers import signed_pixels
 from uvim_fsq.lm.generate import Decoder, Sampling
 from uvim_fsq.lm.model import LM
+from uvim_fsq.memory import EVALUATION, enough_memory
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
@@ -344,13 +344,9 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
 
 def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     """One line per way and image: way, id and that image's figures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = [{"way": way, **row} for way, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(flat)
+    files.write_csv(path, [keys, *([row.get(key, "") for key in keys] for row in flat)])
 
 
 def evaluate_run(
@@ -373,7 +369,8 @@ def evaluate_run(
     limited = [] if limit is None else [f"eval.limit={limit}"]
     loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
     loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
-    result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
+    with enough_memory(EVALUATION):
+        result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
     if report is not None and processes.is_main():
         runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
         if isinstance(loaded.run, LMRun):

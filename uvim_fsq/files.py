@@ -5,12 +5,14 @@ Knows nothing of what the files mean.
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,15 @@ from uvim_fsq.errors import UserError
 #: How libraries that swallow the error number say that the disk is full: Rust (safetensors), the C library (h5py),
 #: torch.save, and NumPy, whose message is "1000 requested and 512 written".
 _FULL = ("No space left", "Disk quota", "errno = 28", "PytorchStreamWriter failed", "enforce fail", " requested and ")
+#: How a cell begins that spreadsheets take for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error that a library raised while writing means that no space is left, or none of the quota."""
+    """Whether an error that a library raised while writing, or a UserError made of it, means that no space is left, or
+    none of the quota."""
+    if isinstance(error, UserError):
+        return error.__cause__ is not None and disk_is_full(error.__cause__)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     # safetensors' own error, which derives from none of these, known by its name so that nothing is imported here.
@@ -73,6 +80,8 @@ def check_file(file: Path) -> None:
 
 def _is_special(file: Path) -> bool:
     """Whether a path is a device or a pipe, such as /dev/stdout, which is written as it is and never replaced."""
+    if file.is_symlink() and file.absolute().parts[1:2] not in (("dev",), ("proc",)):
+        return False  # somebody's link to a disk, say; it is replaced
     return file.exists() and not file.is_file() and not file.is_dir()
 
 
@@ -100,6 +109,7 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
     with writing(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)  # it may be a link that somebody put there
             write(partial)
             if durable:
                 sync(partial)
@@ -120,6 +130,39 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
     """`write_whole` for what `json` can write."""
     write_text(file, json.dumps(value, indent=indent) + "\n")
+
+
+def write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """`write_whole` for a table. Text that a spreadsheet would run as a formula gets an apostrophe; numbers stay."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    for row in rows:
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in row])
+    write_whole(file, lambda path: path.write_bytes(text.getvalue().encode(errors="surrogateescape")))
+
+
+def _refuse_outside(folder: Path, link: Path, target: str) -> None:
+    real = os.path.realpath(folder)
+    if os.path.commonpath([real, target]) != real:
+        raise UserError(f"{link} is a link that leads out of {folder}, to {target}; remove it, or copy that here")
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """`file`, if its folder lies in `folder` also when all links on the way are followed.
+
+    For writing at places that somebody else may have prepared. Raises UserError naming the link's target.
+    """
+    _refuse_outside(folder, file.parent, os.path.realpath(file.parent))
+    return file
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises UserError for a link anywhere in `folder` that leads out of it: what is written or deleted there may be
+    somebody's own."""
+    for place, folders, files in os.walk(folder):
+        for entry in (Path(place, name) for name in (*folders, *files)):
+            if entry.is_symlink():
+                _refuse_outside(folder, entry, os.path.realpath(entry))
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

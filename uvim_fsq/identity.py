@@ -21,6 +21,7 @@ SPEED = frozenset(
         "data.workers",
         "data.cache",
         "data.max_bad_samples",  # decides when to give up, not what is learned
+        "data.max_pixels",
         "eval.batch_size",
         "eval.workers",
         "eval.compile",

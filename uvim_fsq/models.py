@@ -14,6 +14,7 @@ from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.plugins import plugin_code
 from uvim_fsq.run_dirs import choose, find_oracle, inherit, read_oracle_config, read_overridden, resolve_checkpoint
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
@@ -24,7 +25,8 @@ def build_task(run: Run) -> Task:
     """The task of a resolved configuration."""
     load_plugins(run.plugins)
     limit_pixels(run.data.max_pixels)
-    return task_class(run.task.name)(run.task.options)
+    with plugin_code(f"task {run.task.name}, its start"):
+        return task_class(run.task.name)(run.task.options)
 
 
 def build_oracle(run: OracleRun, task: Task) -> Oracle:
@@ -49,7 +51,8 @@ def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> LM:
 def complete(run: Run) -> Run:
     """Fills in the task's settings that only the data can say, e.g. the categories (`Task.complete`)."""
     load_plugins(run.plugins)
-    options = task_class(run.task.name).complete(run.task.options, run.data.root)
+    with plugin_code(f"task {run.task.name}, complete"):
+        options = task_class(run.task.name).complete(run.task.options, run.data.root)
     return replace(run, task=replace(run.task, options=options))
 
 

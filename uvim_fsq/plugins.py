@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -76,10 +77,38 @@ def import_plugin(module: str) -> None:
             sys.path.append(folder)
             importlib.invalidate_caches()
             importlib.import_module(module)
-    except (ImportError, TypeError, ValueError) as error:
+    except ModuleNotFoundError as error:
         raise UserError(
             f"plugin {module!r} cannot be imported ({error}); is it installed, or its folder on PYTHONPATH?"
         ) from error
+    except Exception as error:
+        raise UserError(f"plugin {module!r} cannot be imported: {describe(error)}") from error
+
+
+@contextmanager
+def plugin_code(what: str) -> Iterator[None]:
+    """Around calling the code of a plugin: its exceptions become a UserError of one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} fails: {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """What a plugin's code did wrong, and in which line."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    # A library's lines, or ours, tell the author of a plugin less than the line that called them.
+    others = ("site-packages", "<frozen ", os.path.dirname(__file__))
+    places = [
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not any(other in place.filename for other in others)
+    ]
+    return f"{said} ({places[-1].filename}, line {places[-1].lineno})" if places else said
 
 
 def _place(module: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,11 +14,19 @@ from PIL import Image
 from uvim_fsq import processes
 from uvim_fsq.data.images import limit_pixels, list_images, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
-from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.sample import Array, Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import arithmetic, build_decoder, label_maps
+from uvim_fsq.files import disk_is_full
+from uvim_fsq.memory import EVALUATION, enough_memory
 from uvim_fsq.models import Loaded, load_checkpoint
 from uvim_fsq.plugins import trusting
+from uvim_fsq.prediction_folder import INDEX, Entry, PredictionFolder
+from uvim_fsq.progress import LINES, Bar
+
+#: A file's name, its content, the open file; a picture of PIL; (H, W, 3) RGB or (H, W) grey uint8.
+Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+PICTURES = "a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) or (H, W) uint8 array"
 
 
 class Predictor:
@@ -46,83 +54,155 @@ class Predictor:
 
         `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
         `trust`: import the plugins that the run names, which runs their code; else they must be named in `overrides`.
+
+        Raises UserError for a run that cannot be loaded, and for a device that is not there.
         """
-        device = torch.device(device or processes.device())
+        device = _device(device) if device is not None else processes.device()
         with trusting(trust):
             return cls(load_checkpoint(path, overrides, device), device)
 
-    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Any:
+    def predict(self, image: Picture) -> Any:
         """One picture of any size -> the task's prediction at that picture's own size.
 
         Depth: (H, W) float32 metres. Panoptic: `Segments`. Colour: (H, W, 3) float32 in [-1, 1].
 
         Args:
-            image: a file, a PIL image, or an (H, W, 3) uint8 RGB array.
+            image: a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) RGB or (H, W) grey
+                uint8 array.
+
+        Raises UserError for anything else.
         """
         return self.predict_batch([image])[0]
 
-    @torch.inference_mode()
-    def predict_batch(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> list[Any]:
-        """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results."""
-        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
-        rgb = [self._array(image) for image in images]
-        size = self.run.data.image_size
-        small = [self.task.model_image(Sample("", resize_linear(picture, (size, size)))) for picture in rgb]
-        tensor = torch.from_numpy(np.stack(small).transpose(0, 3, 1, 2).copy()).to(self.device)
-        with arithmetic(self.run.eval, self.device):
-            # Each picture draws from the same stream as when it is alone.
-            tokens = self.decoder(tensor, torch.full((len(rgb),), self.run.eval.seed))
-            items = label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
-        return [self.task.to_size(item, picture) for item, picture in zip(items, rgb, strict=True)]
+    def predict_batch(self, images: Sequence[Picture]) -> list[Any]:
+        """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results.
 
-    @staticmethod
-    def _array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        if isinstance(image, (str, Path)):
-            return read_image(image)
-        if isinstance(image, Image.Image):
-            return to_rgb(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"expected an (H, W, 3) uint8 RGB array, got {image.dtype} {image.shape}")
+        Pictures that are no arrays are decoded twice, so that no more than one is held at full size.
+        """
+        if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)):
+            raise UserError("predict_batch takes a list of pictures; use predict for one")
+        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
+        kept = [_content(image) for image in images]
+        items = self.predict_small([self.small(_pixels(image)) for image in kept])
+        return [self.task.to_size(item, _pixels(image)) for item, image in zip(items, kept, strict=True)]
+
+    def small(self, image: Array) -> Array:
+        """(H, W, 3) uint8 -> what the models see of it, at their size (S, S, 3)."""
+        size = self.run.data.image_size
+        return self.task.model_image(Sample("", resize_linear(image, (size, size))))
+
+    @torch.inference_mode()
+    def predict_small(self, images: Sequence[Array]) -> list[Any]:
+        """What `small` gave -> one item each as `Task.decode` gives them, at the models' size."""
+        if not images:
+            return []
+        with enough_memory(EVALUATION), arithmetic(self.run.eval, self.device):
+            tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()).to(self.device)
+            # Each picture draws from the same stream as when it is alone.
+            tokens = self.decoder(tensor, torch.full((len(images),), self.run.eval.seed))
+            return label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # torch raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"device={str(device)!r} cannot be used ({reason}); give cpu, or cuda for a GPU") from error
+    return found
+
+
+def _content(image: Any) -> Any:
+    """What an open file holds, which can be read once only; any other picture as it is."""
+    if isinstance(image, Image.Image) or not hasattr(image, "read"):
         return image
+    try:
+        content = image.read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture cannot be read from the open file ({error})") from error
+    if not isinstance(content, bytes):
+        raise UserError(f"the picture's file gives {type(content).__name__}; open it in binary mode")
+    return content
+
+
+def _pixels(image: Any) -> Array:
+    """Any picture but an open file -> (H, W, 3) uint8. Raises UserError for what is none."""
+    if isinstance(image, (str, Path, bytes)):
+        return read_image(image)
+    if isinstance(image, (bytearray, memoryview)):
+        return read_image(bytes(image))
+    if isinstance(image, Image.Image):
+        try:
+            image = to_rgb(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"the picture cannot be used ({error})") from error
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"expected {PICTURES}, got {type(image).__name__}")
+    if image.ndim == 2 and image.dtype == np.uint8:
+        image = np.repeat(image[..., None], 3, axis=-1)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        scale = "; scale it to 0..255 and make it uint8" if image.dtype.kind == "f" else ""
+        raise UserError(f"expected an (H, W, 3) RGB or (H, W) grey uint8 array, got {image.dtype} {image.shape}{scale}")
+    if not image.size:
+        raise UserError(f"the picture has no pixels: {image.shape}")
+    return image
 
 
 def predict_files(
     run_dir: str | Path, inputs: Sequence[str], out: str | Path, overrides: Sequence[str] = ()
-) -> list[dict[str, str]]:
+) -> list[Entry]:
     """Predicts every picture of `inputs` (files or folders) and writes the results into `out`.
 
-    Returns one dict per picture: `image` and the kinds of files written. They also stand in `out`/predictions.json.
-    Two pictures of the same name get their folder's name in front.
+    Returns one dict per picture, in their order: `image` and the kinds of files written, or `error`. They also stand in
+    `out`/predictions.json, with what earlier calls wrote into the same folder. Two pictures of the same name get their
+    folder's name in front, or a number behind.
 
-    Raises UserError naming the first unreadable picture, after all others have been predicted.
+    Raises UserError, before anything is predicted, where a result would replace a picture or anything else but an
+    earlier result; and when the disk is full, with all whole results listed.
     """
     files = list_images(list(inputs))
     predictor = Predictor.from_run(run_dir, overrides)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    written: list[dict[str, str]] = []
-    broken: list[str] = []
-    taken: set[str] = set()
-    for start in range(0, len(files), predictor.run.eval.batch_size):
-        readable: list[tuple[Path, np.ndarray]] = []
-        for file in files[start : start + predictor.run.eval.batch_size]:
+    folder = PredictionFolder(Path(out), predictor.task, files, named=[Path(entry) for entry in inputs])
+    entries: list[Entry] = []
+    last = time.monotonic()
+    try:
+        with Bar(f"predicting into {out}", len(folder.files)) as bar:
+            for entry in _predicted(predictor, folder):
+                entries.append(entry)
+                bar.update(len(entries))
+                if time.monotonic() - last > LINES:
+                    # What a kill would leave is known as results to the next call.
+                    folder.write_index(entries)
+                    last = time.monotonic()
+    finally:
+        folder.write_index(entries)
+    return entries
+
+
+def _predicted(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry]:
+    """One entry per picture. Of a batch only what the models see is held; each picture is read again when written."""
+    size = predictor.run.eval.batch_size
+    for start in range(0, len(folder.files), size):
+        batch = folder.files[start : start + size]
+        small: dict[Path, Array] = {}
+        errors: dict[Path, str] = {}
+        for file in batch:
             try:
-                readable.append((file, read_image(file)))
+                small[file] = predictor.small(read_image(file))
             except UserError as error:
-                broken.append(str(error))
-        items = predictor.predict_batch([image for _, image in readable]) if readable else []
-        for (file, image), item in zip(readable, items, strict=True):
-            paths = predictor.task.save_prediction(item, image, str(out / _free_stem(file, taken)))
-            written.append({"image": str(file), **paths})
-    (out / "predictions.json").write_text(json.dumps(written, indent=2) + "\n")
-    if broken:
-        raise UserError(f"{broken[0]} ({len(broken)} of {len(files)} pictures unreadable; the others are in {out})")
-    return written
-
-
-def _free_stem(file: Path, taken: set[str]) -> str:
-    stem = file.stem if file.stem not in taken else f"{file.parent.name}_{file.stem}"
-    while stem in taken:
-        stem += "_"
-    taken.add(stem)
-    return stem
+                errors[file] = str(error)
+        items = dict(zip(small, predictor.predict_small(list(small.values())), strict=True))
+        for file in batch:
+            if file in errors:
+                yield {"image": str(file), "error": errors[file]}
+                continue
+            try:
+                with enough_memory(f"make {file} smaller"):
+                    image = read_image(file)
+                    entry = folder.save(file, predictor.task.to_size(items[file], image), image)
+            except UserError as error:
+                if disk_is_full(error):
+                    raise UserError(f"{error}; {folder.out / INDEX} lists what is whole") from error
+                entry = {"image": str(file), "error": str(error)}
+            yield entry

@@ -159,8 +159,9 @@ def _other_failed(error: BaseException) -> str | None:
 
 
 def part() -> None:
-    """Leaves the others in good order, once there is nothing more to do together."""
+    """Leaves the others in good order, and all at one time, as NCCL wants it."""
     if dist.is_initialized():
+        wait()
         dist.destroy_process_group()
 
 

@@ -47,11 +47,11 @@ class Bar:
     """How far a job is, and when it will end: on a terminal one line of standard error, redrawn until the end;
     elsewhere a plain line now and then.
 
-    `total` may be told later, by `update`; `start` is what an earlier run had done.
+    `total` may be told later, by `update`; `start` is what an earlier run had done; `every`: seconds between lines.
     """
 
-    def __init__(self, title: str, total: int = 0, start: int = 0) -> None:
-        self.title, self.total, self.start = title, total, start
+    def __init__(self, title: str, total: int = 0, start: int = 0, every: float = LINES) -> None:
+        self.title, self.total, self.start, self.every = title, total, start, every
         self.shown = is_first()
         self.begin = self.last = time.monotonic()
 
@@ -60,7 +60,7 @@ class Bar:
         self.total = self.total if total is None else total
         now = time.monotonic()
         terminal = self.shown and on_terminal()
-        if not self.shown or now - self.last < (REDRAW if terminal else LINES):
+        if not self.shown or now - self.last < (REDRAW if terminal else self.every):
             return
         self.last = now
         if terminal:

@@ -21,6 +21,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import evaluate_loaded
 from uvim_fsq.files import read_json, write_json
 from uvim_fsq.models import load_checkpoint, resolve
+from uvim_fsq.progress import Bar
 from uvim_fsq.report import result_table, write_evaluation
 from uvim_fsq.results import finished, result_file
 from uvim_fsq.tasks.registry import task_class
@@ -81,7 +82,8 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     timer = Timer(_read_seconds(out))
     data = out / "data"
     if not data.exists():
-        console.print(f"[bold]1/4[/] {scale.num_train} training and {scale.num_val} test scenes -> {data}")
+        scenes = f"{scale.num_train} training and {scale.num_val} test scenes"
+        console.print(f"[bold]1/4[/] {scenes} -> {data}", soft_wrap=True)
         timer("data", lambda: _make_data(scale, data, kind))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
@@ -101,9 +103,17 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
 
 
 def _make_data(scale: Scale, out: Path, kind: str) -> None:
-    write_dataset(
-        kind, out, scale.num_train, scale.size, num_val=scale.num_val, layout="mat", difficulty=scale.difficulty
-    )
+    with Bar(f"scenes -> {out}") as bar:
+        write_dataset(
+            kind,
+            out,
+            scale.num_train,
+            scale.size,
+            num_val=scale.num_val,
+            layout="mat",
+            difficulty=scale.difficulty,
+            progress=bar.update,
+        )
 
 
 def _run_config(scale: Scale, task: str, name: str, out: Path) -> Run:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
-from uvim_fsq.files import read_json_lines
+from uvim_fsq.files import read_json_lines, write_text
 from uvim_fsq.models import Loaded
 from uvim_fsq.tasks.base import Task
 
@@ -177,8 +177,7 @@ def write_report(path: Path, title: str, sections: Sequence[tuple[str, str]]) ->
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    write_text(path, page)
 
 
 NAMES = {

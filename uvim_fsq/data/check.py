@@ -18,15 +18,24 @@ def check_data(
 ) -> tuple[list[str], bool]:
     """Reads every sample of train and val under `root` as task `name` with `task.key=value` overrides.
 
+    A task from outside of the package first shows that its code is sound.
+
     Returns the lines to print and whether all is well. Raises UserError when nothing of this task is found.
     """
     from uvim_fsq.config_io import find_data_root, load_run
     from uvim_fsq.models import build_task, complete
+    from uvim_fsq.tasks.contract import contract_faults
+    from uvim_fsq.tasks.registry import BUILT_IN
 
     find_data_root(root)
     run = complete(load_run({"task": {"name": name}, "data": {"root": root}}, overrides))
     task = build_task(run)
     lines: list[str] = []
+    if name not in BUILT_IN:
+        faults = contract_faults(task, root)
+        if faults:
+            return faults, False
+        lines.append(f"task {name}: a sample goes through all of its methods")
     ok = True
     for split in ("train", "val"):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.config import DataConfig
+from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 #: Only these: of Pillow's others one starts Ghostscript on what the picture says.
@@ -44,13 +48,17 @@ def check_pixels(width: int, height: int, name: str | Path) -> None:
         )
 
 
+def _name(source: str | Path | bytes) -> str | Path:
+    return "the picture" if isinstance(source, bytes) else source
+
+
 @contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, its header read and its size found bearable. Raises as Pillow does, UserError for the size, and
-    when memory runs out inside."""
-    size = "its"
+def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """A picture file or its content, its header read and its size found bearable. Raises as Pillow does, UserError for
+    the size, and when memory runs out inside."""
+    path, size = _name(source), "its"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             check_pixels(*image.size, path)
             size = f"{image.width} x {image.height}"
             yield image
@@ -97,7 +105,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         if see_through:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
-        rgb[rows] = strip.convert("RGB")
+        rgb[rows] = np.asarray(strip.convert("RGB"))
     return rgb
 
 
@@ -117,7 +125,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return grey
 
 
-def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
+def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | None:
     """The pixels of an upright grey or RGB JPEG; None for anything else and for a file that is broken.
 
     torchvision calls the same decoder as Pillow, to the same result, but does not copy the picture twice. OpenCV would
@@ -129,22 +137,24 @@ def _plain_jpeg(image: Image.Image, path: str | Path) -> np.ndarray | None:
         return None
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    data = np.frombuffer(bytearray(source), np.uint8) if isinstance(source, bytes) else np.fromfile(source, np.uint8)
     try:
-        pixels = decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+        pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
     except RuntimeError:
         return None
     assert isinstance(pixels, torch.Tensor)
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
+def read_image(source: str | Path | bytes) -> np.ndarray:
+    """A picture file, or its content -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
 
     Raises UserError naming the file when it is missing, truncated or no picture.
     """
+    path = _name(source)
     try:
-        with open_picture(path) as image:
-            rgb = _plain_jpeg(image, path)
+        with open_picture(source) as image:
+            rgb = _plain_jpeg(image, source)
             return to_rgb(image) if rgb is None else rgb
     except UserError:
         raise
@@ -152,6 +162,12 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: no such image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+
+
+def write_png(path: str | Path, pixels: Array, info: PngInfo | None = None) -> None:
+    """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16, whole or not at all. Raises UserError where that fails."""
+    picture = Image.fromarray(pixels)
+    write_whole(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=info), durable=False)
 
 
 def list_images(inputs: list[str]) -> list[Path]:

@@ -33,13 +33,13 @@ class JointTransform:
             # OpenCV's plain INTER_NEAREST takes the pixel to the left of the centre for half of the columns.
             "mask_interpolation": cv2.INTER_NEAREST_EXACT,
         }
-        steps: list[Any] = [A.Resize(*size, **sampling)]
+        self.size = data.image_size
+        self.fit: Any = A.Resize(*size, **sampling)
         if train and data.crop == "inception":
-            steps = [A.RandomResizedCrop(size, scale=data.crop_area, ratio=(3 / 4, 4 / 3), **sampling)]
-        if train and data.hflip:
-            steps.append(A.HorizontalFlip(p=0.5))
-        targets = {f"map_{name}": "image" for name in task.linear_maps}
-        self.compose = A.Compose(steps, additional_targets=targets)
+            self.fit = A.RandomResizedCrop(size, scale=data.crop_area, ratio=(3 / 4, 4 / 3), **sampling)
+        self.flip: Any = A.HorizontalFlip(p=0.5) if train and data.hflip else None
+        steps = [self.fit] if self.flip is None else [self.fit, self.flip]
+        self.compose = A.Compose(steps)
 
     def __call__(self, sample: Sample, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray], Sample]:
         """Deterministic in `seed`. Raises UserError where the task cannot encode the sample."""
@@ -48,14 +48,18 @@ class JointTransform:
 
     def resample(self, view: Sample, seed: int) -> Sample:
         """The sample at the models' size, in training cropped and mirrored by `seed`."""
-        linear: dict[str, Any] = {f"map_{name}": view.maps[name] for name in self.task.linear_maps}
-        nearest = [name for name in view.maps if name not in self.task.linear_maps]
         if self.train:
             # Albumentations ignores numpy's global seed; each sample brings its own.
             self.compose.set_random_seed(seed)
-        done = self.compose(image=view.image, masks=[view.maps[name] for name in nearest], **linear)
-        maps = dict(zip(nearest, done["masks"], strict=True))
-        maps |= {name: done[f"map_{name}"] for name in self.task.linear_maps}
+        # One by one, since a list of maps must be of one shape.
+        kinds = {f"map_{name}": "image" if name in self.task.linear_maps else "mask" for name in view.maps}
+        self.compose.add_targets(kinds)
+        done = self.compose(image=view.image, **{f"map_{name}": values for name, values in view.maps.items()})
+        maps = {name: done[f"map_{name}"] for name in view.maps}
+        # Albumentations leaves there what a transform did at its last call, nothing if it did not act.
+        left, top, right, bottom = self.fit.params.get("crop_coords", (0, 0, view.image.shape[1], view.image.shape[0]))
+        scale = (self.size / (bottom - top), self.size / (right - left))
+        maps = self.task.adjust(maps, scale, mirrored=self.flip is not None and bool(self.flip.params))
         return Sample(view.id, done["image"], maps, view.meta)
 
     def encode(self, resized: Sample) -> tuple[np.ndarray, dict[str, np.ndarray]]:

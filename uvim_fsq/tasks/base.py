@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Array, Sample, SampleSource
 from uvim_fsq.errors import UserError
@@ -159,6 +159,20 @@ class Task(ABC):
         """The part of a sample that evaluation is about (e.g. NYU's crop); the whole sample unless overridden."""
         return sample
 
+    def adjust(self, maps: dict[str, Array], scale: tuple[float, float], *, mirrored: bool) -> dict[str, Array]:
+        """Corrects values that mean a direction or a distance in the picture after their pixels were moved; unless
+        overridden the maps as they are.
+
+        Called for every sample at the label size, before `encode`. Crop, resize and flip move whole pixels: a normal
+        still points to the old left after a flip, and a flow of 10 pixels is still 10 in a picture of half the size.
+
+        Args:
+            maps: (S, S) or (S, S, C) arrays; return new ones, do not write into these.
+            scale: new pixels per old pixel, downwards and across.
+            mirrored: whether left and right were exchanged; always False in evaluation, which neither crops nor flips.
+        """
+        return maps
+
     @abstractmethod
     def encode(self, sample: Sample) -> dict[str, Array]:
         """Labels of a sample at the label size, in the form in which they travel to the device.
@@ -205,15 +219,22 @@ class Task(ABC):
             truth: the sample that `image` belongs to, or None.
         """
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        """Kind -> path of the files that `save_prediction` will write, so that no two pictures claim one file.
+
+        To be overridden together with it. Other files it writes are refused where they would replace something.
+        """
+        return {"prediction": f"{stem}_prediction.png"}
+
     def save_prediction(self, prediction: Any, image: Array, stem: str) -> dict[str, str]:
         """Writes one prediction, at the size of `image` (H, W, 3), as `stem`*; returns kind -> path.
 
-        Unless overridden: the pictures of `render`.
+        Unless overridden: the pictures of `render`. Raises UserError where they cannot be written.
         """
         paths: dict[str, str] = {}
         for title, picture in self.render(image, prediction).items():
             paths[title] = f"{stem}_{title}.png"
-            Image.fromarray(picture).save(paths[title])
+            write_png(paths[title], picture)
         return paths
 
     def legend(self) -> Array | None:

@@ -55,7 +55,7 @@ def save_checkpoint(
     final, temporary = parent / step_name(step), parent / f".tmp_{step_name(step)}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "trainer").mkdir(parents=True)
+        (temporary / STATE).parent.mkdir(parents=True)
         (temporary / CONFIG).write_text(config, encoding="utf-8")
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         safetensors.torch.save_file(tensors, temporary / WEIGHTS)
@@ -69,7 +69,7 @@ def save_checkpoint(
         sync(parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = "the disk is full" if disk_is_full(error) else str(error).splitlines()[0]
+        reason = "the disk is full" if disk_is_full(error) else next(iter(str(error).splitlines()), repr(error))
         raise UserError(
             f"cannot save {final}: {reason}; earlier checkpoints are intact. "
             "Free space and go on with train.resume=auto"

@@ -6,16 +6,19 @@ H heads, h head size, E input width, D output width, p patch side, P = p*p pixel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
-from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 
 from uvim_fsq.layers import Attention, PatchEmbed
 from uvim_fsq.lm.encoder import PatchLinear
 from uvim_fsq.oracle.labels import CategoricalEmbed, LabelEmbed, LabelHead, RealEmbed
+
+if TYPE_CHECKING:
+    from timm.layers.attention import Attention as TimmAttention
 
 
 class Layout(NamedTuple):
@@ -48,7 +51,7 @@ def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], t
     if isinstance(module, Attention):
         for projection in (module.query, module.key, module.value):
             yield from _attention(projection, module.out, module.num_heads, parts=1)
-    elif isinstance(module, TimmAttention):
+    elif _is_timm_attention(module):
         yield from _attention(module.qkv, module.proj, module.num_heads, parts=3)
     elif isinstance(module, PatchEmbed):  # (D, p p 3), theirs (p, p, 3, D)
         yield module.proj.weight, (-1, module.patch, module.patch, 3), (1, 2, 3, 0)
@@ -65,6 +68,12 @@ def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], t
             assert isinstance(head, nn.Linear)
             yield head.weight, (module.pixels, -1, head.in_features), (2, 1, 0)
             yield head.bias, (module.pixels, -1), (1, 0)
+
+
+def _is_timm_attention(module: nn.Module) -> TypeGuard[TimmAttention]:
+    # Whoever has such a module has imported timm, which takes seconds.
+    timm_attention = sys.modules.get("timm.layers.attention")
+    return timm_attention is not None and isinstance(module, timm_attention.Attention)
 
 
 def _attention(

@@ -19,6 +19,7 @@ from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
 from uvim_fsq.config import Run
 from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import refuse_links
 from uvim_fsq.progress import say
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.lock import run_lock
@@ -68,6 +69,8 @@ def fit(stage: Stage, run: Run) -> Path:
 @contextlib.contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
     """Holds the run directory's lock in the main process; what a killed process left behind is removed."""
+    if processes.is_main():
+        refuse_links(run_dir)
     with run_lock(run_dir) if processes.is_main() else contextlib.nullcontext():
         if processes.is_main():
             ckpt.clean_leftovers(run_dir)

@@ -40,7 +40,8 @@ class Progress:
     ) -> None:
         self.train, self.title, self.total, self.main, self.ceiling = train, title, total, main, ceiling
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.bar, self.last_line = Bar(title, total, start_step), -math.inf
+        # In a log file only where the lines of `log` are long in coming.
+        self.bar, self.last_line = Bar(title, total, start_step, every=2 * LINES), -math.inf
         self.waiting = 0.0
         self.out = Path(train.out)
         self.wandb: Any = None

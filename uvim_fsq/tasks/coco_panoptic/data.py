@@ -28,7 +28,7 @@ from uvim_fsq.data.images import decode_png, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import read_json, write_json, write_whole
+from uvim_fsq.files import inside, read_json, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
@@ -294,5 +294,5 @@ def _prepare_split(pngs: PngStore, index: Index, folder: Path, progress: Callabl
         numbers = number_segments(decode_ids(pngs.read(name), str(pngs.place / name)), ids, str(pngs.place / name))
         ok, png = cv2.imencode(".png", numbers.astype(np.uint8 if len(ids) < 256 else np.uint16))
         assert ok
-        write_whole(target, functools.partial(Path.write_bytes, data=png.tobytes()), durable=False)
+        write_whole(inside(folder, target), functools.partial(Path.write_bytes, data=png.tobytes()), durable=False)
     progress(len(index.pngs), len(index.pngs))

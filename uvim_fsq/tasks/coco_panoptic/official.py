@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import inside, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb, segment_index
 
 _GROUPS = {"All": "", "Things": "_things", "Stuff": "_stuff"}
@@ -63,7 +64,7 @@ class ResultWriter:
         present = np.flatnonzero(area[1:])
         number = np.zeros(len(area), np.int32)
         number[present + 1] = np.arange(1, len(present) + 1)
-        self._write_png(self.pngs / png_name, number.take(index))
+        self._write_png(inside(self.pngs, self.pngs / png_name), number.take(index))
         # Plain integers: json refuses NumPy's.
         infos = [
             {"id": i, "category_id": self.category_ids[int(prediction.classes[k]) - 1]}
@@ -76,21 +77,12 @@ class ResultWriter:
         # OpenCV's default is its lowest compression; naming the level turns the fast row filter off.
         ok, png = cv2.imencode(".png", cv2.cvtColor(ids_to_rgb(ids), cv2.COLOR_RGB2BGR))
         assert ok
-        try:
-            path.write_bytes(png.tobytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}; free space or give another folder") from error
+        write_whole(path, lambda place: place.write_bytes(png.tobytes()), durable=False)
 
     def finish(self, entries: Iterable[dict[str, Any]]) -> Path:
         """Writes `panoptic.json` from what `add` returned (in any order) and returns its path."""
         path = self.folder / "panoptic.json"
-        temporary = self.folder / ".tmp_panoptic.json"
-        annotations = sorted(entries, key=lambda entry: entry["image_id"])
-        try:
-            temporary.write_text(json.dumps({"annotations": annotations}) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}; free space or give another folder") from error
+        write_json(path, {"annotations": sorted(entries, key=lambda entry: entry["image_id"])}, indent=None)
         return path
 
 

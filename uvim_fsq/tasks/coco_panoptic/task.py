@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from uvim_fsq.config_io import find_data_root
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_json
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
 from uvim_fsq.tasks.coco_panoptic import render
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
@@ -124,10 +124,13 @@ class CocoPanoptic(Task):
     def legend(self) -> np.ndarray:
         return render.legend(self.names)
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        return {"png": f"{stem}.png", "json": f"{stem}.json", "overlay": f"{stem}_overlay.png"}
+
     def save_prediction(self, prediction: Segments, image: np.ndarray, stem: str) -> dict[str, str]:
         """stem.png: ids as R + 256 G + 65536 B; stem.json: its segments; stem_overlay.png: names, outlines, legend."""
-        paths = {"png": f"{stem}.png", "json": f"{stem}.json", "overlay": f"{stem}_overlay.png"}
-        Image.fromarray(ids_to_rgb(prediction.ids)).save(paths["png"])
+        paths = self.prediction_files(stem)
+        write_png(paths["png"], ids_to_rgb(prediction.ids))
         area = np.bincount(prediction.ids.ravel(), minlength=len(prediction.segment_ids) + 1)
         infos = [
             {
@@ -139,9 +142,9 @@ class CocoPanoptic(Task):
             }
             for number, c in zip(prediction.segment_ids, prediction.classes, strict=True)
         ]
-        Path(paths["json"]).write_text(json.dumps({"segments_info": infos}, indent=1) + "\n")
+        write_json(Path(paths["json"]), {"segments_info": infos}, indent=1)
         picture = self.render(image, prediction)["prediction"]
-        Image.fromarray(render.with_legend(picture, prediction, self.names)).save(paths["overlay"])
+        write_png(paths["overlay"], render.with_legend(picture, prediction, self.names))
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from uvim_fsq import processes
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
@@ -111,12 +111,16 @@ class ImagenetColor(Task):
         pictures = {"prediction": to_picture(prediction)}
         return pictures if truth is None else {"ground truth": image, **pictures}
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        kind = "keep_luma" if self.config.keep_luma else "color"
+        return {kind: f"{stem}_{kind}.png"}
+
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
         """stem_color.png, or stem_keep_luma.png for that variant: 8-bit RGB."""
-        kind = "keep_luma" if self.config.keep_luma else "color"
-        path = f"{stem}_{kind}.png"
-        Image.fromarray(to_picture(prediction)).save(path)
-        return {kind: path}
+        paths = self.prediction_files(stem)
+        (path,) = paths.values()
+        write_png(path, to_picture(prediction))
+        return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
         """The grey photo itself."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from uvim_fsq.data.encode import hdf5_bytes
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import read_json, write_json, write_whole
+from uvim_fsq.files import inside, read_json, write_json, write_whole
 from uvim_fsq.tasks.nyu_depth.files import PairSource
 
 FOLDER = "prepared_depth"
@@ -88,7 +88,7 @@ def prepare(sources: list[PairSource], progress: Callable[[int, int], None]) -> 
             image, depth = sample.image, sample.maps["depth"]
             if done == len(unreadable):  # the first one that can be read
                 _check_space(root, len(todo) * (image.nbytes + depth.nbytes))
-            _write(root / FOLDER / f"{key}.h5", image, depth)
+            _write(inside(root / FOLDER, root / FOLDER / f"{key}.h5"), image, depth)
             contents[key] = origin
     finally:
         if contents:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -111,16 +113,19 @@ class NYUDepth(Task):
             pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
         return pictures
 
+    def prediction_files(self, stem: str) -> dict[str, str]:
+        return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
+
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
         """stem.png: 16-bit millimetres, the scale in its text chunks; stem.npy: float32 metres; stem_color.png."""
         depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
-        paths = {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
+        paths = self.prediction_files(stem)
         info = PngInfo()
         info.add_text("unit", "millimetre")
         info.add_text("depth_scale", "1000")
-        Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)).save(paths["png"], pnginfo=info)
-        np.save(paths["npy"], depth)
-        Image.fromarray(self.render(image, depth)["prediction"]).save(paths["color"])
+        write_png(paths["png"], (depth * 1000).round().clip(0, 65535).astype(np.uint16), info)
+        write_whole(Path(paths["npy"]), lambda file: _save_array(file, depth), durable=False)
+        write_png(paths["color"], self.render(image, depth)["prediction"])
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
@@ -140,6 +145,12 @@ class NYUDepth(Task):
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
         return prepare(root, self.config, progress)
+
+
+def _save_array(file: Path, array: np.ndarray) -> None:
+    # To an open file: np.save would add a suffix to the name.
+    with file.open("wb") as opened:
+        np.save(opened, array)
 
 
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:

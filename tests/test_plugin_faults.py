@@ -1,0 +1,301 @@
+"""Mistakes in a task from outside of the package, each found by `data check` and before training, in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.camvid_segmentation.camvid_segmentation import CamvidSegmentation, Config, MeanIoU
+from tests.small import ORACLE
+from uvim_fsq.config import DataConfig
+from uvim_fsq.config_io import load_run
+from uvim_fsq.data.check import check_data
+from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.data.synthetic import render
+from uvim_fsq.data.transforms import JointTransform
+from uvim_fsq.errors import UserError
+from uvim_fsq.models import resolve
+from uvim_fsq.plugins import import_plugin
+from uvim_fsq.tasks.base import Categorical, Real
+from uvim_fsq.tasks.contract import contract_faults
+from uvim_fsq.tasks.registry import BUILT_IN, task_class
+from uvim_fsq.training.run import train
+
+PLUGIN = "examples.camvid_segmentation.camvid_segmentation"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("camvid")
+    for split, count in (("train", 10), ("val", 4)):
+        for name in (split, f"{split}annot"):
+            (root / name).mkdir(parents=True)
+        for i in range(count):
+            scene = render(1, i + 100 * (split == "val"), (24, 32))
+            Image.fromarray(scene.image).save(root / split / f"{i}.jpg")
+            Image.fromarray((scene.segments % 12).astype(np.uint8)).save(root / f"{split}annot" / f"{i}.png")
+    return root
+
+
+def faults(root: Path, **changes: Any) -> list[str]:
+    return contract_faults(type("Mine", (CamvidSegmentation,), changes)(Config()), str(root))
+
+
+def metric(**changes: Any) -> Any:
+    return lambda self, source: type("Metric", (MeanIoU,), changes)()
+
+
+def encode(change: Any) -> Any:
+    return lambda self, sample: change(CamvidSegmentation.encode(self, sample))
+
+
+def loss(change: Any) -> Any:
+    return lambda self, logits, labels: change(*CamvidSegmentation.loss(self, logits, labels))
+
+
+def summed(self: Any, logits: Any, labels: Any) -> Any:
+    values, logs = CamvidSegmentation.loss(self, logits, labels)
+    return values * labels["classes"].shape[1], logs
+
+
+class BadPhotos:
+    """A source whose only sample is wrong."""
+
+    def __init__(self, **change: Any) -> None:
+        good = {"id": "x", "image": np.zeros((24, 32, 3), np.uint8), "maps": {"classes": np.zeros((24, 32), np.int32)}}
+        self.info, self.parts = {}, good | change
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(**self.parts)
+
+
+def source(**change: Any) -> Any:
+    return lambda self, root, split: BadPhotos(**change)
+
+
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but no 'mIoU'"),
+    ("headline", {"headline": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
+    ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
+    ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
+    ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
+    (
+        "channel's name",
+        {"encode": encode(lambda x: {"class": x["classes"]})},
+        r"encode: the channels are \['class'\], label",
+    ),
+    (
+        "no dict",
+        {"encode": encode(lambda x: x["classes"])},
+        r"encode: the channels are int16 \(32, 32\), label_channels",
+    ),
+    (
+        "dtype",
+        {"encode": encode(lambda x: {"classes": x["classes"].astype(np.float32)})},
+        r"encode: channel 'classes' is float32 \(32, 32\), expected integers \(32, 32\)",
+    ),
+    (
+        "shape",
+        {"encode": encode(lambda x: {"classes": x["classes"][..., None]})},
+        r"is int16 \(32, 32, 1\), exp",
+    ),
+    ("tensor", {"encode": encode(lambda x: {"classes": torch.zeros(32, 32)})}, "expected a NumPy array"),
+    ("range", {"encode": encode(lambda x: {"classes": x["classes"] + 20})}, r"holds values from .* expected -1\.\.10"),
+    ("below", {"encode": encode(lambda x: {"classes": x["classes"] * 0 - 2})}, r"from -2 to -2, expected -1\.\.10"),
+    (
+        "real range",
+        {"label_channels": {"x": Real(1)}, "encode": lambda *_: {"x": np.full((32, 32, 1), 1.5, np.float32)}},
+        r"channel 'x' holds values from 1.5 to 1.5, expected -1\.\.1",
+    ),
+    (
+        "real shape",
+        {"label_channels": {"x": Real(2)}, "encode": lambda *_: {"x": np.zeros((32, 32, 1), np.float32)}},
+        r"channel 'x' is float32 \(32, 32, 1\), expected float32 or uint8 \(32, 32, 2\)",
+    ),
+    (
+        "real nan",
+        {"label_channels": {"x": Real(1)}, "encode": lambda *_: {"x": np.full((32, 32, 1), np.nan, np.float32)}},
+        "channel 'x' holds values from nan to nan",
+    ),
+    ("exception", {"encode": lambda self, sample: {}["classes"]}, r"encode fails: KeyError: 'classes' \(.*test_plugin"),
+    (
+        "scalar loss",
+        {"loss": loss(lambda x, logs: (x.mean(), logs))},
+        r"loss: the loss of 2 images is float32 \(\)",
+    ),
+    ("no logs", {"loss": loss(lambda x, logs: x)}, r"loss: \(loss, logs\) expected, not float32 \(2,\)"),
+    (
+        "scalar log",
+        {"loss": loss(lambda x, logs: (x, {"a": x.mean()}))},
+        r"log 'a' of 2 images is float32 \(\)",
+    ),
+    ("nan loss", {"loss": loss(lambda x, logs: (x * float("nan"), logs))}, "the loss is .* for random logits"),
+    ("sum", {"loss": summed}, "the loss is no mean over pixels"),
+    ("no gradient", {"loss": loss(lambda x, logs: (x.detach(), logs))}, "the loss has no gradient"),
+    (
+        "decode",
+        {"decode": lambda self, logits: logits["classes"].argmax(-1)},
+        r"decode: a list of one item .* int64",
+    ),
+    ("one item", {"decode": lambda self, logits: [1]}, "decode: a list of one item per image expected, not list"),
+    ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*faults.py, line"),
+    ("no row", {"metric": metric(update=lambda *_: None)}, "metric: update must return .* not NoneType"),
+    ("row", {"metric": metric(update=lambda *_: {"a": "b"})}, "metric: update must return .* not dict"),
+    ("state", {"metric": metric(state=lambda self: [1])}, "metric: state must return name -> NumPy array"),
+    ("compute", {"metric": metric(compute=lambda self: 3.0)}, "metric: compute must return name -> float, not float"),
+    (
+        "load_state",
+        {"metric": metric(load_state=lambda self, state: setattr(self, "confusion", np.eye(11)))},
+        r"load_state\(state\(\)\) changes what compute returns",
+    ),
+    ("to_size", {"to_size": lambda *_: 1 / 0}, "to_size fails: ZeroDivisionError"),
+    ("render", {"render": lambda *_: {"picture": 0}}, 'render: a dict with the title "prediction" expected'),
+    (
+        "picture",
+        {"render": lambda self, image, *_: {"prediction": image / 255}},
+        r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
+    ),
+    ("save", {"save_prediction": lambda *_: {"png": "nowhere.png"}}, "save_prediction: a dict kind -> path of a file"),
+    ("sample", {"source": lambda *_: [1]}, "source: a Sample expected, not int"),
+    (
+        "image",
+        {"source": source(image=np.zeros((24, 32, 3)))},
+        r"the image of a sample is float64 \(24, 32, 3\)",
+    ),
+    (
+        "grey",
+        {"source": source(image=np.zeros((24, 32), np.uint8))},
+        r"the image of a sample is uint8 \(24, 32\)",
+    ),
+    (
+        "map",
+        {"source": source(maps={"classes": np.zeros((4, 4), np.int32)})},
+        r"map 'classes' is int32 \(4, 4\)",
+    ),
+    (
+        "long",
+        {"source": source(maps={"classes": np.zeros((24, 32), int)})},
+        r"is int64 \(24, 32\), expected int32 or",
+    ),
+    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps names 'rgb', but a sample has the maps \['classes'\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS])
+def test_a_fault_is_one_line(photos: Path, changes: dict[str, Any], message: str) -> None:
+    found = faults(photos, **changes)
+    assert found and all("\n" not in line and line.startswith("task camvid_segmentation, ") for line in found)
+    assert re.search(message, found[0]), found
+
+
+def test_a_sound_task_has_none(photos: Path) -> None:
+    assert faults(photos) == []
+    lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
+    assert ok and lines[0] == "task camvid_segmentation: a sample goes through all of its methods"
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_the_built_in_tasks_have_none(name: str, tmp_path: Path) -> None:
+    cls = task_class(name)
+    assert cls.synthetic is not None
+    write_dataset(cls.synthetic, tmp_path / "set", 3, (24, 32), num_val=2, workers=1)
+    assert contract_faults(cls(cls.complete(cls.Config(), str(tmp_path / "set"))), str(tmp_path / "set")) == []
+
+
+def test_training_refuses_it_and_data_check_lists_it(photos: Path, tmp_path: Path) -> None:
+    section = {"task": {"name": "camvid_segmentation"}, "plugins": [PLUGIN]}
+    run = resolve(load_run({**ORACLE, **section}, [f"train.out={tmp_path / 'run'}", f"data.root={photos}"]))
+    before = CamvidSegmentation.main_metric, CamvidSegmentation.headline
+    CamvidSegmentation.main_metric, CamvidSegmentation.headline = "mIoU", ("no_such",)
+    try:
+        with pytest.raises(UserError, match="no 'mIoU'"):
+            train(run)
+        lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
+    finally:
+        CamvidSegmentation.main_metric, CamvidSegmentation.headline = before
+    assert not ok and len(lines) == 1 and "no 'mIoU'" in lines[0] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", r"SyntaxError: invalid syntax \(.*broken_plugin.py, line 1\)"),
+        ("x = 1\nprint(x / 0)\n", r"ZeroDivisionError: division by zero \(.*broken_plugin.py, line 2\)"),
+        (
+            "from uvim_fsq.tasks.base import Taks\n",
+            r"ImportError: cannot import name 'Taks' .*plugin.py, line 1\)",
+        ),
+        ("import no_such_thing\n", "No module named 'no_such_thing'"),
+        (
+            "from uvim_fsq.tasks.registry import register_task\n@register_task('mine')\nclass Mine:\n    pass\n",
+            r"Mine.Config must be a frozen dataclass \(.*broken_plugin.py, line 2",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    (tmp_path / "broken_plugin.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"plugin 'broken_plugin' cannot be imported.*{message}") as caught:
+        import_plugin("broken_plugin")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_that_lacks_methods(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_plugin.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from uvim_fsq.tasks.base import Task\n"
+        "from uvim_fsq.tasks.registry import register_task\n"
+        "@dataclass(frozen=True)\nclass Config:\n    pass\n"
+        "@register_task('half')\nclass Half(Task):\n    Config = Config\n    main_metric = 'x'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="task half, its start fails: TypeError: Can't instantiate abstract class Half"):
+        check_data("half", str(photos), ["plugins=[half_plugin]"])
+    monkeypatch.delitem(__import__("uvim_fsq.tasks.registry", fromlist=["_TASKS"])._TASKS, "half")
+
+
+# ---------------------------------------------------------------- vectors
+
+
+class Flow(CamvidSegmentation):
+    """Its maps are a flow, and the row and the column that a pixel came from."""
+
+    def adjust(
+        self, maps: dict[str, np.ndarray], scale: tuple[float, float], *, mirrored: bool
+    ) -> dict[str, np.ndarray]:
+        factor = np.array([-scale[1] if mirrored else scale[1], scale[0]], np.float32)
+        return {**maps, "flow": maps["flow"] * factor}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("crop", ["none", "inception"])
+def test_vectors_follow_their_pixels(crop: str, linear: bool) -> None:
+    """A flip mirrored a field of vectors without turning them, and a resize left their length as it was."""
+    rows, columns = np.mgrid[:48, :64].astype(np.float32)
+    flow = np.stack([np.full((48, 64), 3.0), np.full((48, 64), 5.0)], -1).astype(np.float32)
+    sample = Sample("x", np.zeros((48, 64, 3), np.uint8), {"flow": flow, "columns": columns, "rows": rows})
+    Flow.linear_maps = ("flow",) if linear else ()
+    transform = JointTransform(DataConfig(image_size=16, crop=crop, hflip=True), Flow(Config()), train=True)
+    seen = set()
+    for seed in range(12):
+        maps = transform.resample(sample, seed).maps
+        across = (maps["columns"][0, -1] - maps["columns"][0, 0]) / 15  # old pixels per new one; negative if mirrored
+        down = (maps["rows"][-1, 0] - maps["rows"][0, 0]) / 15
+        np.testing.assert_allclose(maps["flow"][8, 8, 0] * across, 3, rtol=0.15)
+        np.testing.assert_allclose(maps["flow"][8, 8, 1] * down, 5, rtol=0.15)
+        seen.add(bool(across < 0))
+    assert seen == {False, True} and float(flow[0, 0, 0]) == 3
+    whole = JointTransform(DataConfig(image_size=16), Flow(Config()), train=False).resample(sample, 0).maps["flow"]
+    np.testing.assert_allclose(whole, np.broadcast_to(np.float32([3 / 4, 5 / 3]), (16, 16, 2)), rtol=1e-5)

@@ -1,0 +1,281 @@
+"""`uvim-fsq predict` among a user's files, and what the Predictor takes for a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.small import TASKS
+from uvim_fsq import predictor as module
+from uvim_fsq.cli import main
+from uvim_fsq.errors import UserError
+from uvim_fsq.prediction_folder import PredictionFolder
+from uvim_fsq.predictor import Predictor, predict_files
+
+
+def photo(file: Path, seed: int = 0, size: tuple[int, int] = (20, 30)) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def index(out: Path) -> list[dict[str, str]]:
+    return json.loads((out / "predictions.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[str]:
+    """Runs `predict`, which must end with exit code 2; returns the lines of standard error."""
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", *map(str, arguments)])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_picture_is_never_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own"
+    photo(own / "another.jpg")
+    photo(own / "pic.png")
+    before = content(own)
+    assert refused(capsys, lm_dir, own, "--out", own) == [
+        f"error: a result would replace {own / 'pic.png'}, a picture to predict; choose another --out"
+    ]
+    assert content(own) == before
+    elsewhere = photo(tmp_path / "elsewhere" / "pic.jpg")
+    (own / "pic.png").unlink()
+    for link in (os.symlink, os.link):
+        link(elsewhere, own / "pic.png")
+        assert "a picture to predict" in refused(capsys, lm_dir, elsewhere, "--out", own)[0]
+        (own / "pic.png").unlink()
+
+
+def test_only_results_are_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two, out = photo(tmp_path / "one.jpg"), photo(tmp_path / "two.jpg", 1), tmp_path / "out"
+    out.mkdir()
+    (out / "one.npy").write_text("the user's")
+    (line,) = refused(capsys, lm_dir, one, "--out", out)
+    assert "one.npy is there already and no result of an earlier predict" in line
+    assert content(out) == {"one.npy": b"the user's"}
+    (out / "one.npy").unlink()
+    for pictures in ([one], [two], [one, two]):
+        main(["predict", str(lm_dir), *map(str, pictures), "--out", str(out)])
+    assert [entry["image"] for entry in index(out)] == [str(one), str(two)]
+    assert len(content(out)) == 7
+    (out / "predictions.json").write_text('[{"image"')
+    assert "predictions.json is damaged" in refused(capsys, lm_dir, one, "--out", out)[0]
+
+
+def test_results_inside_the_pictures_folder_are_no_pictures(tmp_path: Path, lm_dir: Path) -> None:
+    photo(tmp_path / "photos" / "pic.png")
+    out = tmp_path / "photos" / "results"
+    for _ in range(2):
+        assert len(predict_files(lm_dir, [str(tmp_path / "photos")], out)) == 1
+    assert set(content(out)) == {"pic.png", "pic.npy", "pic_color.png", "predictions.json"}
+    named = predict_files(lm_dir, [str(out / "pic_color.png"), str(out / "pic_color.png")], tmp_path / "again")
+    assert [entry["image"] for entry in named] == [str(out / "pic_color.png")]
+
+
+def test_no_two_pictures_claim_one_file(tmp_path: Path, lm_dir: Path) -> None:
+    names = ["pic.png", "pic_color.png", "a/pic.jpg", "b/pic.jpg", "b/c/pic.jpg", "x/b/pic.jpg", "PIC.png", "Ö.png"]
+    names.append("d/O\u0308.png")  # the same name in two spellings, one file on some systems
+    photos = {str(photo(tmp_path / "in" / name, seed)) for seed, name in enumerate(names)}
+    written = predict_files(lm_dir, [str(tmp_path / "in")], tmp_path / "out")
+    assert {entry["image"] for entry in written} == photos
+    files = [path for entry in written for kind, path in entry.items() if kind != "image"]
+    assert len({Path(path).name.casefold() for path in files}) == len(files) == 3 * len(names)
+    assert {Path(path).name for path in files} | {"predictions.json"} == set(content(tmp_path / "out"))
+    predictor = Predictor.from_run(lm_dir)
+    for entry in written:
+        assert np.array_equal(np.load(entry["npy"]), predictor.predict(entry["image"]))
+
+
+def test_the_index_is_no_picture_s_name(tmp_path: Path) -> None:
+    file = photo(tmp_path / "in" / "predictions.jpg")
+    folder = PredictionFolder(tmp_path / "out", TASKS["panoptic"], [file], named=[file])
+    assert folder.stems == {file: "in_predictions"}
+
+
+def test_every_failed_picture_is_named(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    good = [str(photo(folder / f"{i}.png", i)) for i in range(3)]
+    broken = []
+    for i in range(23):
+        file = folder / f"bad{i:02d}.png"
+        file.write_bytes(Path(good[0]).read_bytes()[:100])
+        broken.append(str(file))
+    said = refused(capsys, lm_dir, folder, "--out", out)
+    assert len(said) == 21 and all(f"failed: {file}" in line for file, line in zip(broken[:20], said, strict=False))
+    assert said[-1] == "error: 23 of 26 pictures could not be predicted, 3 of them not shown; the index names all"
+    listed = index(out)
+    assert [entry["image"] for entry in listed] == [*good, *broken]
+    assert all("cannot be read as an image" in entry["error"] for entry in listed[3:])
+    assert all(np.load(entry["npy"]).shape == (20, 30) for entry in listed[:3])
+
+
+def test_a_full_disk_leaves_whole_results_and_their_list(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for i in range(4):
+        photo(folder / f"{i}.png", i)
+    save = np.save
+
+    def full(file: Any, array: np.ndarray) -> None:
+        if "2.npy" in file.name:
+            file.write(b"half")
+            raise OSError("1000 requested and 512 written")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    (line,) = refused(capsys, lm_dir, folder, "--out", out)
+    assert "the disk is full" in line and str(out / "2.npy") in line
+    assert set(content(out)) == {f"{i}{end}" for i in (0, 1) for end in (".png", ".npy", "_color.png")} | {
+        "predictions.json"
+    }
+    assert [Path(entry["image"]).name for entry in index(out)] == ["0.png", "1.png"]
+
+
+def test_files_that_a_task_did_not_announce_replace_nothing(
+    tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor.from_run(lm_dir)
+    one, two, out = photo(tmp_path / "one.jpg"), photo(tmp_path / "two.jpg"), tmp_path / "out"
+    out.mkdir()
+    (out / "one_notes.txt").write_text("the user's")
+
+    def talkative(prediction: Any, image: np.ndarray, stem: str) -> dict[str, str]:
+        Path(f"{stem}_notes.txt").write_text("the task's")
+        return {"notes": f"{stem}_notes.txt"}
+
+    monkeypatch.setattr(predictor.task, "save_prediction", talkative)
+    monkeypatch.setattr(Predictor, "from_run", lambda *_: predictor)
+    first, second = predict_files(lm_dir, [str(one), str(two)], out)
+    assert "one_notes.txt is there already" in first["error"] and second["notes"] == str(out / "two_notes.txt")
+    assert content(out).keys() == {"one_notes.txt", "two_notes.txt", "predictions.json"}
+    assert (out / "one_notes.txt").read_text() == "the user's"
+
+
+def test_one_picture_at_a_time_is_held(tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [str(photo(tmp_path / f"{i}.png", i)) for i in range(6)]
+    alive: list[int] = []
+    seen: list[weakref.ref[np.ndarray]] = []
+    read = module.read_image
+
+    def watched(source: Any) -> np.ndarray:
+        alive.append(sum(picture() is not None for picture in seen))
+        image = read(source)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(module, "read_image", watched)
+    predict_files(lm_dir, files, tmp_path / "out", ["eval.batch_size=6"])
+    Predictor.from_run(lm_dir, ["eval.batch_size=6"]).predict_batch(files)
+    assert len(alive) == 24 and max(alive) <= 1
+
+
+RGB = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda file: str(file),
+        lambda file: file.read_bytes(),
+        lambda file: bytearray(file.read_bytes()),
+        lambda file: memoryview(file.read_bytes()),
+        lambda file: io.BytesIO(file.read_bytes()),
+        lambda file: file.open("rb"),
+        lambda file: Image.open(file),
+        lambda file: np.asarray(Image.open(file)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_what_is_a_picture(tmp_path: Path, lm_dir: Path, kind: str, given: Callable[[Path], Any]) -> None:
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(encoded(kind))
+    predictor = Predictor.from_run(lm_dir)
+    found = predictor.predict(given(file))
+    assert found.shape == (20, 30) and np.array_equal(found, predictor.predict(file))
+
+
+def test_grey_pictures_and_none_at_all(lm_dir: Path) -> None:
+    predictor = Predictor.from_run(lm_dir)
+    grey = RGB[..., 0]
+    assert np.array_equal(predictor.predict(grey), predictor.predict(np.stack([grey] * 3, -1)))
+    assert predictor.predict_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "expected a file, .* got NoneType"),
+        (3, "got int"),
+        (torch.zeros(3, 20, 30), "got Tensor"),
+        (RGB / 255, "got float64 .* make it uint8"),
+        (np.full((20, 30, 3), np.nan, np.float32), "got float32 .* make it uint8"),
+        (RGB[..., 0] / 255, "got float64 .* make it uint8"),
+        (RGB.astype(np.int64), "got int64"),
+        (RGB[..., :2], r"got uint8 \(20, 30, 2\)"),
+        (RGB[:0], "no pixels"),
+        (RGB[:, :0, 0], "no pixels"),
+        (Image.fromarray(RGB[..., 0].astype(np.float32)), "floating-point pixels"),
+        (b"", "the picture cannot be read as an image"),
+        (encoded("png")[:200], "the picture cannot be read as an image"),
+        (io.StringIO("text"), "open it in binary mode"),
+        ("nowhere.png", "no such image file"),
+        (".", "cannot be read as an image"),
+    ],
+)
+def test_what_is_no_picture_is_one_line(lm_dir: Path, given: Any, message: str) -> None:
+    predictor = Predictor.from_run(lm_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        predictor.predict(given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        predictor.predict_batch([RGB, given])
+
+
+@pytest.mark.parametrize("given", [RGB, "a.png", b"", Path("a.png"), Image.fromarray(RGB)])
+def test_one_picture_is_no_batch(lm_dir: Path, given: Any) -> None:
+    with pytest.raises(UserError, match="takes a list"):
+        Predictor.from_run(lm_dir).predict_batch(given)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "meta", "cuda" if not torch.cuda.is_available() else "xpu"])
+def test_a_device_that_is_not_there_is_one_line(lm_dir: Path, device: str) -> None:
+    with pytest.raises(UserError, match="device=.* cannot be used") as caught:
+        Predictor.from_run(lm_dir, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_closed_file_is_one_line(tmp_path: Path, lm_dir: Path) -> None:
+    file = photo(tmp_path / "a.png").open("rb")
+    file.close()
+    with pytest.raises(UserError, match="cannot be read from the open file"):
+        Predictor.from_run(lm_dir).predict(file)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = photo(tmp_path / "a.png")
+    for out in (picture, picture / "out", Path("/proc/out")):
+        (line,) = refused(capsys, lm_dir, picture, "--out", out)
+        assert line.startswith("error: cannot write")

@@ -1,0 +1,247 @@
+"""Whether a task keeps what `Task` promises: one sample through all of its methods, each fault in one line.
+
+Knows no task. A `UserError` of the task is about its data, and no fault of the task.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uvim_fsq.config import DataConfig
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.transforms import JointTransform
+from uvim_fsq.errors import UserError
+from uvim_fsq.plugins import describe
+from uvim_fsq.tasks.base import Categorical, Metric, Real, Task
+from uvim_fsq.tasks.registry import BUILT_IN
+
+#: Side of the labels that are tried.
+SIDE = 32
+#: Samples that are tried until one can be read.
+TRIES = 8
+
+
+class Fault(Exception):
+    """What a method returned is not what it should return."""
+
+
+def _demand(holds: object, message: str) -> None:
+    if not holds:
+        raise Fault(message)
+
+
+@dataclass
+class _Trial:
+    """The faults so far; a step that needs the result of a faulty one is left out."""
+
+    task: Task
+    faults: list[str] = field(default_factory=list[str])
+
+    @contextmanager
+    def step(self, method: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            pass
+        except Fault as fault:
+            self.faults.append(f"task {self.task.name}, {method}: {fault}")
+        except Exception as error:
+            self.faults.append(f"task {self.task.name}, {method} fails: {describe(error)}")
+
+
+def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
+    """What is wrong with the code of `task`, judged by the first sample of the split that can be read."""
+    trial = _Trial(task)
+    source = view = labels = items = None
+    with trial.step("label_channels"):
+        _check_channels(task)
+    with trial.step("source"):
+        source = task.source(root, split)
+        view = _check_sample(task, _readable(source))
+    with trial.step("encode"):
+        if view is not None and not trial.faults:
+            labels = _encode(task, view)
+            _check_labels(task, labels)
+    if trial.faults or source is None or view is None or labels is None:
+        return trial.faults
+    logits = _logits(task)
+    with trial.step("loss"):
+        _check_loss(task, logits, {name: torch.from_numpy(np.stack([x, x])) for name, x in labels.items()})
+    with trial.step("decode"):
+        items = task.decode(logits)
+        right = isinstance(items, list) and len(items) == 2
+        _demand(right, f"a list of one item per image expected, not {_kind(items)}")
+    if items is not None and len(items):
+        _check_use(trial, source, view, items[0])
+    return trial.faults
+
+
+def refuse_faults(task: Task, root: str, split: str) -> None:
+    """Raises UserError for the first fault of a task that is not built in."""
+    faults = [] if task.name in BUILT_IN else contract_faults(task, root, split)
+    if faults:
+        more = f"; {len(faults) - 1} more are listed by `uvim-fsq data check`" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}")
+
+
+def _readable(source: SampleSource) -> Sample:
+    for index in range(min(len(source), TRIES)):
+        try:
+            return source[index]
+        except UserError:
+            continue
+    raise UserError("no sample can be read")
+
+
+def _kind(value: object) -> str:
+    """Type, and of arrays and tensors dtype and shape."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _check_channels(task: Task) -> None:
+    channels = task.label_channels
+    _demand(isinstance(channels, Mapping) and channels, f"a dict of channels expected, not {_kind(channels)}")
+    for name, channel in channels.items():
+        right = isinstance(channel, Categorical | Real)
+        _demand(right, f"channel {name!r} is {_kind(channel)}, expected Categorical or Real")
+        count = channel.num_classes if isinstance(channel, Categorical) else channel.channels
+        _demand(isinstance(count, int) and count > 0, f"channel {name!r} has {count} classes or channels")
+
+
+def _check_sample(task: Task, sample: Sample) -> Sample:
+    """The view of `sample` that evaluation is about."""
+    _demand(isinstance(sample, Sample), f"a Sample expected, not {_kind(sample)}")
+    image = sample.image
+    right = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    _demand(right, f"the image of a sample is {_kind(image)}, expected uint8 (H, W, 3)")
+    for name, values in sample.maps.items():
+        right = isinstance(values, np.ndarray) and values.shape[:2] == image.shape[:2]
+        _demand(right, f"map {name!r} is {_kind(values)}, expected the pixels of the image {image.shape[:2]}")
+        # Others cannot be resampled.
+        kinds = ("int32", "float32", "uint8", "int16", "uint16")
+        _demand(values.dtype.name in kinds, f"map {name!r} is {_kind(values)}, expected int32 or float32")
+    for name in task.linear_maps:
+        _demand(name in sample.maps, f"linear_maps names {name!r}, but a sample has the maps {sorted(sample.maps)}")
+    try:
+        return task.evaluation_view(sample)
+    except UserError:  # a protocol that is for other data
+        return sample
+
+
+def _encode(task: Task, view: Sample) -> dict[str, np.ndarray]:
+    transform = JointTransform(DataConfig(image_size=SIDE), task, train=False)
+    _, labels = transform.encode(transform.resample(view, 0))
+    return labels
+
+
+def _check_labels(task: Task, labels: object) -> None:
+    channels = task.label_channels
+    right = isinstance(labels, dict) and labels.keys() == channels.keys()
+    names = sorted(labels) if isinstance(labels, dict) else _kind(labels)
+    _demand(right, f"the channels are {names}, label_channels names {sorted(channels)}")
+    assert isinstance(labels, dict)
+    for name, channel in channels.items():
+        values = labels[name]
+        _demand(isinstance(values, np.ndarray), f"channel {name!r} is a {_kind(values)}, expected a NumPy array")
+        if isinstance(channel, Categorical):
+            right = values.shape == (SIDE, SIDE) and np.issubdtype(values.dtype, np.integer)
+            _demand(right, f"channel {name!r} is {_kind(values)}, expected integers ({SIDE}, {SIDE})")
+            low, high = int(values.min()), int(values.max())
+            right, expected = low >= -1 and high < channel.num_classes, f"-1..{channel.num_classes - 1}"
+        else:
+            right = values.shape == (SIDE, SIDE, channel.channels) and values.dtype in (np.float32, np.uint8)
+            shape = f"({SIDE}, {SIDE}, {channel.channels})"
+            _demand(right, f"channel {name!r} is {_kind(values)}, expected float32 or uint8 {shape}")
+            low, high = float(values.min()), float(values.max())
+            right, expected = values.dtype == np.uint8 or (low >= -1 and high <= 1), "-1..1"
+        _demand(right, f"channel {name!r} holds values from {low} to {high}, expected {expected}")
+
+
+def _logits(task: Task) -> dict[str, torch.Tensor]:
+    """Random ones of two images, (2, S, S, C)."""
+    random = torch.Generator().manual_seed(0)
+    sizes = {n: c.num_classes if isinstance(c, Categorical) else c.channels for n, c in task.label_channels.items()}
+    return {name: torch.randn(2, SIDE, SIDE, size, generator=random) for name, size in sizes.items()}
+
+
+def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]) -> None:
+    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
+    flat = {name: x.flatten(1, 2).requires_grad_() for name, x in logits.items()}
+    truth = {name: x.flatten(1, 2) for name, x in labels.items()}
+
+    def loss(pixels: slice) -> torch.Tensor:
+        result = task.loss({n: x[:, pixels] for n, x in flat.items()}, {n: x[:, pixels] for n, x in truth.items()})
+        right = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
+        _demand(right, f"(loss, logs) expected, not {_kind(result)}")
+        values, logs = result
+        right = isinstance(values, torch.Tensor) and values.shape == (2,) and values.is_floating_point()
+        _demand(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
+        for name, value in logs.items():
+            right = isinstance(value, torch.Tensor) and value.shape == (2,)
+            _demand(right, f"log {name!r} of 2 images is {_kind(value)}, expected a tensor (2,)")
+        _demand(bool(torch.isfinite(values).all()), f"the loss is {values.tolist()} for random logits")
+        return values
+
+    whole, half = loss(slice(None)), SIDE * SIDE // 2
+    pieces = (loss(slice(half)) + loss(slice(half, None))) / 2
+    _demand(
+        torch.allclose(pieces, whole, rtol=1e-3, atol=1e-5),
+        "the loss is no mean over pixels: that of all is not the mean of those of two halves",
+    )
+    _demand(whole.requires_grad, "the loss has no gradient with respect to the logits")
+    whole.sum().backward()
+
+
+def _check_use(trial: _Trial, source: SampleSource, view: Sample, item: Any) -> None:
+    task = trial.task
+    with trial.step("metric"):
+        _check_metric(task, task.metric(source), item, view)
+    sized = None
+    with trial.step("to_size"):
+        sized = task.to_size(item, view.image)
+    if sized is None:
+        return
+    with trial.step("render"):
+        _check_pictures(task.render(view.image, sized), view.image)
+        _check_pictures(task.render(view.image, sized, view), view.image)
+    with trial.step("save_prediction"), tempfile.TemporaryDirectory() as folder:
+        paths = task.save_prediction(sized, view.image, str(Path(folder) / "stem"))
+        right = isinstance(paths, dict) and all(Path(path).is_file() for path in paths.values())
+        _demand(right and paths, "a dict kind -> path of a file that it wrote expected")
+
+
+def _check_metric(task: Task, metric: Metric, item: Any, view: Sample) -> None:
+    row = metric.update(item, view)
+    right = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+    _demand(right, f"update must return this image's figures, name -> float, not {_kind(row)}")
+    state = metric.state()
+    right = isinstance(state, dict) and all(isinstance(value, np.ndarray) for value in state.values())
+    _demand(right, "state must return name -> NumPy array")
+    figures = metric.compute()
+    _demand(isinstance(figures, dict), f"compute must return name -> float, not {_kind(figures)}")
+    for name in filter(None, (task.main_metric, task.choosing_metric, *task.headline)):
+        _demand(name in figures, f"compute returns {', '.join(figures)}, but no {name!r} (main_metric, headline)")
+    metric.load_state(state)
+    _demand(_same(metric.compute(), figures), "load_state(state()) changes what compute returns")
+
+
+def _same(one: Mapping[str, float], two: Mapping[str, float]) -> bool:
+    return one.keys() == two.keys() and all(np.isclose(one[key], two[key], equal_nan=True) for key in one)
+
+
+def _check_pictures(pictures: object, image: np.ndarray) -> None:
+    _demand(isinstance(pictures, dict) and "prediction" in pictures, 'a dict with the title "prediction" expected')
+    assert isinstance(pictures, dict)
+    for title, picture in pictures.items():
+        right = isinstance(picture, np.ndarray) and picture.shape == image.shape and picture.dtype == np.uint8
+        _demand(right, f"picture {title!r} is {_kind(picture)}, expected uint8 {image.shape}")
