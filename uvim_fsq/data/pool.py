@@ -47,31 +47,42 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
 def _start(processes: dict[Connection, BaseProcess], function: Callable[[Any], Any], workers: int) -> None:
     """Fills `processes`: this process's end of each worker's pipe -> the worker."""
     context = multiprocessing.get_context("spawn")
-    # Its own start would unblock the signals again.
-    resource_tracker.ensure_running()
-    with _for_children():
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, function))
-            process.start()
-            processes[ours] = process
-            theirs.close()  # else the end of the worker would not close the pipe
+    with _environment():
+        # Its own start would unblock the signals again.
+        resource_tracker.ensure_running()
+        with _signals_blocked():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, function))
+                process.start()
+                processes[ours] = process
+                theirs.close()  # else the end of the worker would not close the pipe
 
 
 @contextmanager
-def _for_children() -> Iterator[None]:
-    """What processes started in this block inherit: both signals blocked from the first, and one thread each, as there
-    is a process for every core."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _environment() -> Iterator[None]:
+    """What processes started in this block inherit: one thread each, as there is a process for every core, and (from
+    Python 3.11 on) no look into the current folder before the installed packages."""
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    earlier = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads
+        for name, value in earlier.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in this block take no signal from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
