@@ -161,6 +161,14 @@ def test_the_current_folder_shadows_nothing(tmp_path: Path) -> None:
             text=True,
         )
         assert done.returncode == 0 and "beside_me" in done.stdout, done.stderr
+    if sys.version_info >= (3, 11):
+        for name in ("socket", "random", "tempfile"):
+            (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the stray {name}.py ran')\n")
+        synth = ["synth", "--format", "nyu", "--num", "2", "--num-val", "1", "--size", "16", "--workers", "2"]
+        made = subprocess.run(
+            [*command[:3], *synth, "--out", "made"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0 and "stray" not in made.stderr, made.stderr
     done = subprocess.run([*command, "plugins=[wandb_]"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "plugin 'wandb_' cannot be imported" in done.stderr
 

@@ -213,8 +213,6 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
-    if not Path(path).exists():
-        raise UserError(f"oracle={path}: no such run or checkpoint directory; train the oracle first, or name another")
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint)
     if not isinstance(run, OracleRun):
@@ -267,4 +265,8 @@ def oracle_to_train_on(run: LMRun) -> Path:
         checkpoint = resume_from(Path(run.train.out), run.train.resume)
         if checkpoint is not None:
             return resolve_checkpoint(find_oracle(checkpoint, run))
+    if not Path(run.oracle).exists():
+        raise UserError(
+            f"oracle={run.oracle}: no such run or checkpoint directory; train the oracle first, or name another"
+        )
     return resolve_checkpoint(run.oracle)

@@ -59,7 +59,7 @@ def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
     path, size = _name(source), "its"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            check_pixels(*image.size, path)
+            check_pixels(image.width, image.height, path)
             size = f"{image.width} x {image.height}"
             yield image
     except Image.DecompressionBombError as error:
@@ -91,7 +91,7 @@ def decode_png(data: bytes, name: str | Path) -> np.ndarray | None:
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Any PIL image -> (H, W, 3) uint8: upright by EXIF, alpha over white, 16-bit scaled down."""
-    check_pixels(*image.size, getattr(image, "filename", "") or "the image")
+    check_pixels(image.width, image.height, getattr(image, "filename", "") or "the image")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         if see_through:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
-        rgb[rows] = strip.convert("RGB")
+        rgb[rows] = np.asarray(strip.convert("RGB"))
     return rgb
 
 

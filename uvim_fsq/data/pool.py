@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -19,7 +19,7 @@ from uvim_fsq.errors import UserError
 BUNDLE, AHEAD = 8, 2
 
 
-def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Generator[Any]:
     """Yields function(job) of every job, in order. Processes are spawned: `function` must be importable by name.
 
     An exception of `function` is raised here. Signals are this process's business: the workers take no notice of
@@ -47,31 +47,42 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
 def _start(processes: dict[Connection, BaseProcess], function: Callable[[Any], Any], workers: int) -> None:
     """Fills `processes`: this process's end of each worker's pipe -> the worker."""
     context = multiprocessing.get_context("spawn")
-    # Its own start would unblock the signals again.
-    resource_tracker.ensure_running()
-    with _for_children():
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, function))
-            process.start()
-            processes[ours] = process
-            theirs.close()  # else the end of the worker would not close the pipe
+    with _environment():
+        # Its own start would unblock the signals again.
+        resource_tracker.ensure_running()
+        with _signals_blocked():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, function))
+                process.start()
+                processes[ours] = process
+                theirs.close()  # else the end of the worker would not close the pipe
 
 
 @contextmanager
-def _for_children() -> Iterator[None]:
-    """What processes started in this block inherit: both signals blocked from the first, and one thread each, as there
-    is a process for every core."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _environment() -> Iterator[None]:
+    """What processes started in this block inherit: one thread each, as there is a process for every core, and (from
+    Python 3.11 on) no look into the current folder before the installed packages."""
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    earlier = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads
+        for name, value in earlier.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in this block take no signal from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -110,7 +121,8 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         yield
     except (EOFError, OSError) as error:
         process.join(timeout=60)
-        how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
+        code = process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise UserError(
             f"a worker process died ({how}), perhaps for lack of memory; run it again with fewer workers"
         ) from error
