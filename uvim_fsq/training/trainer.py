@@ -179,9 +179,9 @@ class Trainer(Stepper):
         tensors = [*self.stage.model.state_dict().values(), *(self.ema or {}).values()]
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         checked = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
-        # The largest of each in one kernel for many; an inf or NaN comes through.
-        largest = torch.stack([x.float().to(self.device) for x in torch._foreach_norm(checked, ord=math.inf)])
-        broken = self._sum((~torch.isfinite(largest).all()).float())
+        # The largest number of all, in few kernels; an inf or NaN comes through, and no square overflows.
+        largest = nn.utils.get_total_norm(checked, math.inf)
+        broken = self._sum((~torch.isfinite(largest)).float())
         if broken:
             raise UserError(
                 f"the weights or the optimizer's state are not finite after step {self.step}; {self.last_good()}"

@@ -1,0 +1,74 @@
+"""Helpers of tests about run directories: what a run leaves, and another process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from uvim_fsq.config import Run
+from uvim_fsq.files import read_json_lines
+from uvim_fsq.run_dirs import checkpoints, file_hash, step_name
+from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.training.loop import fit
+from uvim_fsq.training.stages import build_stage
+
+#: Of log lines, what differs from run to run by its nature.
+TIMED = ("images_per_second", "mfu", "data_wait")
+#: A resumption with other settings has to be asked for.
+CHANGED = ["train.resume_changes=true"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+#: Evaluations, saves and averages in a few steps.
+STEPS = ["train.steps=8", "train.eval_every=2", "train.save_every=1", "train.keep=1", "train.ema=0.5"]
+
+
+def fitted(run: Run) -> Path:
+    return fit(build_stage(run), run)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """All that a run leaves, without what differs by its nature."""
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    found: dict[str, Any] = {"metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in lines]}
+    for path in checkpoints(run_dir):
+        found[path.name] = file_hash(path / ckpt.WEIGHTS)
+        evaluation = path / ckpt.FIGURES
+        found[f"{path.name} evaluated"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
+    found["panels"] = {p.name: p.read_bytes() for p in (run_dir / "panels").iterdir()}
+    with contextlib.suppress(FileNotFoundError):
+        found["result"] = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+    return found
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(checkpoint / ckpt.WEIGHTS)
+
+
+def at(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / step_name(step)
+
+
+@contextlib.contextmanager
+def another_process(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds a run directory's lock until its input ends."""
+    code = "import sys; from pathlib import Path; from uvim_fsq.training.lock import run_lock\n"
+    code += "with run_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], env=env, **pipes)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
