@@ -33,17 +33,17 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float64])
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_splits_are_read_as_scipy_reads_them(tmp_path: Path, packed: bool, kind: type) -> None:
-    train, test = np.arange(1, 200, 2)[:, None], np.array([[2], [4], [250]])
+def test_splits_are_read_as_scipy_reads_them(tmp_path: Path, packed: bool, kind: str) -> None:
+    train, test = np.arange(1, 100, 2)[:, None], np.array([[2], [4], [120]])
     file, other = tmp_path / "splits.mat", {"note": "text", "cell": np.array([[1, "a"]], object)}
     scipy.io.savemat(
         file,
         {**other, "trainNdxs": train.astype(kind), "testNdxs": test.astype(kind), "last": 1.5},
         do_compression=packed,
     )
-    assert read_splits(file) == ([*range(0, 199, 2)], [1, 3, 249])
+    assert read_splits(file) == ([*range(0, 99, 2)], [1, 3, 119])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.small import lm_run, oracle_run, small_data
 from uvim_fsq.data.check import check_data
+from uvim_fsq.data.folders import and_list
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
@@ -62,6 +63,11 @@ def test_misnamed_folders(root: Path, above: bool, change: tuple[str, str | None
         (root / old).rename(root / new)
     with pytest.raises(UserError, match=message):
         open_source(str(root.parent if above and "/" not in old else root), split, CONFIG)
+
+
+def test_lists_of_names() -> None:
+    assert [and_list("abc"[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
+    assert and_list("abcdef") == "a, b, c, d, e and f" and and_list("abcdefgh") == "a, b, c, d, e, f and 2 more"
 
 
 def test_both_misnamed_and_nothing_of_it(root: Path) -> None:

@@ -24,7 +24,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.models import resolve
 from uvim_fsq.plugins import import_plugin
 from uvim_fsq.tasks.base import Categorical, Real
-from uvim_fsq.tasks.contract import contract_faults
+from uvim_fsq.tasks.contract import contract_faults, refuse_faults
 from uvim_fsq.tasks.registry import BUILT_IN, task_class
 from uvim_fsq.training.run import train
 
@@ -111,11 +111,20 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("tensor", {"encode": encode(lambda x: {"classes": torch.zeros(32, 32)})}, "expected a NumPy array"),
     ("range", {"encode": encode(lambda x: {"classes": x["classes"] + 20})}, r"holds values from .* expected -1\.\.10"),
-    ("below", {"encode": encode(lambda x: {"classes": x["classes"] * 0 - 2})}, r"from -2 to -2, expected -1\.\.10"),
+    (
+        "below",
+        {"encode": encode(lambda x: {"classes": x["classes"] * 0 - 2 * np.eye(32, dtype=int)})},
+        "from -2 to 0, exp",
+    ),
     (
         "real range",
         {"label_channels": {"x": Real(1)}, "encode": lambda *_: {"x": np.full((32, 32, 1), 1.5, np.float32)}},
         r"channel 'x' holds values from 1.5 to 1.5, expected -1\.\.1",
+    ),
+    (
+        "real below",
+        {"label_channels": {"x": Real(1)}, "encode": lambda *_: {"x": np.eye(32, dtype=np.float32)[..., None] * -1.5}},
+        r"channel 'x' holds values from -1.5 to -0.0, expected -1\.\.1",
     ),
     (
         "real shape",
@@ -161,6 +170,12 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("to_size", {"to_size": lambda *_: 1 / 0}, "to_size fails: ZeroDivisionError"),
     ("render", {"render": lambda *_: {"picture": 0}}, 'render: a dict with the title "prediction" expected'),
     (
+        "with truth",
+        {"render": lambda self, i, p, t=None: {"prediction": i} if t is None else {}},
+        "render: a dict with",
+    ),
+    ("alone", {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}}, "render: a dict with"),
+    (
         "picture",
         {"render": lambda self, image, *_: {"prediction": image / 255}},
         r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
@@ -196,6 +211,38 @@ def test_a_fault_is_one_line(photos: Path, changes: dict[str, Any], message: str
     found = faults(photos, **changes)
     assert found and all("\n" not in line and line.startswith("task camvid_segmentation, ") for line in found)
     assert re.search(message, found[0]), found
+
+
+def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
+    changes = {"main_metric": "mIoU", "render": lambda *_: {}, "to_size": CamvidSegmentation.to_size}
+    assert [line.split(":")[0] for line in faults(photos, **changes)] == [
+        "task camvid_segmentation, metric",
+        "task camvid_segmentation, render",
+        "task camvid_segmentation, save_prediction",
+    ]
+    one, two = (type("Mine", (CamvidSegmentation,), some)(Config()) for some in ({"main_metric": "mIoU"}, changes))
+    with pytest.raises(UserError, match="no 'mIoU' .main_metric, headline.$"):
+        refuse_faults(one, str(photos), "val")
+    with pytest.raises(UserError, match="no 'mIoU' .*; 2 more are listed by `uvim-fsq data check`$"):
+        refuse_faults(two, str(photos), "val")
+
+
+def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> None:
+    class Unreadable(BadPhotos):
+        def __init__(self, readable: int) -> None:
+            super().__init__()
+            self.readable = readable
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == self.readable:
+                return super().__getitem__(0)
+            raise UserError("torn") if index < 3 else IndexError(index)
+
+    assert faults(photos, source=lambda *_: Unreadable(5)) == []
+    assert "KeyError" in faults(photos, source=lambda *_: Unreadable(2), encode=lambda *_: {}["x"])[0]
 
 
 def test_a_sound_task_has_none(photos: Path) -> None:

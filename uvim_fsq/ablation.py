@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.config_io import load_run, resolve_lm, to_dict
 from uvim_fsq.config_rules import validate
-from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import read_json, write_json
+from uvim_fsq.results import finished
 from uvim_fsq.yaml_files import read_tree
 
 KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
@@ -66,7 +65,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row with one seed: the two training commands (without the program) and the run directories."""
+    """One row with one seed: the two training commands (without the program), their configurations as far as they are
+    known before data are there, and the run directories."""
 
     row: str
     seed: int
@@ -74,6 +74,8 @@ class Cell:
     lm_dir: Path
     oracle_command: tuple[str, ...]
     lm_command: tuple[str, ...]
+    oracle_run: OracleRun
+    lm_run: LMRun
 
     @property
     def name(self) -> str:
@@ -184,18 +186,40 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             validate(lm_run)
             lm_dir = out / "lms" / _digest(lm_run)
             target = [f"train.out={lm_dir}", "train.resume=auto"]
-            cells.append(
-                Cell(row.name, seed, oracle_dir, lm_dir, oracle, ("train-lm", str(grid.lm), *settings, *target))
-            )
+            lm = ("train-lm", str(grid.lm), *settings, *target)
+            cells.append(Cell(row.name, seed, oracle_dir, lm_dir, oracle, lm, run, lm_run))
         except UserError as error:
             raise UserError(f"cell {row.name!r}, seed {seed}: {error}") from error
+    _refuse_mixed(cells)
     return cells
+
+
+def _refuse_mixed(cells: Sequence[Cell]) -> None:
+    """Figures of different images or protocols cannot stand in one table."""
+    first = _measured_on(cells[0])
+    for cell in cells[1:]:
+        for key, value in _measured_on(cell).items():
+            if value != first[key]:
+                raise UserError(
+                    f"{key} is {first[key]} in cell {cells[0].name!r} and {value} in cell {cell.name!r}: their figures "
+                    "cannot stand in one table; make a grid of each"
+                )
+
+
+def _measured_on(cell: Cell) -> dict[str, Any]:
+    run = cell.lm_run
+    return {
+        "data.root": run.data.root,
+        "data.eval_split": run.data.eval_split,
+        "eval.limit": run.eval.limit,
+        "task.protocol": getattr(run.task.options, "protocol", None),
+    }
 
 
 def _digest(run: Run) -> str:
     tree = to_dict(run)
     # Where things lie, and how a run goes on, does not change what comes out.
-    for key in ("out", "resume"):
+    for key in ("out", "resume", "resume_changes"):
         tree["train"].pop(key, None)
     tree["data"].pop("root", None)
     if "oracle" in tree:
@@ -210,6 +234,8 @@ def command_line(command: Sequence[str]) -> str:
 
 def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
     """Makes the scenes of a synthetic grid, once."""
+    from uvim_fsq.data.synth_writers import write_dataset
+
     if grid.synthetic is None or (out / "data").exists():
         return
     say(f"making scenes in {out / 'data'}")
@@ -225,11 +251,14 @@ def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
 
     Raises UserError if it is another's.
     """
-    mark, file = json.dumps({"grid": to_dict_of(grid), "overrides": list(overrides)}, indent=1), out / "grid.json"
-    if file.is_file() and file.read_text() != mark + "\n":
+    mark, file = {"grid": to_dict_of(grid), "overrides": list(overrides)}, out / "grid.json"
+    try:
+        found = read_json(file, "delete it if this folder is that of the same grid, or choose another --out")
+    except FileNotFoundError:
+        write_json(file, mark)
+        return
+    if found != json.loads(json.dumps(mark)):
         raise UserError(f"{out} holds the results of another grid or other settings; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(mark + "\n")
 
 
 def to_dict_of(grid: Grid) -> dict[str, Any]:
@@ -241,11 +270,6 @@ def to_dict_of(grid: Grid) -> dict[str, Any]:
         "synthetic": grid.synthetic,
         "rows": rows,
     }
-
-
-def finished(run_dir: Path) -> bool:
-    """Training and evaluation are done."""
-    return (run_dir / "evaluation.json").is_file()
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -262,18 +286,21 @@ class Runner:
     def __init__(
         self,
         out: Path,
-        jobs: int | None,
+        jobs: int,
+        devices: Sequence[str],
         say: Callable[[str], None],
         after_cell: Callable[[Mapping[str, str]], object] = lambda failures: None,
     ) -> None:
-        """`jobs`: cells at a time; None: one per GPU, or one. `after_cell`: gets `failures` after each cell."""
-        devices = torch.cuda.device_count()
-        self.out, self.say, self.jobs = out, say, jobs or max(devices, 1)
+        """`jobs`: cells at a time, in turn on the `devices` (values of CUDA_VISIBLE_DEVICES), if there are any.
+
+        `after_cell` gets `failures` after each cell.
+        """
+        self.out, self.say, self.jobs = out, say, jobs
         self.failures: dict[str, str] = {}
         self._after_cell, self._after_cell_lock = after_cell, threading.Lock()
-        self._devices: queue.Queue[int] = queue.Queue()
-        for i in range(self.jobs):
-            self._devices.put(i % devices if devices else -1)
+        self._devices: queue.Queue[str] = queue.Queue()
+        for i in range(jobs):
+            self._devices.put(devices[i % len(devices)] if devices else "")
         self._locks: dict[Path, threading.Lock] = {}
         self._stopped = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -321,15 +348,19 @@ class Runner:
         else:
             self.say(f"{cell.name}: done")
         with self._after_cell_lock:
-            self._after_cell(self.failures)
+            try:
+                self._after_cell(self.failures)
+            except UserError as error:
+                # Tables can be made again; what is being trained goes on.
+                self.say(f"no table: {error}")
 
     def _train(self, command: Sequence[str], run_dir: Path) -> str | None:
         log = self.out / "logs" / f"{run_dir.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         device = self._devices.get()
         environment = {**os.environ}
-        if device >= 0:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         elif self.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
         try:

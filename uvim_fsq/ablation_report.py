@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from uvim_fsq.ablation import Cell, Grid, finished
+from uvim_fsq.ablation import Cell, Grid
+from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import ways_to_predict
 from uvim_fsq.files import write_csv, write_json, write_text
 from uvim_fsq.models import load_checkpoint
 from uvim_fsq.report import html_table, panel_rows, png_tag, tile, write_report
+from uvim_fsq.results import finished, read_result
 
 matplotlib.use("Agg")
 
@@ -36,42 +37,70 @@ def columns(metric: str, further: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that is finished. Rows: name, cells (seed, figures, checkpoint) and per column mean, std and n."""
+    """Everything that is finished. Rows: name, cells (seed, figures, checkpoint) and per column mean, std and n.
+
+    Raises UserError naming two cells whose results are not of the same images and protocol.
+    """
+    results = [(cell, read_result(cell.lm_dir)) for cell in cells if finished(cell.lm_dir)]
+    common = _measured_on(results)
+    titles = columns(common["main_metric"], grid.figures)
     rows: list[dict[str, Any]] = []
-    metric = protocol = ""
-    data: dict[str, Any] = {}
     for row in grid.rows:
-        entries: list[dict[str, Any]] = []
-        for cell in (cell for cell in cells if cell.row == row.name and finished(cell.lm_dir)):
-            result = json.loads((cell.lm_dir / "evaluation.json").read_text())
-            metric, protocol, data = result["main_metric"], result["protocol"], result["data"]
-            keys = ("figures", "checkpoint_sha256", "images", "versions")
-            entries.append({"seed": cell.seed, "run": str(cell.lm_dir), **{key: result[key] for key in keys}})
+        keys = ("figures", "checkpoint_sha256", "images", "limit", "versions")
+        entries = [
+            {"seed": cell.seed, "run": str(cell.lm_dir), **{key: result[key] for key in keys}}
+            for cell, result in results
+            if cell.row == row.name
+        ]
         rows.append(
             {
                 "name": row.name,
                 "paper": row.paper,
                 "settings": {"oracle": row.oracle, "lm": row.lm},
                 "cells": entries,
+                "columns": {title: _summary(entries, way, key) for title, (way, key) in titles.items()},
             }
         )
-    titles = columns(metric, grid.figures)
-    for row in rows:
-        row["columns"] = {title: _summary(row["cells"], way, key) for title, (way, key) in titles.items()}
     return {
         "title": grid.title,
-        "protocol": protocol,
-        "metric": metric,
-        "data": data,
+        "protocol": common["protocol"],
+        "metric": common["main_metric"],
+        "data": results[0][1]["data"] if results else {},
+        "images": common["images"],
+        "limit": common["limit"],
         "seeds": list(grid.seeds),
-        "same_protocol_as_the_paper": bool(grid.paper_protocol) and _is_papers(grid, protocol, data),
+        "same_protocol_as_the_paper": bool(grid.paper_protocol) and _is_papers(grid, common),
         "rows": rows,
         "failures": dict(failures),
     }
 
 
-def _is_papers(grid: Grid, protocol: str, data: Mapping[str, Any]) -> bool:
-    return protocol == grid.paper_protocol and data.get("count") == data.get("official_count")
+def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What all results are about: main_metric, protocol, images, limit and, as `data.NAME`, their data.
+
+    Raises UserError for two that differ.
+    """
+    first: dict[str, Any] = {}
+    for cell, result in results:
+        # A folder may be called anything, and the models of a grid may see images of different sizes.
+        data = {f"data.{key}": value for key, value in result["data"].items() if key not in ("root", "image_size")}
+        about = {**{key: result[key] for key in ("main_metric", "protocol", "images", "limit")}, **data}
+        first = first or about
+        for key in dict.fromkeys((*first, *about)):
+            if first.get(key) != about.get(key):
+                other = results[0][0]
+                raise UserError(
+                    f"{key} is {first.get(key)} in cell {other.name!r} and {about.get(key)} in cell {cell.name!r}: "
+                    "their figures cannot stand in one table; evaluate both alike with uvim-fsq evaluate "
+                    f"{other.lm_dir} and {cell.lm_dir}"
+                )
+    return first or {"main_metric": "", "protocol": "", "images": 0, "limit": None}
+
+
+def _is_papers(grid: Grid, common: Mapping[str, Any]) -> bool:
+    counts = {common["images"], common.get("data.count"), common.get("data.official_count")}
+    whole = common["limit"] is None and len(counts) == 1
+    return whole and common["protocol"] == grid.paper_protocol
 
 
 def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[str, Any] | None:
@@ -115,7 +144,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     head, *body = table(results)
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    about = f"{results['title']}. Protocol `{results['protocol']}`, {results['data'].get('count', 0)} images"
+    images = f"{results['images']} images" if results["limit"] is None else f"the first {results['images']} images only"
+    about = f"{results['title']}. Protocol `{results['protocol']}`, {images}"
     lost = "".join(f"\nFailed: {name}: {why}" for name, why in results["failures"].items())
     return f"{about}; mean ± standard deviation over seeds {results['seeds']}.\n\n" + "\n".join(lines) + "\n" + lost
 

@@ -318,8 +318,10 @@ def command_benchmark(args: argparse.Namespace) -> None:
 
 def command_ablate(args: argparse.Namespace) -> None:
     """Runs a grid and writes its tables; exit code 1 if a cell failed."""
-    from uvim_fsq.ablation import Runner, claim, command_line, finished, plan, prepare, read_grid
+    from uvim_fsq.ablation import Runner, claim, command_line, plan, prepare, read_grid
+    from uvim_fsq.ablation_devices import find_devices, fit_cells
     from uvim_fsq.ablation_report import write_results, write_tables
+    from uvim_fsq.results import finished
 
     grid = read_grid(args.grid)
     out = args.out or Path("runs/ablations") / args.grid.stem
@@ -329,6 +331,9 @@ def command_ablate(args: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"--only {unknown[0]!r}: no such row; rows: {'; '.join(rows)}")
     chosen = [cell for cell in cells if not args.only or cell.row in args.only]
+    devices = find_devices()
+    jobs = args.jobs or max(len(devices.names), 1)
+    chosen = fit_cells(chosen, devices, jobs, print)
     if args.dry_run:
         for cell in chosen:
             print(f"{cell.name}{' (finished)' if finished(cell.lm_dir) else ''}")
@@ -339,7 +344,8 @@ def command_ablate(args: argparse.Namespace) -> None:
     prepare(grid, out, print)
     runner = Runner(
         out,
-        args.jobs,
+        jobs,
+        devices.names,
         say=lambda line: print(line, flush=True),
         after_cell=lambda failures: write_tables(out, grid, cells, failures),
     )

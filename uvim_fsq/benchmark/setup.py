@@ -44,10 +44,10 @@ def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None 
     place = ["train.out=unused"]
     run = load_run(config, [*place, *overrides])
     if isinstance(run, OracleRun):
-        run = _with_categories(run)
+        run = with_categories(run)
         validate(run)
         return Sizes(run, None)
-    oracle_run = _with_categories(_oracle_of(config, run, oracle))
+    oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
     # Nothing is downloaded: random weights take the same time.
     run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
@@ -67,7 +67,8 @@ def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
     return found
 
 
-def _with_categories(run: OracleRun) -> OracleRun:
+def with_categories(run: OracleRun) -> OracleRun:
+    """The configuration with what the data say of the task, or where there are none what the standard set says."""
     load_plugins(run.plugins)
     task = task_class(run.task.name)
     try:

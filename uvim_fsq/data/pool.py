@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -19,7 +19,7 @@ from uvim_fsq.errors import UserError
 BUNDLE, AHEAD = 8, 2
 
 
-def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Generator[Any]:
     """Yields function(job) of every job, in order. Processes are spawned: `function` must be importable by name.
 
     An exception of `function` is raised here. Signals are this process's business: the workers take no notice of
@@ -121,7 +121,8 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         yield
     except (EOFError, OSError) as error:
         process.join(timeout=60)
-        how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
+        code = process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise UserError(
             f"a worker process died ({how}), perhaps for lack of memory; run it again with fewer workers"
         ) from error

@@ -54,7 +54,8 @@ class JointTransform:
         # One by one, since a list of maps must be of one shape.
         kinds = {f"map_{name}": "image" if name in self.task.linear_maps else "mask" for name in view.maps}
         self.compose.add_targets(kinds)
-        done = self.compose(image=view.image, **{f"map_{name}": values for name, values in view.maps.items()})
+        targets: dict[str, Any] = {f"map_{name}": values for name, values in view.maps.items()}
+        done = self.compose(image=view.image, **targets)
         maps = {name: done[f"map_{name}"] for name in view.maps}
         # Albumentations leaves there what a transform did at its last call, nothing if it did not act.
         left, top, right, bottom = self.fit.params.get("crop_coords", (0, 0, view.image.shape[1], view.image.shape[0]))

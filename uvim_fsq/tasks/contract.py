@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from uvim_fsq.config import DataConfig
-from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import to_device
 from uvim_fsq.plugins import describe
 from uvim_fsq.tasks.base import Categorical, Metric, Real, Task
 from uvim_fsq.tasks.registry import BUILT_IN
@@ -74,7 +75,7 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
         return trial.faults
     logits = _logits(task)
     with trial.step("loss"):
-        _check_loss(task, logits, {name: torch.from_numpy(np.stack([x, x])) for name, x in labels.items()})
+        _check_loss(task, logits, _on_device(labels))
     with trial.step("decode"):
         items = task.decode(logits)
         right = isinstance(items, list) and len(items) == 2
@@ -174,8 +175,14 @@ def _logits(task: Task) -> dict[str, torch.Tensor]:
     return {name: torch.randn(2, SIDE, SIDE, size, generator=random) for name, size in sizes.items()}
 
 
+def _on_device(labels: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """A batch of two equal images, as losses see it."""
+    tensors = {name: torch.from_numpy(np.stack([values, values])) for name, values in labels.items()}
+    batch = Batch(image=torch.zeros(2), labels=tensors, index=torch.arange(2), id=["", ""])
+    return to_device(batch, torch.device("cpu"))["labels"]
+
+
 def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]) -> None:
-    labels = {n: x.float() / 127.5 - 1 if x.ndim == 4 and x.dtype == torch.uint8 else x for n, x in labels.items()}
     flat = {name: x.flatten(1, 2).requires_grad_() for name, x in logits.items()}
     truth = {name: x.flatten(1, 2) for name, x in labels.items()}
 
