@@ -197,6 +197,39 @@ def test_several_processes_that_do_not_find_each_other(
         assert caught.value.code == 2 and re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "not all that a launcher sets"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "not all that a launcher sets"),
+        ({"LOCAL_RANK": "0"}, "not all that a launcher sets .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
+    ],
+)
+def test_some_of_a_launchers_variables(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
+    """In a process of its own: here Accelerate's state is made already."""
+    process = start([sys.executable, "-m", "uvim_fsq", "evaluate", str(oracle_dir)], env=variables)
+    said = finish(process)
+    assert process.returncode == 2 and re.fullmatch(f"(.*loading ...\n)?error: .*{message}.*\n", said), said
+
+
+def different(value: object) -> list[object]:
+    """In place of `processes.gather`: what a second process would give that has loaded something else."""
+    return [value, None if isinstance(value, Path) or value is None else value[::-1]]  # type: ignore[index]
+
+
+def test_processes_that_have_loaded_different_things(
+    tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is resumed: an LM's oracle, and the checkpoint to evaluate."""
+    monkeypatch.setattr(processes, "gather", different)
+    with pytest.raises(UserError, match="different checkpoints from .*step_00000006"):
+        evaluate_run(oracle_dir)
+    with pytest.raises(UserError, match="different checkpoints from the oracle's run"):
+        fit_run(lm_run(tmp_path / "lm", oracle_dir))
+
+
 def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise torch.distributed.DistNetworkError("gloo: connectFullMesh failed\nmore")
