@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +83,32 @@ def train_all(folder: str, data: str, oracle: str, bad: str) -> None:
 
 def fit_run(run: Run) -> Path:
     return fit(build_stage(run), run)
+
+
+@pytest.mark.multi
+def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path: Path) -> None:
+    """A launcher that gives up sends SIGTERM; the processes that have already come wait inside torch."""
+    waits = "from uvim_fsq.training.signals import ended_by_sigterm\nfrom uvim_fsq import processes\n"
+    waits += "with ended_by_sigterm():\n    print('waiting', flush=True)\n    processes.state()\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joins = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **joins, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-c", waits], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+    # It listens as soon as it is inside.
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    process.terminate()
+    try:
+        assert process.wait(120) == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 @pytest.mark.multi

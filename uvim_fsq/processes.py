@@ -6,8 +6,12 @@ The one place that makes Accelerate's state. Knows nothing of training.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -49,9 +53,10 @@ def state() -> PartialState:
                 "run `accelerate config` again without it, or unset the variable"
             )
     try:
-        found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
-        if found.num_processes > 1 and _group is None:
-            _group = _waiting_group()
+        with _signals_kill():
+            found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+            if found.num_processes > 1 and _group is None:
+                _group = _waiting_group()
     except RuntimeError as error:
         if _announced() == 1:
             raise
@@ -73,6 +78,19 @@ def state() -> PartialState:
             "or `torchrun`, which set LOCAL_RANK, or unset WORLD_SIZE"
         )
     return found
+
+
+@contextmanager
+def _signals_kill() -> Iterator[None]:
+    """Inside, both signals kill at once: while processes wait to be joined, Python's own handlers are never run."""
+    alone = _announced() == 1 or threading.current_thread() is not threading.main_thread()
+    numbers = () if alone else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _waiting_group() -> dist.ProcessGroup:
