@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -267,6 +268,28 @@ def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"cannot join each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"):
         processes.state()
+
+
+def test_signals_kill_only_while_processes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training asks how many there are again and again; a signal that comes just then must not end it unsaved."""
+    seen: list[object] = []
+
+    def ask(**_: object) -> SimpleNamespace:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return SimpleNamespace(num_processes=2)
+
+    monkeypatch.setattr(processes, "PartialState", ask)
+    monkeypatch.setattr(processes, "_group", None)
+    monkeypatch.setattr(processes, "_waiting_group", lambda: "joined")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        processes.state()
+        processes.state()
+        assert seen == [signal.SIG_DFL, ours] and signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_batch_that_is_too_small_for_the_processes(data: Path) -> None:

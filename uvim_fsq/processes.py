@@ -82,9 +82,12 @@ def state() -> PartialState:
 
 @contextmanager
 def _signals_kill() -> Iterator[None]:
-    """Inside, both signals kill at once: while processes wait to be joined, Python's own handlers are never run."""
-    alone = _announced() == 1 or threading.current_thread() is not threading.main_thread()
-    numbers = () if alone else (signal.SIGINT, signal.SIGTERM)
+    """Inside, both signals kill at once: while processes wait to be joined, Python's own handlers are never run.
+
+    Not once they are joined: training asks again and again, and a signal must not cost what it has learned.
+    """
+    waits = _announced() > 1 and _group is None and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if waits else ()
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield
