@@ -70,10 +70,10 @@ def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionT
     overrides: dict[str, Any] = {
         theirs: getattr(config, ours) for ours, theirs in OVERRIDES.items() if getattr(config, ours) is not None
     }
-    if config.weights != "none" and (overrides or config.mlp_dim is not None):
+    given = [f"model.encoder.{key}" for key in (*OVERRIDES, "mlp_dim") if getattr(config, key) is not None]
+    if config.weights != "none" and given:
         raise UserError(
-            f"model.encoder.weights={config.weights} needs the architecture as published; remove the overrides of "
-            + ", ".join([*overrides, *(["mlp_dim"] if config.mlp_dim is not None else [])])
+            f"model.encoder.weights={config.weights} needs the architecture as published; remove {', '.join(given)}"
         )
     if config.mlp_dim is not None:
         width: Any = config.width or timm.create_model(config.name, num_classes=0).num_features
