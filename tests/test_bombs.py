@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import cv2
 import h5py
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from uvim_fsq.config import DataConfig
 from uvim_fsq.data import images
@@ -97,6 +98,11 @@ def test_the_limit_is_the_runs_own(tmp_path: Path, lm_dir: Path, oracle_dir: Pat
         predictor.predict(file)
     with pytest.raises(UserError, match="set data.max_pixels=1200"):
         predictor.predict(Image.open(file))
+    with warnings.catch_warnings(record=True) as warned:
+        limit_pixels(1000)
+        with pytest.raises(UserError, match="40 x 30"):
+            read_image(file)
+    assert not warned, "Pillow's warning beside our line"
     # Far above the limit Pillow itself refuses.
     limit_pixels(100)
     with pytest.raises(UserError, match="more than twice the 0.0001 million pixels that data.max_pixels allows"):
@@ -154,11 +160,15 @@ def test_pictures_are_as_before_in_strips(mode: str, monkeypatch: pytest.MonkeyP
         assert np.array_equal(whole, np.asarray(over.convert("RGB")))
     else:
         assert np.array_equal(whole, np.asarray(image.convert("RGB")))
+
+
+def test_turned_pictures_stand_upright() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 23, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    if mode == "RGB":
-        image.info["exif"] = exif.tobytes()
-        assert np.array_equal(to_rgb(image), np.asarray(ImageOps.exif_transpose(image)))
+    image.info["exif"] = exif.tobytes()
+    upright = to_rgb(image)
+    assert upright.shape == (23, 37, 3) and np.array_equal(upright, np.rot90(np.asarray(image), -1))
 
 
 def test_other_kinds_of_files_are_no_pictures(tmp_path: Path) -> None:

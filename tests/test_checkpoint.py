@@ -136,6 +136,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, oracle_dir: Path
             load_checkpoint(checkpoint)
     assert "\n" not in str(caught.value)
     assert damage == "gone" or "is damaged" in str(caught.value)
+    assert ("or was edited" in str(caught.value)) == (name == "config.yaml" and damage != "gone")
 
 
 def test_checkpoints_of_earlier_versions_load(tmp_path: Path, oracle_dir: Path) -> None:
@@ -302,7 +303,11 @@ def test_a_damaged_evaluation_is_one_line(tmp_path: Path) -> None:
     record = json.loads((path / ckpt.FIGURES).read_text())
     wrong = [{**record, key: value} for key, value in (("images", "10"), ("images", True), ("figures", [1]))]
     wrong += [{k: v for k, v in record.items() if k != key} for key in record]
-    wrong += [{**record, "figures": {"rmse": "0.5"}}, {**record, "figures": {"images": 3.0}}]
+    wrong += [
+        {**record, "figures": {"rmse": "0.5"}},
+        {**record, "figures": {"rmse": 0.5, "images": "x"}},
+        {**record, "figures": {"images": 3.0}},
+    ]
     for content in (b"", b"\xff", b"[1]", *(json.dumps(each).encode() for each in wrong)):
         (path / ckpt.FIGURES).write_bytes(content)
         with pytest.raises(UserError, match="evaluation.json is damaged.*remove it") as caught:
@@ -321,7 +326,7 @@ def test_what_resume_means(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     for how in ("no", "auto"):
         assert resume_from(run, how) is None
-    first, last, foreign = save(run, 1, 0.1), save(run, 2, 0.2), save(other, 1)
+    first, _, last, foreign = save(run, 1, 0.1), save(run, 2, 0.2), save(run, 3, 0.3), save(other, 1)
     assert resume_from(run, "auto") == last
     assert resume_from(run, str(run)) == last, "training goes on from the last one, not from the best"
     assert resume_from(run, str(first)) == first

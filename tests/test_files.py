@@ -63,5 +63,6 @@ def test_libraries_on_a_full_disk() -> None:
 def test_a_full_disk_is_known_by_its_many_messages() -> None:
     assert disk_is_full(OSError(errno.ENOSPC, "x")) and disk_is_full(OSError(errno.EDQUOT, "x"))
     assert disk_is_full(OSError("1000 requested and 512 written"))
+    assert disk_is_full(OSError("Not enough free space to write 48000000 bytes"))
     assert disk_is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
     assert not disk_is_full(OSError(errno.EACCES, "x")) and not disk_is_full(KeyError("No space left"))

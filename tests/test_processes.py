@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -82,6 +84,32 @@ def train_all(folder: str, data: str, oracle: str, bad: str) -> None:
 
 def fit_run(run: Run) -> Path:
     return fit(build_stage(run), run)
+
+
+@pytest.mark.multi
+def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path: Path) -> None:
+    """A launcher that gives up sends SIGTERM; the processes that have already come wait inside torch."""
+    waits = "from uvim_fsq.training.signals import ended_by_sigterm\nfrom uvim_fsq import processes\n"
+    waits += "with ended_by_sigterm():\n    print('waiting', flush=True)\n    processes.state()\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joins = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **joins, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-c", waits], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+    # It listens as soon as it is inside.
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    process.terminate()
+    try:
+        assert process.wait(120) == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 @pytest.mark.multi
@@ -197,6 +225,39 @@ def test_several_processes_that_do_not_find_each_other(
         assert caught.value.code == 2 and re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "not all that a launcher sets"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "not all that a launcher sets"),
+        ({"LOCAL_RANK": "0"}, "not all that a launcher sets .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
+    ],
+)
+def test_some_of_a_launchers_variables(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
+    """In a process of its own: here Accelerate's state is made already."""
+    process = start([sys.executable, "-m", "uvim_fsq", "evaluate", str(oracle_dir)], env=variables)
+    said = finish(process)
+    assert process.returncode == 2 and re.fullmatch(f"(.*loading ...\n)?error: .*{message}.*\n", said), said
+
+
+def different(value: object) -> list[object]:
+    """In place of `processes.gather`: what a second process would give that has loaded something else."""
+    return [value, None if isinstance(value, Path) or value is None else value[::-1]]  # type: ignore[index]
+
+
+def test_processes_that_have_loaded_different_things(
+    tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is resumed: an LM's oracle, and the checkpoint to evaluate."""
+    monkeypatch.setattr(processes, "gather", different)
+    with pytest.raises(UserError, match="different checkpoints from .*step_00000006"):
+        evaluate_run(oracle_dir)
+    with pytest.raises(UserError, match="different checkpoints from the oracle's run"):
+        fit_run(lm_run(tmp_path / "lm", oracle_dir))
+
+
 def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise torch.distributed.DistNetworkError("gloo: connectFullMesh failed\nmore")
@@ -207,6 +268,28 @@ def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"cannot join each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"):
         processes.state()
+
+
+def test_signals_kill_only_while_processes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training asks how many there are again and again; a signal that comes just then must not end it unsaved."""
+    seen: list[object] = []
+
+    def ask(**_: object) -> SimpleNamespace:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return SimpleNamespace(num_processes=2)
+
+    monkeypatch.setattr(processes, "PartialState", ask)
+    monkeypatch.setattr(processes, "_group", None)
+    monkeypatch.setattr(processes, "_waiting_group", lambda: "joined")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        processes.state()
+        processes.state()
+        assert seen == [signal.SIG_DFL, ours] and signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_batch_that_is_too_small_for_the_processes(data: Path) -> None:

@@ -186,6 +186,31 @@ def test_going_on_from_an_older_checkpoint(
     assert (out / "evaluation.json").exists()
 
 
+def test_a_damaged_evaluation_is_found_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+    """Not when old checkpoints are deleted."""
+    out = tmp_path / "run"
+    keys = ["train.steps=8", "train.eval_every=2", "train.keep=9", "data.watch_split=train", "train.resume=auto"]
+    fitted(oracle_run(out, data, *keys))
+    shutil.rmtree(at(out, 8))
+    (at(out, 2) / ckpt.FIGURES).write_text("{")
+    with (
+        pytest.raises(UserError, match="evaluation.json is damaged.*; remove it"),
+        killing(Trainer, "_load", "before", 1),
+    ):
+        fitted(oracle_run(out, data, *keys))
+    (at(out, 2) / ckpt.FIGURES).unlink()
+    fitted(oracle_run(out, data, *keys))
+    assert at(out, 8).is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_not_evaluated_again(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+    """The run that continues it has no such checkpoint, which would hold an evaluation and nothing else."""
+    first = fitted(oracle_run(tmp_path / "first", data, "train.steps=4", "train.save_every=2"))
+    keys = ["train.steps=4", "train.eval_every=2", "train.resume_changes=true", f"train.resume={at(first, 2)}"]
+    out = fitted(oracle_run(tmp_path / "second", data, *keys))
+    assert [place.name for place in (out / "checkpoints").iterdir()] == [step_name(4)]
+
+
 @pytest.mark.parametrize("name", ["trainer/state.pt", "model.safetensors"])
 def test_a_broken_newest_checkpoint(tmp_path: Path, data: Path, quick_evaluation: None, name: str) -> None:
     out = tmp_path / "run"

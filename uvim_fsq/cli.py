@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
 
 def _main(argv: Sequence[str] | None) -> None:

@@ -285,6 +285,8 @@ def evaluate_loaded(
         baseline: also the task's trivial baseline, made from the training split.
         official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
     """
+    checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
+    processes.same(checkpoint_sha256, loaded.checkpoint)
     run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
     if loaded.lm is not None:
         loaded.lm.to(device)
@@ -310,6 +312,7 @@ def evaluate_loaded(
         write_csv(csv_file, rows)
     return {
         **_circumstances(loaded, evaluator, device),
+        "checkpoint_sha256": checkpoint_sha256,
         "baseline": trivial.name if trivial is not None else None,
         "limit": limit,
         "images": len(next(iter(rows.values()))),
@@ -332,7 +335,6 @@ def _circumstances(loaded: Loaded, evaluator: Evaluator, device: torch.device) -
         "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
         "chosen": loaded.chosen,
-        "checkpoint_sha256": file_hash(loaded.checkpoint / "model.safetensors"),
         "versions": {
             "uvim_fsq": uvim_fsq.__version__,
             "torch": torch.__version__,

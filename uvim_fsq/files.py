@@ -20,8 +20,16 @@ from typing import Any
 from uvim_fsq.errors import UserError
 
 #: How libraries that swallow the error number say that the disk is full: Rust (safetensors), the C library (h5py),
-#: torch.save, and NumPy, whose message is "1000 requested and 512 written".
-_FULL = ("No space left", "Disk quota", "errno = 28", "PytorchStreamWriter failed", "enforce fail", " requested and ")
+#: torch.save, and NumPy, which writes "1000 requested and 512 written" or asks beforehand.
+_FULL = (
+    "No space left",
+    "Disk quota",
+    "errno = 28",
+    "PytorchStreamWriter failed",
+    "enforce fail",
+    " requested and ",
+    "Not enough free space",
+)
 #: How a cell begins that spreadsheets take for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

@@ -6,8 +6,12 @@ The one place that makes Accelerate's state. Knows nothing of training.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -49,9 +53,10 @@ def state() -> PartialState:
                 "run `accelerate config` again without it, or unset the variable"
             )
     try:
-        found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
-        if found.num_processes > 1 and _group is None:
-            _group = _waiting_group()
+        with _signals_kill():
+            found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
+            if found.num_processes > 1 and _group is None:
+                _group = _waiting_group()
     except RuntimeError as error:
         if _announced() == 1:
             raise
@@ -59,12 +64,36 @@ def state() -> PartialState:
             f"the {_announced()} processes cannot join each other ({str(error).splitlines()[0]}); where machines have "
             "several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
+    except ValueError as error:
+        # Some of a launcher's variables without the others, e.g. left in the shell.
+        if _announced() == 1 and "LOCAL_RANK" not in os.environ:
+            raise
+        raise UserError(
+            f"WORLD_SIZE or LOCAL_RANK is set, but not all that a launcher sets ({str(error).splitlines()[0]}); start "
+            "with `accelerate launch` or `torchrun`, or unset both"
+        ) from error
     if found.num_processes != _announced():
         raise UserError(
             f"WORLD_SIZE={_announced()}, but this process finds {found.num_processes}; start with `accelerate launch` "
             "or `torchrun`, which set LOCAL_RANK, or unset WORLD_SIZE"
         )
     return found
+
+
+@contextmanager
+def _signals_kill() -> Iterator[None]:
+    """Inside, both signals kill at once: while processes wait to be joined, Python's own handlers are never run.
+
+    Not once they are joined: training asks again and again, and a signal must not cost what it has learned.
+    """
+    waits = _announced() > 1 and _group is None and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if waits else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _waiting_group() -> dist.ProcessGroup:
@@ -75,8 +104,11 @@ def _waiting_group() -> dist.ProcessGroup:
 
 
 def _announced() -> int:
-    """How many processes the launcher says there are."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes the launcher says there are. Raises UserError for what is no number."""
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal():
+        raise UserError(f"WORLD_SIZE={said} is no number of processes; unset it, or start with a launcher")
+    return int(said)
 
 
 def _on_cpu() -> bool:
@@ -112,6 +144,16 @@ def gather(value: T) -> list[T]:
 def broadcast(value: T) -> T:
     """The main process's `value`, on every process."""
     return gather(value)[0]
+
+
+def same(value: object, place: object) -> None:
+    """Raises UserError where `value`, e.g. the hash of what was loaded from `place`, differs between processes."""
+    everyone = gather(value)
+    if everyone.count(everyone[0]) != len(everyone):
+        raise UserError(
+            f"the processes loaded different checkpoints from {place}; the run directory and the oracle's must be ones "
+            "that all machines share"
+        )
 
 
 def wait() -> None:

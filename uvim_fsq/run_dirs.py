@@ -69,7 +69,7 @@ class Evaluation:
 def read_evaluation(checkpoint: Path) -> Evaluation | None:
     """What `write_evaluation` recorded, if anything. Raises UserError for a damaged file."""
     file = checkpoint / FIGURES
-    remedy = "remove it, and training evaluates the checkpoint again when it is resumed"
+    remedy = "remove it; its checkpoint then counts as not evaluated"
     try:
         record = read_json(file, remedy)
     except FileNotFoundError:

@@ -117,6 +117,8 @@ def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: f
     """The fewest micro-batches (at least `train.accumulate`) of `train.batch_size` with which a process fits into
     `available` bytes; None if not even single images fit."""
     for count in range(train.accumulate, train.batch_size + 1):
-        if train.batch_size % count == 0 and memory.of(-(-train.batch_size // (count * processes))) <= available:
+        # Even ones, unless the user's own will do.
+        allowed = train.batch_size % count == 0 or count == train.accumulate
+        if allowed and memory.of(-(-train.batch_size // (count * processes))) <= available:
             return count
     return None

@@ -25,6 +25,7 @@ from uvim_fsq.progress import say
 from uvim_fsq.run_dirs import (
     Evaluation,
     Watch,
+    best,
     checkpoints,
     offering_earlier,
     read_config,
@@ -91,17 +92,18 @@ class Trainer(Stepper):
         Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
         checkpoint, and where a run would be overwritten.
         """
-        path = processes.broadcast(resume_from(self.out, self.train.resume) if processes.is_main() else None)
+        path = processes.broadcast(self._resume_from() if processes.is_main() else None)
         if path is None:
+            processes.same(self.stage.oracle_sha256, "the oracle's run")
             return
-        everyone = processes.gather(self._load(path))
-        if everyone.count(everyone[0]) != len(everyone):
-            raise UserError(
-                f"the processes loaded different checkpoints from {path}; the run directory and the oracle's must be "
-                "ones that all machines share"
-            )
+        processes.same(self._load(path), path)
         if processes.is_main():
             self._leave_newer()
+
+    def _resume_from(self) -> Path | None:
+        # Damaged records of evaluations are better found now than when old checkpoints are deleted.
+        best(self.out)
+        return resume_from(self.out, self.train.resume)
 
     def _load(self, path: Path) -> tuple[Any, ...]:
         """Loads a checkpoint; returns what must be equal in all processes."""
@@ -209,7 +211,8 @@ class Trainer(Stepper):
 
     def lacks_evaluation(self) -> bool:
         """Whether the checkpoint of the present step was to be evaluated and a kill came in between."""
-        saved = self.step > 0 and self.evaluates_now()
+        # A run that continues another's checkpoint does not hold it.
+        saved = self.last_checkpoint.is_dir() and self.evaluates_now()
         return processes.broadcast(saved and read_evaluation(self.last_checkpoint) is None)
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
+from uvim_fsq.progress import Bar
 from uvim_fsq.tasks.base import Metric
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource
@@ -87,10 +88,12 @@ def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
 
     def make() -> dict[str, np.ndarray]:
         moments = Moments()
-        for start in range(0, len(source), FID_BATCH):
-            rows = range(start, min(start + FID_BATCH, len(source)))
-            images = np.stack([crop_and_resize(source[i].image, FID_SIZE) for i in rows])
-            moments.add(inception.features(images))
+        with Bar("features of the reference photos", len(source)) as bar:
+            for start in range(0, len(source), FID_BATCH):
+                bar.update(start)
+                rows = range(start, min(start + FID_BATCH, len(source)))
+                images = np.stack([crop_and_resize(source[i].image, FID_SIZE) for i in rows])
+                moments.add(inception.features(images))
         return moments.state()
 
     key = {
