@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import scipy.io
@@ -12,6 +13,7 @@ import scipy.io
 from tests.small import small_data
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
+from uvim_fsq.tasks.nyu_depth.files import read_depth_file
 from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
 
@@ -112,3 +114,11 @@ def test_damaged_prepared_files(tmp_path: Path) -> None:
     (root / "prepared_depth/contents.json").write_text('{"a": [')
     with pytest.raises(UserError, match="contents.json is damaged .*delete"):
         open_source(str(root), "train", CONFIG)
+
+
+def test_a_chunk_larger_than_its_picture_is_never_unpacked(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        chunked = {"maxshape": (None, None), "chunks": (20_000, 20_000), "compression": "gzip"}
+        file.create_dataset("depth", shape=(24, 32), dtype="f4", **chunked)
+    with pytest.raises(UserError, match="dataset 'depth' is 20000 x 20000, 400 million pixels"):
+        read_depth_file(tmp_path / "a.h5")
