@@ -49,7 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ("steps", "not of the form key=value"),
         ("=3", "not of the form key=value"),
         ("model.quantizer.levels=[8,6", "is not valid YAML"),
-        ("plugins=my_module", "plugins='my_module': must be a list"),
+        ("plugins=my_module", "plugins='my_module': must be a list, e.g. plugins=[my_module]"),
         ("stage=[1]", "must be oracle or lm"),
         ("task.name=[1]", "task.name=[1]: must be text"),
         ("train.out=${nope}", "Interpolation key 'nope' not found"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_splits_are_read_as_scipy_reads_them(tmp_path: Path, packed: bool, kind:
         do_compression=packed,
     )
     assert read_splits(file) == ([*range(0, 99, 2)], [1, 3, 119])
+
+
+def test_splits_that_unpack_to_much_are_never_held_whole(tmp_path: Path) -> None:
+    file, size = tmp_path / "splits.mat", 8_000_000
+    arrays = {f"v{i}": np.zeros((size, 1), np.uint8) for i in range(12)}
+    indices = {"trainNdxs": np.array([[1.0]]), "testNdxs": np.array([[2.0]])}
+    scipy.io.savemat(file, {**arrays, **indices}, do_compression=True)
+    tracemalloc.start()
+    try:
+        assert read_splits(file) == ([0], [1])
+        assert tracemalloc.get_traced_memory()[1] < 8 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("packed", [False, True])

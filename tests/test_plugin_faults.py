@@ -227,6 +227,19 @@ def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
         refuse_faults(two, str(photos), "val")
 
 
+def test_what_a_faulty_decode_gave_is_not_used(photos: Path) -> None:
+    (one,) = faults(photos, decode=lambda self, logits: logits["classes"].argmax(-1))
+    assert "decode: a list of one item per image expected" in one
+
+
+def test_the_name_of_a_file_is_no_module(photos: Path) -> None:
+    for name in ("plug/my_task.py", "./plug/my_task.py"):
+        with pytest.raises(UserError, match=f"plugin '{name}' is the name of a file; give the module's, plug.my_task$"):
+            import_plugin(name)
+    with pytest.raises(UserError, match=r"unknown task 'xyz'; one of your own needs plugins=\[MODULE\], and @register"):
+        check_data("xyz", str(photos), [])
+
+
 def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> None:
     class Unreadable(BadPhotos):
         def __init__(self, readable: int) -> None:

@@ -125,6 +125,17 @@ def test_every_failed_picture_is_named(tmp_path: Path, lm_dir: Path, capsys: pyt
     assert all(np.load(entry["npy"]).shape == (20, 30) for entry in listed[:3])
 
 
+def test_a_link_that_leads_nowhere_is_a_failed_picture(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "dead.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "in" / "folder.jpg").mkdir()
+    first, second, last = refused(capsys, lm_dir, tmp_path / "in", "--out", tmp_path / "out")
+    assert first == f"failed: {tmp_path / 'in' / 'dead.jpg'}: no such image file" and "folder.jpg cannot be" in second
+    assert last == "error: 2 of 3 pictures could not be predicted; the index names all"
+
+
 def test_a_full_disk_leaves_whole_results_and_their_list(
     tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +249,7 @@ def test_grey_pictures_and_none_at_all(lm_dir: Path) -> None:
         (RGB[:0], "no pixels"),
         (RGB[:, :0, 0], "no pixels"),
         (Image.fromarray(RGB[..., 0].astype(np.float32)), "floating-point pixels"),
-        (b"", "the picture cannot be read as an image"),
+        (b"", r"the picture cannot be read as an image \(it is none of JPEG, PNG"),
         (encoded("png")[:200], "the picture cannot be read as an image"),
         (io.StringIO("text"), "open it in binary mode"),
         ("nowhere.png", "no such image file"),
@@ -254,24 +265,31 @@ def test_what_is_no_picture_is_one_line(lm_dir: Path, given: Any, message: str) 
         predictor.predict_batch([RGB, given])
 
 
-@pytest.mark.parametrize("given", [RGB, "a.png", b"", Path("a.png"), Image.fromarray(RGB)])
+@pytest.mark.parametrize("given", [RGB, "a.png", b"", bytearray(b"x"), Path("a.png"), Image.fromarray(RGB), None, 5])
 def test_one_picture_is_no_batch(lm_dir: Path, given: Any) -> None:
     with pytest.raises(UserError, match="takes a list"):
         Predictor.from_run(lm_dir).predict_batch(given)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "meta", "cuda" if not torch.cuda.is_available() else "xpu"])
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:99", "", "meta", "mps", "cuda" if not torch.cuda.is_available() else "xpu"]
+)
 def test_a_device_that_is_not_there_is_one_line(lm_dir: Path, device: str) -> None:
     with pytest.raises(UserError, match="device=.* cannot be used") as caught:
         Predictor.from_run(lm_dir, device=device)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_a_closed_file_is_one_line(tmp_path: Path, lm_dir: Path) -> None:
     file = photo(tmp_path / "a.png").open("rb")
     file.close()
+    predictor = Predictor.from_run(lm_dir)
     with pytest.raises(UserError, match="cannot be read from the open file"):
-        Predictor.from_run(lm_dir).predict(file)
+        predictor.predict(file)
+    with (tmp_path / "a.png").open(encoding="utf-8") as text, pytest.raises(UserError, match="open it in binary mode"):
+        predictor.predict(text)  # type: ignore[arg-type]
+    with (tmp_path / "a.png").open("rb") as one, pytest.raises(UserError, match="takes a list"):
+        predictor.predict_batch(one)  # type: ignore[arg-type]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_yes_and_no_are_words_to_a_user(
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(ORACLE))
     said = one_line(capsys, "train-oracle", file, "train.out=x", "train.resume=yes")
-    assert "train.resume=True: must be no | auto or text (YAML reads yes" in said
+    assert "train.resume=True: must be no, auto or text (YAML reads yes" in said
     assert "data.root=False: must be text (YAML reads yes" in one_line(capsys, "config", file, "data.root=off")
     main(["config", str(file), "train.out=x", "train.resume=no"])
     assert yaml.safe_load(capsys.readouterr().out)["train"]["resume"] == "no"

@@ -60,15 +60,20 @@ def command_config(args: argparse.Namespace) -> None:
 
 def command_train(args: argparse.Namespace) -> None:
     """Trains the stage the command names."""
-    from uvim_fsq.config_io import load_run
-    from uvim_fsq.run_dirs import inherit
+    from uvim_fsq.config_io import find_data_root, load_run
+    from uvim_fsq.run_dirs import inherit, resume_from
+    from uvim_fsq.tasks.registry import BUILT_IN
 
     run = load_run(args.config, args.overrides)
     if run.stage != args.stage:
         other = "train-oracle" if run.stage == "oracle" else "train-lm"
         raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq {other}")
-    inherit(run)
+    whole = inherit(run)
     _check_places(folders=[run.train.out])
+    if is_first():
+        resume_from(Path(run.train.out), run.train.resume)
+    if whole.task is not None and whole.task.name in BUILT_IN:
+        find_data_root(whole.data.root)
     say(f"{args.config}: loading ...")
 
     from uvim_fsq.training.run import train
@@ -200,6 +205,9 @@ def command_predict(args: argparse.Namespace) -> None:
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
         raise UserError("name at least one image or folder to predict")
+    from uvim_fsq.data.folders import list_images
+
+    list_images(inputs)
     _check_run(args.run, overrides)
     _check_places(folders=[args.out])
 
@@ -208,7 +216,8 @@ def command_predict(args: argparse.Namespace) -> None:
 
     entries = predict_files(args.run, inputs, args.out, overrides)
     errors = [entry["error"] for entry in entries if "error" in entry]
-    say(f"{len(entries) - len(errors)} predictions written to {args.out}, listed in {Path(args.out) / INDEX}")
+    done = len(entries) - len(errors)
+    say(f"{done} of {len(entries)} pictures predicted into {args.out}, listed in {Path(args.out) / INDEX}")
     if errors:
         for error in errors[:SHOWN]:
             print(f"failed: {' '.join(error.split())}", file=sys.stderr)
@@ -273,7 +282,10 @@ def _read_data_config(args: argparse.Namespace) -> Run:
 
 
 def _say_next_of_data(task: str, root: str) -> None:
-    say(f"next: uvim-fsq train-oracle configs/{task}/oracle.yaml data.root={root} train.out=...")
+    from uvim_fsq.tasks.registry import BUILT_IN
+
+    config = f"configs/{task}/oracle.yaml" if task in BUILT_IN else "ORACLE_CONFIG.yaml"
+    say(f"next: uvim-fsq train-oracle {config} data.root={root} train.out=...")
 
 
 def command_data_prepare(args: argparse.Namespace) -> None:

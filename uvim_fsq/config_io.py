@@ -243,7 +243,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> An
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{key}={short(value)}: must be a list")
+        raise UserError(f"{key}={short(value)}: must be a list, e.g. {key}=[{str(value)[:100]}]")
     items = list(typing.cast(Sequence[Any], value))
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
@@ -257,7 +257,7 @@ def _type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in args)
     if origin is Literal:
-        return " | ".join(map(str, args))
+        return ", ".join(map(str, args))
     if origin is tuple:
         return "a list of " + ", ".join(dict.fromkeys(_type_name(arg) for arg in args if arg is not Ellipsis))
     names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

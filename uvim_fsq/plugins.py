@@ -66,6 +66,9 @@ def import_plugin(module: str) -> None:
     """
     if module in sys.modules:
         return
+    if "/" in module or module.endswith(".py"):
+        name = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise UserError(f"plugin {module!r} is the name of a file; give the module's, {name}")
     folder = os.getcwd()
     try:
         try:

@@ -29,7 +29,10 @@ def _same_name(name: str) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # a link that leads nowhere
+        found = path.lstat()
     return found.st_dev, found.st_ino
 
 

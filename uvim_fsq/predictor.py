@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.data.images import limit_pixels, list_images, read_image, to_rgb
+from uvim_fsq.data.folders import list_images
+from uvim_fsq.data.images import limit_pixels, read_image, to_rgb
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Array, Sample
 from uvim_fsq.errors import UserError
@@ -79,7 +81,8 @@ class Predictor:
 
         Pictures that are no arrays are decoded twice, so that no more than one is held at full size.
         """
-        if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)):
+        single = (str, Path, bytes, bytearray, memoryview, io.IOBase, Image.Image, np.ndarray)
+        if isinstance(images, single) or not isinstance(images, Iterable):
             raise UserError("predict_batch takes a list of pictures; use predict for one")
         limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
         kept = [_content(image) for image in images]
@@ -108,7 +111,8 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
     except Exception as error:  # torch raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The first sentence; one of torch's lines goes on for two thousand characters.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"device={str(device)!r} cannot be used ({reason}); give cpu, or cuda for a GPU") from error
     return found
 
@@ -117,6 +121,8 @@ def _content(image: Any) -> Any:
     """What an open file holds, which can be read once only; any other picture as it is."""
     if isinstance(image, Image.Image) or not hasattr(image, "read"):
         return image
+    if isinstance(image, io.TextIOBase):
+        raise UserError("the picture's file gives text; open it in binary mode")
     try:
         content = image.read()
     except (OSError, ValueError) as error:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from uvim_fsq.config_io import find_data_root
-from uvim_fsq.data.images import list_images, read_image
+from uvim_fsq.data.folders import list_images
+from uvim_fsq.data.images import read_image
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError

@@ -1,4 +1,7 @@
-"""train/ and val/ under a data set's root: found by exactly these names; others that are meant are named, not used."""
+"""Folders of pictures, found without torch.
+
+train/ and val/ under a data set's root are found by exactly these names; others that are meant are named, not used.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 from uvim_fsq.errors import UserError
 
+#: How the names of pictures end, in small letters.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 #: What people call the two folders, in small letters.
 MEANT = {
     "train": ("train", "training", "trainset", "train_set", "training_set"),
@@ -43,3 +48,19 @@ def and_list(words: Sequence[str], most: int = 6) -> str:
     if len(words) > most:
         return f"{', '.join(words[:most])} and {len(words) - most} more"
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + list(words[-1:]))
+
+
+def list_images(inputs: list[str]) -> list[Path]:
+    """Files as given, folders searched recursively. Raises UserError for a missing path or a folder without images."""
+    files: list[Path] = []
+    for entry in map(Path, inputs):
+        if entry.is_dir():
+            found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{entry}: no images in this folder")
+            files += found
+        elif entry.is_file():
+            files.append(entry)
+        else:
+            raise UserError(f"{entry}: no such file or folder")
+    return files

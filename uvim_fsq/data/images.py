@@ -20,7 +20,6 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 #: Only these: of Pillow's others one starts Ghostscript on what the picture says.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 #: Pixels that are converted at a time, so that a large picture needs little more memory than its own.
@@ -160,7 +159,11 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        # Pillow's own words name an object in memory where the content was given.
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path} cannot be read as an image (it is none of {known}); replace or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
 
 
@@ -168,19 +171,3 @@ def write_png(path: str | Path, pixels: Array, info: PngInfo | None = None) -> N
     """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16, whole or not at all. Raises UserError where that fails."""
     picture = Image.fromarray(pixels)
     write_whole(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=info), durable=False)
-
-
-def list_images(inputs: list[str]) -> list[Path]:
-    """Files as given, folders searched recursively. Raises UserError for a missing path or a folder without images."""
-    files: list[Path] = []
-    for entry in map(Path, inputs):
-        if entry.is_dir():
-            found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise UserError(f"{entry}: no images in this folder")
-            files += found
-        elif entry.is_file():
-            files.append(entry)
-        else:
-            raise UserError(f"{entry}: no such file or folder")
-    return files

@@ -77,10 +77,11 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
     with trial.step("loss"):
         _check_loss(task, logits, _on_device(labels))
     with trial.step("decode"):
-        items = task.decode(logits)
-        right = isinstance(items, list) and len(items) == 2
-        _demand(right, f"a list of one item per image expected, not {_kind(items)}")
-    if items is not None and len(items):
+        decoded = task.decode(logits)
+        right = isinstance(decoded, list) and len(decoded) == 2
+        _demand(right, f"a list of one item per image expected, not {_kind(decoded)}")
+        items = decoded
+    if items is not None:
         _check_use(trial, source, view, items[0])
     return trial.faults
 

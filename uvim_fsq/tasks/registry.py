@@ -85,8 +85,9 @@ def task_class(name: str) -> type[Task]:
         names = task_names()
         if name not in _TASKS:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise UserError(f"unknown task {name!r}{hint} Known tasks: {', '.join(names)}")
+            own = f"one of your own needs plugins=[MODULE], and @register_task({name!r}) in that module"
+            hint = f"did you mean {close[0]!r}?" if close else f"{own}."
+            raise UserError(f"unknown task {name!r}; {hint} Known tasks: {', '.join(names)}")
     return _TASKS[name]
 
 
