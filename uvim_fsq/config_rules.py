@@ -50,7 +50,7 @@ _NOT_NEGATIVE = """
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
-    (_ABOVE_ZERO, lambda value: value < 2**31, "must be below 2^31"),
+    (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
