@@ -194,7 +194,8 @@ def test_of_many_differences_three_are_named(tmp_path: Path) -> None:
 
 def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    for content in ("{", "[]", "{}", '{"config.yaml": 1, "model.safetensors": "x"}'):
+    misspelt = (path / "sha256.json").read_text().replace("state.pt", "stale.pt")
+    for content in ("{", "[]", "{}", '{"config.yaml": 1, "model.safetensors": "x"}', misspelt):
         (path / "sha256.json").write_text(content)
         with pytest.raises(UserError, match="sha256.json is damaged.*use another checkpoint"):
             checked_hash(path, ckpt.WEIGHTS)

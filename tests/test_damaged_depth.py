@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import scipy.io
@@ -11,6 +13,7 @@ import scipy.io
 from tests.small import small_data
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
+from uvim_fsq.tasks.nyu_depth.files import read_depth_file
 from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
 
@@ -44,6 +47,19 @@ def test_splits_are_read_as_scipy_reads_them(tmp_path: Path, packed: bool, kind:
         do_compression=packed,
     )
     assert read_splits(file) == ([*range(0, 99, 2)], [1, 3, 119])
+
+
+def test_splits_that_unpack_to_much_are_never_held_whole(tmp_path: Path) -> None:
+    file, size = tmp_path / "splits.mat", 8_000_000
+    arrays = {f"v{i}": np.zeros((size, 1), np.uint8) for i in range(12)}
+    indices = {"trainNdxs": np.array([[1.0]]), "testNdxs": np.array([[2.0]])}
+    scipy.io.savemat(file, {**arrays, **indices}, do_compression=True)
+    tracemalloc.start()
+    try:
+        assert read_splits(file) == ([0], [1])
+        assert tracemalloc.get_traced_memory()[1] < 8 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -98,3 +114,11 @@ def test_damaged_prepared_files(tmp_path: Path) -> None:
     (root / "prepared_depth/contents.json").write_text('{"a": [')
     with pytest.raises(UserError, match="contents.json is damaged .*delete"):
         open_source(str(root), "train", CONFIG)
+
+
+def test_a_chunk_larger_than_its_picture_is_never_unpacked(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        chunked = {"maxshape": (None, None), "chunks": (20_000, 20_000), "compression": "gzip"}
+        file.create_dataset("depth", shape=(24, 32), dtype="f4", **chunked)
+    with pytest.raises(UserError, match="dataset 'depth' is 20000 x 20000, 400 million pixels"):
+        read_depth_file(tmp_path / "a.h5")

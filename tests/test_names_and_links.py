@@ -111,6 +111,8 @@ def test_depth_lists_name_nothing_outside(tmp_path: Path) -> None:
             open_depth(str(root), "val", NYUDepthConfig())
     lists.write_text(f"/{rgb} //{depth} {focal}\n")  # leading slashes are how these lists are published
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 1
+    lists.write_bytes(f"{rgb} {depth} {focal}\nscene\xe9.jpg {depth} {focal}\n".encode("latin-1"))
+    assert len(open_depth(str(root), "val", NYUDepthConfig())) == 2
 
 
 # ---------------------------------------------------------------- tables

@@ -19,7 +19,7 @@ import yaml
 
 from tests.ranks import finish, run_ranks, start_ranks
 from tests.runs import CHANGED, ENV, STEPS, another_process, at, fitted, outcome, weights
-from tests.small import LM, ORACLE, oracle_run
+from tests.small import LM, ORACLE, lm_run, oracle_run
 from uvim_fsq.cli import main as cli
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines
@@ -224,6 +224,15 @@ def test_a_broken_newest_checkpoint(tmp_path: Path, data: Path, quick_evaluation
     with pytest.raises(UserError, match="damaged") as caught:
         fitted(oracle_run(out, data, "train.steps=4", "train.resume=auto"))
     assert "before it" not in str(caught.value)
+
+
+def test_a_broken_newest_checkpoint_of_an_lm(tmp_path: Path, oracle_dir: Path, quick_evaluation: None) -> None:
+    out = fitted(lm_run(tmp_path / "lm", oracle_dir, "train.steps=4", "train.save_every=2"))
+    for name in ("sha256.json", "config.yaml"):
+        (at(out, 4) / name).write_bytes(b"{")
+        with pytest.raises(UserError, match=f"{name} is damaged.*the one before it: train.resume={at(out, 2)}$"):
+            lm_run(out, oracle_dir, "train.steps=4", "train.resume=auto")
+        shutil.copytree(at(out, 2), at(out, 4), dirs_exist_ok=True)
 
 
 # --- several processes ------------------------------------------------------------------------------------------

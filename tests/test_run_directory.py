@@ -179,6 +179,20 @@ def test_an_lm_keeps_its_oracle_when_resumed(tmp_path: Path, lm_dir: Path, lm_of
     assert outcome(out)["result"] == outcome(lm_dir)["result"]
 
 
+def test_an_lm_that_goes_on_takes_no_other_oracle(
+    tmp_path: Path, data: Path, lm_of_own_oracle: tuple[Path, Path]
+) -> None:
+    out, oracle = lm_of_own_oracle
+    other = fitted(oracle_run(tmp_path / "other", data, "train.seed=1", "train.steps=3"))
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=f"oracle={other}: .* another; leave oracle={oracle} as it was"):
+        fitted(lm_run(out, other, "train.resume=auto"))
+    assert (out / "config.yaml").read_bytes() == before
+    # The same one under another name, and a name that leads nowhere.
+    for name in (shutil.copytree(oracle, tmp_path / "moved"), tmp_path / "gone"):
+        assert lm_run(out, name, "train.resume=auto").task.name == "nyu_depth"
+
+
 def test_a_new_lm_takes_the_oracle_that_is_named(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     _, oracle = lm_of_own_oracle
     out = fitted(lm_run(tmp_path / "new", oracle, "train.resume=auto", "train.steps=3"))

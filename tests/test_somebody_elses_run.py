@@ -48,7 +48,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.path[:] = path
 
 
+def forget_sums(run: Path) -> None:
+    """What a stranger changes has no sums, or ones to match."""
+    for sums in run.rglob("sha256.json"):
+        sums.unlink()
+
+
 def change_config(run: Path, **changes: Any) -> None:
+    forget_sums(run)
     for file in (run / "config.yaml", resolve_checkpoint(run) / "config.yaml"):
         tree = yaml.safe_load(file.read_text())
         for key, value in changes.items():
@@ -61,6 +68,7 @@ def stranger(folder: Path, run: Path, name: str, where: Path) -> tuple[Path, Pat
     """A copy of `run` that names a plugin in the folder `where`, and the file that the plugin touches when it runs."""
     copy, mark = folder / "downloaded", folder / "executed"
     shutil.copytree(run, copy)
+    forget_sums(copy)
     (where / f"{name}.py").write_text(PLUGIN.format(mark=str(mark), name=f"task_{name}"))
     for place in (copy, *([copy / "oracle"] if (copy / "oracle").exists() else [])):
         files = [place / "config.yaml", *place.glob("checkpoints/step_*/config.yaml")]
@@ -241,6 +249,7 @@ def test_no_message_shows_what_another_file_holds(
     assert "hunter2" not in said and len(said) < 400
     run = tmp_path / "run"
     shutil.copytree(oracle_dir, run)
+    forget_sums(run)
     for file in run.rglob("config.yaml"):
         file.unlink()
         file.symlink_to(tmp_path / "secret")
@@ -271,3 +280,33 @@ def test_configurations_beyond_all_bounds(tmp_path: Path, oracle_dir: Path, caps
     for override in ("train.steps=" + "[" * 20_000 + "]" * 20_000, ".".join("a" * 20_000) + "=1"):
         assert "is nested too deeply" in failure(capsys, "evaluate", oracle_dir, override)
     assert "too long a number" in failure(capsys, "evaluate", oracle_dir, "train.seed=" + "9" * 5000)
+
+
+def test_impossible_settings_of_a_run_are_one_line(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = next(lm_dir.rglob("*.png"))
+    for place, change, said in (
+        ("lm", {"eval__batch_size": 0}, "eval.batch_size=0: must be above 0"),
+        ("lm", {"eval__batch_size": -3}, "eval.batch_size=-3: must be above 0"),
+        ("lm", {"data__image_size": 0}, "data.image_size=0: must be above 0"),
+        ("lm", {"model__num_heads": 3}, "not divisible by model.num_heads=3"),
+        ("lm", {"model__width": -4}, "model.width=-4: must be above 0"),
+        ("lm", {"model__mlp_dim": 10**12}, "must be below 2^31"),
+        ("lm", {"model__mlp_dim": 2**31 - 1, "model__width": 2**31 - 2}, "needs a machine with more"),
+        ("oracle", {"model__patch_size": 0}, "model.patch_size=0: must be above 0"),
+        ("oracle", {"model__code_length": 2**40}, "must be below 2^31"),
+    ):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(lm_dir, run)
+        forget_sums(run)
+        change_config(run / "oracle" if place == "oracle" else run, **change)
+        assert said in failure(capsys, "predict", run, photo, "--out", tmp_path / "out"), change
+    # How it was trained is past.
+    run = tmp_path / "odd"
+    shutil.copytree(lm_dir, run)
+    change_config(run, optim__warmup_steps=50, train__keep=0)
+    assert load_checkpoint(run, ["eval.seed=1"]).overrides == {"eval.seed": [0, 1]}
+    with pytest.raises(UserError, match=r"optim.warmup_steps=50 must be below train.steps=5$"):
+        load_checkpoint(run, ["train.steps=5"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,20 +14,26 @@ from uvim_fsq.errors import UserError
 def validate(run: Run, trained: Run | None = None) -> None:
     """Refuses impossible combinations before anything is built. Raises UserError with the remedy.
 
-    `trained`: the configuration of a trained model that `run` is to override; its own oddities stay allowed.
+    `trained`: the configuration of a trained model, which `run` is or overrides. Its training is past: what would be
+    refused of that today stays allowed.
     """
-    allowed = set(_problems(trained)) if trained is not None else set[str]()
-    for problem in _problems(run):
-        if problem not in allowed:
+    past = set(_training_problems(trained)) if trained is not None else set[str]()
+    for problem in itertools.chain(_training_problems(run), _problems(run)):
+        if problem not in past:
             raise UserError(problem)
 
 
 def check_warmup(run: Run, total: int) -> None:
     """Refuses a warm-up that the run's `total` steps do not outlast; its rate would never fall. Raises UserError."""
+    for problem in _warmup_problems(run, total):
+        raise UserError(problem)
+
+
+def _warmup_problems(run: Run, total: int) -> Iterator[str]:
     if run.optim.warmup_steps >= total:
         epochs = run.train.epochs
         given = f"train.steps={total}" if epochs is None else f"train.epochs={epochs:g}, {total} steps"
-        raise UserError(f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}")
+        yield f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}"
 
 
 _ABOVE_ZERO = """
@@ -43,36 +50,44 @@ _NOT_NEGATIVE = """
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
-    (_ABOVE_ZERO, lambda value: value < 2**31, "must be below 2^31"),
+    (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
     ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
 )
 
 
-def _out_of_range(run: Run) -> Iterator[str]:
+def _out_of_range(run: Run, sections: tuple[str, ...]) -> Iterator[str]:
     for keys, fits, rule in _RULES:
         for key in keys.split():
+            if key.partition(".")[0] not in sections:
+                continue
             value: Any = run
             for name in key.split("."):
                 value = getattr(value, name, None)  # some keys belong to one stage only
             if value is not None and not fits(value):
                 yield f"{key}={value}: {rule}"
-    if not all(0 <= beta < 1 for beta in run.optim.betas):
-        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
 
 
-def _problems(run: Run) -> Iterator[str]:
-    train, evaluation, model = run.train, run.eval, run.model
+def _training_problems(run: Run) -> Iterator[str]:
+    train = run.train
     if not train.out:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
-    yield from _out_of_range(run)
+    yield from _out_of_range(run, ("train", "optim"))
+    if not all(0 <= beta < 1 for beta in run.optim.betas):
+        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
     if train.steps is not None:
-        check_warmup(run, train.steps)
+        yield from _warmup_problems(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """Those of data, model and evaluation, which a trained run has as well."""
+    evaluation, model = run.eval, run.model
+    yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
     if evaluation.top_k is not None and evaluation.top_p is not None:

@@ -13,6 +13,7 @@ from uvim_fsq.config import LMRun, OracleRun, Run
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.model import LM
+from uvim_fsq.memory import enough_memory
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.plugins import plugin_code
 from uvim_fsq.run_dirs import choose, find_oracle, inherit, read_oracle_config, read_overridden, resolve_checkpoint
@@ -95,6 +96,11 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
 
     An LM's run carries its oracle in `oracle/`, so that it can be moved alone.
     """
+    with enough_memory(f"{path} needs a machine with more"):
+        return _load(path, overrides, device)
+
+
+def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device) -> Loaded:
     checkpoint, chosen, run, changed = _choose(path, overrides)
     if isinstance(run, OracleRun):
         task = build_task(run)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -162,7 +163,9 @@ def recorded_hashes(checkpoint: Path) -> dict[str, str]:
         record = read_json(checkpoint / SUMS, remedy)
     except FileNotFoundError:
         return {}
-    if not all(isinstance(value, str) for value in record.values()) or not {CONFIG, WEIGHTS} <= record.keys():
+    names = {CONFIG, WEIGHTS}
+    sound = names <= record.keys() <= names | {STATE, "oracle"}
+    if not sound or not all(isinstance(value, str) for value in record.values()):
         raise UserError(f"{checkpoint / SUMS} is damaged; {remedy}")
     return record
 
@@ -202,6 +205,7 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
             tree[section].pop(key, None)
     run = load_run(tree, overrides, found_in=file)
     if not overrides:
+        validate(run, run)
         return run, {}
     # The plugins that the user names stand in for those of the run.
     named = [override for override in overrides if override.startswith("plugins=")]
@@ -250,23 +254,62 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
     original = Path(run.oracle)
     if wanted is None and original.exists():
         return original
-    for place in (original, *checkpoints(original)):
-        if (place / WEIGHTS).is_file() and weights_hash(place) == wanted:
-            return place
+    if wanted is not None and (found := _holder(original, wanted)) is not None:
+        return found
     raise UserError(
         f"{copy} is missing, and {original} does not hold the oracle that {checkpoint} was trained on; "
         "copy the LM's run directory whole, its folder oracle/ included"
     )
 
 
+def _holder(place: Path, weights: str) -> Path | None:
+    """The checkpoint with these weights (SHA-256), if `place` is it or is its run."""
+    for found in (place, *checkpoints(place)):
+        if (found / WEIGHTS).is_file() and weights_hash(found) == weights:
+            return found
+    return None
+
+
 def oracle_to_train_on(run: LMRun) -> Path:
-    """The oracle's checkpoint for an LM's training: what `oracle` names, or, when a run goes on, what it began with."""
+    """The oracle's checkpoint for an LM's training: what `oracle` names, or, when a run goes on, what it began with.
+
+    Raises UserError where a run that goes on is given another oracle.
+    """
     if run.train.resume != "no":
         checkpoint = resume_from(Path(run.train.out), run.train.resume)
         if checkpoint is not None:
-            return resolve_checkpoint(find_oracle(checkpoint, run))
+            with offering_earlier(run, checkpoint):
+                checked_hash(checkpoint, CONFIG)
+            kept = resolve_checkpoint(find_oracle(checkpoint, run))
+            _refuse_another_oracle(run, checkpoint, kept)
+            return kept
     if not Path(run.oracle).exists():
         raise UserError(
             f"oracle={run.oracle}: no such run or checkpoint directory; train the oracle first, or name another"
         )
     return resolve_checkpoint(run.oracle)
+
+
+def _refuse_another_oracle(run: LMRun, checkpoint: Path, kept: Path) -> None:
+    """`kept`: what the run in `checkpoint` was trained on. The oracle that it names may have moved on, or be gone."""
+    trained, asked = read_config(checkpoint), Path(run.oracle)
+    if not isinstance(trained, LMRun) or not asked.exists() or _holder(asked, weights_hash(kept)) is not None:
+        return
+    before = Path(trained.oracle)
+    if not (before == asked or (before.exists() and before.samefile(asked))):
+        raise UserError(
+            f"oracle={asked}: this run goes on with its own oracle, {kept}, which is another; "
+            f"leave oracle={before} as it was, or start another run with another train.out"
+        )
+
+
+@contextmanager
+def offering_earlier(run: Run, checkpoint: Path) -> Iterator[None]:
+    """Around loading the checkpoint that `train.resume=auto` means: adds to an error which one is the one before."""
+    try:
+        yield
+    except UserError as error:
+        earlier = [place for place in checkpoints(Path(run.train.out)) if place.name < checkpoint.name]
+        if run.train.resume != "auto" or not earlier:
+            raise
+        raise UserError(f"{error}, e.g. the one before it: train.resume={earlier[-1]}") from error

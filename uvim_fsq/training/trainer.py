@@ -22,7 +22,17 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_text, write_whole
 from uvim_fsq.identity import check_resume
 from uvim_fsq.progress import say
-from uvim_fsq.run_dirs import Evaluation, Watch, best, checkpoints, read_config, read_evaluation, resume_from, step_name
+from uvim_fsq.run_dirs import (
+    Evaluation,
+    Watch,
+    best,
+    checkpoints,
+    offering_earlier,
+    read_config,
+    read_evaluation,
+    resume_from,
+    step_name,
+)
 from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.optim import load_optimizer
 from uvim_fsq.training.progress import Progress
@@ -102,13 +112,13 @@ class Trainer(Stepper):
                 f"process {self.accelerator.process_index} has no {path}; the run directory must be one that all "
                 "machines share"
             )
-        with self._offering_earlier(path):
+        with offering_earlier(self.run, path):
             trained = read_config(path)
             state, state_hash = ckpt.load_trainer_state(path)
             if "optimizer" not in state:
                 raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
         check_resume(self.run, trained)
-        with self._offering_earlier(path):
+        with offering_earlier(self.run, path):
             weights_hash = ckpt.load_model_weights(self.stage.model, path)
         if self.ema is not None:
             # Without an average in the checkpoint, it starts from the weights.
@@ -126,16 +136,6 @@ class Trainer(Stepper):
                 "give a longer train.steps or train.epochs, or resume from an earlier checkpoint"
             )
         return self.step, weights_hash, state_hash, self.stage.oracle_sha256
-
-    @contextlib.contextmanager
-    def _offering_earlier(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            earlier = [place for place in checkpoints(self.out) if place.name < path.name]
-            if self.train.resume != "auto" or not earlier:
-                raise
-            raise UserError(f"{error}, e.g. the one before it: train.resume={earlier[-1]}") from error
 
     def _leave_newer(self) -> None:
         moved = ckpt.set_aside(self.out, self.step)

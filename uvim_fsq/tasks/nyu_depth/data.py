@@ -6,6 +6,7 @@ Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 metres, 0
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
     """Lines `rgb depth focal`; training paths begin with a slash, which would make pathlib drop the root."""
     pairs: list[tuple[str, Path, Path]] = []
     skipped = 0
-    for line in file.read_text().splitlines():
+    for line in os.fsdecode(file.read_bytes()).splitlines():
         parts = line.split()
         if len(parts) < 2 or "None" in parts[:2]:
             skipped += bool(parts)

@@ -88,7 +88,9 @@ def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset
         raise UserError(f"{path}: dataset {key!r} lies in another file; only data inside are read")
     if found.ndim != dims or found.dtype.kind not in "fiu":
         raise UserError(f"{path}: `{key}` is {found.dtype} {found.shape}, expected numbers in {dims} dimensions")
-    check_pixels(found.shape[-1], found.shape[-2], f"{path}, dataset {key!r}")
+    # HDF5 unpacks whole chunks, which may be larger than what is in them.
+    for height, width in (found.shape[-2:], (found.chunks or found.shape)[-2:]):
+        check_pixels(width, height, f"{path}, dataset {key!r}")
     return found
 
 

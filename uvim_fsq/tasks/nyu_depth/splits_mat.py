@@ -26,8 +26,10 @@ def read_splits(file: Path) -> tuple[list[int], list[int]]:
     if not file.is_file():
         raise UserError(f"{file} is missing; it lies beside the labelled .mat on the data set's page")
     try:
-        arrays = dict(_arrays(file.read_bytes()[:LARGEST]))
-        if not {"trainNdxs", "testNdxs"} <= arrays.keys():
+        wanted = ("trainNdxs", "testNdxs")
+        # All else is dropped as it is read: each array may unpack to a thousand times what it takes in the file.
+        arrays = {name: values for name, values in _arrays(file.read_bytes()[:LARGEST]) if name in wanted}
+        if len(arrays) < len(wanted):
             raise ValueError("it lacks trainNdxs or testNdxs")
         train, test = arrays["trainNdxs"], arrays["testNdxs"]
         rows = np.concatenate([train, test])
