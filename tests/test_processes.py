@@ -179,7 +179,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
     silent = {"ACCELERATE_USE_CPU": "false"}
     started = {
         "cannot be read": start_ranks(2, "cli", *bad_file),
-        "^torch.OutOfMemoryError: CUDA": start_ranks(2, "tests.test_processes:out_of_memory", *no_memory),
+        "^error: too little memory .CUDA": start_ranks(2, "tests.test_processes:out_of_memory", *no_memory),
         "cannot be read.*": start_ranks(2, "cli", "evaluate", str(oracle_dir), f"data.root={bad[1]}", env=silent),
     }
     for message, process in started.items():
@@ -187,7 +187,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
         ours = said[: said.find("torch/distributed/elastic")]
         assert process.returncode == 1 and len(re.findall(message, said, re.M)) == 1, said
         # Whoever was waiting is ended by the launcher, or says one line.
-        assert ours.count("Traceback") == ("Memory" in message) and ours.count("stopped: another process") <= 1, said
+        assert "Traceback" not in ours and ours.count("stopped: another process") <= 1, said
         assert "gloo" not in ours and "Connection" not in ours, said
 
 
