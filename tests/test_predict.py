@@ -19,7 +19,7 @@ from tests.small import TASKS
 from uvim_fsq import predictor as module
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
-from uvim_fsq.prediction_folder import PredictionFolder
+from uvim_fsq.prediction_folder import NO_FILES, PredictionFolder
 from uvim_fsq.predictor import Predictor, predict_files
 
 
@@ -94,12 +94,20 @@ def test_no_two_pictures_claim_one_file(tmp_path: Path, lm_dir: Path) -> None:
     photos = {str(photo(tmp_path / "in" / name, seed)) for seed, name in enumerate(names)}
     written = predict_files(lm_dir, [str(tmp_path / "in")], tmp_path / "out")
     assert {entry["image"] for entry in written} == photos
-    files = [path for entry in written for kind, path in entry.items() if kind != "image"]
+    files = [path for entry in written for kind, path in entry.items() if kind not in NO_FILES]
     assert len({Path(path).name.casefold() for path in files}) == len(files) == 3 * len(names)
     assert {Path(path).name for path in files} | {"predictions.json"} == set(content(tmp_path / "out"))
     predictor = Predictor.from_run(lm_dir)
     for entry in written:
         assert np.array_equal(np.load(entry["npy"]), predictor.predict(entry["image"]))
+
+
+def test_the_index_names_checkpoint_and_overrides(tmp_path: Path, lm_dir: Path) -> None:
+    file = str(photo(tmp_path / "in" / "a.png"))
+    for overrides, named in (([], None), (["eval.temperature=0.5"], "eval.temperature=0.5"), ([], None)):
+        (entry,) = predict_files(lm_dir, [file], tmp_path / "out", overrides)
+        assert index(tmp_path / "out") == [entry]
+        assert entry.get("overrides") == named and Path(entry["checkpoint"]).parent.parent == lm_dir
 
 
 def test_the_index_is_no_picture_s_name(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from uvim_fsq.tasks.base import Task
 
 INDEX = "predictions.json"
 
-#: A picture of the index: `image`, and the kinds of files written, or `error`.
+#: A picture of the index: `image`, the kinds of files written or `error`, and what the prediction was made with.
 Entry = dict[str, str]
+NO_FILES = ("image", "error", "checkpoint", "overrides")
 
 
 def _same_name(name: str) -> str:
@@ -129,7 +130,7 @@ def _stems(file: Path) -> Iterator[str]:
 
 
 def _names(entry: Entry) -> list[str]:
-    return [Path(path).name for kind, path in entry.items() if kind not in ("image", "error")]
+    return [Path(path).name for kind, path in entry.items() if kind not in NO_FILES]
 
 
 def _read_index(file: Path) -> list[Entry]:

@@ -42,6 +42,9 @@ class Predictor:
         self.lm, self.oracle, self.task, self.run = loaded.lm, loaded.oracle, loaded.task, loaded.run
         self.device = torch.device(device)
         self.decoder = build_decoder(self.lm, self.run.eval)
+        changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
+        #: What predictions are made with, for their index: the checkpoint, and `overrides` if there are any.
+        self.made_with = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
 
     @classmethod
     def from_run(
@@ -160,9 +163,9 @@ def predict_files(
 ) -> list[Entry]:
     """Predicts every picture of `inputs` (files or folders) and writes the results into `out`.
 
-    Returns one dict per picture, in their order: `image` and the kinds of files written, or `error`. They also stand in
-    `out`/predictions.json, with what earlier calls wrote into the same folder. Two pictures of the same name get their
-    folder's name in front, or a number behind.
+    Returns one dict per picture, in their order: `image`, the kinds of files written or `error`, `checkpoint`, and
+    `overrides` if there are any. They also stand in `out`/predictions.json, with what earlier calls wrote into the same
+    folder. Two pictures of the same name get their folder's name in front, or a number behind.
 
     Raises UserError, before anything is predicted, where a result would replace a picture or anything else but an
     earlier result; and when the disk is full, with all whole results listed.
@@ -175,7 +178,7 @@ def predict_files(
     try:
         with Bar(f"predicting into {out}", len(folder.files)) as bar:
             for entry in _predicted(predictor, folder):
-                entries.append(entry)
+                entries.append({**entry, **predictor.made_with})
                 bar.update(len(entries))
                 if time.monotonic() - last > LINES:
                     # What a kill would leave is known as results to the next call.
