@@ -29,6 +29,7 @@ from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.tasks.nyu_depth.prepared import FOLDER
 
 DEADLINE = 300.0
+KINDS = ("clean", "silent", "crash")
 LOGS = ("tensorboard", "panels")
 
 
@@ -178,7 +179,8 @@ def main() -> None:
                 last = (text.strip().splitlines() or [""])[-1]
                 where = file.relative_to(world.work)
                 print(f"{number:3d} {found}: {where} {damage.__name__}, {command}: exit {code}: {last}", flush=True)
-    print(", ".join(f"{kind} {counts[kind]}" for kind in ("clean", "silent", "crash")))
+            if number % 25 == 0 or number == arguments.trials:
+                print(f"{number} trials: " + ", ".join(f"{kind} {counts[kind]}" for kind in KINDS), flush=True)
     sys.exit(counts["clean"] != arguments.trials)
 
 
