@@ -174,7 +174,7 @@ def test_turned_pictures_stand_upright() -> None:
 def test_other_kinds_of_files_are_no_pictures(tmp_path: Path) -> None:
     """EPS would start Ghostscript; an id map that is no PNG is none."""
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(UserError, match="cannot be read as an image .cannot identify"):
+    with pytest.raises(UserError, match="cannot be read as an image .it is none of JPEG, PNG"):
         read_image(tmp_path / "a.jpg")
     Image.new("RGB", (9, 9)).save(tmp_path / "b.bmp")
     with pytest.raises(UserError, match="cannot be read as a PNG"):
