@@ -22,7 +22,8 @@ SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 
 @pytest.fixture()
 def run_dir(tmp_path: Path, lm_dir: Path) -> Path:
-    return shutil.copytree(lm_dir, tmp_path / "run")
+    # Other tests evaluate the same run.
+    return shutil.copytree(lm_dir, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation_*"))
 
 
 def test_another_evaluation_does_not_take_the_place_of_the_full_one(run_dir: Path) -> None:
