@@ -255,7 +255,7 @@ def test_what_evaluation_lacks_is_said_before_training(root: Path, tmp_path: Pat
     assert not ok and any("FID needs the Inception weights" in line for line in lines)
     (root / "train").rename(root / "elsewhere")
     task = fid_task()
-    with pytest.raises(UserError, match="split train needs train/ beside it"):
+    with pytest.raises(UserError, match="found elsewhere/ and val/, but no train/"):
         task.metric(task.source(str(root), "val"))
 
 
