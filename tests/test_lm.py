@@ -280,5 +280,5 @@ def test_encoder_names_and_sizes() -> None:
         build_image_encoder(EncoderConfig(name="vit_tinny_patch16_224"), 64)
     with pytest.raises(UserError, match="not divisible"):
         build_image_encoder(EncoderConfig(name="vit_tiny_patch16_224"), 60)
-    with pytest.raises(UserError, match="plain ViT"):
+    with pytest.raises(UserError, match="no vision transformer"):
         build_image_encoder(EncoderConfig(name="resnet18"), 64)
