@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,9 @@ def start_ranks(
     count: int, target: str, *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
     """Starts `count` ranks under the launcher; see `start`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "tests.ranks", str(count), target]
+    # The launcher finds a free port by itself: one that was free a moment ago may be another test's by now.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
+    launch += ["--local_addr", "127.0.0.1", "-m", "tests.ranks", str(count), target]
     return start([*launch, *arguments], env=env, cwd=cwd)
 
 

@@ -304,7 +304,8 @@ def test_bad_samples_of_all_processes_are_logged(tmp_path: Path, data: Path, mon
         self.loader.bad, self.loader.news = {3: "mine"}, True
 
     monkeypatch.setattr(Trainer, "__init__", start)
-    monkeypatch.setattr(processes, "gather", lambda value: [value, {4: "theirs", 3: "mine"}, {9: "third"}])
+    others = [{4: "theirs", 3: "mine"}, {9: "third"}]
+    monkeypatch.setattr(processes, "gather", lambda value: [value, *(others if isinstance(value, dict) else ())])
     # Not in evaluation, which is not about this.
     monkeypatch.setattr(Trainer, "evaluate", lambda *_, **__: None)
     out = run_fit(oracle_run(tmp_path / "run", data, "data.max_bad_samples=3"))
