@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.small import lm_run, oracle_run, small_data
-from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.training.run import train
 from uvim_fsq.training.stages import OracleStage
 

@@ -12,7 +12,7 @@ CONFIG = CocoPanopticConfig()
 
 
 def task_for(root: Path, **options: Any) -> CocoPanoptic:
-    return CocoPanoptic(CocoPanoptic.complete(CocoPanopticConfig(**options), str(root)))
+    return CocoPanoptic(CocoPanoptic.resolve_config(CocoPanopticConfig(**options), str(root)))
 
 
 def edit(root: Path, change: Any, split: str = "val") -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from uvim_fsq.config import Run
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.run_directory import checkpoints, file_hash, step_name
+from uvim_fsq.config.schema import Run
 from uvim_fsq.files import read_json_lines
-from uvim_fsq.run_dirs import checkpoints, file_hash, step_name
-from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from uvim_fsq.config import Run
-from uvim_fsq.config_io import load_run
-from uvim_fsq.data.synth_writers import write_dataset
-from uvim_fsq.models import resolve
+from uvim_fsq.checkpoints.loading import resolve
+from uvim_fsq.config.schema import Run
+from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.base import Categorical, Task
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic, CocoPanopticConfig
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 

@@ -17,12 +17,13 @@ import pytest
 import yaml
 
 from tests.small import LM, ORACLE
-from uvim_fsq import ablation_report
-from uvim_fsq.ablation import Cell, Grid, Runner, claim, plan, read_grid
-from uvim_fsq.ablation_devices import USABLE, Devices, fit_cells, visible_devices
 from uvim_fsq.benchmark.memory import memory_of
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
+from uvim_fsq.experiments.ablation import report as ablation_report
+from uvim_fsq.experiments.ablation.devices import USABLE, Devices, fit_cells, visible_devices
+from uvim_fsq.experiments.ablation.grid import Cell, Grid, claim, plan, read_grid
+from uvim_fsq.experiments.ablation.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID: dict[str, Any] = {
@@ -266,7 +267,7 @@ def test_every_cell_gets_one_of_the_users_devices(tmp_path: Path, monkeypatch: p
         def wait(self) -> int:
             return 0
 
-    monkeypatch.setattr("uvim_fsq.ablation.subprocess.Popen", Process)
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.grid.subprocess.Popen", Process)
     Runner(tmp_path / "out", 1, ("5", "GPU-8f3a"), lambda _: None).run(cells)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["5"] * 8
     started.clear()

@@ -18,7 +18,7 @@ from tests.test_compile import NoWaiting
 from tests.test_golden_lm import golden_lm
 from tests.test_golden_oracle import CASES, golden_oracle
 from uvim_fsq.errors import UserError
-from uvim_fsq.published import Rule, lm_rules, lm_shape, oracle_rules, oracle_shape
+from uvim_fsq.interop.published import Rule, lm_rules, lm_shape, oracle_rules, oracle_shape
 from uvim_fsq.tasks.base import Real
 from uvim_fsq.training import adafactor
 from uvim_fsq.training.adafactor import Adafactor, factored_axes

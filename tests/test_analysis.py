@@ -13,14 +13,14 @@ from PIL import Image
 
 from tests.small import oracle_run, small_data
 from tests.test_cli import failure
-from uvim_fsq.analysis import analyze_run, collect_tokens, partners, shuffled_predictions
+from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
-from uvim_fsq.code_pictures import Painter, code_colours, sample_marginals, stitch
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.oracle.fsq import FSQ
-from uvim_fsq.oracle.vq import VQ
-from uvim_fsq.report import spread_samples
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.experiments.analysis import analyze_run, collect_tokens, partners, shuffled_predictions
+from uvim_fsq.experiments.code_pictures import Painter, code_colours, sample_marginals, stitch
+from uvim_fsq.oracle.quantizers.fsq import FSQ
+from uvim_fsq.oracle.quantizers.vq import VQ
+from uvim_fsq.reports.panels import spread_samples
 from uvim_fsq.training.run import train
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_oracles_run(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert list(found["figures"]) == list(found["ways"]) == ["oracle", "shuffled_codes", "context_only"]
     assert "zero codes and context alone are one thing" in said and "FSQ's code 12 is zero, too" in said
-    evaluated = evaluate_run(oracle_dir)
+    evaluated = evaluate(oracle_dir)
     for way in ("oracle", "context_only"):
         assert found["figures"][way] == evaluated["figures"][way]
     assert found["checkpoint_sha256"] == evaluated["checkpoint_sha256"] and "oracle_sha256" not in found
@@ -119,7 +119,7 @@ def test_lms_run_also_counts_its_own_tokens(lm_dir: Path, oracle_dir: Path) -> N
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
     assert found["images"] == found["limit"] == 4 and "all 4 images" in found["ways"]["shuffled_codes"]
     assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
-    assert found["oracle_sha256"] == evaluate_run(oracle_dir, limit=2)["checkpoint_sha256"]
+    assert found["oracle_sha256"] == evaluate(oracle_dir, limit=2)["checkpoint_sha256"]
     assert found["oracle_sha256"] != found["checkpoint_sha256"]
     assert {file.stem for file in (lm_dir / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
 

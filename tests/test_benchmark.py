@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from uvim_fsq.benchmark import metrics, run, side_by_side
-from uvim_fsq.benchmark.ceilings import matrix_rate
-from uvim_fsq.benchmark.measure import Measurement, Timing, milliseconds, rate, time_repeats, time_ways
 from uvim_fsq.benchmark.setup import made_up_batch, read_sizes
 from uvim_fsq.benchmark.table import markdown
+from uvim_fsq.checkpoints.loading import build_task
 from uvim_fsq.cli import main
-from uvim_fsq.models import build_task
+from uvim_fsq.performance.device_peak import matrix_rate
+from uvim_fsq.performance.timing import Measurement, Timing, milliseconds, rate, time_repeats, time_ways
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,24 +15,25 @@ import pytest
 import torch
 
 from tests import small
-from uvim_fsq.benchmark import beside, hugging_face, metrics, side_by_side
-from uvim_fsq.benchmark.measure import Measurement, Timing
+from uvim_fsq.benchmark import compare as beside
+from uvim_fsq.benchmark import hugging_face, metrics, side_by_side
 from uvim_fsq.benchmark.setup import Sizes
-from uvim_fsq.config import EncoderConfig, LMModelConfig, LMRun, OracleRun
-from uvim_fsq.config_io import load_run, resolve_lm
-from uvim_fsq.data.synthetic import render
-from uvim_fsq.lm.generate import generate
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, LMRun, OracleRun
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.token_generator import generate
+from uvim_fsq.oracle.quantizers.fsq import FSQ
+from uvim_fsq.performance.timing import Measurement, Timing
+from uvim_fsq.synthetic.render import render
+from uvim_fsq.tasks.configuration import load_run, resolve_lm
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 TINY = LMModelConfig(EncoderConfig("vit_tiny_patch16_224", "none", "gelu_tanh", 4, 16, 1, 2, 32), 16, 1, 2, 32)
 
 
-def tiny_lm(config: LMModelConfig = TINY) -> LM:
+def tiny_lm(config: LMModelConfig = TINY) -> AutoregressiveLM:
     torch.manual_seed(0)
-    lm = LM(config, image_size=16, vocab_size=25, length=4).eval()
+    lm = AutoregressiveLM(config, image_size=16, vocab_size=25, length=4).eval()
     torch.nn.init.normal_(lm.head.weight)
     return lm
 
@@ -277,7 +278,7 @@ def test_hugging_face_is_of_equal_size(file: str) -> None:
     assert isinstance(run, LMRun)
     large = file == "lm"
     with torch.device("meta"):
-        lm = LM(
+        lm = AutoregressiveLM(
             run.model, image_size=512 if large else 32, vocab_size=4096 if large else 64, length=256 if large else 16
         )
     ours, theirs = (hugging_face.parameter_count(m) for m in (lm, hugging_face.hugging_face_twin(lm)))

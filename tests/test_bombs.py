@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uvim_fsq.config import DataConfig
+from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data import images
 from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.data.images import decode_png, limit_pixels, read_image, to_rgb
 from uvim_fsq.errors import UserError
-from uvim_fsq.predictor import Predictor
-from uvim_fsq.published import read_npz
+from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.interop.published import read_npz
 from uvim_fsq.tasks.coco_panoptic.data import PngStore, decode_ids, decode_prepared
 from uvim_fsq.tasks.nyu_depth.data import LabelledMat
 from uvim_fsq.tasks.nyu_depth.files import PairSource, read_depth_file
@@ -115,11 +115,11 @@ def test_the_limit_is_the_runs_own(tmp_path: Path, lm_dir: Path, oracle_dir: Pat
 
 
 def test_training_and_evaluation_know_the_limit(lm_dir: Path, oracle_dir: Path) -> None:
-    from uvim_fsq.evaluation import evaluate_run
+    from uvim_fsq.evaluation.run import evaluate
 
     with pytest.raises(UserError, match="32 x 24.*data.max_pixels=768"):
-        evaluate_run(oracle_dir, ["data.max_pixels=767"])
-    evaluate_run(oracle_dir, ["data.max_pixels=768"], limit=1)
+        evaluate(oracle_dir, ["data.max_pixels=767"])
+    evaluate(oracle_dir, ["data.max_pixels=768"], limit=1)
 
 
 def test_no_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

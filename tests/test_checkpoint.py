@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from uvim_fsq.errors import UserError
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.run_dirs import (
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.run_directory import (
     Evaluation,
     Watch,
     best,
@@ -28,7 +28,7 @@ from uvim_fsq.run_dirs import (
     resume_from,
     step_name,
 )
-from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.errors import UserError
 
 HOLDOUT = Watch("holdout", 10, "nyu_depth/uvim", "rmse", True)
 

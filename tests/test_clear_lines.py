@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from tests.small import ORACLE, lm_run
+from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.cli import main
-from uvim_fsq.config import EncoderConfig
-from uvim_fsq.config_io import load_run
-from uvim_fsq.config_rules import validate
+from uvim_fsq.config.rules import validate
+from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.importing import import_oracle
-from uvim_fsq.lm.encoder import build_image_encoder
-from uvim_fsq.run_dirs import resolve_checkpoint
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.interop.import_uvim import import_oracle
+from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.tasks.configuration import load_run
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -68,7 +68,7 @@ def test_an_oracle_that_is_gone(tmp_path: Path, lm_dir: Path, oracle_dir: Path) 
     (resolve_checkpoint(run) / "sha256.json").unlink(missing_ok=True)
     config.write_text(config.read_text().replace(f"oracle: {oracle_dir}", f"oracle: {gone}"))
     with pytest.raises(UserError) as caught:
-        evaluate_run(run)
+        evaluate(run)
     assert f"{run / 'oracle'} is missing" in str(caught.value) and str(gone) in str(caught.value)
     with pytest.raises(UserError, match=f"oracle={gone}: no such run or checkpoint directory; train the oracle first"):
         lm_run(tmp_path / "new", gone)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.small import ORACLE
 from uvim_fsq.cli import main
-from uvim_fsq.predictor import Predictor
+from uvim_fsq.inference.predictor import Predictor
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.helpers import golden
 from tests.panoptic import CONFIG, edit, task_for
-from uvim_fsq.config import DataConfig
+from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare

@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers import needs_compiler
 from tests.small import TASKS, lm_run, oracle_run, random_batch
 from tests.test_loop import losses, weights
-from uvim_fsq.config import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
+from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch
-from uvim_fsq.evaluation import to_device
 from uvim_fsq.layers import Attention
-from uvim_fsq.lm.model import LM
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.oracle import labels as ends
-from uvim_fsq.oracle.labels import OneHotProduct
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.oracle import label_embedding as ends
+from uvim_fsq.oracle.label_embedding import ChunkedOneHotLinear
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import stages, step
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
@@ -57,7 +57,7 @@ def test_oracle_is_one_graph(task: str, kind: Any, context: Any, many: bool, mon
     for head in oracle.label_head.heads.values():
         torch.nn.init.normal_(head.weight)  # they start at zero
     if many:
-        monkeypatch.setattr(ends, "bag_of_rows", OneHotProduct.apply)
+        monkeypatch.setattr(ends, "bag_of_rows", ChunkedOneHotLinear.apply)
         monkeypatch.setattr(ends, "BUDGET", oracle.label_head.logits * 10)
     labels, image = random_batch(TASKS[task], 2)
     results = []
@@ -74,7 +74,7 @@ def test_oracle_is_one_graph(task: str, kind: Any, context: Any, many: bool, mon
 def test_lm_is_one_graph() -> None:
     torch.manual_seed(0)
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
-    lm = LM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=16, vocab_size=25, length=4).train()
+    lm = AutoregressiveLM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=16, vocab_size=25, length=4).train()
     torch.nn.init.normal_(lm.head.weight)
     _, image = random_batch(TASKS["depth"], 3)
     tokens = torch.randint(0, 25, (3, 4))

@@ -10,13 +10,13 @@ import torch
 
 from tests import small
 from tests.small import ORACLE
-from uvim_fsq.config import LMRun, OracleRun
-from uvim_fsq.config_io import describe_keys, dump_yaml, load_run, resolve_lm, to_dict
-from uvim_fsq.config_rules import validate
+from uvim_fsq.checkpoints.loading import build_oracle, build_task
+from uvim_fsq.config.parse import describe_keys, dump_yaml, to_dict
+from uvim_fsq.config.rules import resolve_levels, validate
+from uvim_fsq.config.schema import LMRun, OracleRun
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.model import LM
-from uvim_fsq.models import build_oracle, build_task
-from uvim_fsq.oracle.fsq import resolve_levels
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.tasks.configuration import load_run, resolve_lm
 
 # Grids are no configurations; test_ablation looks after them.
 CONFIGS = sorted(
@@ -161,7 +161,7 @@ def test_shipped_configuration_builds(file: Path) -> None:
                 codebook *= level
             model = replace(run.model, encoder=replace(run.model.encoder, weights="none"))
             size = 32 if "quickstart" in file.name else 512
-            LM(model, image_size=size, vocab_size=codebook, length=256)
+            AutoregressiveLM(model, image_size=size, vocab_size=codebook, length=256)
 
 
 def test_there_are_configurations() -> None:

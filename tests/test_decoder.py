@@ -11,8 +11,9 @@ import torch
 
 from tests.test_lm import images, make_lm
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm import generate
-from uvim_fsq.lm.generate import COMPILED_SPAN, SPAN, Decoder, Sampling, example_uniforms, sample
+from uvim_fsq.lm import token_generator as generate
+from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
+from uvim_fsq.lm.token_generator import CACHE_BLOCK, COMPILED_CACHE_BLOCK, TokenGenerator
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -49,7 +50,7 @@ def test_each_example_has_a_stream_of_its_own() -> None:
 
 
 def test_without_seeds_an_image_is_drawn_by_its_place() -> None:
-    decoder, batch = Decoder(make_lm(), Sampling(2.0)), images()
+    decoder, batch = TokenGenerator(make_lm(), Sampling(2.0)), images()
     tokens = decoder(batch)
     assert torch.equal(tokens, decoder(batch, torch.arange(5)))
     assert not torch.equal(tokens, decoder(batch, torch.arange(1, 6)))
@@ -89,7 +90,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
 def test_equal_batches_share_buffers_and_a_new_size_drops_those_it_replaces() -> None:
     """On a GPU a batch is filled up to a size that is there, at most 4 times itself, or any where that is compiled."""
-    decoder = Decoder(make_lm())
+    decoder = TokenGenerator(make_lm())
     have: dict[int, Any] = decoder._buffers
     for size, device, held, expected, left in (
         (8, GPU, [], 8, []),
@@ -114,7 +115,7 @@ def test_equal_batches_share_buffers_and_a_new_size_drops_those_it_replaces() ->
 
 
 def test_a_batch_that_is_filled_up_gives_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, batch, seeds = Decoder(make_lm(), Sampling(1.0)), images(), torch.tensor([3, 1, 4, 1, 5])
+    decoder, batch, seeds = TokenGenerator(make_lm(), Sampling(1.0)), images(), torch.tensor([3, 1, 4, 1, 5])
     plain = decoder(batch, seeds)
     monkeypatch.setattr(decoder, "_size", lambda count, device: 8)
     filled = decoder(batch, seeds)
@@ -129,8 +130,8 @@ def test_a_batch_that_is_filled_up_gives_its_own_tokens(monkeypatch: pytest.Monk
 def test_steps_read_as_much_of_the_cache_as_is_filled(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[Any] = []
     monkeypatch.setattr(generate, "compiled", lambda function, **given: options.append(given) or function)
-    length, span = (150, SPAN) if not compile else (COMPILED_SPAN + 2, COMPILED_SPAN)
-    decoder = Decoder(make_lm(length), compile=compile)
+    length, span = (150, CACHE_BLOCK) if not compile else (COMPILED_CACHE_BLOCK + 2, COMPILED_CACHE_BLOCK)
+    decoder = TokenGenerator(make_lm(length), compile=compile)
     assert (decoder.span, options) == (span, [{"fullgraph": True}] * compile)
     spans: list[int] = []
     monkeypatch.setattr(decoder, "_step", lambda buffers, span: spans.append(span))
@@ -140,17 +141,17 @@ def test_steps_read_as_much_of_the_cache_as_is_filled(compile: bool, monkeypatch
 
 
 def test_captured_steps_are_replayed() -> None:
-    decoder, batch = Decoder(make_lm(SPAN + 3), Sampling(1.0)), images(2)
+    decoder, batch = TokenGenerator(make_lm(CACHE_BLOCK + 3), Sampling(1.0)), images(2)
     plain, replayed = decoder(batch), []
     (buffers,) = decoder._buffers.values()
 
     class Graph:
         def replay(self) -> None:
             replayed.append(1)
-            decoder._step(buffers, SPAN)
+            decoder._step(buffers, CACHE_BLOCK)
 
-    buffers.graphs[SPAN] = Graph()  # the other span has none
-    assert torch.equal(decoder(batch), plain) and len(replayed) == SPAN
+    buffers.graphs[CACHE_BLOCK] = Graph()  # the other span has none
+    assert torch.equal(decoder(batch), plain) and len(replayed) == CACHE_BLOCK
 
 
 def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +179,7 @@ def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch
         ("graph", inside),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    decoder = Decoder(make_lm())
+    decoder = TokenGenerator(make_lm())
     decoder(images(2))
     (buffers,) = decoder._buffers.values()
     step = decoder._step
@@ -207,7 +208,7 @@ def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_arithmetic_is_the_decoders_whatever_is_around_it(precision: str) -> None:
-    decoder = Decoder(make_lm(), precision=precision)
+    decoder = TokenGenerator(make_lm(), precision=precision)
     for around in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=around), decoder._on(CPU):
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")

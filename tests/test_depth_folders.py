@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.small import lm_run, oracle_run, small_data
-from uvim_fsq.data.check import check_data
+from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.folders import and_list
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source

@@ -15,27 +15,26 @@ from torch import nn
 
 import uvim_fsq
 from tests.small import lm_run, oracle_run
-from uvim_fsq import evaluation
-from uvim_fsq.config import EvalConfig
+from uvim_fsq.checkpoints.files import file_hash
+from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.config.schema import EvalConfig
+from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import (
-    Evaluator,
-    Predicted,
+from uvim_fsq.evaluation import run as evaluation
+from uvim_fsq.evaluation.evaluator import Evaluator
+from uvim_fsq.evaluation.run import evaluate, evaluate_loaded
+from uvim_fsq.inference.predictions import (
+    Predictions,
     baseline_predictions,
-    build_decoder,
+    build_generator,
     context_predictions,
-    evaluate_loaded,
-    evaluate_run,
     lm_predictions,
     oracle_predictions,
-    to_device,
-    ways_to_predict,
+    predict_functions,
 )
-from uvim_fsq.models import Loaded, load_checkpoint
-from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.quantizers.fsq import FSQ
 from uvim_fsq.tasks.base import Baseline, OfficialResults
-from uvim_fsq.training.checkpoint import file_hash
 from uvim_fsq.training.stages import build_stage
 from uvim_fsq.training.trainer import Trainer
 
@@ -61,24 +60,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Pa
         shake(stage.model)
         out.mkdir()
         Trainer(stage, run).save()
-        stage.extra_files(out)
+        stage.write_artifacts(out)
     return base / "oracle", base / "lm"
 
 
 @pytest.fixture
-def loaded(runs: tuple[Path, Path]) -> Loaded:
+def loaded(runs: tuple[Path, Path]) -> LoadedRun:
     return load_checkpoint(runs[1])
 
 
-def batch_of(loaded: Loaded, count: int = IMAGES) -> Batch:
+def batch_of(loaded: LoadedRun, count: int = IMAGES) -> Batch:
     """The first images of the evaluation split."""
     config = replace(loaded.run.eval, batch_size=count)
     evaluator = Evaluator(loaded.task, loaded.run.data, config, limit=count)
     given: list[Batch] = []
 
-    def keep(batch: Batch) -> Predicted:
+    def keep(batch: Batch) -> Predictions:
         given.append(batch)
-        return Predicted([np.ones((16, 16))] * len(batch["image"]), None)
+        return Predictions([np.ones((16, 16))] * len(batch["image"]), None)
 
     evaluator.run(keep, CPU)
     (batch,) = given
@@ -90,7 +89,7 @@ def equal(one: list[Any], two: list[Any]) -> bool:
 
 
 @torch.inference_mode()
-def test_what_each_way_predicts(loaded: Loaded) -> None:
+def test_what_each_way_predicts(loaded: LoadedRun) -> None:
     task, oracle, batch = loaded.task, loaded.oracle, batch_of(loaded)
     image = batch["image"]
     tokens = oracle.tokenize(batch["labels"], image)
@@ -109,17 +108,17 @@ def test_what_each_way_predicts(loaded: Loaded) -> None:
 
 
 @torch.inference_mode()
-def test_an_lm_predicts_from_the_image_and_its_bits_are_those_of_the_true_tokens(loaded: Loaded) -> None:
+def test_an_lm_predicts_from_the_image_and_its_bits_are_those_of_the_true_tokens(loaded: LoadedRun) -> None:
     task, oracle, lm, batch = loaded.task, loaded.oracle, loaded.lm, batch_of(loaded)
     assert lm is not None
     config = EvalConfig(temperature=1.0, seed=3)
     found = lm_predictions(lm, oracle, task, config)(batch)
     streams = 3 * 1_000_003 + torch.arange(IMAGES)
-    tokens = build_decoder(lm, config)(batch["image"], streams)
+    tokens = build_generator(lm, config)(batch["image"], streams)
     assert (
         found.tokens is not None
         and torch.equal(found.tokens, tokens)
-        and not torch.equal(tokens, build_decoder(lm, config)(batch["image"]))
+        and not torch.equal(tokens, build_generator(lm, config)(batch["image"]))
     )
     assert equal(found.items, task.decode(oracle.detokenize(tokens, batch["image"])))
     truth = oracle.tokenize(batch["labels"], batch["image"])
@@ -127,12 +126,12 @@ def test_an_lm_predicts_from_the_image_and_its_bits_are_those_of_the_true_tokens
     torch.testing.assert_close(found.bits, -chances.log2().sum((1, 2)))
 
 
-def test_the_decoder_is_the_one_asked_for(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_is_the_one_asked_for(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(evaluation, "Decoder", lambda lm, sampling, **keys: asked.append((sampling, keys)))
     assert loaded.lm is not None
-    build_decoder(loaded.lm, EvalConfig(temperature=0.5, top_k=3, precision="bf16", int8_memory=True, compile=True))
-    build_decoder(loaded.lm, EvalConfig(temperature=0.25, top_p=0.5))
+    build_generator(loaded.lm, EvalConfig(temperature=0.5, top_k=3, precision="bf16", int8_cross_kv=True, compile=True))
+    build_generator(loaded.lm, EvalConfig(temperature=0.25, top_p=0.5))
     (one, keys), (two, plain) = asked
     assert (one.temperature, one.top_k, one.top_p) == (0.5, 3, None)
     assert keys == {"precision": "bf16", "int8": True, "compile": True}
@@ -160,16 +159,16 @@ def test_labels_on_the_device() -> None:
 def constant(bits: list[float] | None = None, tokens: int = 4) -> Any:
     """1 m everywhere; the tokens of image i are all i."""
 
-    def predict(batch: Batch) -> Predicted:
+    def predict(batch: Batch) -> Predictions:
         index = batch["index"]
         cost = torch.tensor(bits)[index] if bits is not None else None
-        return Predicted([np.ones((16, 16))] * len(index), index[:, None].expand(-1, tokens), cost)
+        return Predictions([np.ones((16, 16))] * len(index), index[:, None].expand(-1, tokens), cost)
 
     return predict
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_figures_are_means_over_all_images(loaded: Loaded, batch_size: int) -> None:
+def test_figures_are_means_over_all_images(loaded: LoadedRun, batch_size: int) -> None:
     run = loaded.run
     config = replace(run.eval, batch_size=batch_size)
     evaluator = Evaluator(loaded.task, run.data, config, quantizer=loaded.oracle.quantizer)
@@ -192,7 +191,7 @@ def test_figures_are_means_over_all_images(loaded: Loaded, batch_size: int) -> N
     assert not {"bits_per_token", "bits_per_image", "codebook_usage"} & set(bare.run(constant(), CPU))
 
 
-def test_figures_are_sums_over_processes(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_sums_over_processes(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of two processes that saw the same images."""
     evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, quantizer=loaded.oracle.quantizer)
     alone = evaluator.run(constant([3.0, 5.0, 1.0, 2.0, 4.0, 6.5]), CPU)
@@ -206,7 +205,7 @@ def test_figures_are_sums_over_processes(loaded: Loaded, monkeypatch: pytest.Mon
     assert result["images"] == 4 and sum(result["code_counts"]["lm"]) == 2 * 2 * 4
 
 
-def test_limits(loaded: Loaded) -> None:
+def test_limits(loaded: LoadedRun) -> None:
     """The argument before the key; more than there are is all."""
     data = loaded.run.data
     for given, key, images in ((None, None, 6), (None, 5, 5), (2, 5, 2), (2, None, 2), (99, None, 6)):
@@ -215,14 +214,14 @@ def test_limits(loaded: Loaded) -> None:
         assert evaluator.run(constant(), CPU)["images"] == len(evaluator.rows) == images
 
 
-def test_predictions_are_made_in_the_precision_asked_for(loaded: Loaded) -> None:
+def test_predictions_are_made_in_the_precision_asked_for(loaded: LoadedRun) -> None:
     for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         seen = []
 
-        def predict(batch: Batch, seen: list[Any] = seen) -> Predicted:
+        def predict(batch: Batch, seen: list[Any] = seen) -> Predictions:
             seen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
             assert torch.is_inference_mode_enabled()
-            return Predicted([np.ones((16, 16))] * len(batch["image"]), None)
+            return Predictions([np.ones((16, 16))] * len(batch["image"]), None)
 
         Evaluator(loaded.task, loaded.run.data, replace(loaded.run.eval, precision=precision)).run(predict, CPU)
         assert set(seen) == {expected}
@@ -243,7 +242,7 @@ class Official(OfficialResults):
         return {"score": 0.5}
 
 
-def test_official_figures_stand_beside_ours(loaded: Loaded) -> None:
+def test_official_figures_stand_beside_ours(loaded: LoadedRun) -> None:
     evaluator, official = Evaluator(loaded.task, loaded.run.data, loaded.run.eval), Official()
     figures = evaluator.run(constant(), CPU, official)
     assert figures["official/score"] == 0.5 and official.finished == [[row["id"] for row in evaluator.rows]]
@@ -253,16 +252,16 @@ def test_official_figures_stand_beside_ours(loaded: Loaded) -> None:
     assert without == figures
 
 
-def test_ways(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Context alone where the decoder sees the image; an LM where there is one."""
     for context, ways in (("both", ["oracle", "context_only"]), ("decoder", ["oracle", "context_only"])):
         config = replace(loaded.oracle.config, context=context)
         monkeypatch.setattr(loaded.oracle, "config", config)
-        assert list(ways_to_predict(loaded)) == [*ways, "lm"]
-        assert list(ways_to_predict(replace(loaded, lm=None))) == ways
+        assert list(predict_functions(loaded)) == [*ways, "lm"]
+        assert list(predict_functions(replace(loaded, lm=None))) == ways
     for context in ("encoder", "none"):
         monkeypatch.setattr(loaded.oracle, "config", replace(loaded.oracle.config, context=context))
-        assert list(ways_to_predict(loaded)) == ["oracle", "lm"]
+        assert list(predict_functions(loaded)) == ["oracle", "lm"]
 
 
 def test_a_result_says_what_it_is(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +270,7 @@ def test_a_result_says_what_it_is(runs: tuple[Path, Path], tmp_path: Path, monke
     monkeypatch.setattr("uvim_fsq.tasks.nyu_depth.task.NYUDepth.official", lambda self, out, source: given.append(out))
     file = tmp_path / "deep" / "rows.csv"
     keys = ["eval.temperature=0.5", "eval.top_k=4", "eval.seed=9"]
-    result = evaluate_run(runs[1], keys, csv=file, baseline=True, official=tmp_path / "official")
+    result = evaluate(runs[1], keys, csv=file, baseline=True, official=tmp_path / "official")
     assert list(result["figures"]) == ["baseline", "oracle", "context_only", "lm"]
     assert given == [tmp_path / "official" / way for way in result["figures"]]
     assert result["baseline"] == "mean depth map of the training set"
@@ -302,7 +301,7 @@ def test_a_result_says_what_it_is(runs: tuple[Path, Path], tmp_path: Path, monke
     for way, figures in result["figures"].items():
         own = [float(row["rmse"]) for row in rows if row["way"] == way]
         assert np.mean(own) == pytest.approx(figures["rmse"])
-    decoding = {"temperature": 0.5, "top_k": 4, "top_p": None, "seed": 9, "precision": "fp32", "int8_memory": False}
+    decoding = {"temperature": 0.5, "top_k": 4, "top_p": None, "seed": 9, "precision": "fp32", "int8_cross_kv": False}
     assert result["decoding"] == decoding
     assert (result["task"], result["protocol"], result["main_metric"]) == ("nyu_depth", "nyu_depth/full", "rmse")
     assert result["data"]["count"] == IMAGES and result["data"]["image_size"] == 16
@@ -318,27 +317,27 @@ def test_a_result_says_what_it_is(runs: tuple[Path, Path], tmp_path: Path, monke
 
 
 def test_an_oracle_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    result = evaluate_run(runs[0], limit=4, report=tmp_path / "page.html")
+    result = evaluate(runs[0], limit=4, report=tmp_path / "page.html")
     assert list(result["figures"]) == ["oracle", "context_only"] and result["baseline"] is None
     assert result["images"] == result["limit"] == result["figures"]["oracle"]["images"] == 4
     assert "nyu_depth/full" in (tmp_path / "page.html").read_text()
     for key, limit, images in (("null", None, 6), ("3", None, 3), ("3", 2, 2)):
-        again = evaluate_run(runs[0], [f"eval.limit={key}"], limit=limit)
+        again = evaluate(runs[0], [f"eval.limit={key}"], limit=limit)
         assert again["images"] == images and again["limit"] == (None if images == 6 else images)
     for limit in (0, -1):
         with pytest.raises(UserError, match=f"limit={limit}: "):
-            evaluate_run(runs[0], limit=limit)
+            evaluate(runs[0], limit=limit)
 
 
 def test_the_report_shows_both_stages(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Any] = []
     monkeypatch.setattr(evaluation, "write_evaluation", lambda *arguments: written.append(arguments))
     for run, folders in ((runs[0], {"oracle": runs[0]}), (runs[1], {"oracle": runs[0], "lm": runs[1]})):
-        result = evaluate_run(run, limit=1, report=tmp_path / "page.html")
+        result = evaluate(run, limit=1, report=tmp_path / "page.html")
         page, title, loaded, shown, where, device = written.pop()
         assert (page, title, shown, device) == (tmp_path / "page.html", "nyu_depth: nyu_depth/full", result, CPU)
         assert where == folders and loaded.run.data.max_bad_samples == 0
-    evaluate_run(runs[0], limit=1)
+    evaluate(runs[0], limit=1)
     assert not written
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvim_fsq.quickstart as module
 import yaml
 from PIL import Image
 
-import uvim_fsq.quickstart as module
 import uvim_fsq.tasks.coco_panoptic.results as results_module
 from tests.small import LM, ORACLE
 from tests.test_tasks import OPTIONS
+from uvim_fsq.checkpoints.loading import resolve
 from uvim_fsq.cli import main
-from uvim_fsq.config_io import load_run
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import resolve
-from uvim_fsq.quickstart import Scale, quickstart
+from uvim_fsq.experiments.quickstart import Scale, quickstart
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.run import train
 
 

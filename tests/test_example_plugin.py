@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from tests.small import LM, ORACLE
-from uvim_fsq.config_io import load_run
-from uvim_fsq.data.check import check_data
+from uvim_fsq.checkpoints.loading import build_task, resolve
+from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synthetic import render
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import build_task, resolve
-from uvim_fsq.predictor import predict_files
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.inference.predictor import predict_files
+from uvim_fsq.synthetic.render import render
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def test_plugin_from_configuration_to_prediction(photos: Path, tmp_path: Path) -
     section = {"task": {"name": "camvid_segmentation"}, "plugins": [PLUGIN]}
     train(resolve(load_run({**ORACLE, **section}, [f"train.out={oracle}", f"data.root={photos}"])))
     train(resolve(load_run(LM, [f"train.out={lm}", f"oracle={oracle}"])))
-    result = evaluate_run(lm, baseline=True)
+    result = evaluate(lm, baseline=True)
     assert result["protocol"] == "camvid_segmentation/miou" and result["images"] == 4
     assert set(result["figures"]) == {"baseline", "oracle", "context_only", "lm"}
     assert result["figures"]["baseline"]["miou"] > 10 and "most frequent class" in result["baseline"]

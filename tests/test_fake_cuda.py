@@ -16,13 +16,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests.small import TASKS, random_batch
-from uvim_fsq.config import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
-from uvim_fsq.lm import cache, generate
-from uvim_fsq.lm.generate import GREEDY, Decoder, Sampling
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle import labels as ends
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
+from uvim_fsq.lm import kv_cache as cache
+from uvim_fsq.lm import token_generator as generate
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.sampling import Sampling
+from uvim_fsq.lm.token_generator import GREEDY, TokenGenerator
+from uvim_fsq.oracle import label_embedding as ends
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.oracle.vq import VQ
+from uvim_fsq.oracle.quantizers.vq import VQ
 
 CUDA = torch.device("cuda", 0)
 
@@ -47,12 +49,12 @@ def on_cuda(module: nn.Module) -> Any:
     return module
 
 
-def real_models(task: str, kind: Any = "fsq", context: Any = "both") -> tuple[Oracle, LM]:
+def real_models(task: str, kind: Any = "fsq", context: Any = "both") -> tuple[Oracle, AutoregressiveLM]:
     torch.manual_seed(0)
     quantizer = QuantizerConfig(kind=kind, levels=(5, 5), codebook_size=25, codeword_dim=8, commitment=0.1)
     config = OracleModelConfig(4, 16, 1, 1, 2, 32, context, 4, "none", quantizer)
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
-    lm = LM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=16, vocab_size=25, length=4)
+    lm = AutoregressiveLM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=16, vocab_size=25, length=4)
     return Oracle(config, TASKS[task].label_channels, 16), lm
 
 
@@ -76,7 +78,7 @@ def test_both_stages(task: str, kind: Any, context: Any, many: bool, fake: FakeT
     with torch.autocast("cuda", torch.bfloat16):
         out = oracle(labels, image, TASKS[task].loss)
         if isinstance(oracle.quantizer, VQ):
-            oracle.quantizer.observe(out.bottleneck, out.tokens)
+            oracle.quantizer.accumulate(out.bottleneck, out.tokens)
         logits = lm(image, oracle.tokenize(labels, image))
         loss = F.cross_entropy(logits.float().flatten(0, 1), out.tokens.flatten())
     assert logits.dtype == torch.bfloat16  # or autocast was off
@@ -94,10 +96,10 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
     monkeypatch.setattr(generate, "_with_bf16_weights", lambda model: model)
     monkeypatch.setattr(generate, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double())
     captured: list[int] = []
-    monkeypatch.setattr(Decoder, "_capture", lambda self, buffers, span: captured.append(span))
+    monkeypatch.setattr(TokenGenerator, "_capture", lambda self, buffers, span: captured.append(span))
     monkeypatch.setattr(generate, "SPAN", 3)  # of 4 positions
     monkeypatch.setattr(cache, "_ON_GPU", {"to_int8": cache.to_int8, "attend_int8": cache.attend_int8})
-    decoder = Decoder(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
+    decoder = TokenGenerator(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
     image = image.repeat(4, 1, 1, 1)
     # 7 and 3 are padded; 1 is few beside 9; 12 takes the place of 9.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.floors import OracleCost, decode_seconds, lm_cost, oracle_cost
-from uvim_fsq.config import LMModelConfig, OracleModelConfig
-from uvim_fsq.lm.model import LM
+from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.performance.device_peak import DevicePeak
+from uvim_fsq.performance.flops import OracleCost, decode_seconds, lm_cost, oracle_cost
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
-H200 = Ceilings("H200", "bf16", 788e12, 4.3e12)
+H200 = DevicePeak("H200", "bf16", 788e12, 4.3e12)
 TASKS: dict[str, dict[str, LabelChannel]] = {
     "panoptic": {"semantics": Categorical(134), "instances": Categorical(100)},
     "depth": {"depth": Categorical(256)},
@@ -24,9 +24,9 @@ def stage_one(task: str) -> OracleCost:
 
 
 @pytest.fixture(scope="module")
-def lm() -> LM:
+def lm() -> AutoregressiveLM:
     with torch.device("meta"):
-        return LM(LMModelConfig(), image_size=512, vocab_size=4375, length=256)
+        return AutoregressiveLM(LMModelConfig(), image_size=512, vocab_size=4375, length=256)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_stage_one(task: str, gigaflop: float, images: float) -> None:
     assert H200.flops / train == pytest.approx(images, abs=1)
 
 
-def test_stage_two(lm: LM) -> None:
+def test_stage_two(lm: AutoregressiveLM) -> None:
     train = lm_cost(lm).train + stage_one("color").tokenize
     assert train / 1e9 == pytest.approx(3221, abs=2)
     assert H200.flops / train == pytest.approx(245, abs=1)
 
 
-def test_what_a_decoding_step_reads(lm: LM) -> None:
+def test_what_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
     cost = lm_cost(lm)
     assert 2 * cost.step_weights / 1e6 == pytest.approx(713, abs=1)
     assert 2 * cost.cross_numbers / 1e6 == pytest.approx(100.7, abs=0.1)
@@ -58,7 +58,7 @@ def test_what_a_decoding_step_reads(lm: LM) -> None:
     ("batch", "cross_bytes", "images"),
     [(1, 2, 20), (16, 2, 96), (64, 2, 118), (256, 2, 126), (64, 1, 183), (256, 1, 202)],
 )
-def test_decoding(lm: LM, batch: int, cross_bytes: float, images: float) -> None:
+def test_decoding(lm: AutoregressiveLM, batch: int, cross_bytes: float, images: float) -> None:
     seconds = decode_seconds(lm_cost(lm), batch, H200, number_bytes=2, cross_bytes=cross_bytes)
     assert batch / seconds == pytest.approx(images, abs=1)
 
@@ -73,9 +73,9 @@ def test_without_context_nothing_is_counted_for_it() -> None:
 def test_flops_of_our_layers_are_those_that_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from uvim_fsq.benchmark.floors import decoder_layer, encoder_layer
-    from uvim_fsq.layers import EncoderBlock
-    from uvim_fsq.lm.model import DecoderBlock
+    from uvim_fsq.lm.autoregressive import DecoderBlock
+    from uvim_fsq.oracle.backbones.transformer import EncoderBlock
+    from uvim_fsq.performance.flops import decoder_layer, encoder_layer
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         EncoderBlock(48, 4, 96)(torch.empty(1, 20, 48))

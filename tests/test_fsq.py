@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uvim_fsq.config import LEVEL_PRESETS
+from uvim_fsq.config.rules import resolve_levels
+from uvim_fsq.config.schema import LEVEL_PRESETS
 from uvim_fsq.errors import UserError
-from uvim_fsq.oracle.fsq import FSQ, resolve_levels
-from uvim_fsq.oracle.statistics import CodeStatistics
+from uvim_fsq.oracle.code_usage import CodeStatistics
+from uvim_fsq.oracle.quantizers.fsq import FSQ
 
 LEVELS = st.lists(st.integers(5, 9), min_size=1, max_size=4)
 

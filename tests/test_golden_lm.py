@@ -6,19 +6,19 @@ import numpy as np
 import torch
 
 from tests.helpers import golden_checkpoint
-from uvim_fsq.config import EncoderConfig, LMModelConfig
-from uvim_fsq.lm.generate import generate
-from uvim_fsq.lm.model import LM
-from uvim_fsq.published import lm_rules, lm_shape, translate
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
+from uvim_fsq.interop.published import lm_rules, lm_shape, translate
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.token_generator import generate
 
 
-def golden_lm() -> tuple[LM, dict[str, np.ndarray]]:
+def golden_lm() -> tuple[AutoregressiveLM, dict[str, np.ndarray]]:
     tensors, arrays = golden_checkpoint("lm.npz")
     encoder = EncoderConfig(
         name="vit_tiny_patch16_224", patch_size=8, width=32, depth=3, num_heads=4, mlp_dim=64, act_layer="gelu_tanh"
     )
     config = LMModelConfig(encoder=encoder, width=32, depth=3, num_heads=4, mlp_dim=64)
-    lm = LM(config, image_size=64, vocab_size=24, length=16).eval()
+    lm = AutoregressiveLM(config, image_size=64, vocab_size=24, length=16).eval()
     state = translate(tensors, lm_rules(lm_shape(tensors, "lm.npz")), "lm.npz")
     lm.load_state_dict(state | {"mean": lm.mean, "std": lm.std}, strict=True)
     return lm, arrays

@@ -13,9 +13,9 @@ from torch import nn
 
 from tests.helpers import golden
 from tests.small import LM
-from uvim_fsq.config_io import load_run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.layers import Attention
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.optim import decays, schedule
 from uvim_fsq.training.step import Stepper
 
@@ -73,7 +73,7 @@ class Tied:
         products = [(parameters[name] * gradient).sum() for name, gradient in batch["labels"].items()]
         return torch.stack(products).sum(), {}
 
-    def after_step(self, reduce: object, seed: int) -> None:
+    def on_optimizer_step(self, reduce: object, seed: int) -> None:
         pass
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.helpers import golden, golden_checkpoint
-from uvim_fsq.config import OracleModelConfig, QuantizerConfig
+from uvim_fsq.config.schema import OracleModelConfig, QuantizerConfig
+from uvim_fsq.interop.published import oracle_rules, oracle_shape, translate
 from uvim_fsq.layers import resize_tokens, unpatchify
-from uvim_fsq.oracle.fsq import FSQ
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.oracle.vq import VQ
-from uvim_fsq.published import oracle_rules, oracle_shape, translate
+from uvim_fsq.oracle.quantizers.fsq import FSQ
+from uvim_fsq.oracle.quantizers.vq import VQ
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
 CASES: dict[str, dict[str, LabelChannel]] = {
@@ -80,8 +80,8 @@ def test_one_training_step_of_the_dictionary_equals_the_reference(name: str) -> 
     assert isinstance(quantizer, VQ)
     bottleneck = oracle.encode(labels, image)
     tokens = quantizer(bottleneck)[1]
-    quantizer.observe(bottleneck, tokens)
-    quantizer.update(lambda x: x, seed=0)
+    quantizer.accumulate(bottleneck, tokens)
+    quantizer.ema_update(lambda x: x, seed=0)
     np.testing.assert_allclose(quantizer.counts.numpy(), arrays["out/ema_counts"], atol=1e-5)
     np.testing.assert_allclose(quantizer.sums.numpy(), arrays["out/ema_dictionary"], atol=2e-4)
     share = np.bincount(tokens.flatten(), minlength=quantizer.codebook_size) / tokens.numel()

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from tests.small import lm_run, oracle_run
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
-from uvim_fsq.config import EvalConfig, Run, TrainConfig
+from uvim_fsq.config.schema import EvalConfig, Run, TrainConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.predictor import Predictor
-from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
@@ -71,7 +71,7 @@ def test_resume_keeps_model_and_labels(half: Path, data: Path, override: str, sa
         ("train.steps=9", "train.steps=9 (was 6)"),
         ("train.ema=0.9", "train.ema=0.9 (was null)"),
         ("data.hflip=false", "data.hflip=false (was true)"),
-        ("data.watch_split=train", "data.watch_split=train (was '')"),
+        ("data.selection_split=train", "data.selection_split=train (was '')"),
         ("task.decoding=expectation", "task.decoding=expectation (was argmax)"),
         ("eval.temperature=0.5", "eval.temperature=0.5 (was 0.0)"),
     ],
@@ -118,7 +118,7 @@ def test_a_preset_of_levels_is_its_levels_and_new_keys_are_their_defaults(tmp_pa
     (checkpoint,) = ckpt.checkpoints(out)
     tree = yaml.safe_load((checkpoint / "config.yaml").read_text())
     # As a version wrote it that knew fewer keys.
-    for section, key in (("data", "watch_split"), ("train", "resume_changes"), ("task", "decoding")):
+    for section, key in (("data", "selection_split"), ("train", "resume_changes"), ("task", "decoding")):
         del tree[section][key]
     del tree["model"]["quantizer"]["shift"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -165,10 +165,10 @@ def test_an_lm_takes_no_other_meaning_either(lm_dir: Path, tmp_path: Path, oracl
 
 
 def test_every_result_names_its_overrides(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate_run(lm_dir, ["eval.temperature=0.7", "eval.seed=0", "task.decoding=expectation"], limit=2)
+    result = evaluate(lm_dir, ["eval.temperature=0.7", "eval.seed=0", "task.decoding=expectation"], limit=2)
     expected = {"eval.limit": [None, 2], "eval.temperature": [0.0, 0.7], "task.decoding": ["argmax", "expectation"]}
     assert result["overrides"] == expected and result["limit"] == 2
-    assert evaluate_run(lm_dir)["overrides"] == {}
+    assert evaluate(lm_dir)["overrides"] == {}
     main(["evaluate", str(lm_dir), "eval.temperature=0.7", "--limit", "2", "--json", str(tmp_path / "x.json")])
     assert "eval.temperature=0.7 (trained with 0.0)" in " ".join(capsys.readouterr().out.split())
     main(["analyze", str(lm_dir), "eval.seed=3", "--out", str(tmp_path / "analysis")])
@@ -178,7 +178,7 @@ def test_every_result_names_its_overrides(tmp_path: Path, lm_dir: Path, capsys: 
 
 def test_all_of_train_and_eval_was_thought_about() -> None:
     """A new key must be put on one side or the other; this names those that are free."""
-    from uvim_fsq.identity import FREE
+    from uvim_fsq.checkpoints.identity import FREE
 
     assert {key for key in FREE if key.startswith("train.")} == {
         "train.out", "train.resume", "train.resume_changes", "train.log_every", "train.save_every", "train.keep",

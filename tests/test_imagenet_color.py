@@ -16,17 +16,18 @@ import uvim_fsq.tasks.imagenet_color.data as photos
 import uvim_fsq.tasks.imagenet_color.task as task_module
 from tests.helpers import golden
 from tests.small import LM, ORACLE
+from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
-from uvim_fsq.config import DataConfig
-from uvim_fsq.config_io import load_run
-from uvim_fsq.data.check import check_data
+from uvim_fsq.commands.data_check import check_data
+from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch, Sample
-from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run, to_device
-from uvim_fsq.models import load_checkpoint, resolve
-from uvim_fsq.predictor import predict_files
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.inference.predictor import predict_files
+from uvim_fsq.synthetic.writers import write_dataset
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.fid import DIM, Moments, frechet_distance
 from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, to_unit
@@ -261,7 +262,7 @@ def test_what_evaluation_lacks_is_said_before_training(root: Path, tmp_path: Pat
 
 def test_training_watches_its_own_split(root: Path, tmp_path: Path) -> None:
     section = {"task": {"name": "imagenet_color"}}
-    keys = [f"train.out={tmp_path / 'o'}", f"data.root={root}", "data.watch_split=holdout", "train.eval_every=3"]
+    keys = [f"train.out={tmp_path / 'o'}", f"data.root={root}", "data.selection_split=holdout", "train.eval_every=3"]
     out = train(resolve(load_run({**ORACLE, **section}, keys)))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval/images"] for line in lines if "eval/images" in line] == [1, 1]  # a tenth of 12 photos
@@ -288,12 +289,12 @@ def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: l
     section = {"task": {"name": "imagenet_color"}}
     train(resolve(load_run({**ORACLE, **section}, [f"train.out={oracle}", f"data.root={root}"])))
     train(resolve(load_run(LM, [f"train.out={lm}", f"oracle={oracle}"])))
-    result = evaluate_run(lm, baseline=True, report=tmp_path / "report.html")
+    result = evaluate(lm, baseline=True, report=tmp_path / "report.html")
     assert result["protocol"] == "imagenet_color/psnr" and result["baseline"] == "the grey photo itself"
     assert result["data"]["official_count"] == 50_000 and result["images"] == 5
     page = (tmp_path / "report.html").read_text()
     assert "imagenet_color/psnr" in page and page.count("data:image/png") >= 3
-    fid = evaluate_run(lm, ["task.protocol=fid", "task.inception_weights=x", "task.keep_luma=true"], baseline=True)
+    fid = evaluate(lm, ["task.protocol=fid", "task.inception_weights=x", "task.keep_luma=true"], baseline=True)
     assert fid["protocol"] == "imagenet_color/fid+keep_luma" and fid["figures"]["lm"]["FID-5"] > 0
     assert fid["figures"]["baseline"]["FID-5"] > fid["figures"]["baseline"]["FID-5 of the real images"]
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from tests.helpers import golden, golden_checkpoint, golden_path
-from tests.small import LM as SMALL_LM
+from tests.small import AutoregressiveLM as SMALL_LM
+from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
-from uvim_fsq.config import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
-from uvim_fsq.config_io import load_run
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.importing import import_lm, import_oracle
-from uvim_fsq.lm.generate import generate
-from uvim_fsq.lm.model import LM
-from uvim_fsq.models import load_checkpoint, resolve
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.interop.import_uvim import import_lm, import_oracle
+from uvim_fsq.interop.published import lm_rules, lm_shape, oracle_rules, oracle_shape, read_npz, translate
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.token_generator import generate
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.predictor import Predictor
-from uvim_fsq.published import lm_rules, lm_shape, oracle_rules, oracle_shape, read_npz, translate
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.run import train
 
 FULL: dict[str, dict[str, LabelChannel]] = {
@@ -71,7 +71,7 @@ def test_imported_numbers_are_the_reference_s(imported: Path) -> None:
 
 
 def test_imported_runs_evaluate_predict_and_carry_a_new_lm(imported: Path, tmp_path: Path, data: Path) -> None:
-    result = evaluate_run(imported / "lm")
+    result = evaluate(imported / "lm")
     assert result["protocol"] == "nyu_depth/full" and np.isfinite(result["figures"]["lm"]["rmse"])
     prediction = Predictor.from_run(imported / "lm").predict(np.zeros((30, 40, 3), np.uint8))
     assert prediction.shape == (30, 40)
@@ -119,7 +119,7 @@ def test_full_size_lm_fits_by_name_and_shape() -> None:
     }  # fmt: skip
     config = LMModelConfig(encoder=EncoderConfig(name="vit_large_patch16_224", act_layer="gelu_tanh"))
     with torch.device("meta"):
-        lm = LM(config, image_size=512, vocab_size=4096, length=256)
+        lm = AutoregressiveLM(config, image_size=512, vocab_size=4096, length=256)
     expected = {name: value for name, value in lm.state_dict().items() if name not in ("mean", "std")}
     assert_same_shapes(translate(tensors, lm_rules(shape), "stageII"), expected)
 

@@ -13,21 +13,22 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import needs_compiler
-from uvim_fsq.config import EncoderConfig, LMModelConfig
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm import model
-from uvim_fsq.lm.cache import attend_int8, to_int8
-from uvim_fsq.lm.encoder import build_image_encoder
-from uvim_fsq.lm.generate import SPAN, Decoder, Sampling, example_uniforms, generate, sample
-from uvim_fsq.lm.model import LM
+from uvim_fsq.lm import autoregressive as model
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.lm.kv_cache import attend_int8, to_int8
+from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
+from uvim_fsq.lm.token_generator import CACHE_BLOCK, TokenGenerator, generate
 
 SMALL = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
 CONFIG = LMModelConfig(encoder=SMALL, width=24, depth=2, num_heads=2, mlp_dim=32)
 
 
-def make_lm(length: int = 9) -> LM:
+def make_lm(length: int = 9) -> AutoregressiveLM:
     torch.manual_seed(0)
-    lm = LM(CONFIG, image_size=32, vocab_size=11, length=length).eval()
+    lm = AutoregressiveLM(CONFIG, image_size=32, vocab_size=11, length=length).eval()
     torch.nn.init.normal_(lm.head.weight)  # it starts at zero
     return lm
 
@@ -37,7 +38,9 @@ def images(count: int = 5) -> torch.Tensor:
 
 
 @torch.no_grad()
-def naive(lm: LM, image: torch.Tensor, temperature: float, seeds: torch.Tensor, **filters: float) -> torch.Tensor:
+def naive(
+    lm: AutoregressiveLM, image: torch.Tensor, temperature: float, seeds: torch.Tensor, **filters: float
+) -> torch.Tensor:
     """The specification: run the whole teacher-forced pass anew for every token."""
     memory = lm.encode(image)
     uniforms = example_uniforms(seeds, lm.length)
@@ -64,7 +67,7 @@ def test_floating_images_are_normalised_as_those_of_8_bits(monkeypatch: pytest.M
     torch.testing.assert_close(lm.normalised(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
     floating = batch.float() / 127.5 - 1
     torch.testing.assert_close(lm.encode(floating), lm.encode(batch), atol=1e-5, rtol=0)
-    assert torch.equal(Decoder(lm)(floating), Decoder(lm)(batch))
+    assert torch.equal(TokenGenerator(lm)(floating), TokenGenerator(lm)(batch))
 
 
 @pytest.mark.parametrize(("temperature", "filters"), [(0, {}), (1.0, {}), (0.7, {"top_k": 3}), (1.3, {"top_p": 0.6})])
@@ -79,7 +82,7 @@ def test_cached_equals_naive_and_no_batch_matters(temperature: float, filters: d
     assert int(cached.min()) >= 0 and int(cached.max()) < 11
 
 
-@pytest.mark.parametrize("length", [SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 7])
+@pytest.mark.parametrize("length", [CACHE_BLOCK - 1, CACHE_BLOCK, CACHE_BLOCK + 1, 2 * CACHE_BLOCK + 7])
 def test_long_codes_equal_naive_decoding(length: int) -> None:
     """Steps that read the cache in part."""
     lm, batch = make_lm(length), images(2)
@@ -102,7 +105,7 @@ def test_step_logits_equal_teacher_forced(span: int | None) -> None:
 
 def test_a_decoder_is_used_again() -> None:
     lm, first, second = make_lm(), images(), images().flip(0)
-    decoder = Decoder(lm)
+    decoder = TokenGenerator(lm)
     assert torch.equal(decoder(first), generate(lm, first)) and torch.equal(decoder(second), generate(lm, second))
     assert torch.equal(decoder(first[:2]), generate(lm, first[:2])) and torch.equal(decoder(first), generate(lm, first))
     assert list(decoder._buffers) == [5]  # sizes near each other do not add up
@@ -112,7 +115,7 @@ def test_a_decoder_is_used_again() -> None:
 
 def test_a_decoder_is_gone_when_nobody_holds_it() -> None:
     """Its buffers are gigabytes; they cannot wait for the search for cycles."""
-    decoder = Decoder(make_lm())
+    decoder = TokenGenerator(make_lm())
     decoder(images())
     left = weakref.ref(decoder)
     del decoder
@@ -133,7 +136,7 @@ def test_int8_memory_is_close_to_full() -> None:
         assert not torch.equal(one, two)
         for cache in (full, small):
             cache.position += 1
-    decoded = Decoder(lm, int8=True)(images())
+    decoded = TokenGenerator(lm, int8=True)(images())
     assert (decoded == generate(lm, images())).float().mean() > 0.8
 
 
@@ -148,7 +151,7 @@ def test_int8_attention_is_that_of_its_rounded_numbers() -> None:
 
 def test_bf16_decoding_leaves_the_model_alone() -> None:
     lm = make_lm()
-    decoder = Decoder(lm, precision="bf16")
+    decoder = TokenGenerator(lm, precision="bf16")
     assert lm.blocks[0].mlp.fc1.weight.dtype == torch.float32
     tokens = decoder(images())
     assert tokens.shape == (5, 9) and (tokens == generate(lm, images())).float().mean() > 0.6
@@ -157,8 +160,8 @@ def test_bf16_decoding_leaves_the_model_alone() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_step_decodes_as_the_plain_one() -> None:
-    lm, batch = make_lm(SPAN + 5), images()
-    decoder = Decoder(lm, Sampling(1.0, top_k=5), compile=True)
+    lm, batch = make_lm(CACHE_BLOCK + 5), images()
+    decoder = TokenGenerator(lm, Sampling(1.0, top_k=5), compile=True)
     assert torch.equal(decoder(batch), generate(lm, batch, temperature=1.0, top_k=5))
 
 
@@ -166,16 +169,16 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
-        Decoder(make_lm(), compile=True)
+        TokenGenerator(make_lm(), compile=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_captured_step_decodes_as_the_plain_one(compile: bool, temperature: float) -> None:
-    lm, batch = make_lm(SPAN + 5).cuda(), images().cuda()
+    lm, batch = make_lm(CACHE_BLOCK + 5).cuda(), images().cuda()
     plain = naive(lm.cpu(), batch.cpu(), temperature, torch.arange(5))
-    decoder = Decoder(lm.cuda(), Sampling(temperature), compile=compile)
+    decoder = TokenGenerator(lm.cuda(), Sampling(temperature), compile=compile)
     for count in (5, 3, 5):  # the smaller batch is padded
         assert torch.equal(decoder(batch[:count]).cpu(), plain[:count])
     assert len(decoder._buffers) == 1

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from tests.small import oracle_run
+from uvim_fsq.checkpoints.loading import build_task
 from uvim_fsq.data.images import read_image, to_rgb
 from uvim_fsq.data.loader import Item, TrainLoader, collate, eval_batches
 from uvim_fsq.data.sample import smallest_integer
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import build_task
 
 RNG = np.random.default_rng(0)
 IMAGE = np.zeros((3, 2, 2), np.uint8)

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from tests.small import ORACLE, lm_run, oracle_run
-from uvim_fsq.data.loader import TrainLoader, TrainPlan, share
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import build_task
+from uvim_fsq.data.loader import TrainLoader, TrainPlan, rank_slice
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import build_task
-from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
@@ -139,7 +139,7 @@ def test_plan_visits_every_sample_once_per_epoch() -> None:
     epochs = [[r.index for step in range(4 * e, 4 * e + 4) for r in plan.step(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1]
     requests = plan.step(2)
-    parts = [share(requests, micro, 2, rank, 2) for micro in range(2) for rank in range(2)]
+    parts = [rank_slice(requests, micro, 2, rank, 2) for micro in range(2) for rank in range(2)]
     assert [r for part in parts for r in part] == requests
 
 

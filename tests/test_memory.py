@@ -15,9 +15,8 @@ from torch import nn
 from tests.small import ORACLE
 from tests.test_cli import failure
 from uvim_fsq import cli
-from uvim_fsq.errors import UserError
-from uvim_fsq.memory import enough_memory
-from uvim_fsq.predictor import Predictor
+from uvim_fsq.errors import UserError, enough_memory
+from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.training.step import Stepper
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free."
@@ -71,7 +70,7 @@ def test_a_step_or_an_evaluation_that_needs_too_much(
     monkeypatch.setattr(predictor, "decoder", full)
     with pytest.raises(UserError, match="20.00 GiB.*lower eval.batch_size"):
         predictor.predict(np.zeros((9, 9, 3), np.uint8))
-    monkeypatch.setattr("uvim_fsq.evaluation.Evaluator.run", full)
+    monkeypatch.setattr("uvim_fsq.evaluation.evaluator.Evaluator.run", full)
     assert "lower eval.batch_size" in failure(capsys, "evaluate", lm_dir)
 
 
@@ -83,7 +82,11 @@ def test_places_are_tried_before_the_work(
     config = tmp_path / "a.yaml"
     config.write_text(yaml.safe_dump(ORACLE))
     target = tmp_path / place
-    for work in ("uvim_fsq.training.run.train", "uvim_fsq.evaluation.evaluate_run", "uvim_fsq.analysis.analyze_run"):
+    for work in (
+        "uvim_fsq.training.run.train",
+        "uvim_fsq.evaluation.run.evaluate",
+        "uvim_fsq.experiments.analysis.analyze_run",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work was begun"))
     size = ("--num", 1, "--size", 16)
     lists = (

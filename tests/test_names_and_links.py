@@ -19,7 +19,7 @@ from uvim_fsq.data import cache
 from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.names import inner_name
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import write_csv
+from uvim_fsq.evaluation.run import write_csv
 from uvim_fsq.files import inside, refuse_links
 from uvim_fsq.tasks.coco_panoptic import index as coco_index
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig

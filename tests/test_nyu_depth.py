@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.small import small_data
-from uvim_fsq.data.check import check_data
+from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synthetic import render
 from uvim_fsq.errors import UserError
+from uvim_fsq.synthetic.render import render
 from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.files import read_depth_file
 from uvim_fsq.tasks.nyu_depth.metrics import FIGURES, DepthMetric

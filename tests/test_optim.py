@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.small import oracle_run
 from tests.test_loop import losses, run_fit
-from uvim_fsq.config import OptimConfig
+from uvim_fsq.config.schema import OptimConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.optim import (

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uvim_fsq.config import OracleModelConfig, QuantizerConfig
+from uvim_fsq.config.schema import OracleModelConfig, QuantizerConfig
 from uvim_fsq.layers import patchify, unpatchify
-from uvim_fsq.oracle.labels import LabelEmbed
+from uvim_fsq.oracle.label_embedding import LabelEmbed
 from uvim_fsq.oracle.model import Oracle, drop_codes
 from uvim_fsq.tasks.base import Categorical, Real
 

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small import TASKS, random_batch
 from tests.test_oracle import CONFIG as WITH_DROPOUT
-from uvim_fsq.evaluation import label_maps
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.oracle import labels as ends
-from uvim_fsq.oracle.labels import CategoricalEmbed, LabelHead, OneHotProduct, bag_of_rows, cut, head_and_loss
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.run_directory import SUMS
+from uvim_fsq.inference.predictions import label_maps
+from uvim_fsq.oracle import label_embedding as ends
+from uvim_fsq.oracle.chunking import even_slices
+from uvim_fsq.oracle.label_embedding import CategoricalEmbed, ChunkedOneHotLinear, embedding_bag_linear
+from uvim_fsq.oracle.label_head import LabelHead, chunked_label_loss
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import SUMS
 from uvim_fsq.tasks.base import Categorical, Task
 
 CONFIG = replace(WITH_DROPOUT, code_dropout="none")
@@ -43,13 +45,13 @@ class Largest(TorchDispatchMode):
 
 
 def test_cuts_are_even_and_complete() -> None:
-    assert cut(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert cut(8, 5) == [slice(0, 4), slice(4, 8)]
-    assert cut(3, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]  # one at least, whatever the budget
-    assert cut(5, 5) == cut(5, 99) == [slice(0, 5)]
+    assert even_slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert even_slices(8, 5) == [slice(0, 4), slice(4, 8)]
+    assert even_slices(3, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]  # one at least, whatever the budget
+    assert even_slices(5, 5) == even_slices(5, 99) == [slice(0, 5)]
 
 
-@pytest.mark.parametrize("form", [OneHotProduct.apply, bag_of_rows], ids=["product", "rows"])
+@pytest.mark.parametrize("form", [ChunkedOneHotLinear.apply, embedding_bag_linear], ids=["product", "rows"])
 @pytest.mark.parametrize("budget", [1, 500, 2**28])
 def test_label_embedding_is_the_one_hot_product(form: Callable, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ends, "BUDGET", budget)
@@ -67,7 +69,7 @@ def test_label_embedding_is_the_one_hot_product(form: Callable, budget: int, mon
     torch.testing.assert_close(embed(patches), one_hot.flatten(2).float() @ embed.weight + embed.bias)
 
 
-@pytest.mark.parametrize("form", [OneHotProduct.apply, bag_of_rows], ids=["product", "rows"])
+@pytest.mark.parametrize("form", [ChunkedOneHotLinear.apply, embedding_bag_linear], ids=["product", "rows"])
 @pytest.mark.parametrize(
     ("dtype", "classes"),
     [(torch.uint8, 256), (torch.uint8, 257), (torch.uint8, 600), (torch.int8, 128), (torch.int8, 300)],
@@ -119,7 +121,7 @@ def test_no_tensor_exceeds_the_budget(task: Task, monkeypatch: pytest.MonkeyPatc
         for limit in (budget, 2**28):
             monkeypatch.setattr(ends, "BUDGET", limit)
             with Largest(hidden.shape, *(p.shape for p in head.parameters())) as largest:
-                value, _ = head_and_loss(head, hidden, patches, task.loss)
+                value, _ = chunked_label_loss(head, hidden, patches, task.loss)
                 value.mean().backward()
             most.append(largest.numbers)
         assert most[0] <= budget < most[1]
@@ -130,12 +132,12 @@ def test_pieces_of_one_hot_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = torch.randint(0, 7, (2, 3, 16)).to(torch.uint8)
     for budget, sizes in ((1, [1] * 6), (4 * 16 * 7, [4, 2]), (2**28, [6])):
         monkeypatch.setattr(ends, "BUDGET", budget)
-        assert [len(x) for _, x in OneHotProduct._pieces(patches, 7, torch.float32)] == sizes
+        assert [len(x) for _, x in ChunkedOneHotLinear._pieces(patches, 7, torch.float32)] == sizes
     made: list[torch.dtype] = []
     real = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *sizes, **keys: made.append(keys["dtype"]) or real(*sizes, **keys))
     for classes in (7, 256, 257):
-        list(OneHotProduct._pieces(patches, classes, torch.float32))
+        list(ChunkedOneHotLinear._pieces(patches, classes, torch.float32))
     assert made == [torch.uint8, torch.uint8, torch.int32]
 
 
@@ -145,7 +147,7 @@ def test_one_hot_labels_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> N
     for batch in (1, 4):
         patches = torch.randint(-1, 7, (batch, 16, 16)).to(torch.int16)
         with Largest(patches.shape) as largest:
-            OneHotProduct.apply(patches, weight).sum().backward()
+            ChunkedOneHotLinear.apply(patches, weight).sum().backward()
         assert 800 < largest.numbers <= 1000  # 8 patches of 16 pixels and 7 classes
 
 
@@ -157,11 +159,11 @@ def test_predictions_keep_to_the_budget(task: Task, monkeypatch: pytest.MonkeyPa
     for head in oracle.label_head.heads.values():
         torch.nn.init.normal_(head.weight)
     codes, image = torch.randn(5, oracle.code_length, oracle.quantizer.dim), torch.zeros(5, 3, 16, 16)
-    whole = list(oracle.logits_in_pieces(codes, image))
+    whole = list(oracle.iter_logits(codes, image))
     assert len(whole) == 1 and len(label_maps(oracle, task, codes, image)) == 5
     budget = 2 * oracle.num_patches * oracle.label_head.logits
     monkeypatch.setattr(ends, "BUDGET", budget)
-    pieces = list(oracle.logits_in_pieces(codes, image))
+    pieces = list(oracle.iter_logits(codes, image))
     assert [len(next(iter(x.values()))) for x in pieces] == [2, 2, 1]
     assert len(label_maps(oracle, task, codes, image)) == 5
     for name, x in whole[0].items():
@@ -172,7 +174,7 @@ def test_predictions_keep_to_the_budget(task: Task, monkeypatch: pytest.MonkeyPa
 def test_compiling_keeps_no_one_hot_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor logits: what the backward pass of a compiled model keeps is small beside the one-hot labels of its batch."""
     torch._dynamo.reset()
-    monkeypatch.setattr(ends, "bag_of_rows", OneHotProduct.apply)  # the way of a GPU
+    monkeypatch.setattr(ends, "bag_of_rows", ChunkedOneHotLinear.apply)  # the way of a GPU
     channels = {"semantics": Categorical(134), "instances": Categorical(100)}
     config = replace(CONFIG, patch_size=8, context="none", code_length=4)
     oracle = Oracle(config, channels, 32).train()
@@ -221,7 +223,7 @@ def test_pieces_add_up_gradients_in_full_precision(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(ends, "BUDGET", budget)
         head.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            value, _ = head_and_loss(head, hidden, patches, task.loss)
+            value, _ = chunked_label_loss(head, hidden, patches, task.loss)
         value.mean().backward()
         gradients.append(torch.nn.utils.parameters_to_vector(p.grad for p in head.parameters()))
     exact, whole, pieced = gradients

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.panoptic import CONFIG, edit, task_for
-from uvim_fsq.data.check import check_data
+from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.official import ResultWriter
@@ -243,7 +243,7 @@ def test_an_image_without_segments_is_all_void(root: Path) -> None:
     task = task_for(root)
     sample = task.source(str(root), "val")[0]
     assert all(not labels.any() for labels in task.encode(sample).values())
-    assert "no segment at all" in str(task.inspect(sample))
+    assert "no segment at all" in str(task.check_sample(sample))
     row = task.metric(task.source(str(root), "val")).update(sample.meta["segments"], sample)
     assert row["pq"] == 0 and row["segments_gt"] == 0
 

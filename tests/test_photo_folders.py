@@ -16,9 +16,7 @@ import uvim_fsq.tasks.imagenet_color.data as photos
 from uvim_fsq.data import splits
 from uvim_fsq.data.cache import cache_dir, cached_arrays
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.imagenet_color.coltran import (
-    reference_names,
-)
+from uvim_fsq.tasks.imagenet_color.coltran import reference_names
 from uvim_fsq.tasks.imagenet_color.data import Paths, PhotoSource, open_source
 
 RNG = np.random.default_rng(0)

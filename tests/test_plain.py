@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.small import TASKS, lm_run, oracle_run, random_batch
-from uvim_fsq.benchmark.plain import PlainBlock, PlainLM, PlainOracle, plain_model, plain_step
-from uvim_fsq.config import LMRun, OracleModelConfig, QuantizerConfig
+from uvim_fsq.benchmark.baseline import PlainBlock, PlainLM, PlainOracle, baseline_step, plain_model
+from uvim_fsq.config.schema import LMRun, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch
-from uvim_fsq.layers import Attention, Transformer
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle.labels import RealEmbed
+from uvim_fsq.layers import Attention
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.oracle.backbones.transformer import Transformer
+from uvim_fsq.oracle.label_embedding import RealEmbed
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.training.stages import LMStage, build_stage
 
@@ -74,7 +75,7 @@ def copy_oracle(plain: PlainOracle, ours: Oracle) -> None:
 
 
 @torch.no_grad()
-def copy_lm(plain: PlainLM, ours: LM) -> None:
+def copy_lm(plain: PlainLM, ours: AutoregressiveLM) -> None:
     nn.init.normal_(ours.head.weight)
     for theirs, mine in (
         (plain.patch, ours.encoder.patch_embed.proj),
@@ -119,7 +120,7 @@ def test_plain_lm_and_steps(tmp_path: Path, data: Path, oracle_dir: Path) -> Non
     batch = Batch(image=image, labels=labels, index=torch.arange(8), id=[""] * 8)
     run = lm_run(tmp_path, oracle_dir)
     stage = build_stage(run)
-    assert isinstance(stage, LMStage) and isinstance(stage.model, LM) and isinstance(run, LMRun)
+    assert isinstance(stage, LMStage) and isinstance(stage.model, AutoregressiveLM) and isinstance(run, LMRun)
     plain = plain_model(run, stage.task, stage.oracle)
     assert isinstance(plain, PlainLM) and count(plain) == count(stage.model)
     copy_lm(plain, stage.model)
@@ -127,6 +128,6 @@ def test_plain_lm_and_steps(tmp_path: Path, data: Path, oracle_dir: Path) -> Non
     expected = F.cross_entropy(stage.model(image, tokens).flatten(0, 1), tokens.flatten())
     torch.testing.assert_close(plain(image, tokens), expected, atol=1e-5, rtol=1e-5)
     for config, oracle in ((oracle_run(tmp_path, data), None), (run, stage.oracle)):
-        step = plain_step(config, stage.task, oracle, batch, torch.device("cpu"))
+        step = baseline_step(config, stage.task, oracle, batch, torch.device("cpu"))
         first, *_, last = (float(step()) for _ in range(20))
         assert last < first

@@ -13,17 +13,17 @@ from PIL import Image
 
 from examples.camvid_segmentation.camvid_segmentation import CamvidSegmentation, Config, MeanIoU
 from tests.small import ORACLE
-from uvim_fsq.config import DataConfig
-from uvim_fsq.config_io import load_run
-from uvim_fsq.data.check import check_data
+from uvim_fsq.checkpoints.loading import resolve
+from uvim_fsq.commands.data_check import check_data
+from uvim_fsq.config.plugins import import_plugin
+from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synth_writers import write_dataset
-from uvim_fsq.data.synthetic import render
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
-from uvim_fsq.models import resolve
-from uvim_fsq.plugins import import_plugin
+from uvim_fsq.synthetic.render import render
+from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.base import Categorical, Real
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.contract import contract_faults, refuse_faults
 from uvim_fsq.tasks.registry import BUILT_IN, task_class
 from uvim_fsq.training.run import train
@@ -85,7 +85,7 @@ def source(**change: Any) -> Any:
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but no 'mIoU'"),
-    ("headline", {"headline": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
+    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
     ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
     ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
     ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
@@ -221,7 +221,7 @@ def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
         "task camvid_segmentation, save_prediction",
     ]
     one, two = (type("Mine", (CamvidSegmentation,), some)(Config()) for some in ({"main_metric": "mIoU"}, changes))
-    with pytest.raises(UserError, match="no 'mIoU' .main_metric, headline.$"):
+    with pytest.raises(UserError, match="no 'mIoU' .main_metric, secondary_metrics.$"):
         refuse_faults(one, str(photos), "val")
     with pytest.raises(UserError, match="no 'mIoU' .*; 2 more are listed by `uvim-fsq data check`$"):
         refuse_faults(two, str(photos), "val")
@@ -269,20 +269,20 @@ def test_the_built_in_tasks_have_none(name: str, tmp_path: Path) -> None:
     cls = task_class(name)
     assert cls.synthetic is not None
     write_dataset(cls.synthetic, tmp_path / "set", 3, (24, 32), num_val=2, workers=1)
-    assert contract_faults(cls(cls.complete(cls.Config(), str(tmp_path / "set"))), str(tmp_path / "set")) == []
+    assert contract_faults(cls(cls.resolve_config(cls.Config(), str(tmp_path / "set"))), str(tmp_path / "set")) == []
 
 
 def test_training_refuses_it_and_data_check_lists_it(photos: Path, tmp_path: Path) -> None:
     section = {"task": {"name": "camvid_segmentation"}, "plugins": [PLUGIN]}
     run = resolve(load_run({**ORACLE, **section}, [f"train.out={tmp_path / 'run'}", f"data.root={photos}"]))
-    before = CamvidSegmentation.main_metric, CamvidSegmentation.headline
-    CamvidSegmentation.main_metric, CamvidSegmentation.headline = "mIoU", ("no_such",)
+    before = CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics
+    CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = "mIoU", ("no_such",)
     try:
         with pytest.raises(UserError, match="no 'mIoU'"):
             train(run)
         lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
     finally:
-        CamvidSegmentation.main_metric, CamvidSegmentation.headline = before
+        CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = before
     assert not ok and len(lines) == 1 and "no 'mIoU'" in lines[0] and not (tmp_path / "run").exists()
 
 

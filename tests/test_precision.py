@@ -13,10 +13,12 @@ from torch import nn
 
 from tests.small import TASKS, lm_run, random_batch
 from tests.test_lm import images, make_lm
-from uvim_fsq.config import EvalConfig, LMRun
+from uvim_fsq.config.schema import EvalConfig, LMRun
 from uvim_fsq.data.sample import Batch
-from uvim_fsq.evaluation import arithmetic, evaluate_run, lm_predictions, oracle_predictions
-from uvim_fsq.lm.generate import Decoder, Sampling, example_uniforms, sample
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.inference.predictions import eval_autocast, lm_predictions, oracle_predictions
+from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
+from uvim_fsq.lm.token_generator import TokenGenerator
 from uvim_fsq.training import stages
 from uvim_fsq.training.loop import Trainer
 from uvim_fsq.training.run import train
@@ -55,7 +57,7 @@ def test_tokens_of_training_are_those_of_evaluation(
     assert torch.equal(seen[0], exact)
     assert not torch.equal(low, exact)  # or nothing would have been tested
     for config in (EvalConfig(), BF16):
-        with torch.inference_mode(), arithmetic(config, CPU):
+        with torch.inference_mode(), eval_autocast(config, CPU):
             tokens = oracle_predictions(stage.oracle, stage.task)(batch).tokens
         assert tokens is not None and torch.equal(tokens, exact)
 
@@ -67,7 +69,7 @@ def test_what_tokens_cost_is_asked_of_those_of_float32(tmp_path: Path, oracle_di
     lm: Any = stage.model.eval()
     asked = []
     lm.decode = lambda tokens, memory: asked.append(tokens) or torch.zeros(*tokens.shape, 25)
-    with torch.inference_mode(), arithmetic(BF16, CPU):
+    with torch.inference_mode(), eval_autocast(BF16, CPU):
         lm_predictions(lm, stage.oracle, stage.task, BF16)(batch)
     assert torch.equal(asked[0], stage.oracle.tokenize(batch["labels"], batch["image"]))
 
@@ -82,7 +84,7 @@ def test_periodic_evaluation_gives_the_figures_of_evaluate(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     periodic = [line for line in lines if any("bits_per_token" in key for key in line)][-1]
     periodic = {key.rpartition("/")[2]: value for key, value in periodic.items()}
-    figures = evaluate_run(out / "checkpoints" / "step_00000012")["figures"]["lm"]
+    figures = evaluate(out / "checkpoints" / "step_00000012")["figures"]["lm"]
     assert len(figures) > 5 and {key: periodic[key] for key in figures} == figures
 
 
@@ -103,7 +105,7 @@ def test_tokens_of_bf16_decoding_are_chosen_from_float32_logits(sampling: Sampli
     lm, batch = make_lm(), images(64)
     nn.init.normal_(lm.head.weight, std=0.02)
     nn.init.constant_(lm.head.bias, 20.0)
-    decoder = Decoder(lm, sampling, precision="bf16")
+    decoder = TokenGenerator(lm, sampling, precision="bf16")
     hidden = LastHidden(decoder.model.norm)
     tokens = decoder(batch)
     with torch.no_grad():

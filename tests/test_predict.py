@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from tests.small import TASKS
-from uvim_fsq import predictor as module
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
-from uvim_fsq.prediction_folder import NO_FILES, PredictionFolder
-from uvim_fsq.predictor import Predictor, predict_files
+from uvim_fsq.inference import predictor as module
+from uvim_fsq.inference.prediction_folder import NO_FILES, PredictionFolder
+from uvim_fsq.inference.predictor import Predictor, predict_files
 
 
 def photo(file: Path, seed: int = 0, size: tuple[int, int] = (20, 30)) -> Path:

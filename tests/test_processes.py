@@ -25,14 +25,14 @@ import yaml
 from tests.ranks import finish, run_ranks, start, start_ranks
 from tests.small import ORACLE, lm_run, oracle_run
 from uvim_fsq import processes
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import build_task
 from uvim_fsq.cli import main
-from uvim_fsq.config import Run
+from uvim_fsq.config.schema import Run
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import build_task
+from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
-from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.run import train
 from uvim_fsq.training.signals import Interrupted, StopSignals
@@ -208,7 +208,7 @@ def test_other_ways_of_training_are_refused(
     with pytest.raises(UserError, match=f"^{variable}=true: .* not supported"):
         train(oracle_run(tmp_path / "run", data))
     with pytest.raises(UserError, match=f"^{variable}=true"):
-        evaluate_run(oracle_dir)
+        evaluate(oracle_dir)
     with pytest.raises(UserError, match=f"^{variable}=true"):
         make_accelerator(oracle_run(tmp_path / "run", data).train)
     assert not (tmp_path / "run").exists()
@@ -253,7 +253,7 @@ def test_processes_that_have_loaded_different_things(
     """Also where nothing is resumed: an LM's oracle, and the checkpoint to evaluate."""
     monkeypatch.setattr(processes, "gather", different)
     with pytest.raises(UserError, match="different checkpoints from .*step_00000006"):
-        evaluate_run(oracle_dir)
+        evaluate(oracle_dir)
     with pytest.raises(UserError, match="different checkpoints from the oracle's run"):
         fit_run(lm_run(tmp_path / "lm", oracle_dir))
 

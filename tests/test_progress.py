@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from uvim_fsq import progress
-from uvim_fsq.progress import Bar, clock, say
+from uvim_fsq import console as progress
+from uvim_fsq.console import Bar, clock, say
 from uvim_fsq.training.progress import Progress
 
 
@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_bar_that_is_wiped(hands: Clock, monkeypatch: pytest.M
 
 
 def test_training_says_a_line_now_and_then(tmp_path: Path, hands: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    from uvim_fsq.config import TrainConfig
+    from uvim_fsq.config.schema import TrainConfig
 
     shown = Progress(TrainConfig(out=str(tmp_path), batch_size=8), "oracle", 100, 0, main=True)
     for step in range(1, 101):
@@ -130,7 +130,7 @@ def test_training_says_a_line_now_and_then(tmp_path: Path, hands: Clock, capsys:
 def test_a_step_that_takes_minutes_is_not_silent(
     tmp_path: Path, hands: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from uvim_fsq.config import TrainConfig
+    from uvim_fsq.config.schema import TrainConfig
 
     shown = Progress(TrainConfig(out=str(tmp_path)), "lm", 50, 10, main=True)
     for step in range(11, 14):

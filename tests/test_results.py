@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from tests.small import ORACLE
-from uvim_fsq import quickstart as quickstart_module
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
-from uvim_fsq.results import beside, finished, read_result
+from uvim_fsq.evaluation.results import beside, finished, read_result
+from uvim_fsq.experiments import quickstart as quickstart_module
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))

@@ -20,12 +20,12 @@ import yaml
 from tests.ranks import finish, run_ranks, start_ranks
 from tests.runs import CHANGED, ENV, STEPS, another_process, at, fitted, outcome, weights
 from tests.small import LM, ORACLE, lm_run, oracle_run
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.run_directory import checkpoints, step_name
 from uvim_fsq.cli import main as cli
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.run_dirs import checkpoints, step_name
-from uvim_fsq.training import checkpoint as ckpt
 from uvim_fsq.training import trainer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import build_stage
@@ -75,7 +75,7 @@ def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[i
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_evaluation: None, point: str) -> None:
     """Weights, log, pictures, evaluations and the best checkpoint are those of a run that nothing disturbed."""
-    common = [*STEPS, "data.watch_split=train"]
+    common = [*STEPS, "data.selection_split=train"]
     whole = outcome(fitted(oracle_run(tmp_path / "whole", data, *common)))
     best = load_checkpoint(tmp_path / "whole").checkpoint.name
     values = {k: v["figures"]["rmse"] for k, v in whole.items() if k.endswith("evaluated") and v}
@@ -116,7 +116,7 @@ def test_sigkill_in_an_evaluation(tmp_path: Path, data: Path, oracle_dir: Path, 
     config = {**(ORACLE if stage == "oracle" else LM), "stage": stage}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    keys = [f"data.root={data}" if stage == "oracle" else f"oracle={oracle_dir}", "data.watch_split=holdout"]
+    keys = [f"data.root={data}" if stage == "oracle" else f"oracle={oracle_dir}", "data.selection_split=holdout"]
     keys += ["train.eval_every=2", "train.ema=0.9", "train.keep=1", "train.resume=auto"]
     base = [sys.executable, "-m", "uvim_fsq", f"train-{stage}", str(file), *keys]
     env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -189,7 +189,7 @@ def test_going_on_from_an_older_checkpoint(
 def test_a_damaged_evaluation_is_found_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     """Not when old checkpoints are deleted."""
     out = tmp_path / "run"
-    keys = ["train.steps=8", "train.eval_every=2", "train.keep=9", "data.watch_split=train", "train.resume=auto"]
+    keys = ["train.steps=8", "train.eval_every=2", "train.keep=9", "data.selection_split=train", "train.resume=auto"]
     fitted(oracle_run(out, data, *keys))
     shutil.rmtree(at(out, 8))
     (at(out, 2) / ckpt.FIGURES).write_text("{")
@@ -281,7 +281,7 @@ def test_two_ranks_save_resume_and_lock(tmp_path: Path, data: Path) -> None:
     """Only the first takes the lock, and all stop where another training holds it."""
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(ORACLE))
-    keys = ["train-oracle", str(file), f"data.root={data}", "data.watch_split=holdout", "train.eval_every=2"]
+    keys = ["train-oracle", str(file), f"data.root={data}", "data.selection_split=holdout", "train.eval_every=2"]
     out = tmp_path / "run"
     with another_process(out):
         process = start_ranks(2, "cli", *keys, f"train.out={out}")

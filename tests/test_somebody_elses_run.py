@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from uvim_fsq import plugins
-from uvim_fsq.ablation import plan, read_grid
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.cli import main
-from uvim_fsq.config_io import load_run
+from uvim_fsq.config import plugins
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.predictor import Predictor
-from uvim_fsq.run_dirs import resolve_checkpoint
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.experiments.ablation.grid import plan, read_grid
+from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.tasks.configuration import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Registers a task like depth's, so that a run of it works with the weights of one of depth.
@@ -113,7 +113,7 @@ def test_a_runs_plugin_is_not_imported(
     with pytest.raises(UserError, match="stranger_a"):
         Predictor.from_run(run)
     with pytest.raises(UserError, match="stranger_a"):
-        evaluate_run(run)
+        evaluate(run)
     assert not mark.exists()
 
 

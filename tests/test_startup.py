@@ -70,7 +70,7 @@ def test_mistakes_are_refused_without_torch(tmp_path: Path, oracle_dir: Path, lm
         assert len(said.splitlines()) == 1 and message in said, (arguments, said)
 
 
-@pytest.mark.parametrize("module", ["uvim_fsq.predictor", "uvim_fsq.training.run"])
+@pytest.mark.parametrize("module", ["uvim_fsq.inference.predictor", "uvim_fsq.training.run"])
 def test_importing_leaves_out_what_takes_seconds(module: str) -> None:
     heavy = ["torch._dynamo", "torch._inductor", "torchvision", "albumentations", "matplotlib", "tensorboard", "timm"]
     assert probe([*heavy, "torch"], "import", module)[:2] == (0, ["torch"])

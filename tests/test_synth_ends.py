@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from uvim_fsq.data.check import check_data
+from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.pool import in_processes
-from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import disk_is_full
+from uvim_fsq.synthetic.writers import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,8 +11,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from uvim_fsq.data.synth_writers import VAL_START, write_dataset
-from uvim_fsq.data.synthetic import CATEGORIES, Scene, render
+from uvim_fsq.synthetic.render import CATEGORIES, Scene, render
+from uvim_fsq.synthetic.writers import VAL_START, write_dataset
 
 SIZE, SEED = 32, 5
 DIFFICULTIES = ("plain", "varied")

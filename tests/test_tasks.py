@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from uvim_fsq.config import DataConfig
-from uvim_fsq.config_io import describe_keys, load_run
+from uvim_fsq.config.parse import describe_keys
+from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synth_writers import write_dataset
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import to_device
-from uvim_fsq.oracle.fsq import FSQ
+from uvim_fsq.oracle.quantizers.fsq import FSQ
+from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.base import Categorical, Task
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.registry import BUILT_IN, register_task, task_class
 
 #: Settings that fit small scenes.
@@ -32,7 +33,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     cls = task_class(request.param)
     assert cls.synthetic is not None, "built-in tasks have synthetic data"
     write_dataset(cls.synthetic, root, 12, (24, 32), num_val=2, workers=1)
-    return cls(cls.complete(cls.Config(**OPTIONS.get(request.param, {})), str(root))), root
+    return cls(cls.resolve_config(cls.Config(**OPTIONS.get(request.param, {})), str(root))), root
 
 
 def batch_of(task: Task, root: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -16,7 +16,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from tests.small import TASKS, random_batch
-from uvim_fsq.ablation_devices import USABLE
 from uvim_fsq.benchmark.memory import (
     LOGIT_BYTES,
     OVERHEAD,
@@ -27,9 +26,10 @@ from uvim_fsq.benchmark.memory import (
     smallest_accumulate,
 )
 from uvim_fsq.benchmark.setup import read_sizes
-from uvim_fsq.config import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle import labels as ends
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
+from uvim_fsq.experiments.ablation.devices import USABLE
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.oracle import label_embedding as ends
 from uvim_fsq.oracle.model import Oracle
 
 CUDA = torch.device("cuda", 0)
@@ -98,7 +98,7 @@ def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> No
     batch = 5
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
     with unset_fake_temporarily():
-        lm = LM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
+        lm = AutoregressiveLM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
         oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
         tokens, image = torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128, dtype=torch.uint8)
     lm = on_cuda(lm)

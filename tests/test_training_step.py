@@ -18,13 +18,13 @@ import torch.nn.functional as F
 
 from tests.small import lm_run, oracle_run
 from uvim_fsq import processes
-from uvim_fsq.config import Run
-from uvim_fsq.config_io import dump_yaml
-from uvim_fsq.data.loader import mix
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.config.parse import dump_yaml
+from uvim_fsq.config.schema import Run
+from uvim_fsq.data.loader import derive_seed
 from uvim_fsq.errors import UserError
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.oracle.vq import VQ
-from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.oracle.quantizers.vq import VQ
 from uvim_fsq.training import loop
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.optim import learning_rate
@@ -127,7 +127,7 @@ def test_each_micro_batch_has_random_numbers_of_its_own(
         return plain(self, model, batch)
 
     monkeypatch.setattr(OracleStage, "step", step)
-    monkeypatch.setattr(OracleStage, "after_step", lambda self, reduce, seed: seeds.append(seed))
+    monkeypatch.setattr(OracleStage, "on_optimizer_step", lambda self, reduce, seed: seeds.append(seed))
     run = oracle_run(tmp_path / "run", data, "train.accumulate=2", "train.seed=5")
     trainer = trainer_of(run)
     batches = trainer.loader.batches(0, 3)
@@ -136,10 +136,10 @@ def test_each_micro_batch_has_random_numbers_of_its_own(
         trainer.optimizer_step(batches, lambda _: None)
     expected = []
     for number, micro in itertools.product(range(3), range(2)):
-        torch.manual_seed(mix(5, number, 0, micro))
+        torch.manual_seed(derive_seed(5, number, 0, micro))
         expected.append(torch.rand(()).item())
     assert drawn == expected and len(set(drawn)) == 6
-    assert seeds == [mix(5, number) for number in range(3)]
+    assert seeds == [derive_seed(5, number) for number in range(3)]
 
 
 def test_the_dictionary_learns(tmp_path: Path, data: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.small import oracle_run
+from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import evaluate_run
-from uvim_fsq.models import load_checkpoint
-from uvim_fsq.oracle.vq import RARE, VQ
+from uvim_fsq.evaluation.run import evaluate
+from uvim_fsq.oracle.quantizers.vq import RARE, VQ
 from uvim_fsq.training.run import train
 
 KEYS = ("model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8")
@@ -41,16 +41,16 @@ def test_running_sums_by_hand() -> None:
     vq = VQ(3, 2, split=False)
     counts, sums = vq.counts.clone(), vq.sums.clone()
     z, indices = torch.tensor([[1.0, 3.0], [5.0, 4.0], [0.0, 2.0]]), torch.tensor([1, 2, 1])
-    vq.observe(z[:1], indices[:1])  # two micro batches of one step
-    vq.observe(z[1:], indices[1:])
+    vq.accumulate(z[:1], indices[:1])  # two micro batches of one step
+    vq.accumulate(z[1:], indices[1:])
     assert torch.equal(vq.counts, counts)
-    vq.update(lambda x: 2 * x, seed=0)  # as of two equal processes
+    vq.ema_update(lambda x: 2 * x, seed=0)  # as of two equal processes
     torch.testing.assert_close(vq.counts, 0.995 * counts + torch.tensor([0.0, 4.0, 2.0]))
     standard = VQ.standardize(z)
     expected = torch.stack([torch.zeros(2), 2 * (standard[0] + standard[2]), 2 * standard[1]])
     torch.testing.assert_close(vq.sums, 0.995 * sums + expected)
     after = vq.counts.clone()
-    vq.update(lambda x: x, seed=0)
+    vq.ema_update(lambda x: x, seed=0)
     assert torch.equal(vq.counts, after)  # nothing was observed since
 
 
@@ -58,8 +58,8 @@ def test_splitting_halves_the_most_frequent() -> None:
     vq = VQ(4, 3)
     vq.counts.copy_(torch.tensor([8.0, 0.05, 1.0, 0.01]))
     before = vq.sums.clone()
-    vq.observe(torch.randn(1, 3), torch.tensor([2]))
-    vq.update(lambda x: torch.zeros_like(x), seed=1)
+    vq.accumulate(torch.randn(1, 3), torch.tensor([2]))
+    vq.ema_update(lambda x: torch.zeros_like(x), seed=1)
     # 3, the rarest, takes half of 0; then 1 takes half of the now most frequent, 0 or 3.
     assert sorted(vq.counts.tolist()) == pytest.approx(sorted(0.995 * x for x in (4.0, 2.0, 2.0, 1.0)))
     assert float(vq.counts.sum()) == pytest.approx(0.995 * 9.0)
@@ -100,8 +100,8 @@ def test_a_new_dictionary() -> None:
 
 def nothing_new(vq: VQ) -> None:
     """An update that has seen no token."""
-    vq.observe(torch.zeros(0, vq.dim), torch.zeros(0, dtype=torch.long))
-    vq.update(lambda x: x, seed=7)
+    vq.accumulate(torch.zeros(0, vq.dim), torch.zeros(0, dtype=torch.long))
+    vq.ema_update(lambda x: x, seed=7)
 
 
 def test_what_is_rare_and_how_it_is_revived() -> None:
@@ -140,8 +140,8 @@ def test_counts_fade_to_a_limit() -> None:
 def test_splitting_ends_where_tokens_are_too_few() -> None:
     vq = VQ(50, 3)
     vq.counts.fill_(0.05)
-    vq.observe(torch.randn(1, 3), torch.tensor([0]))
-    vq.update(lambda x: x, seed=0)
+    vq.accumulate(torch.randn(1, 3), torch.tensor([0]))
+    vq.ema_update(lambda x: x, seed=0)
     assert bool(torch.isfinite(vq.codewords()).all()) and float(vq.counts.min()) < RARE
 
 
@@ -149,8 +149,8 @@ def test_an_unused_codeword_keeps_its_direction_without_splitting() -> None:
     vq = VQ(3, 4, split=False, momentum=0.5)
     before = vq.codewords()[2].clone()
     for _ in range(400):
-        vq.observe(torch.randn(2, 4), torch.tensor([0, 1]))
-        vq.update(lambda x: x, seed=0)
+        vq.accumulate(torch.randn(2, 4), torch.tensor([0, 1]))
+        vq.ema_update(lambda x: x, seed=0)
     torch.testing.assert_close(vq.codewords()[2], before)
     assert bool(torch.isfinite(vq.codewords()).all())
 
@@ -172,7 +172,7 @@ def test_train_save_resume_and_evaluate(tmp_path: Path, data: Path) -> None:
     assert isinstance(resumed, VQ)
     torch.testing.assert_close(resumed.sums, found.sums)
     torch.testing.assert_close(resumed.counts, found.counts)
-    result = evaluate_run(whole, report=tmp_path / "page.html")
+    result = evaluate(whole, report=tmp_path / "page.html")
     assert 0 < result["figures"]["oracle"]["codebook_usage"] <= 1 and result["level_histogram"]["oracle"] == []
     assert len(result["code_counts"]["oracle"]) == 16
     assert np.isfinite(result["figures"]["context_only"]["rmse"])

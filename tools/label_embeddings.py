@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from uvim_fsq.benchmark.measure import time_ways
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synthetic import render
 from uvim_fsq.layers import patchify
-from uvim_fsq.oracle.labels import OneHotProduct, bag_of_rows
+from uvim_fsq.oracle.label_embedding import ChunkedOneHotLinear, embedding_bag_linear
+from uvim_fsq.performance.timing import time_ways
+from uvim_fsq.synthetic.render import render
 from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
@@ -71,7 +71,7 @@ def noise(setting: Setting, batch: int) -> Labels:
 
 
 def one_hot_product(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return OneHotProduct.apply(patches, weight)
+    return ChunkedOneHotLinear.apply(patches, weight)
 
 
 def majority_and_corrections(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def majority_and_corrections(patches: torch.Tensor, weight: torch.Tensor) -> tor
 
 WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "one-hot product": one_hot_product,
-    "bag of rows": bag_of_rows,
+    "bag of rows": embedding_bag_linear,
     "majority": majority_and_corrections,
 }
 

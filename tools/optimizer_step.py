@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uvim_fsq.benchmark.measure import time_ways
 from uvim_fsq.benchmark.setup import Sizes, read_sizes
-from uvim_fsq.lm.model import LM
-from uvim_fsq.models import build_oracle, build_task
+from uvim_fsq.checkpoints.loading import build_oracle, build_task
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.performance.timing import time_ways
 from uvim_fsq.training.optim import build_optimizer, parameter_groups
 
 VIEWS = ("view", "unbind", "split_with_sizes", "detach", "_local_scalar_dense")
@@ -52,7 +52,9 @@ def model_of(sizes: Sizes, device: torch.device) -> nn.Module:
         if sizes.lm is None:
             return oracle
         vocabulary, length = oracle.quantizer.codebook_size, oracle.code_length
-        return LM(sizes.lm.model, image_size=sizes.lm.data.image_size, vocab_size=vocabulary, length=length)
+        return AutoregressiveLM(
+            sizes.lm.model, image_size=sizes.lm.data.image_size, vocab_size=vocabulary, length=length
+        )
 
 
 def optimizers(sizes: Sizes, model: nn.Module) -> dict[str, torch.optim.Optimizer]:

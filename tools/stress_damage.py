@@ -25,7 +25,7 @@ from typing import Any
 
 from stress_kills import CONFIGS, MODEL, SMALL, TRAINING, finish, outcome, start
 
-from uvim_fsq.data.synth_writers import write_dataset
+from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.nyu_depth.prepared import FOLDER
 
 DEADLINE = 300.0

@@ -22,12 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uvim_fsq.checkpoints.run_directory import best
 from uvim_fsq.cli import main as cli
-from uvim_fsq.data.synth_writers import write_dataset
-from uvim_fsq.run_dirs import best
+from uvim_fsq.synthetic.writers import write_dataset
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "nyu_depth"
-SMALL = ("data.image_size=16", "data.train_split=train_minus_holdout", "data.watch_split=holdout", "data.cache=false")
+SMALL = (
+    "data.image_size=16",
+    "data.train_split=train_minus_holdout",
+    "data.selection_split=holdout",
+    "data.cache=false",
+)
 MODEL = {
     "oracle": ("model.width=16", "model.num_heads=2", "model.mlp_dim=32", "model.code_length=4"),
     "lm": ("model.encoder.width=16", "model.encoder.num_heads=2", "model.encoder.depth=1", "model.width=16"),

@@ -7,7 +7,7 @@ import sys
 if __name__ == "__main__" and sys.path[:1] in ([""], [os.getcwd()]):
     del sys.path[0]
 
-from uvim_fsq.cli import main  # noqa: E402
+from uvim_fsq.cli import main
 
 if __name__ == "__main__":
     main()

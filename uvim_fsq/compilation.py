@@ -18,7 +18,7 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 def require_compiler() -> None:
     """Raises UserError without a C++ compiler."""
     if "CXX" not in os.environ and not any(map(shutil.which, COMPILERS)):
-        keys = "train.compile=false eval.compile=false eval.int8_memory=false"
+        keys = "train.compile=false eval.compile=false eval.int8_cross_kv=false"
         raise UserError(f"compiling needs a C++ compiler; install g++, or set {keys}")
 
 

@@ -62,36 +62,6 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class EncoderBlock(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.mlp = MLP(dim, mlp_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Transformer(nn.Module):
-    """`depth` encoder blocks and the final LayerNorm: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim: int, depth: int, num_heads: int, mlp_dim: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(EncoderBlock(dim, num_heads, mlp_dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
-        init_transformer_(self)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
 class PatchEmbed(nn.Module):
     """The reference's VALID patch convolution of the image, as reshape + linear: (B, 3, S, S) -> (B, N, D)."""
 

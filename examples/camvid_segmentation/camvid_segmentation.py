@@ -7,10 +7,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.folders import list_images
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, Metric, Task
@@ -91,7 +91,7 @@ class Config:
 @register_task("camvid_segmentation")
 class CamvidSegmentation(Task):
     Config = Config
-    main_metric, smaller_is_better, headline = "miou", False, ("pixel_accuracy",)
+    main_metric, smaller_is_better, secondary_metrics = "miou", False, ("pixel_accuracy",)
 
     @property
     def label_channels(self):

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.floors import decode_seconds, lm_cost, step_bytes
-from uvim_fsq.benchmark.measure import Measurement, rate, time_made
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch
-from uvim_fsq.lm.generate import Decoder
+from uvim_fsq.performance.device_peak import DevicePeak
+from uvim_fsq.performance.timing import Measurement, rate, time_made
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -22,28 +20,29 @@ def precision_on(device: torch.device) -> str:
 
 
 def measure_decoding(
-    sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batches: Sequence[int], repeats: int
+    sizes: Sizes, peak: DevicePeak, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """Greedy decoding with full and with 8-bit cross-attention memory; with `eval.compile` also compiled."""
+    """Greedy generation; where the model has them also with 8-bit cross-attention, and with `eval.compile` compiled."""
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
-    cost, precision = lm_cost(lm), precision_on(device)
+    cost, precision = lm.cost(), precision_on(device)
     size, lines = BYTES[precision], []
-    compiles = (False, True) if sizes.lm.eval.compile else (False,)
-    kinds = {f"{', 8-bit memory' * i}{', compiled' * c}": (i, c) for c in compiles for i in (False, True)}
+    int8_options = (False, True) if lm.has_cached_decoding else (False,)
+    compile_options = (False, True) if sizes.lm.eval.compile else (False,)
+    kinds = {f"{', 8-bit memory' * i}{', compiled' * c}": (i, c) for c in compile_options for i in int8_options}
 
-    def decoding(images: torch.Tensor, int8: bool, compiled: bool) -> Callable[[], torch.Tensor]:
-        return functools.partial(Decoder(lm, precision=precision, int8=int8, compile=compiled), images)
+    def decoding(images: torch.Tensor, int8: bool, compiled: bool) -> Callable[[], object]:
+        return functools.partial(lm.generator(precision=precision, int8_cross_kv=int8, compile=compiled), images, None)
 
     for batch in batches:
         images = made_up_batch(task, sizes.lm.data.image_size, batch, device)["image"]
         ways = {title: functools.partial(decoding, images, *kind) for title, kind in kinds.items()}
         for title, timing in time_made(ways, device, repeats=repeats).items():
             bytes_of = {"number_bytes": size, "cross_bytes": 1 if kinds[title][0] else size}
-            least = decode_seconds(cost, batch, ceilings, **bytes_of)
-            read = sum(step_bytes(cost, batch, past, **bytes_of) for past in range(1, cost.length + 1))
+            least = cost.generate_seconds(batch, peak, **bytes_of)
+            read = cost.generate_bytes(batch, **bytes_of)
             # Of all the time, the encoder's included.
-            share = {"bandwidth share": read / timing.median / ceilings.bandwidth}
+            share = {"bandwidth share": read / timing.median / peak.bandwidth}
             name = f"decode {sizes.oracle.task.name}, {precision}, batch {batch}{title}"
             lines.append(rate(name, timing, batch, floor=batch / least, further=share))
     return lines

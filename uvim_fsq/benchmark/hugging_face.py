@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from uvim_fsq.lm.model import LM
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
 
 
-def hugging_face_twin(lm: LM) -> Any:
+def hugging_face_twin(lm: AutoregressiveLM) -> Any:
     """An untrained `VisionEncoderDecoderModel` of the LM's depths, widths, heads, vocabulary, image size, device and
     number type. Token V is its start symbol."""
     hf: Any = importlib.import_module("transformers")
@@ -61,7 +61,9 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def hugging_face_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[str, Callable[[], torch.Tensor]]:
+def hugging_face_ways(
+    lm: AutoregressiveLM, images: torch.Tensor, twin: Any = None
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Greedy `generate` of `images` (B, 3, S, S) uint8 -> (B, L) tokens: as it comes, and with a static cache.
 
     The static cache is made once and emptied before each call, as one who serves many batches of one size would: the

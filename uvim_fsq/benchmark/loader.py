@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from uvim_fsq.benchmark.measure import Measurement, rate, time_repeats
-from uvim_fsq.config import LMRun, OracleRun
+from uvim_fsq.checkpoints.loading import build_task
+from uvim_fsq.config.schema import LMRun, OracleRun
 from uvim_fsq.data.loader import TrainLoader, keep_freed_memory
 from uvim_fsq.data.sample import SampleSource
 from uvim_fsq.data.transforms import JointTransform
-from uvim_fsq.models import build_task
+from uvim_fsq.performance.timing import Measurement, rate, time_repeats
 from uvim_fsq.tasks.base import Task
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from uvim_fsq.benchmark.beside import compare, find_package
-from uvim_fsq.benchmark.measure import Measurement, milliseconds, time_repeats, time_ways
+from uvim_fsq.benchmark.compare import compare, find_package
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.synthetic import render
+from uvim_fsq.performance.timing import Measurement, milliseconds, time_repeats, time_ways
+from uvim_fsq.synthetic.render import render
 from uvim_fsq.tasks.coco_panoptic.data import decode_ids
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
 from uvim_fsq.tasks.coco_panoptic.segments import MAX_ID, Segments, ids_to_rgb

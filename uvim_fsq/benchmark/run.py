@@ -12,24 +12,23 @@ from pathlib import Path
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.benchmark.ceilings import Ceilings, measure_ceilings
 from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
-from uvim_fsq.benchmark.measure import Measurement
 from uvim_fsq.benchmark.metrics import measure_metrics
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch, read_sizes
 from uvim_fsq.benchmark.side_by_side import measure_side_by_side
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stage_of, stepper_of, steps
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.generate import Decoder
+from uvim_fsq.performance.device_peak import DevicePeak, measure_device_peak
+from uvim_fsq.performance.timing import Measurement
 
 JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "all")
 BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchmarkRequest:
     """What to measure. `batches`: of decoding; the first one of training; () for the usual ones."""
 
     job: str
@@ -38,7 +37,7 @@ class Request:
     repeats: int = 5
 
 
-def request(
+def read_request(
     job: str,
     config: Path | None,
     overrides: Sequence[str],
@@ -46,12 +45,12 @@ def request(
     oracle: Path | None = None,
     batches: tuple[int, ...] = (),
     repeats: int = 5,
-) -> Request:
+) -> BenchmarkRequest:
     """Raises UserError for a job that lacks its configuration or gets one of the other stage."""
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise UserError("--repeats and --batch must be at least 1")
     if job == "metrics":
-        return Request(job, None, batches, repeats)
+        return BenchmarkRequest(job, None, batches, repeats)
     if config is None:
         raise UserError(f"benchmark {job} needs a configuration, e.g. configs/nyu_depth/lm.yaml")
     sizes = read_sizes(config, overrides, oracle)
@@ -59,14 +58,14 @@ def request(
         raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is one of stage oracle")
     if job == "train-oracle":
         sizes = Sizes(sizes.oracle, None)
-    return Request(job, sizes, batches, repeats)
+    return BenchmarkRequest(job, sizes, batches, repeats)
 
 
-def measure(asked: Request, say: Callable[[str], None]) -> tuple[list[Measurement], Ceilings]:
+def measure(asked: BenchmarkRequest, say: Callable[[str], None]) -> tuple[list[Measurement], DevicePeak]:
     """Runs the job; the ceilings come first, in the same run."""
     device = processes.device()
     precision = asked.sizes.run.train.precision if asked.sizes and asked.job.startswith("train") else "bf16"
-    ceilings = measure_ceilings(device, precision)
+    ceilings = measure_device_peak(device, precision)
     say(about(ceilings))
     lines: list[Measurement] = []
     for job in JOBS[:-1] if asked.job == "all" else (asked.job,):
@@ -81,7 +80,7 @@ def measure(asked: Request, say: Callable[[str], None]) -> tuple[list[Measuremen
     return lines, ceilings
 
 
-def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device) -> list[Measurement]:
+def _measure(job: str, asked: BenchmarkRequest, ceilings: DevicePeak, device: torch.device) -> list[Measurement]:
     sizes, repeats = asked.sizes, asked.repeats
     if sizes is None or job == "metrics":
         return measure_metrics(repeats=repeats)
@@ -98,27 +97,29 @@ def _measure(job: str, asked: Request, ceilings: Ceilings, device: torch.device)
     return measure_training(sizes, ceilings, device, batch_size=_training_batch(asked, sizes), repeats=repeats)
 
 
-def _training_batch(asked: Request, sizes: Sizes) -> int:
+def _training_batch(asked: BenchmarkRequest, sizes: Sizes) -> int:
     return asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)
 
 
-def _one_step(asked: Request, sizes: Sizes, device: torch.device) -> Callable[[], object]:
+def _one_step(asked: BenchmarkRequest, sizes: Sizes, device: torch.device) -> Callable[[], object]:
     """A training step, or the decoding of a batch."""
     run = sizes.run
     if asked.job == "decode":
         lm, task = fresh_lm(sizes, device)
         assert sizes.lm is not None
         config = sizes.lm.eval
-        decoder = Decoder(lm, precision=precision_on(device), int8=config.int8_memory, compile=config.compile)
+        decoder = lm.generator(
+            precision=precision_on(device), int8_cross_kv=config.int8_cross_kv, compile=config.compile
+        )
         batch = asked.batches[0] if asked.batches else BATCHES[device.type][1]
-        return functools.partial(decoder, made_up_batch(task, run.data.image_size, batch, device)["image"])
+        return functools.partial(decoder, made_up_batch(task, run.data.image_size, batch, device)["image"], None)
     batch = _training_batch(asked, sizes)
     stage = stage_of(sizes)
     data = made_up_batch(stage.task, run.data.image_size, batch, device)
     return steps(stepper_of(stage, run, batch), itertools.repeat(data))
 
 
-def operators(asked: Request, count: int) -> str:
+def operators(asked: BenchmarkRequest, count: int) -> str:
     """Where the time of training or decoding goes: the `count` operators that take most of it, by torch's profiler."""
     assert asked.sizes is not None
     device = processes.device()
@@ -136,7 +137,12 @@ def operators(asked: Request, count: int) -> str:
 
 
 def run_benchmark(
-    asked: Request, *, json_file: Path | None, against: Path | None, num_operators: int, say: Callable[[str], None]
+    asked: BenchmarkRequest,
+    *,
+    json_file: Path | None,
+    against: Path | None,
+    num_operators: int,
+    say: Callable[[str], None],
 ) -> None:
     """Measures, prints the table, writes and compares."""
     if num_operators and asked.job not in ("train-oracle", "train-lm", "decode"):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from uvim_fsq.config import LMRun, OracleRun
-from uvim_fsq.config_io import load_run, resolve_lm
-from uvim_fsq.config_rules import validate
+from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
+from uvim_fsq.checkpoints.run_directory import read_oracle_config
+from uvim_fsq.config.rules import validate
+from uvim_fsq.config.schema import LMRun, OracleRun
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.model import LM
-from uvim_fsq.models import build_lm, build_oracle, build_task
+from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.run_dirs import read_oracle_config
 from uvim_fsq.tasks.base import Real, Task
+from uvim_fsq.tasks.configuration import load_run, resolve_lm
 from uvim_fsq.tasks.registry import load_plugins, task_class
 
 
@@ -72,9 +72,9 @@ def with_categories(run: OracleRun) -> OracleRun:
     load_plugins(run.plugins)
     task = task_class(run.task.name)
     try:
-        options = task.complete(run.task.options, run.data.root)
+        options = task.resolve_config(run.task.options, run.data.root)
     except UserError:
-        options = task.without_data(run.task.options)
+        options = task.placeholder_config(run.task.options)
     return replace(run, task=replace(run.task, options=options))
 
 
@@ -85,13 +85,12 @@ def fresh_oracle(sizes: Sizes) -> tuple[Oracle, Task]:
     return build_oracle(sizes.oracle, task).eval().requires_grad_(False), task
 
 
-def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[LM, Task]:
+def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[TokenModel, Task]:
     """An LM with random weights, in evaluation mode, and its task."""
     assert sizes.lm is not None
     oracle, task = fresh_oracle(sizes)
     lm = build_lm(sizes.lm, oracle, published=False)
-    # The head starts at 0, and then every way decodes zeros.
-    torch.nn.init.normal_(lm.head.weight, generator=torch.Generator().manual_seed(0))
+    lm.randomize_head_()
     return lm.to(device).eval(), task
 
 

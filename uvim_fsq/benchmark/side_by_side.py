@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from uvim_fsq.benchmark.beside import compare, find_package
+from uvim_fsq.benchmark.compare import compare, find_package
 from uvim_fsq.benchmark.decoding import precision_on
 from uvim_fsq.benchmark.hugging_face import hugging_face_twin, hugging_face_ways, parameter_count
-from uvim_fsq.benchmark.measure import Measurement, time_ways
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm
-from uvim_fsq.lm.generate import Decoder
-from uvim_fsq.lm.model import LM
-from uvim_fsq.oracle.fsq import FSQ, resolve_levels
+from uvim_fsq.config.rules import resolve_levels
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.base import Generator
+from uvim_fsq.oracle.quantizers.fsq import FSQ
+from uvim_fsq.performance.timing import Measurement, time_ways
 
 #: Code vectors of a large call: 1024 images of 256 tokens.
 MANY = (1024, 256)
@@ -33,7 +34,9 @@ def measure_side_by_side(
         levels = resolve_levels(model.quantizer.levels)
         for shape in ((32, model.code_length), MANY):
             lines += measure_quantizer(levels, shape, device, repeats)
-    return lines + measure_decoding(fresh_lm(sizes, device)[0], repeats, batches)
+    lm = fresh_lm(sizes, device)[0]
+    # The naive loop and the other library's model are encoder-decoders.
+    return lines + (measure_decoding(lm, repeats, batches) if isinstance(lm, AutoregressiveLM) else [])
 
 
 def quantizer_ways(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> dict[str, Callable[[], object]]:
@@ -44,7 +47,7 @@ def quantizer_ways(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> d
             with torch.no_grad():
                 return quantizer(z)
         leaf = z.detach().requires_grad_()
-        codes, _ = quantizer(leaf)
+        codes = quantizer(leaf)[0]
         return torch.autograd.grad(codes, leaf, torch.ones_like(codes))
 
     ways = {"ours": functools.partial(work, ours)}
@@ -78,7 +81,7 @@ def measure_quantizer(
     return lines
 
 
-def naive_generate(lm: LM, images: torch.Tensor) -> torch.Tensor:
+def naive_generate(lm: AutoregressiveLM, images: torch.Tensor) -> torch.Tensor:
     """Greedy decoding without a cache: the whole prefix anew for each token. (B, 3, S, S) uint8 -> (B, L) int64."""
     with torch.inference_mode():
         memory = lm.encode(images)
@@ -88,7 +91,7 @@ def naive_generate(lm: LM, images: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def decode_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[str, Callable[[], torch.Tensor]]:
+def decode_ways(lm: AutoregressiveLM, images: torch.Tensor, twin: Any = None) -> dict[str, Callable[[], torch.Tensor]]:
     """What stands beside our `generate`, each from `images` (B, 3, S, S) uint8 to (B, L) tokens, greedily.
 
     The naive loop over our LM and, where transformers is installed, an untrained model of equal size by its `generate`.
@@ -102,15 +105,19 @@ def decode_ways(lm: LM, images: torch.Tensor, twin: Any = None) -> dict[str, Cal
     return ways
 
 
-def measure_decoding(lm: LM, repeats: int, batches: Sequence[int]) -> list[Measurement]:
+def _tokens(generator: Generator, images: torch.Tensor) -> torch.Tensor:
+    return generator(images, None).tokens
+
+
+def measure_decoding(lm: AutoregressiveLM, repeats: int, batches: Sequence[int]) -> list[Measurement]:
     """Images per second of our `generate` beside `decode_ways`, on the LM's device and in its number type."""
     module, version = find_package("transformers")
     device = lm.head.weight.device
     precision = precision_on(device)
-    decoders = {"ours": Decoder(lm, precision=precision)}
+    decoders = {"ours": lm.generator(precision=precision)}
     if device.type == "cuda":
         # The others have all of their numbers in bf16.
-        decoders["ours, compiled"] = Decoder(lm, precision=precision, compile=True)
+        decoders["ours, compiled"] = lm.generator(precision=precision, compile=True)
         lm = lm.to(torch.bfloat16)
     further: dict[str, Any] = {"transformers": version, "parameters": parameter_count(lm)}
     twin = None
@@ -122,7 +129,7 @@ def measure_decoding(lm: LM, repeats: int, batches: Sequence[int]) -> list[Measu
     for batch in batches:
         images = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0))
         images = images.to(torch.uint8).to(device)
-        ours = {name: functools.partial(decoder, images) for name, decoder in decoders.items()}
+        ours = {name: functools.partial(_tokens, decoder, images) for name, decoder in decoders.items()}
         ways = {**ours, **decode_ways(lm, images, twin)}
         further["naive loop's tokens equal"] = (ways["ours"]() == ways["naive loop"]()).double().mean().item()
         timings = time_ways(ways, device, warmup=2, repeats=repeats)

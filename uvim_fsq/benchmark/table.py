@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-import uvim_fsq
-from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.measure import Measurement, more_is_better
 from uvim_fsq.errors import UserError
+from uvim_fsq.performance.device_peak import DevicePeak
+from uvim_fsq.performance.timing import Measurement, more_is_better
+from uvim_fsq.version import __version__
 
 
-def to_json(lines: Sequence[Measurement], ceilings: Ceilings) -> dict[str, Any]:
+def to_json(lines: Sequence[Measurement], ceilings: DevicePeak) -> dict[str, Any]:
     """Everything a later run needs to compare itself with this one."""
-    versions = {"uvim_fsq": uvim_fsq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"uvim_fsq": __version__, "torch": torch.__version__, "python": platform.python_version()}
     measured = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]
     return {"ceilings": dataclasses.asdict(ceilings), "versions": versions, "measurements": measured}
 
@@ -35,7 +35,7 @@ def read_earlier(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no result of uvim-fsq benchmark --json") from None
 
 
-def about(ceilings: Ceilings) -> str:
+def about(ceilings: DevicePeak) -> str:
     """The device and what it was measured to do."""
     text = f"{ceilings.device}: {ceilings.flops / 1e12:.3g} TFLOP/s ({ceilings.precision} matrix product)"
     if ceilings.bandwidth:

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from uvim_fsq.benchmark.ceilings import Ceilings
-from uvim_fsq.benchmark.measure import Measurement, Timing, rate, time_made, time_repeats
-from uvim_fsq.benchmark.plain import plain_step
+from uvim_fsq.benchmark.baseline import baseline_step
 from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, made_up_batch
-from uvim_fsq.config import Run
+from uvim_fsq.config.schema import LMRun, Run
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.performance.device_peak import DevicePeak
+from uvim_fsq.performance.timing import Measurement, Timing, rate, time_made, time_repeats
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.stages import LMStage, OracleStage, Stage
 from uvim_fsq.training.step import Stepper
@@ -51,7 +51,7 @@ def fed_batches(run: Run, task: Task, batch_size: int) -> Iterator[Batch] | None
 
 
 def measure_training(
-    sizes: Sizes, ceilings: Ceilings, device: torch.device, *, batch_size: int, repeats: int
+    sizes: Sizes, ceilings: DevicePeak, device: torch.device, *, batch_size: int, repeats: int
 ) -> list[Measurement]:
     """Training steps on a batch that lies on the device, beside their floor; where the data are at hand also fed by
     the loader; and, not compiled, the plainest code for the same mathematics (with AdamW, whatever the optimizer is).
@@ -67,7 +67,7 @@ def measure_training(
 
     def plain() -> Callable[[], object]:
         oracle = stage.oracle.to(device) if isinstance(stage, LMStage) else None
-        return several(plain_step(run, stage.task, oracle, batch, device))
+        return several(baseline_step(run, stage.task, oracle, batch, device))
 
     @functools.cache  # not made before it is asked for: the plain code comes first and has the memory for itself
     def stepper() -> Stepper:
@@ -76,7 +76,8 @@ def measure_training(
     def ours() -> Callable[[], object]:
         return several(steps(stepper(), itertools.repeat(batch)))
 
-    ways = {"": ours} if run.train.compile else {", plain code": plain, "": ours}
+    has_baseline = run.model.kind == "autoregressive" if isinstance(run, LMRun) else run.model.quantizer.kind == "fsq"
+    ways = {", plain code": plain, "": ours} if has_baseline and not run.train.compile else {"": ours}
     timings = time_made(ways, device, warmup=3, repeats=repeats)
     fed = fed_batches(run, stage.task, batch_size)
     if fed is not None:
@@ -91,7 +92,7 @@ def measure_training(
     return [training_line(name + t, timings[t], at_once * batch_size, flops, ceilings) for t in sorted(timings)]
 
 
-def training_line(name: str, timing: Timing, images: int, flops: float, ceilings: Ceilings) -> Measurement:
+def training_line(name: str, timing: Timing, images: int, flops: float, ceilings: DevicePeak) -> Measurement:
     """Images/s beside the floor, with TFLOP/s and the share of the maker's figure."""
     achieved = images / timing.median * flops
     further: dict[str, float] = {"TFLOP/s": achieved / 1e12}

@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from uvim_fsq.config import DataConfig
+from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole

@@ -19,12 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from uvim_fsq.config import DataConfig
+from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
-from uvim_fsq.data.transforms import JointTransform
+from uvim_fsq.data.transforms import Encoding, JointTransform
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.base import Task
 
 #: Seconds after which a loader process that has not delivered its batch counts as stuck.
 BATCH_TIMEOUT = 600
@@ -51,7 +50,7 @@ class Item:
     view: Sample | None = None
 
 
-def mix(*values: int) -> int:
+def derive_seed(*values: int) -> int:
     """A 32-bit seed from several integers."""
     return int(np.random.SeedSequence([v & 0xFFFFFFFF for v in values]).generate_state(1)[0])
 
@@ -79,10 +78,12 @@ class TrainPlan:
         chosen = self._order[position * self.batch : (position + 1) * self.batch]
         # A sample that cannot be read is replaced by another of the same epoch, always the same one.
         others = np.roll(self._order, -self.count // 2)[position * self.batch : (position + 1) * self.batch]
-        return [Request(int(i), mix(self.seed, epoch, int(i)), int(j)) for i, j in zip(chosen, others, strict=True)]
+        return [
+            Request(int(i), derive_seed(self.seed, epoch, int(i)), int(j)) for i, j in zip(chosen, others, strict=True)
+        ]
 
 
-def share(requests: Sequence[Request], micro: int, micros: int, rank: int, world: int) -> list[Request]:
+def rank_slice(requests: Sequence[Request], micro: int, micros: int, rank: int, world: int) -> list[Request]:
     """The part of a global batch that one process sees in one micro batch; sizes differ by at most one."""
     parts = np.array_split(np.arange(len(requests)), micros * world)
     return [requests[i] for i in parts[micro * world + rank]]
@@ -99,7 +100,7 @@ class _MicroBatches:
         for step in range(self.start, self.stop):
             requests = self.plan.step(step)
             for micro in range(self.accumulate):
-                yield share(requests, micro, self.accumulate, self.rank, self.world)
+                yield rank_slice(requests, micro, self.accumulate, self.rank, self.world)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
@@ -109,7 +110,7 @@ class _Samples(Dataset[Item | dict[int, str]]):
     """Loads, transforms and encodes one request. Errors come back as text by index: an exception would lose its one
     line. Where nothing could be read, they are all that comes back."""
 
-    def __init__(self, source: SampleSource, task: Task, data: DataConfig, *, train: bool) -> None:
+    def __init__(self, source: SampleSource, task: Encoding, data: DataConfig, *, train: bool) -> None:
         """`train`: with augmentation, and kept in memory if so configured; else with the evaluation view."""
         self.source, self.transform, self.keep_view = source, JointTransform(data, task, train=train), not train
         self.cache: dict[int, Sample] | None = {} if data.cache and train else None
@@ -260,7 +261,7 @@ class TrainLoader:
     def __init__(
         self,
         source: SampleSource,
-        task: Task,
+        task: Encoding,
         data: DataConfig,
         *,
         batch_size: int,
@@ -308,7 +309,7 @@ class TrainLoader:
 
 def eval_batches(
     source: SampleSource,
-    task: Task,
+    task: Encoding,
     data: DataConfig,
     *,
     batch_size: int,

@@ -1,4 +1,4 @@
-"""The two resizings of the package: nearest neighbour for maps, bilinear without antialiasing for images."""
+"""The package's resizing: nearest neighbour for maps, bilinear without antialiasing for images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,27 @@ def resize_nearest(array: Array, size: tuple[int, int]) -> Array:
     return array.take(rows, 0).take(columns, 1)
 
 
+#: For label maps on their way to the models: half-pixel centres up to the rounding of OpenCV's 16-bit fractions. Its
+#: plain INTER_NEAREST takes the pixel to the left of the centre for half of the columns.
+LABEL_INTERPOLATION = cv2.INTER_NEAREST_EXACT
+
+
+def resize_label_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) or (H, W, C) int32 or float32 -> (height, width[, C]) with `LABEL_INTERPOLATION`."""
+    return _resize(values, size, LABEL_INTERPOLATION)
+
+
+def _resize(values: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    if values.shape[:2] == tuple(size):
+        return values
+    if values.ndim == 2:
+        return cv2.resize(values, (size[1], size[0]), interpolation=interpolation)
+    # OpenCV takes at most 4 channels at a time in some of its kernels, and drops a last axis of 1.
+    parts = [values[..., first : first + 4] for first in range(0, values.shape[2], 4)]
+    done = [cv2.resize(part, (size[1], size[0]), interpolation=interpolation) for part in parts]
+    return done[0].reshape(*size, -1) if len(done) == 1 else np.concatenate([x.reshape(*size, -1) for x in done], -1)
+
+
 def resize_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, C) uint8 or float32 -> (height, width, C), bilinear with half-pixel centres and without antialiasing."""
-    if image.shape[:2] == tuple(size):
-        return image
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return _resize(image, size, cv2.INTER_LINEAR)

@@ -58,7 +58,7 @@ class Batch(TypedDict):
     """What the loader delivers; nothing is normalised before it is on the device.
 
     image: (B, 3, S, S) uint8. labels: name -> (B, S, S) integer class indices (-1 = no label) or (B, S, S, C) float32
-    or uint8, as `Task.encode` made them; `uvim_fsq.evaluation.to_device` makes the latter float32 in [-1, 1].
+    or uint8, as `Task.encode` made them; `uvim_fsq.data.batch.to_device` makes the latter float32 in [-1, 1].
     index: (B,) int64 position of each sample in its source. id: list of B strings.
     """
 

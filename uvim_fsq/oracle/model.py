@@ -6,18 +6,16 @@ in [-1, 1].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from uvim_fsq.config import OracleModelConfig, QuantizerConfig
-from uvim_fsq.errors import UserError
+from uvim_fsq.config.rules import check_code_length, check_patches
+from uvim_fsq.config.schema import OracleModelConfig
 from uvim_fsq.layers import (
     PatchEmbed,
-    Transformer,
     init_transformer_,
     patchify,
     position_embedding,
@@ -25,9 +23,12 @@ from uvim_fsq.layers import (
     signed_pixels,
     unpatchify,
 )
-from uvim_fsq.oracle.fsq import FSQ
-from uvim_fsq.oracle.labels import LabelEmbed, LabelHead, Loss, affordable, head_and_loss
-from uvim_fsq.oracle.vq import VQ
+from uvim_fsq.oracle.backbones.transformer import Transformer
+from uvim_fsq.oracle.chunking import chunk_slices
+from uvim_fsq.oracle.label_embedding import LabelEmbed
+from uvim_fsq.oracle.label_head import LabelHead, Loss, chunked_label_loss
+from uvim_fsq.oracle.quantizers.base import build_quantizer
+from uvim_fsq.performance.flops import OracleCost, oracle_cost
 from uvim_fsq.tasks.base import LabelChannel
 
 
@@ -42,13 +43,6 @@ class OracleOutput:
     logs: dict[str, torch.Tensor]
     tokens: torch.Tensor
     bottleneck: torch.Tensor
-
-
-def build_quantizer(config: QuantizerConfig) -> FSQ | VQ:
-    """The bottleneck's quantizer; both share `forward(z) -> codes, indices`, `indices_to_codes`, `codes_to_indices`."""
-    if config.kind == "vq":
-        return VQ(config.codebook_size, config.codeword_dim, momentum=config.momentum, split=config.split)
-    return FSQ(config.levels, shift=config.shift)
 
 
 def drop_codes(codes: torch.Tensor, kind: str) -> torch.Tensor:
@@ -83,10 +77,8 @@ class Oracle(nn.Module):
 
     def __init__(self, config: OracleModelConfig, channels: Mapping[str, LabelChannel], image_size: int) -> None:
         super().__init__()
-        if image_size % config.patch_size:
-            raise UserError(f"data.image_size={image_size} is not divisible by model.patch_size={config.patch_size}")
-        if math.isqrt(config.code_length) ** 2 != config.code_length:
-            raise UserError(f"model.code_length={config.code_length} is not a square number (e.g. 16, 64, 256)")
+        check_patches(image_size, config.patch_size)
+        check_code_length(config.code_length)
         self.config = config
         self.image_size = image_size
         width, patch = config.width, config.patch_size
@@ -110,6 +102,11 @@ class Oracle(nn.Module):
     def code_length(self) -> int:
         return self.config.code_length
 
+    def cost(self) -> OracleCost:
+        """Floating-point operations of its parts, per image."""
+        logits = self.label_head.logits // self.config.patch_size**2
+        return oracle_cost(self.config, logits, self.image_size, self.quantizer.dim)
+
     def _context(self, embed: PatchEmbed | None, image: torch.Tensor | None) -> torch.Tensor | float:
         if embed is None:
             return 0.0
@@ -128,7 +125,7 @@ class Oracle(nn.Module):
         In float32, also inside autocast: what an LM is trained on is what evaluation holds against it.
         """
         with torch.autocast(self.encoder_positions.device.type, enabled=False):
-            return self.quantizer(self.encode(labels, image))[1]
+            return self.quantizer(self.encode(labels, image)).indices
 
     def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""
@@ -143,26 +140,39 @@ class Oracle(nn.Module):
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
         return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
 
-    def logits_in_pieces(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
+    def iter_logits(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
         """As `decode`, for a few images at a time in their order, so that few logits exist at once."""
         hidden = self.decode_hidden(codes, image)
-        for rows in affordable(len(hidden), self.num_patches * self.label_head.logits):
+        for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
             yield self.logits(hidden[rows])
 
     def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
         return self.decode(self.quantizer.indices_to_codes(tokens), image)
 
-    def forward(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None, loss: Loss) -> OracleOutput:
-        """One reconstruction pass with `loss` = `Task.loss`; code dropout in training mode only."""
+    def forward(
+        self,
+        labels: Mapping[str, torch.Tensor],
+        image: torch.Tensor | None,
+        loss: Loss,
+        image_loss: Loss | None = None,
+    ) -> OracleOutput:
+        """One reconstruction pass; code dropout in training mode only.
+
+        Args:
+            loss: `Task.loss`, computed in chunks of pixels.
+            image_loss: `Task.image_loss`, added to it; it needs the logits of whole label maps at once.
+        """
         bottleneck = self.encode(labels, image)
-        quantized, tokens = self.quantizer(bottleneck)
-        codes = drop_codes(quantized, self.config.code_dropout) if self.training else quantized
+        quantized = self.quantizer(bottleneck)
+        codes = drop_codes(quantized.codes, self.config.code_dropout) if self.training else quantized.codes
         hidden = self.decode_hidden(codes, image)
         patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        value, logs = head_and_loss(self.label_head, hidden, patches, loss)
-        if isinstance(self.quantizer, VQ) and self.config.quantizer.commitment:
-            distance = (self.quantizer.standardize(bottleneck) - quantized.detach()).square().mean((1, 2))
-            logs = {**logs, "reconstruction": value.detach(), "commitment": distance.detach()}
-            value = value + self.config.quantizer.commitment * distance
-        return OracleOutput(value, logs, tokens, bottleneck.detach())
+        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
+        if image_loss is not None:
+            image_value, image_logs = image_loss(self.logits(hidden), labels)
+            value, logs = value + image_value, {**logs, **image_logs}
+        if quantized.loss is not None:
+            logs = {**logs, "reconstruction": value.detach(), **quantized.logs}
+            value = value + quantized.loss
+        return OracleOutput(value, logs, quantized.indices, bottleneck.detach())

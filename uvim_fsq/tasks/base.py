@@ -108,7 +108,7 @@ class Task(ABC):
     #: Maps of a Sample that are resampled bilinearly (colour); all others by nearest neighbour.
     linear_maps: ClassVar[tuple[str, ...]] = ()
     #: Figures that tables show beside the main metric.
-    headline: ClassVar[tuple[str, ...]] = ()
+    secondary_metrics: ClassVar[tuple[str, ...]] = ()
     #: The format of `uvim-fsq synth` that holds this task's data; None if there is none.
     synthetic: ClassVar[str | None] = None
 
@@ -116,7 +116,7 @@ class Task(ABC):
         self.config = config
 
     @classmethod
-    def complete(cls, config: Any, root: str) -> Any:
+    def resolve_config(cls, config: Any, root: str) -> Any:
         """Fills in what only the data under `root` can say (e.g. the categories); kept in the checkpoint.
 
         Called once, before an oracle's training. Raises UserError when the data are missing.
@@ -124,7 +124,7 @@ class Task(ABC):
         return config
 
     @classmethod
-    def without_data(cls, config: Any) -> Any:
+    def placeholder_config(cls, config: Any) -> Any:
         """Stands in for `complete` where no data are at hand and only sizes matter (benchmarks): the standard set's."""
         return config
 
@@ -196,6 +196,22 @@ class Task(ABC):
             (B,) float32 loss per example, and logs: name -> (B,) device tensors that are averaged like the loss.
         """
 
+    def image_loss(
+        self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A further loss that needs whole label maps (perceptual, dice, gradients), added to `loss` in stage I.
+
+        Optional: where it is not overridden, no whole maps of logits are made in training.
+
+        Args:
+            logits: channel -> (B, S, S, C) float32.
+            labels: channel -> (B, S, S) integer, or (B, S, S, C) float32.
+
+        Returns:
+            (B,) float32 loss per example, and logs: name -> (B,).
+        """
+        raise NotImplementedError(f"task {self.name} has no image-level loss")
+
     @abstractmethod
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Any]:
         """One prediction per image from channel -> (B, S, S, C) logits; numpy, on the host, at label size."""
@@ -249,7 +265,7 @@ class Task(ABC):
         """A writer of the benchmark's own result format. Raises UserError where there is none."""
         raise UserError(f"task {self.name} has no official scoring program")
 
-    def inspect(self, sample: Sample) -> str | None:
+    def check_sample(self, sample: Sample) -> str | None:
         """What is suspicious about a readable sample, in one line for `uvim-fsq data check`, or None."""
         return None
 

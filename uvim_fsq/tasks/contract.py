@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvim_fsq.config import DataConfig
+from uvim_fsq.config.plugins import describe
+from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation import to_device
-from uvim_fsq.plugins import describe
 from uvim_fsq.tasks.base import Categorical, Metric, Real, Task
 from uvim_fsq.tasks.registry import BUILT_IN
 
@@ -237,8 +237,10 @@ def _check_metric(task: Task, metric: Metric, item: Any, view: Sample) -> None:
     _demand(right, "state must return name -> NumPy array")
     figures = metric.compute()
     _demand(isinstance(figures, dict), f"compute must return name -> float, not {_kind(figures)}")
-    for name in filter(None, (task.main_metric, task.choosing_metric, *task.headline)):
-        _demand(name in figures, f"compute returns {', '.join(figures)}, but no {name!r} (main_metric, headline)")
+    for name in filter(None, (task.main_metric, task.choosing_metric, *task.secondary_metrics)):
+        _demand(
+            name in figures, f"compute returns {', '.join(figures)}, but no {name!r} (main_metric, secondary_metrics)"
+        )
     metric.load_state(state)
     _demand(_same(metric.compute(), figures), "load_state(state()) changes what compute returns")
 

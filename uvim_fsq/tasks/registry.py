@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
+from uvim_fsq.config.plugins import GROUP, import_plugin, name_plugins
 from uvim_fsq.errors import UserError
-from uvim_fsq.plugins import GROUP, import_plugin, name_plugins
 
 if TYPE_CHECKING:
     from uvim_fsq.tasks.base import Task

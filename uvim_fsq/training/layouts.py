@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from uvim_fsq.layers import Attention, PatchEmbed
-from uvim_fsq.lm.encoder import PatchLinear
-from uvim_fsq.oracle.labels import CategoricalEmbed, LabelEmbed, LabelHead, RealEmbed
+from uvim_fsq.lm.image_encoder import PatchLinear
+from uvim_fsq.oracle.label_embedding import CategoricalEmbed, LabelEmbed, RealEmbed
+from uvim_fsq.oracle.label_head import LabelHead
 
 if TYPE_CHECKING:
     from timm.layers.attention import Attention as TimmAttention

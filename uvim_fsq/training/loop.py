@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.benchmark.ceilings import device_name, matrix_rate
-from uvim_fsq.config import Run
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.config.schema import Run
+from uvim_fsq.console import say
 from uvim_fsq.data.loader import worker_errors
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import refuse_links
-from uvim_fsq.progress import say
-from uvim_fsq.training import checkpoint as ckpt
+from uvim_fsq.performance.device_peak import device_name, matrix_rate
 from uvim_fsq.training.lock import run_lock
 from uvim_fsq.training.optim import learning_rate
 from uvim_fsq.training.progress import Progress
@@ -49,7 +49,7 @@ def fit(stage: Stage, run: Run) -> Path:
         _say_start(trainer)
         progress = Progress(
             run.train,
-            stage.main_prefix,
+            stage.name,
             trainer.total,
             trainer.step,
             main=processes.is_main(),
@@ -105,7 +105,7 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
     early: list[torch.Tensor] = []
     with contextlib.closing(trainer.loader.batches(trainer.step, trainer.total)) as batches:
         while trainer.step < trainer.total:
-            window.append(trainer.optimizer_step(batches, progress.waited))
+            window.append(trainer.stepper.optimizer_step(batches, progress.waited))
             progress.stepped(trainer.step)
             if trainer.step <= EARLY:
                 early.append(window[-1].get("reconstruction", window[-1]["loss"]))

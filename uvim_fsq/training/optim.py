@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from uvim_fsq.config import OptimConfig
+from uvim_fsq.config.schema import OptimConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.layouts import reference_layouts
@@ -72,9 +72,16 @@ def set_rates(optimizer: torch.optim.Optimizer, peak: float, share: float) -> No
         group["lr"], group["schedule"] = peak * share * group["lr_ratio"], share
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Takes over the moments and counts of a saved state; rates and decay stay those of the configuration."""
-    groups = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
-        raise UserError("the saved optimizer state is of another model; its training cannot go on from it")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+def load_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], saved: Mapping[str, dict[str, Any]]) -> None:
+    """Takes over the moments and counts of saved states, by name; rates and decay stay those of the configuration.
+
+    Raises UserError where the saved states are of another model or stage.
+    """
+    other = UserError("the saved optimizer state is of another model; its training cannot go on from it")
+    if saved.keys() != optimizers.keys():
+        raise other
+    for name, optimizer in optimizers.items():
+        groups = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in groups] != [group["params"] for group in saved[name]["param_groups"]]:
+            raise other
+        optimizer.load_state_dict({"state": saved[name]["state"], "param_groups": groups})

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from uvim_fsq.config import TrainConfig
+from uvim_fsq.config.schema import TrainConfig
+from uvim_fsq.console import LINES, Bar, clear, say
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines, write_text
-from uvim_fsq.progress import LINES, Bar, clear, say
 
 
 class Progress:

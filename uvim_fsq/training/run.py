@@ -1,33 +1,48 @@
-"""From a resolved configuration to a trained run directory, for both stages."""
+"""From a configuration to a trained run directory, for both stages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from uvim_fsq import processes
-from uvim_fsq.config import Run
-from uvim_fsq.evaluation import evaluate_run
+from uvim_fsq.checkpoints.loading import build_task, resolve_task
+from uvim_fsq.checkpoints.run_directory import inherit
+from uvim_fsq.config.schema import Run
+from uvim_fsq.errors import TRAINING_REMEDY, enough_memory
+from uvim_fsq.evaluation.results import result_file
+from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.files import write_json
-from uvim_fsq.memory import TRAINING, enough_memory
-from uvim_fsq.models import build_task, resolve
-from uvim_fsq.results import result_file
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.contract import refuse_faults
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
 
-def train(run: Run) -> Path:
-    """Trains a stage, evaluates its best or last checkpoint (see `data.watch_split`), writes RUN/evaluation.json.
+def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
+    """Trains the stage that a configuration names, evaluates the result and writes RUN/evaluation.json.
 
-    Returns the run directory. Raises UserError for whatever the user can put right.
+    The checkpoint evaluated is the best on the selection split if there is one (`data.selection_split`), else the last.
+
+    Args:
+        config: a YAML file, the name of a shipped configuration such as "nyu_depth/oracle", or a loaded `Run`.
+        overrides: `key=value` strings, e.g. "train.out=runs/depth_oracle"; only with a file or a name.
+
+    Returns the run directory. Raises UserError for everything that the user can correct.
     """
+    run = load_run(config, overrides) if isinstance(config, (str, Path)) else config
+    return train_inherited(inherit(run))
+
+
+def train_inherited(run: Run) -> Path:
+    """`train` for a run that `inherit` has already filled and checked."""
     # Before the data are read, which takes time.
     processes.state()
-    run = resolve(run)
-    with enough_memory(TRAINING):
+    run = resolve_task(run) if run.stage == "oracle" else run
+    with enough_memory(TRAINING_REMEDY):
         refuse_faults(build_task(run), run.data.root, run.data.eval_split)
         out = fit(build_stage(run), run)
-    result = evaluate_run(out)
+    result = evaluate(out)
     if processes.is_main():
         write_json(result_file(out), result)
     return out

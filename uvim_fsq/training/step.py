@@ -13,12 +13,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from uvim_fsq import processes
 from uvim_fsq.compilation import compiled
-from uvim_fsq.config import Run, TrainConfig
-from uvim_fsq.data.loader import mix
+from uvim_fsq.config.schema import Run, TrainConfig
+from uvim_fsq.data.batch import to_device
+from uvim_fsq.data.loader import derive_seed
 from uvim_fsq.data.sample import Batch
-from uvim_fsq.evaluation import to_device
-from uvim_fsq.training.optim import build_optimizer, schedule, set_rates
-from uvim_fsq.training.stages import Stage
+from uvim_fsq.training.optim import schedule, set_rates
+from uvim_fsq.training.stages import MAIN, Stage
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -36,23 +36,35 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
 
 
 class Stepper:
-    """A stage's model and optimizer under Accelerate, and the number of steps they have taken.
+    """A stage's model and optimizers under Accelerate, and the number of steps they have taken.
 
-    `total` is the length of the learning rate's schedule.
+    Attributes:
+        total: length of the learning rate's schedule.
+        optimizers: name -> prepared optimizer, the model's first.
+        ema: name -> averaged weights, or None.
+        step: optimizer steps taken.
     """
 
     def __init__(self, stage: Stage, run: Run, total: int) -> None:
         self.stage, self.run, self.train, self.total = stage, run, run.train, total
         self.accelerator = make_accelerator(run.train)
         self.device = self.accelerator.device
-        optimizer = build_optimizer(stage.model, run.optim, run.stage)
+        optimizers = stage.build_optimizers()
+        modules = [stage.model, *stage.auxiliary.values()]
+        # In the modules' order, not that of the optimizers' groups: the norm's rounding depends on it.
+        in_order = [p for module in modules for p in module.parameters()]
+        owned = {name: {id(p) for group in o.param_groups for p in group["params"]} for name, o in optimizers.items()}
+        self._parameters = {name: [p for p in in_order if id(p) in ids] for name, ids in owned.items()}
         model = compiled(stage.model) if run.train.compile else stage.model
         # The schedule is not prepared: it would step once per process.
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ema = self._ema_start() if run.train.ema is not None else None
+        self.model = self.accelerator.prepare(model)
+        self.auxiliary = {name: self.accelerator.prepare(module) for name, module in stage.auxiliary.items()}
+        self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+        self.ema = self.ema_start() if run.train.ema is not None else None
         self.step = 0
 
-    def _ema_start(self) -> dict[str, torch.Tensor]:
+    def ema_start(self) -> dict[str, torch.Tensor]:
+        """A copy of the present weights, from which averaging starts."""
         return {name: p.detach().to(self.device, copy=True) for name, p in self.stage.model.named_parameters()}
 
     def optimizer_step(self, batches: Iterator[Batch], waited: Callable[[float], object]) -> dict[str, torch.Tensor]:
@@ -61,8 +73,10 @@ class Stepper:
         `waited` is told the seconds that each batch had to be waited for.
         """
         rank = self.accelerator.process_index
-        set_rates(self.optimizer, self.run.optim.lr, schedule(self.step, self.total, self.run.optim))
-        self.model.train()
+        for optimizer in self.optimizers.values():
+            set_rates(optimizer, self.run.optim.lr, schedule(self.step, self.total, self.run.optim))
+        for module in (self.model, *self.auxiliary.values()):
+            module.train()
         sums: dict[str, torch.Tensor] = {}
         # Micro batches differ by one image where the batch does not divide evenly. Accelerate averages them as equals
         # over accumulation and processes, so each is weighted by its share of the batch.
@@ -72,20 +86,18 @@ class Stepper:
             batch = to_device(next(batches), self.device)
             waited(time.perf_counter() - start)
             # After the loader, whose start draws from the same generator.
-            torch.manual_seed(mix(self.train.seed, self.step, rank, micro))
-            with self.accelerator.accumulate(self.model):
-                with self.accelerator.autocast():
-                    loss, logs = self.stage.step(self.model, batch)
-                weight = len(batch["image"]) * parts / self.train.batch_size
-                self.accelerator.backward(loss * weight)
-                if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_norm)
-                    sums["grad_norm"] = torch.as_tensor(norm) * self.train.accumulate
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            for name, value in {"loss": loss, **logs}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach().float() * weight
-        self.stage.after_step(self._sum, mix(self.train.seed, self.step))
+            torch.manual_seed(derive_seed(self.train.seed, self.step, rank, micro))
+            weight = len(batch["image"]) * parts / self.train.batch_size
+            with self.accelerator.accumulate(self.model, *self.auxiliary.values()):
+                for key, value in self._backward(batch, weight):
+                    sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value.detach().float() * weight
+                for name, optimizer in self.optimizers.items():
+                    if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
+                        norm = self.accelerator.clip_grad_norm_(self._parameters[name], self.run.optim.clip_norm)
+                        sums[_log_name(name, "grad_norm")] = torch.as_tensor(norm) * self.train.accumulate
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+        self.stage.on_optimizer_step(self.sum, derive_seed(self.train.seed, self.step))
         if self.ema is not None:
             assert self.train.ema is not None
             # One kernel for many tensors, without gradients.
@@ -94,7 +106,27 @@ class Stepper:
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
 
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+    def _backward(self, batch: Batch, weight: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """Backpropagates the losses of one micro batch, each into its own optimizer's parameters; yields all logs."""
+        losses = self.stage.steps(self.model, self.auxiliary, batch)
+        several = len(self.optimizers) > 1
+        while True:
+            with self.accelerator.autocast():
+                found = next(losses, None)
+            if found is None:
+                return
+            name, loss, logs = found
+            inputs = {"inputs": self._parameters[name]} if several else {}
+            self.accelerator.backward(loss * weight, **inputs)
+            yield _log_name(name, "loss"), loss
+            yield from logs.items()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
         total = self.accelerator.reduce(values, "sum")
         assert isinstance(total, torch.Tensor)
         return total
+
+
+def _log_name(optimizer: str, figure: str) -> str:
+    return figure if optimizer == MAIN else f"{optimizer}_{figure}"

@@ -14,15 +14,9 @@ from PIL import Image
 from torch import nn
 
 from uvim_fsq import processes
-from uvim_fsq.config import Run
-from uvim_fsq.config_io import dump_yaml
-from uvim_fsq.config_rules import check_warmup
-from uvim_fsq.data.loader import TrainLoader
-from uvim_fsq.errors import UserError
-from uvim_fsq.files import write_text, write_whole
-from uvim_fsq.identity import check_resume
-from uvim_fsq.progress import say
-from uvim_fsq.run_dirs import (
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.identity import check_resume
+from uvim_fsq.checkpoints.run_directory import (
     Evaluation,
     Watch,
     best,
@@ -33,23 +27,29 @@ from uvim_fsq.run_dirs import (
     resume_from,
     step_name,
 )
-from uvim_fsq.training import checkpoint as ckpt
-from uvim_fsq.training.optim import load_optimizer
+from uvim_fsq.config.parse import dump_yaml
+from uvim_fsq.config.rules import check_warmup
+from uvim_fsq.config.schema import Run
+from uvim_fsq.console import say
+from uvim_fsq.data.loader import TrainLoader
+from uvim_fsq.errors import UserError
+from uvim_fsq.files import write_text, write_whole
+from uvim_fsq.training.optim import load_optimizers
 from uvim_fsq.training.progress import Progress
-from uvim_fsq.training.stages import Stage, watched
+from uvim_fsq.training.stages import Stage, selection_data
 from uvim_fsq.training.step import Stepper
 
 
-class Trainer(Stepper):
-    """State of one training run; `fit` drives it."""
+class Trainer:
+    """State of one training run: the `Stepper`, the loader and the run directory. `fit` drives it."""
 
     def __init__(self, stage: Stage, run: Run) -> None:
-        super().__init__(stage, run, total=0)
-        self.out = Path(run.train.out)
+        self.stage, self.run, self.train, self.out = stage, run, run.train, Path(run.train.out)
         source = stage.task.source(run.data.root, run.data.train_split)
-        # What evaluation lacks is better said now than after hours of training.
+        # What evaluation lacks is reported now rather than after hours of training.
         stage.task.metric(stage.task.source(run.data.root, run.data.eval_split))
         self.watch = self._watch()
+        state = processes.state()
         self.loader = TrainLoader(
             source,
             stage.task,
@@ -57,16 +57,28 @@ class Trainer(Stepper):
             batch_size=run.train.batch_size,
             seed=run.train.seed,
             accumulate=run.train.accumulate,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=state.process_index,
+            world=state.num_processes,
         )
         per_epoch = self.loader.plan.steps_per_epoch
         epochs = run.train.epochs
-        self.total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
-        check_warmup(run, self.total)
+        total = run.train.steps if run.train.steps is not None else max(1, round((epochs or 0) * per_epoch))
+        check_warmup(run, total)
+        self.stepper = Stepper(stage, run, total)
+        self.accelerator, self.device = self.stepper.accelerator, self.stepper.device
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stepper.total
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.stepper.step
 
     def _watch(self) -> Watch:
-        task, data, train = self.stage.task, watched(self.run.data), self.run.train
+        task, data, train = self.stage.task, selection_data(self.run.data), self.run.train
         source = task.source(data.root, data.eval_split)
         limit = train.eval_limit if train.eval_limit is not None else self.run.eval.limit
         # A checkpoint must not be chosen by what is reported.
@@ -115,21 +127,24 @@ class Trainer(Stepper):
         with offering_earlier(self.run, path):
             trained = read_config(path)
             state, state_hash = ckpt.load_trainer_state(path)
-            if "optimizer" not in state:
+            if "optimizers" not in state:
                 raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
         check_resume(self.run, trained)
         with offering_earlier(self.run, path):
             weights_hash = ckpt.load_model_weights(self.stage.model, path)
-        if self.ema is not None:
+        stepper = self.stepper
+        if stepper.ema is not None:
             # Without an average in the checkpoint, it starts from the weights.
-            self.ema = self._ema_start()
+            stepper.ema = stepper.ema_start()
         if "raw" in state:
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizers(stepper.optimizers, state["optimizers"])
+        for name, module in self.stage.auxiliary.items():
+            module.load_state_dict(state["auxiliary"][name])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.bad = dict(state.get("bad_samples", {}))
-        self.step = int(state["step"])
+        stepper.step = int(state["step"])
         if self.step > self.total:
             raise UserError(
                 f"{path} is at step {self.step} and training would end after {self.total} steps; "
@@ -157,15 +172,16 @@ class Trainer(Stepper):
         if processes.is_main():
             state: dict[str, Any] = {
                 "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": {name: o.state_dict() for name, o in self.stepper.optimizers.items()},
+                "auxiliary": {name: module.state_dict() for name, module in self.stage.auxiliary.items()},
                 "bad_samples": self.loader.bad,
             }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             weights = dict(self.stage.model.state_dict())
-            if self.ema is not None:
+            if self.stepper.ema is not None:
                 state["raw"] = {name: p.detach().cpu() for name, p in self.stage.model.named_parameters()}
-                weights |= self.ema
+                weights |= self.stepper.ema
             ckpt.save_checkpoint(
                 self.out,
                 self.step,
@@ -177,12 +193,17 @@ class Trainer(Stepper):
         processes.wait()
 
     def _refuse_to_save_nonsense(self) -> None:
-        tensors = [*self.stage.model.state_dict().values(), *(self.ema or {}).values()]
-        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.stage.model.state_dict().values(), *(self.stepper.ema or {}).values()]
+        tensors += [
+            value
+            for optimizer in self.stepper.optimizers.values()
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
         checked = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
         # The largest number of all, in few kernels; an inf or NaN comes through, and no square overflows.
         largest = nn.utils.get_total_norm(checked, math.inf)
-        broken = self._sum((~torch.isfinite(largest)).float())
+        broken = self.stepper.sum((~torch.isfinite(largest)).float())
         if broken:
             raise UserError(
                 f"the weights or the optimizer's state are not finite after step {self.step}; {self.last_good()}"
@@ -219,8 +240,8 @@ class Trainer(Stepper):
     def averaged_weights(self) -> Iterator[nn.Module]:
         """The model to evaluate and save: its weights are the EMA's inside, if there is one."""
         model = self.stage.model
-        raw = {name: p.detach().clone() for name, p in model.named_parameters()} if self.ema is not None else {}
-        model.load_state_dict({**model.state_dict(), **(self.ema or {})})
+        raw = {name: p.detach().clone() for name, p in model.named_parameters()} if self.stepper.ema is not None else {}
+        model.load_state_dict({**model.state_dict(), **(self.stepper.ema or {})})
         was_training = model.training
         try:
             yield model.eval()
@@ -246,4 +267,4 @@ class Trainer(Stepper):
     def write_run_files(self) -> None:
         """What lies in the run directory beside the checkpoints."""
         write_text(self.out / "config.yaml", dump_yaml(self.run))
-        self.stage.extra_files(self.out)
+        self.stage.write_artifacts(self.out)

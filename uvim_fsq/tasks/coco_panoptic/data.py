@@ -21,10 +21,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.arrays import MAX_RATIO
 from uvim_fsq.data.folders import and_list
 from uvim_fsq.data.images import decode_png, read_image
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError

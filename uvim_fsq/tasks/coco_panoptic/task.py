@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_json
@@ -35,7 +35,7 @@ class CocoPanoptic(Task):
     Config = CocoPanopticConfig
     main_metric = "pq"
     smaller_is_better = False
-    headline = ("sq", "rq", "pq_things", "pq_stuff")
+    secondary_metrics = ("sq", "rq", "pq_things", "pq_stuff")
     synthetic = "coco_panoptic"
     config: CocoPanopticConfig
 
@@ -49,7 +49,7 @@ class CocoPanoptic(Task):
         self.is_thing = np.array([False, *(thing for _, _, thing in config.categories)])
 
     @classmethod
-    def complete(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
+    def resolve_config(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
         """Reads the categories from the training annotations, or those of val where there are no others."""
         if config.categories:
             return config
@@ -62,7 +62,7 @@ class CocoPanoptic(Task):
         return dataclasses.replace(config, categories=index.categories)
 
     @classmethod
-    def without_data(cls, config: CocoPanopticConfig) -> CocoPanopticConfig:
+    def placeholder_config(cls, config: CocoPanopticConfig) -> CocoPanopticConfig:
         """COCO's 80 things and 53 stuff classes, numbered."""
         return dataclasses.replace(config, categories=tuple((i, f"class {i}", i <= 80) for i in range(1, 134)))
 
@@ -159,7 +159,7 @@ class CocoPanoptic(Task):
         segments = to_segments(classes, np.zeros_like(classes), self.is_thing)
         return Baseline("most frequent class of each pixel in the training set", lambda image: segments)
 
-    def inspect(self, sample: Sample) -> str | None:
+    def check_sample(self, sample: Sample) -> str | None:
         """Listed segments without pixels, areas that contradict the PNG, images without any segment."""
         truth: Segments = sample.meta["segments"]
         area = np.bincount(truth.ids.ravel(), minlength=len(truth.segment_ids) + 1)[1:]

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data import splits
 from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.folders import IMAGE_SUFFIXES, has_split_folders, split_folder
 from uvim_fsq.data.images import read_image
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color.coltran import evaluation_names, reference_names

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from uvim_fsq.console import Bar
 from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
-from uvim_fsq.progress import Bar
 from uvim_fsq.tasks.base import Metric
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource

@@ -35,7 +35,7 @@ class ImagenetColor(Task):
     Config = ImagenetColorConfig
     main_metric = "psnr"
     smaller_is_better = False
-    headline = ("mse",)
+    secondary_metrics = ("mse",)
     synthetic = "imagenet"
     config: ImagenetColorConfig
 
@@ -130,7 +130,7 @@ class ImagenetColor(Task):
 
         return Baseline("the grey photo itself", predict)
 
-    def inspect(self, sample: Sample) -> str | None:
+    def check_sample(self, sample: Sample) -> str | None:
         return f"{sample.id}: only {sample.image.shape[:2]} pixels" if min(sample.image.shape[:2]) < 16 else None
 
 

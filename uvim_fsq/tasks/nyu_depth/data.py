@@ -15,9 +15,9 @@ import cv2
 import h5py
 import numpy as np
 
-from uvim_fsq.config_io import find_data_root
 from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, has_split_folders, split_folder
 from uvim_fsq.data.names import inner_name
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig

@@ -33,7 +33,7 @@ class NYUDepth(Task):
 
     Config = NYUDepthConfig
     main_metric = "rmse"
-    headline = ("abs_rel", "delta1")
+    secondary_metrics = ("abs_rel", "delta1")
     synthetic = "nyu"
     config: NYUDepthConfig
 
@@ -140,7 +140,7 @@ class NYUDepth(Task):
         mean_map = np.where(count > 0, total / np.maximum(count, 1), mean).astype(np.float32)
         return Baseline("mean depth map of the training set", lambda image: mean_map)
 
-    def inspect(self, sample: Sample) -> str | None:
+    def check_sample(self, sample: Sample) -> str | None:
         return None if (sample.maps["depth"] > 0).any() else f"{sample.id}: no valid depth pixel in this image"
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:

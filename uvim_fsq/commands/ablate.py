@@ -1,0 +1,75 @@
+"""`uvim-fsq ablate`: trains and compares a grid of configurations x seeds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import add_overrides, check_places
+from uvim_fsq.errors import UserError
+
+HELP = "train and compare a grid of configurations x seeds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("grid", help="a grid file, or the name of a shipped one, e.g. ablations/table2_depth-small")
+    add_overrides(parser, "settings of all cells, both stages")
+    parser.add_argument("--out", type=Path, help="default: runs/ablations/GRID")
+    parser.add_argument("--only", action="append", metavar="ROW", help="these rows only; may be given several times")
+    parser.add_argument("--jobs", type=int, help="cells at a time (default: one per GPU, or one)")
+    parser.add_argument("--dry-run", action="store_true", help="print cells and commands, do nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the grid and writes its tables; exits with code 1 if a cell failed."""
+    from uvim_fsq.evaluation.results import finished
+    from uvim_fsq.experiments.ablation.devices import find_devices, fit_cells
+    from uvim_fsq.experiments.ablation.grid import claim, command_line, plan, prepare, read_grid
+    from uvim_fsq.experiments.ablation.report import write_results, write_tables
+    from uvim_fsq.experiments.ablation.runner import Runner
+
+    file = Path(args.grid)
+    grid = read_grid(file)
+    out = args.out or Path("runs/ablations") / file.stem
+    cells = plan(grid, out, args.overrides)
+    rows = [row.name for row in grid.rows]
+    unknown = [name for name in args.only or [] if name not in rows]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r}: no such row; rows: {'; '.join(rows)}")
+    chosen = [cell for cell in cells if not args.only or cell.row in args.only]
+    devices = find_devices()
+    jobs = args.jobs or max(len(devices.names), 1)
+    chosen = fit_cells(chosen, devices, jobs, print)
+    if args.dry_run:
+        for cell in chosen:
+            print(f"{cell.name}{' (finished)' if finished(cell.lm_dir) else ''}")
+            print(f"  {command_line(cell.oracle_command)}\n  {command_line(cell.lm_command)}")
+        return
+    check_places(folders=[out])
+    claim(out, grid, args.overrides)
+    prepare(grid, out, print)
+    runner = Runner(
+        out,
+        jobs,
+        devices.names,
+        say=lambda line: print(line, flush=True),
+        after_cell=lambda failures: write_tables(out, grid, cells, failures),
+    )
+    runner.run(chosen)
+    _print_lines(write_results(out, grid, cells, runner.failures), out)
+    if runner.failures:
+        raise SystemExit(1)
+
+
+def _print_lines(lines: list[list[str]], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for i, head in enumerate(lines[0]):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console().print(table)
+    print(f"report: {out / 'report.html'}   table: {out / 'table.md'}   figures: {out / 'results.json'}")

@@ -1,0 +1,41 @@
+"""`uvim-fsq analyze`: what a run's codes encode."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import add_overrides, check_places, check_run, print_result
+from uvim_fsq.files import inside
+
+HELP = "show what a run's codes encode and how much its predictions depend on them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run", help="run or checkpoint directory of either stage")
+    add_overrides(parser, "e.g. eval.seed=1 data.eval_split=train")
+    parser.add_argument(
+        "--out", type=Path, help="folder for analysis.json, report.html, pictures (default: RUN/analysis)"
+    )
+    parser.add_argument("--limit", type=int, help="first N images only")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Analyzes, prints a table and writes a report."""
+    out = args.out or Path(args.run) / "analysis"
+    check_run(args.run, args.overrides)
+    if args.out is None:
+        inside(Path(args.run), out / "analysis.json")
+    check_places(folders=[out])
+
+    from uvim_fsq import processes
+    from uvim_fsq.experiments.analysis import analyze_run
+
+    result = analyze_run(args.run, args.overrides, out=out, limit=args.limit)
+    if not processes.is_main():
+        return
+    print_result(result)
+    for way, text in result["ways"].items():
+        print(f"{way}: {text}")
+    print(f"written: {out / 'report.html'}, {out / 'analysis.json'} and the pictures")

@@ -1,0 +1,72 @@
+"""What several commands share: checks that need no torch, and the line that says what to do next."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.console import is_first, say
+from uvim_fsq.files import check_file, check_folder
+
+
+def add_overrides(parser: argparse.ArgumentParser, text: str = "settings that replace those of the file") -> None:
+    """The trailing `key=value` arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
+
+def check_places(files: Sequence[Path | None] = (), folders: Sequence[str | Path] = ()) -> None:
+    """Refuses output files and folders that cannot be written, before there is anything to write."""
+    if is_first():
+        for file in filter(None, files):
+            check_file(file)
+        for folder in folders:
+            check_folder(Path(folder))
+
+
+def check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """Refuses what a user may mistype about a trained run before torch is imported.
+
+    Returns the settings that differ from the trained ones (`identity.check_overrides`).
+    """
+    from uvim_fsq.checkpoints.run_directory import read_overridden, resolve_checkpoint
+
+    changed = read_overridden(resolve_checkpoint(run), overrides)[1]
+    say(f"{run}: loading ...")
+    return changed
+
+
+def say_next_of_lm(run: str | Path) -> None:
+    """What to do with a trained language model."""
+    say(f"next: uvim-fsq predict {run} PHOTOS --out predictions, or uvim-fsq evaluate {run} --report report.html")
+
+
+def say_next_of_data(task: str, root: str) -> None:
+    """What to do with a data set."""
+    from uvim_fsq.tasks.registry import BUILT_IN
+
+    config = f"{task}/oracle" if task in BUILT_IN else "ORACLE_CONFIG.yaml"
+    say(f"next: uvim-fsq train-oracle {config} data.root={root} train.out=...")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The figures of an evaluation as a table, with what they were measured on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from uvim_fsq.checkpoints.identity import describe
+
+    figures: dict[str, dict[str, float]] = result["figures"]
+    data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
+    table = Table(title=f"{result['protocol']} ({data})")
+    table.add_column("")
+    for name in figures:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for values in figures.values() for metric in values):
+        table.add_row(metric, *(f"{values[metric]:.4f}" if metric in values else "" for values in figures.values()))
+    Console().print(table)
+    limit = f", first {result['limit']} images only" if result["limit"] else ""
+    if result["overrides"]:
+        print(describe(result["overrides"]))
+    print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")

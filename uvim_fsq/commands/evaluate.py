@@ -1,0 +1,60 @@
+"""`uvim-fsq evaluate`: a run's figures by its task's protocol."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import add_overrides, check_places, check_run, print_result
+from uvim_fsq.console import say
+from uvim_fsq.files import inside, refuse_links, write_json
+
+HELP = "evaluate a run by its task's protocol"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run", help="run or checkpoint directory")
+    add_overrides(parser, "e.g. task.protocol=eigen data.root=...")
+    parser.add_argument("--limit", type=int, help="first N images only")
+    parser.add_argument("--csv", type=Path, help="write each image's figures to this file")
+    parser.add_argument("--json", type=Path, help="default: RUN/evaluation.json, or next to it if settings differ")
+    parser.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
+    parser.add_argument("--report", type=Path, help="write an HTML page with figures, panels and curves to this file")
+    parser.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates, prints a table and writes JSON."""
+    from uvim_fsq.evaluation.results import beside, result_file
+
+    limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
+    changed = check_run(args.run, [*args.overrides, *limited])
+    # The result of a part, and its official files, must not take the place of the whole.
+    official = beside(Path(args.run) / "official", changed) if args.official else None
+    if official:
+        inside(Path(args.run), official / "oracle")
+        refuse_links(official)
+    file = args.json or beside(result_file(Path(args.run)), changed)
+    check_places([file, args.csv, args.report], [official] if official else [])
+
+    from uvim_fsq import processes
+    from uvim_fsq.evaluation.run import evaluate
+    from uvim_fsq.reports.evaluation_page import write_run_page
+
+    result = evaluate(
+        args.run, args.overrides, limit=args.limit, csv=args.csv, baseline=args.baseline, official=official
+    )
+    if not processes.is_main():
+        return
+    if args.report is not None:
+        write_run_page(args.report, args.run, [*args.overrides, *limited], result)
+    write_json(file, result)
+    print_result(result)
+    if result["baseline"]:
+        print(f"baseline: {result['baseline']}")
+    print(f"written: {file}" + (f", {official}/" if official else ""))
+    if "lm" in result["figures"]:
+        say(f"next: uvim-fsq predict {args.run} PHOTOS --out predictions")
+    else:
+        say(f"next: uvim-fsq train-lm LM_CONFIG.yaml oracle={args.run} train.out=...")

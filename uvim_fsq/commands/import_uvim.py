@@ -1,0 +1,43 @@
+"""`uvim-fsq import-uvim`: turns a published UViM checkpoint into a run directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.console import say
+from uvim_fsq.errors import UserError
+
+HELP = "turn a published UViM checkpoint (.npz) into a run directory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--stage", default="oracle", choices=("oracle", "lm"), help="stage I (default) or II")
+    parser.add_argument("--task", help="of stage I: depth, panoptic (needs data.root= for its categories) or color")
+    parser.add_argument("--oracle", type=Path, help="of stage II: the run directory of the imported stage I")
+    parser.add_argument("--out", required=True, type=Path, help="new run directory")
+    add_overrides(parser, "e.g. data.root=coco eval.batch_size=8")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports one stage."""
+    check_places(folders=[args.out])
+
+    from uvim_fsq.interop.import_uvim import import_lm, import_oracle
+
+    if args.stage == "oracle":
+        if not args.task:
+            raise UserError("stage I needs --task depth, panoptic or color")
+        out = import_oracle(args.file, args.task, args.out, args.overrides)
+    else:
+        if args.oracle is None:
+            raise UserError("stage II needs --oracle, the run directory of its stage I")
+        out = import_lm(args.file, args.oracle, args.out, args.overrides)
+    say(f"imported: {out}")
+    if args.stage == "oracle":
+        say(f"next: uvim-fsq evaluate {out}, or uvim-fsq import-uvim LM.npz --stage lm --oracle {out} --out ...")
+    else:
+        say_next_of_lm(out)

@@ -1,0 +1,33 @@
+"""`uvim-fsq quickstart`: data, both stages, evaluation and a report, in one command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import check_places, say_next_of_lm
+from uvim_fsq.console import say
+
+HELP = "make data, train both stages, evaluate, draw a report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
+    parser.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")
+    parser.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the whole pipeline on synthetic scenes."""
+    out = args.out or f"runs/quickstart{'' if args.task == 'nyu_depth' else '_' + args.task}"
+    from uvim_fsq.tasks.registry import config_class
+
+    config_class(args.task)
+    check_places(folders=[out])
+    say(f"{out}: loading ...")
+
+    from uvim_fsq.experiments.quickstart import quickstart
+
+    quickstart(Path(out), args.gpu_scale, args.task)
+    say_next_of_lm(Path(out) / "lm")

@@ -1,0 +1,62 @@
+"""`uvim-fsq synth`: a synthetic data set in a real on-disk format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import check_places, say_next_of_data
+from uvim_fsq.console import Bar, say
+from uvim_fsq.errors import UserError
+
+HELP = "write a synthetic data set in a real on-disk format"
+#: Format -> the task that reads it.
+TASKS = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--format", required=True, choices=tuple(TASKS))
+    parser.add_argument("--num", type=int, required=True, help="training scenes")
+    parser.add_argument("--num-val", type=int, default=100, help="validation scenes (default 100)")
+    parser.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--layout", default="h5", choices=("h5", "mat", "png"), help="of --format nyu (default h5)")
+    parser.add_argument("--difficulty", default="varied", choices=("varied", "plain"))
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """ "128" or "480x640" (height x width)."""
+    try:
+        parts = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2) or min(parts, default=0) < 1:
+        raise UserError(f"--size {text}: give one number, or HEIGHTxWIDTH")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the scenes."""
+    size = parse_size(args.size)
+    check_places(folders=[args.out])
+
+    from uvim_fsq.synthetic.writers import write_dataset
+
+    with Bar(args.out) as bar:
+        write_dataset(
+            args.format,
+            Path(args.out),
+            args.num,
+            size,
+            seed=args.seed,
+            num_val=args.num_val,
+            layout=args.layout,
+            difficulty=args.difficulty,
+            workers=args.workers,
+            progress=bar.update,
+        )
+    say(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
+    say_next_of_data(TASKS[args.format], args.out)

@@ -1,0 +1,52 @@
+"""`uvim-fsq train-oracle` and `uvim-fsq train-lm` share this code: both train the stage that a configuration names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.console import is_first, say
+from uvim_fsq.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of both commands."""
+    parser.add_argument("config", help="a YAML file, or the name of a shipped one, e.g. nyu_depth/oracle")
+    add_overrides(parser)
+
+
+def train_stage(args: argparse.Namespace, stage: str) -> None:
+    """Trains `stage` ("oracle" or "lm"); refuses what can be refused before torch is imported."""
+    from uvim_fsq.checkpoints.run_directory import inherit, resume_from
+    from uvim_fsq.data.roots import find_data_root
+    from uvim_fsq.tasks.configuration import load_run
+    from uvim_fsq.tasks.registry import BUILT_IN
+
+    run = load_run(args.config, args.overrides)
+    if run.stage != stage:
+        other = "train-oracle" if run.stage == "oracle" else "train-lm"
+        raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq {other}")
+    run = inherit(run)
+    check_places(folders=[run.train.out])
+    if is_first():
+        resume_from(Path(run.train.out), run.train.resume)
+    if run.task.name in BUILT_IN:
+        find_data_root(run.data.root)
+    say(f"{args.config}: loading ...")
+
+    from uvim_fsq.training.run import train_inherited
+
+    out = train_inherited(run)
+    say(f"trained: {out}")
+    if stage == "oracle":
+        say(f"next: uvim-fsq train-lm {_lm_config(args.config)} oracle={out} train.out=...")
+    else:
+        say_next_of_lm(out)
+
+
+def _lm_config(oracle_config: str) -> str:
+    """The LM's configuration that goes with an oracle's, e.g. lm.yaml or quickstart_lm.yaml."""
+    path = Path(oracle_config)
+    other = path.with_name(path.name.replace("oracle", "lm"))
+    return str(other) if other != path and other.is_file() else "LM_CONFIG.yaml"

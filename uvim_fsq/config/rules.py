@@ -1,0 +1,166 @@
+"""Impossible configurations, refused before anything is built. Knows nothing of files or torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, OracleRun, Run
+from uvim_fsq.errors import UserError
+
+
+def validate(run: Run, trained: Run | None = None) -> None:
+    """Refuses impossible combinations before anything is built. Raises UserError with the remedy.
+
+    `trained`: the configuration of a trained model, which `run` is or overrides. Its training is past: what would be
+    refused of that today stays allowed.
+    """
+    past = set(_training_problems(trained)) if trained is not None else set[str]()
+    for problem in itertools.chain(_training_problems(run), _problems(run)):
+        if problem not in past:
+            raise UserError(problem)
+
+
+def check_warmup(run: Run, total: int) -> None:
+    """Refuses a warm-up that the run's `total` steps do not outlast; its rate would never fall. Raises UserError."""
+    for problem in _warmup_problems(run, total):
+        raise UserError(problem)
+
+
+def _warmup_problems(run: Run, total: int) -> Iterator[str]:
+    if run.optim.warmup_steps >= total:
+        epochs = run.train.epochs
+        given = f"train.steps={total}" if epochs is None else f"train.epochs={epochs:g}, {total} steps"
+        yield f"optim.warmup_steps={run.optim.warmup_steps} must be below {given}"
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raises UserError for an image side that patches do not tile."""
+    if image_size % patch_size:
+        raise UserError(f"data.image_size={image_size} is not divisible by model.patch_size={patch_size}")
+
+
+def check_code_length(code_length: int) -> None:
+    """Raises UserError for a code length that is no square grid."""
+    if math.isqrt(code_length) ** 2 != code_length:
+        raise UserError(f"model.code_length={code_length} is not a square number (e.g. 16, 64, 256)")
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, prefix: str = "") -> None:
+    """Raises UserError for impossible sampling settings; `prefix` is put in front of their names."""
+    if temperature < 0:
+        raise UserError(f"{prefix}temperature={temperature} is negative; 0 is greedy")
+    if top_k is not None and top_p is not None:
+        raise UserError(f"{prefix}top_k and {prefix}top_p exclude each other; give one of them")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"{prefix}top_k={top_k}: keep at least one token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"{prefix}top_p={top_p}: must be above 0 and at most 1")
+
+
+def resolve_levels(levels: Sequence[int] | str, shift: str = "published", prefix: str = "") -> tuple[int, ...]:
+    """FSQ's levels per channel, from a sequence or a preset's name ("2^12").
+
+    Raises UserError for unknown names, fewer than 2 levels, too many codes, and a shift that is undefined for 2 levels;
+    `prefix` is put in front of the names of the settings.
+    """
+    if isinstance(levels, str):
+        if levels not in LEVEL_PRESETS:
+            raise UserError(f"unknown {prefix}levels preset {levels!r}; presets: {', '.join(LEVEL_PRESETS)}")
+        return LEVEL_PRESETS[levels]
+    levels = tuple(int(level) for level in levels)
+    if not levels or min(levels) < 2:
+        raise UserError(f"{prefix}levels={list(levels)}: every channel needs at least 2 levels (5 or more recommended)")
+    if math.prod(levels) >= 2**31:
+        raise UserError(f"{prefix}levels={list(levels)}: {math.prod(levels)} codes; the product must stay below 2^31")
+    if shift == "centered" and 2 in levels:
+        raise UserError(f"{prefix}shift=centered is undefined for 2 levels; use published or at least 3 levels")
+    return levels
+
+
+def _problems_of(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except UserError as error:
+        yield str(error)
+
+
+_ABOVE_ZERO = """
+    train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
+    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size
+    optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
+    model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
+    model.encoder.patch_size model.encoder.width model.encoder.depth
+    model.encoder.num_heads model.encoder.mlp_dim"""
+_NOT_NEGATIVE = """
+    train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
+    model.quantizer.commitment"""
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+    (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
+    ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
+    ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
+)
+
+
+def _out_of_range(run: Run, sections: tuple[str, ...]) -> Iterator[str]:
+    for keys, fits, rule in _RULES:
+        for key in keys.split():
+            if key.partition(".")[0] not in sections:
+                continue
+            value: Any = run
+            for name in key.split("."):
+                value = getattr(value, name, None)  # some keys belong to one stage only
+            if value is not None and not fits(value):
+                yield f"{key}={value}: {rule}"
+
+
+def _training_problems(run: Run) -> Iterator[str]:
+    train = run.train
+    if not train.out:
+        yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
+    if (train.epochs is None) == (train.steps is None):
+        yield "give exactly one of train.epochs and train.steps"
+    yield from _out_of_range(run, ("train", "optim"))
+    if not all(0 <= beta < 1 for beta in run.optim.betas):
+        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
+    if train.steps is not None:
+        yield from _warmup_problems(run, train.steps)
+    if train.ema is not None and not 0 < train.ema < 1:
+        yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """Those of data, model and evaluation, which a trained run has as well."""
+    evaluation, model = run.eval, run.model
+    yield from _out_of_range(run, ("data", "model", "eval"))
+    if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
+        yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
+    yield from _problems_of(lambda: check_sampling(evaluation.temperature, evaluation.top_k, evaluation.top_p, "eval."))
+    if model.num_heads < 1 or model.width % model.num_heads:
+        yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
+    if isinstance(run, OracleRun):
+        yield from _oracle_problems(run)
+
+
+def _oracle_problems(run: OracleRun) -> Iterator[str]:
+    model, size = run.model, run.data.image_size
+    yield from _problems_of(lambda: check_patches(size, model.patch_size))
+    yield from _problems_of(lambda: check_code_length(model.code_length))
+    if model.code_length > (size // model.patch_size) ** 2:
+        yield (
+            f"model.code_length={model.code_length} exceeds the {(size // model.patch_size) ** 2} patches; "
+            "lower it, or the patch size"
+        )
+    quantizer = model.quantizer
+    if quantizer.kind not in QUANTIZERS and not run.plugins:
+        yield (
+            f"model.quantizer.kind={quantizer.kind}: must be one of {', '.join(QUANTIZERS)}, or be registered by a "
+            "module in `plugins`"
+        )
+    yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))

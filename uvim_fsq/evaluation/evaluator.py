@@ -1,0 +1,148 @@
+"""Runs predictions over a split and accumulates the task's metric, as training and `uvim-fsq evaluate` both do.
+
+Figures do not depend on batch size or process count: metrics add up sums and counts, and each process sees its own
+share of the images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from uvim_fsq import processes
+from uvim_fsq.config.schema import DataConfig, EvalConfig, Run
+from uvim_fsq.console import Bar
+from uvim_fsq.data.batch import to_device
+from uvim_fsq.data.loader import eval_batches
+from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.errors import UserError
+from uvim_fsq.inference.predictions import PredictFn, eval_autocast
+from uvim_fsq.oracle.code_usage import CodeStatistics
+from uvim_fsq.oracle.quantizers.base import Quantizer
+from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
+
+
+class Evaluator:
+    """Runs predictions over the evaluation split and gathers the task's figures over all processes.
+
+    After `run`, `rows` holds each image's own figures (this process's images), `statistics` the token counts.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: DataConfig,
+        config: EvalConfig,
+        *,
+        limit: int | None = None,
+        quantizer: Quantizer | None = None,
+    ) -> None:
+        self.task, self.data, self.config = task, data, config
+        self.limit = limit if limit is not None else config.limit
+        self.source = task.source(data.root, data.eval_split)
+        self.protocol = ""
+        self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
+        self.rows: list[dict[str, Any]] = []
+
+    @torch.inference_mode()
+    def run(
+        self,
+        predict: PredictFn,
+        device: torch.device,
+        official: OfficialResults | None = None,
+        title: str = "evaluating",
+    ) -> dict[str, float]:
+        """The figures over the split (or its first `limit` images), the same on every process.
+
+        For an LM also the cross-entropy of the true tokens, in bits per token and per image (FSQ paper, Figure 3).
+
+        With `official` also those of the benchmark's own program, as `official/NAME`, on the main process. `title`
+        stands in front of the bar.
+        """
+        state = processes.state()
+        metric = self.task.metric(self.source)
+        self.protocol = metric.protocol
+        self.rows = []
+        entries: list[Any] = []
+        cost = np.zeros(3)  # bits, images, tokens
+        count = len(self.source) if self.limit is None else min(self.limit, len(self.source))
+        batches = eval_batches(
+            self.source,
+            self.task,
+            self.data,
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            limit=self.limit,
+            rank=state.process_index,
+            world=state.num_processes,
+        )
+        with Bar(title, count) as bar:
+            for batch, samples in batches:
+                bar.update(min(len(self.rows) * state.num_processes, count))
+                with eval_autocast(self.config, device):
+                    predicted = predict(to_device(batch, device))
+                for item, sample in zip(predicted.items, samples, strict=True):
+                    self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                    if official is not None:
+                        entries.append(official.add(item, sample))
+                if predicted.bits is not None and predicted.tokens is not None:
+                    bits = predicted.bits.double().cpu().numpy()
+                    cost += [bits.sum(), len(bits), predicted.tokens.numel()]
+                if self.statistics is not None and predicted.tokens is not None:
+                    self.statistics.update(predicted.tokens)
+        metric.load_state(_summed(metric.state()))
+        figures = metric.compute()
+        if self.statistics is not None:
+            self.statistics.load_state(_summed(self.statistics.state()))
+            if self.statistics.counts.any():
+                figures |= self.statistics.compute()
+        bits, images, tokens = _summed({"cost": cost})["cost"]
+        if images:
+            figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
+        if official is not None:
+            entries = [entry for part in processes.gather(entries) for entry in part]
+            theirs = _score(official, entries) if processes.is_main() else {}
+            figures |= {f"official/{name}": value for name, value in theirs.items()}
+        return figures
+
+
+class _Shown:
+    """A source with a bar of the samples taken from it in their order."""
+
+    def __init__(self, source: SampleSource, bar: Bar) -> None:
+        self.source, self.bar = source, bar
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.bar.update(index, len(self.source))
+        return self.source[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def make_baseline(task: Task, run: Run) -> Baseline | None:
+    """The task's trivial prediction, from the training split."""
+    with Bar("baseline: reading the training split") as bar:
+        source: Any = _Shown(task.source(run.data.root, run.data.train_split), bar)
+        return task.baseline(source, run.data.image_size)
+
+
+def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
+    """The official figures; that program's refusal must not cost our own."""
+    try:
+        return official.finish(entries)
+    except UserError as error:
+        warnings.warn(f"no official figures: {error}", stacklevel=2)
+        return {}
+
+
+def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums of every array over all processes."""
+    states = processes.gather(state)
+    return {name: np.sum([other[name] for other in states], axis=0) for name in state}

@@ -1,0 +1,98 @@
+"""Where the cells of a grid train: one device each, and batches cut so that they fit into its memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from uvim_fsq.errors import UserError
+from uvim_fsq.experiments.ablation.grid import Cell
+
+#: The share of a device's memory that training may plan with; the rest goes to fragments and peaks.
+USABLE = 0.92
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The user's GPUs; none on a CPU.
+
+    Attributes:
+        names: what CUDA_VISIBLE_DEVICES must be for a process to see one of them.
+        memory: bytes of the smallest.
+    """
+
+    names: tuple[str, ...] = ()
+    memory: float = 0.0
+
+    def share(self, jobs: int) -> float:
+        """Bytes that each of `jobs` processes at a time may plan with."""
+        return USABLE * self.memory / -(-jobs // len(self.names))
+
+
+def visible_devices(environment: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """A name for each of the `count` devices that CUDA sees: the user's own, numbers or UUIDs, if any were given."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if given is None else [name.strip() for name in given.split(",")]
+    return tuple(names)[:count]
+
+
+def find_devices() -> Devices:
+    """The GPUs of this process."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        return Devices()
+    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    return Devices(visible_devices(os.environ, count), memory)
+
+
+def fit_cells(cells: Sequence[Cell], devices: Devices, jobs: int, say: Callable[[str], object]) -> list[Cell]:
+    """The cells with `train.accumulate` raised as far as it takes to fit into a device; says where.
+
+    Raises UserError naming a cell that does not fit even with single images.
+    """
+    if not devices.names:
+        return list(cells)
+    found: dict[str, tuple[int, str]] = {}
+    reasons: dict[str, list[str]] = {}
+    fitted: list[Cell] = []
+    for cell in cells:
+        commands = {"oracle": cell.oracle_command, "lm": cell.lm_command}
+        for stage, run in (("oracle", cell.oracle_run), ("lm", cell.lm_run)):
+            sizes = _sizes(cell, stage)
+            if sizes not in found:
+                found[sizes] = _accumulate(cell, stage, devices.share(jobs))
+            count, reason = found[sizes]
+            if count != run.train.accumulate:
+                commands[stage] = (*commands[stage], f"train.accumulate={count}")
+                reasons.setdefault(reason, []).append(cell.name)
+        fitted.append(replace(cell, oracle_command=commands["oracle"], lm_command=commands["lm"]))
+    for reason, names in reasons.items():
+        say(f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})")
+    return fitted
+
+
+def _sizes(cell: Cell, stage: str) -> str:
+    """All that memory depends on, to count it once for cells that are alike."""
+    runs = (cell.oracle_run,) if stage == "oracle" else (cell.oracle_run, cell.lm_run)
+    train = [(run.train.batch_size, run.train.accumulate, run.train.precision, run.train.ema) for run in runs]
+    return repr([(run.model, run.task, run.data.image_size, run.optim.name) for run in runs] + train[-1:])
+
+
+def _accumulate(cell: Cell, stage: str, available: float) -> tuple[int, str]:
+    """The micro-batches that a cell's stage needs, and the line that says so."""
+    from uvim_fsq.benchmark.memory import memory_of
+    from uvim_fsq.performance.memory import smallest_accumulate
+
+    run = cell.oracle_run if stage == "oracle" else cell.lm_run
+    memory = memory_of(cell.oracle_run, cell.lm_run if stage == "lm" else None)
+    count = smallest_accumulate(memory, run.train, available)
+    room = f"a device has {available / 1e9:.3g} GB for it"
+    if count is None:
+        need = f"{memory.of(1) / 1e9:.3g} GB with one image at a time"
+        raise UserError(f"{cell.name}: the {stage} needs {need}, and {room}; use fewer --jobs or a larger device")
+    images = run.train.batch_size // run.train.accumulate
+    whole = f"{images} images at once take {memory.of(images) / 1e9:.3g} GB"
+    return count, f"{stage}: train.accumulate={count}, as {whole} and {room}"

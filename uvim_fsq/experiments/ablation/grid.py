@@ -1,0 +1,268 @@
+"""Ablation grids: a YAML file of configurations x seeds, and the cells it stands for.
+
+A grid names two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of keys with
+several values, and `seeds`. Oracles and LMs lie under names made from their whole configuration, so that cells share
+what is equal and nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.config.parse import to_dict
+from uvim_fsq.config.rules import validate
+from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.config.yaml_files import read_tree
+from uvim_fsq.errors import UserError
+from uvim_fsq.files import read_json, write_json
+from uvim_fsq.tasks.configuration import load_run, resolve_lm
+
+KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
+
+
+STAGES = ("oracle", "lm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: settings `key=value` of both stages, and what the paper reports for it."""
+
+    name: str
+    oracle: tuple[str, ...]
+    lm: tuple[str, ...]
+    paper: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file. `synthetic`: arguments of `write_dataset` for the scenes to make, None for data that are there.
+
+    `paper_protocol`: the protocol whose results may stand beside the paper's. `figures`: names of further figures of
+    oracle and LM that get columns, e.g. FID-5k.
+    """
+
+    title: str
+    oracle: Path
+    lm: Path
+    synthetic: dict[str, Any] | None
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    paper_protocol: str
+    figures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed: the two training commands (without the program), their configurations as far as they are
+    known before data are there, and the run directories."""
+
+    row: str
+    seed: int
+    oracle_dir: Path
+    lm_dir: Path
+    oracle_command: tuple[str, ...]
+    lm_command: tuple[str, ...]
+    oracle_run: OracleRun
+    lm_run: LMRun
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+
+def read_grid(file: Path) -> Grid:
+    """Raises UserError, naming the key, for anything but a grid file."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such grid file; see configs/ablations/")
+    tree = read_tree(file)
+    unknown = sorted(map(str, set(tree) - set(KEYS)))
+    if unknown:
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
+    for key in STAGES:
+        if not isinstance(tree.get(key), str):
+            raise UserError(f"{file}: `{key}` must name the configuration of that stage")
+    seeds = tree.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise UserError(f"{file}: `seeds` must be a list of integers")
+    return Grid(
+        title=str(tree.get("title", file.stem)),
+        oracle=Path(os.path.normpath(file.parent / tree["oracle"])),
+        lm=Path(os.path.normpath(file.parent / tree["lm"])),
+        synthetic=tree.get("synthetic"),
+        rows=_rows(file, tree),
+        seeds=tuple(seeds),
+        paper_protocol=str(tree.get("paper_protocol", "")),
+        figures=tuple(map(str, tree.get("figures") or ())),
+    )
+
+
+def is_grid(file: Path) -> bool:
+    """Whether a file is a grid rather than a configuration. Raises UserError where it cannot be read."""
+    tree = read_tree(file)
+    return all(isinstance(tree.get(key), str) for key in STAGES)
+
+
+def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
+    named, grid = tree.get("rows") or {"": {}}, tree.get("grid") or {}
+    if not isinstance(named, dict) or not isinstance(grid, dict):
+        raise UserError(f"{file}: `rows` and `grid` must be mappings")
+    for key, values in grid.items():
+        if key.partition(".")[0] not in STAGES or not isinstance(values, list) or not values:
+            raise UserError(f"{file}: grid.{key}: needs a key that begins with oracle. or lm., and a list of values")
+    common = _settings(file, "set", tree.get("set") or {})
+    rows = []
+    for name, given in named.items():
+        own = _settings(file, f"rows.{name}", given or {})
+        for values in itertools.product(*grid.values()):
+            varied: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+            for key, value in zip(grid, values, strict=True):
+                stage, _, rest = key.partition(".")
+                varied[stage][rest] = value
+            parts = [name] if name else []
+            parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in zip(grid, values, strict=True)]
+            merged = {stage: {**common[stage], **own[stage], **varied[stage]} for stage in STAGES}
+            oracle, lm = (tuple(f"{k}={_text(v)}" for k, v in merged[stage].items()) for stage in STAGES)
+            rows.append(Row(", ".join(parts), oracle, lm, str((given or {}).get("paper", ""))))
+    names = [row.name for row in rows]
+    if len(set(names)) != len(names) or not all(names):
+        raise UserError(f"{file}: it has no rows, or two of one name")
+    return tuple(rows)
+
+
+def _settings(file: Path, where: str, tree: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(tree, dict) or set(tree) - {*STAGES, "paper"}:
+        raise UserError(f"{file}: `{where}` may hold only oracle: and lm: (settings key: value) and paper:")
+    found = {stage: tree.get(stage) or {} for stage in STAGES}
+    for stage, settings in found.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}: `{where}.{stage}` must be settings key: value")
+    return found
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace(" ", "")
+
+
+def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """All cells, each configuration checked; all rows of the first seed come first, so that a table that is under way
+    can be compared. `overrides` go to both stages of all cells.
+
+    Raises UserError naming the cell for an unknown key or an impossible combination.
+    """
+    data = [f"data.root={(out / 'data').resolve()}"] if grid.synthetic is not None else []
+    cells = []
+    for seed, row in itertools.product(grid.seeds, grid.rows):
+        common = [f"train.seed={seed}", *overrides]
+        try:
+            settings = [*data, *row.oracle, *common]
+            # Without a look at the data, which may not be made yet.
+            run = load_run(grid.oracle, [*settings, f"train.out={out / 'planned'}"])
+            if not isinstance(run, OracleRun):
+                raise UserError(f"{grid.oracle} is no configuration of stage oracle")
+            validate(run)
+            oracle_dir = out / "oracles" / _digest(run)
+            target = [f"train.out={oracle_dir}", "train.resume=auto"]
+            oracle = ("train-oracle", str(grid.oracle), *settings, *target)
+            settings = [*row.lm, *common, f"oracle={oracle_dir}"]
+            lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
+            if not isinstance(lm_run, LMRun):
+                raise UserError(f"{grid.lm} is no configuration of stage lm")
+            if run.plugins:
+                # A process of its own trusts only what its command or configuration names.
+                settings.append(f"plugins=[{','.join(dict.fromkeys((*run.plugins, *lm_run.plugins)))}]")
+            lm_run = resolve_lm(lm_run, run)
+            validate(lm_run)
+            lm_dir = out / "lms" / _digest(lm_run)
+            target = [f"train.out={lm_dir}", "train.resume=auto"]
+            lm = ("train-lm", str(grid.lm), *settings, *target)
+            cells.append(Cell(row.name, seed, oracle_dir, lm_dir, oracle, lm, run, lm_run))
+        except UserError as error:
+            raise UserError(f"cell {row.name!r}, seed {seed}: {error}") from error
+    _refuse_mixed(cells)
+    return cells
+
+
+def _refuse_mixed(cells: Sequence[Cell]) -> None:
+    """Figures of different images or protocols cannot stand in one table."""
+    first = _measured_on(cells[0])
+    for cell in cells[1:]:
+        for key, value in _measured_on(cell).items():
+            if value != first[key]:
+                raise UserError(
+                    f"{key} is {first[key]} in cell {cells[0].name!r} and {value} in cell {cell.name!r}: their figures "
+                    "cannot stand in one table; make a grid of each"
+                )
+
+
+def _measured_on(cell: Cell) -> dict[str, Any]:
+    run = cell.lm_run
+    return {
+        "data.root": run.data.root,
+        "data.eval_split": run.data.eval_split,
+        "eval.limit": run.eval.limit,
+        "task.protocol": getattr(run.task.options, "protocol", None),
+    }
+
+
+def _digest(run: Run) -> str:
+    tree = to_dict(run)
+    # Where things lie, and how a run goes on, does not change what comes out.
+    for key in ("out", "resume", "resume_changes"):
+        tree["train"].pop(key, None)
+    tree["data"].pop("root", None)
+    if "oracle" in tree:
+        tree["oracle"] = Path(tree["oracle"]).name
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def command_line(command: Sequence[str]) -> str:
+    """As a user would type it."""
+    return shlex.join(["uvim-fsq", *command])
+
+
+def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
+    """Makes the scenes of a synthetic grid, once."""
+    from uvim_fsq.synthetic.writers import write_dataset
+
+    if grid.synthetic is None or (out / "data").exists():
+        return
+    say(f"making scenes in {out / 'data'}")
+    arguments = dict(grid.synthetic)
+    try:
+        write_dataset(arguments.pop("format"), out / "data", arguments.pop("num"), arguments.pop("size"), **arguments)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"`synthetic` of the grid: {error}; it needs format, num, size and may have num_val") from error
+
+
+def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
+    """Marks `out` as this grid's, whatever its seeds: further ones may be added later.
+
+    Raises UserError if it is another's.
+    """
+    mark, file = {"grid": to_dict_of(grid), "overrides": list(overrides)}, out / "grid.json"
+    try:
+        found = read_json(file, "delete it if this folder is that of the same grid, or choose another --out")
+    except FileNotFoundError:
+        write_json(file, mark)
+        return
+    if found != json.loads(json.dumps(mark)):
+        raise UserError(f"{out} holds the results of another grid or other settings; choose another --out")
+
+
+def to_dict_of(grid: Grid) -> dict[str, Any]:
+    """What makes a grid this grid, for the mark in its folder."""
+    rows = {row.name: {"oracle": row.oracle, "lm": row.lm} for row in grid.rows}
+    return {
+        "oracle": grid.oracle.name,
+        "lm": grid.lm.name,
+        "synthetic": grid.synthetic,
+        "rows": rows,
+    }

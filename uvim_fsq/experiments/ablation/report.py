@@ -1,0 +1,212 @@
+"""The results of a grid: mean and deviation over seeds, as Markdown, CSV, JSON and one page with plots and panels."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.results import finished, read_result
+from uvim_fsq.experiments.ablation.grid import Cell, Grid
+from uvim_fsq.files import write_csv, write_json, write_text
+from uvim_fsq.inference.predictions import predict_functions
+from uvim_fsq.reports.html import html_table, png_tag, write_report
+from uvim_fsq.reports.panels import panel_rows, tile
+
+matplotlib.use("Agg")
+
+WAYS = {"LM": "lm", "oracle": "oracle", "context alone": "context_only"}
+
+
+def columns(metric: str, further: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Title of a column -> where its figure lies in a cell's evaluation."""
+    measured = {f"{title} {name}": (way, name) for name in (metric, *further) for title, way in WAYS.items()}
+    return {
+        **measured,
+        "codebook usage (%)": ("oracle", "codebook_usage"),
+        "bits per token": ("lm", "bits_per_token"),
+        "bits per image": ("lm", "bits_per_image"),
+    }
+
+
+def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that is finished. Rows: name, cells (seed, figures, checkpoint) and per column mean, std and n.
+
+    Raises UserError naming two cells whose results are not of the same images and protocol.
+    """
+    results = [(cell, read_result(cell.lm_dir)) for cell in cells if finished(cell.lm_dir)]
+    common = _measured_on(results)
+    titles = columns(common["main_metric"], grid.figures)
+    rows: list[dict[str, Any]] = []
+    for row in grid.rows:
+        keys = ("figures", "checkpoint_sha256", "images", "limit", "versions")
+        entries = [
+            {"seed": cell.seed, "run": str(cell.lm_dir), **{key: result[key] for key in keys}}
+            for cell, result in results
+            if cell.row == row.name
+        ]
+        rows.append(
+            {
+                "name": row.name,
+                "paper": row.paper,
+                "settings": {"oracle": row.oracle, "lm": row.lm},
+                "cells": entries,
+                "columns": {title: _summary(entries, way, key) for title, (way, key) in titles.items()},
+            }
+        )
+    return {
+        "title": grid.title,
+        "protocol": common["protocol"],
+        "metric": common["main_metric"],
+        "data": results[0][1]["data"] if results else {},
+        "images": common["images"],
+        "limit": common["limit"],
+        "seeds": list(grid.seeds),
+        "same_protocol_as_the_paper": bool(grid.paper_protocol) and _is_papers(grid, common),
+        "rows": rows,
+        "failures": dict(failures),
+    }
+
+
+def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What all results are about: main_metric, protocol, images, limit and, as `data.NAME`, their data.
+
+    Raises UserError for two that differ.
+    """
+    first: dict[str, Any] = {}
+    for cell, result in results:
+        # A folder may be called anything, and the models of a grid may see images of different sizes.
+        data = {f"data.{key}": value for key, value in result["data"].items() if key not in ("root", "image_size")}
+        about = {**{key: result[key] for key in ("main_metric", "protocol", "images", "limit")}, **data}
+        first = first or about
+        for key in dict.fromkeys((*first, *about)):
+            if first.get(key) != about.get(key):
+                other = results[0][0]
+                raise UserError(
+                    f"{key} is {first.get(key)} in cell {other.name!r} and {about.get(key)} in cell {cell.name!r}: "
+                    "their figures cannot stand in one table; evaluate both alike with uvim-fsq evaluate "
+                    f"{other.lm_dir} and {cell.lm_dir}"
+                )
+    return first or {"main_metric": "", "protocol": "", "images": 0, "limit": None}
+
+
+def _is_papers(grid: Grid, common: Mapping[str, Any]) -> bool:
+    counts = {common["images"], common.get("data.count"), common.get("data.official_count")}
+    whole = common["limit"] is None and len(counts) == 1
+    return whole and common["protocol"] == grid.paper_protocol
+
+
+def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[str, Any] | None:
+    values = [entry["figures"][way][key] for entry in entries if key in entry["figures"].get(way, {})]
+    if key == "codebook_usage":
+        values = [100 * value for value in values]
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+
+
+def table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows as text; columns without any figure are left out."""
+    rows = results["rows"]
+    titles = _titles(results)
+    paper = results["same_protocol_as_the_paper"] and any(row["paper"] for row in rows)
+    lines = [["", *titles, *(["paper"] if paper else []), "seeds"]]
+    for row in rows:
+        figures = [_format(row["columns"][title]) for title in titles]
+        lines.append([row["name"], *figures, *([row["paper"]] if paper else []), str(len(row["cells"]))])
+    return lines
+
+
+def _titles(results: Mapping[str, Any]) -> list[str]:
+    """The columns that hold anything."""
+    rows = results["rows"]
+    return [title for title in rows[0]["columns"] if any(row["columns"][title] for row in rows)]
+
+
+def _format(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return ""
+    digits = 3 if abs(summary["mean"]) < 10 else 1
+    deviation = f" ± {summary['std']:.{digits}f}" if summary["std"] is not None else ""
+    return f"{summary['mean']:.{digits}f}{deviation}"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, and what it is about."""
+    head, *body = table(results)
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines += [f"| {' | '.join(row)} |" for row in body]
+    images = f"{results['images']} images" if results["limit"] is None else f"the first {results['images']} images only"
+    about = f"{results['title']}. Protocol `{results['protocol']}`, {images}"
+    lost = "".join(f"\nFailed: {name}: {why}" for name, why in results["failures"].items())
+    return f"{about}; mean ± standard deviation over seeds {results['seeds']}.\n\n" + "\n".join(lines) + "\n" + lost
+
+
+def plots(results: Mapping[str, Any]) -> Figure:
+    """One axis per column: the rows as points with error bars."""
+    rows = results["rows"]
+    titles = _titles(results)
+    figure = Figure(figsize=(3.2 * len(titles), 1.2 + 0.35 * len(rows)))
+    for i, title in enumerate(titles):
+        axis = figure.add_subplot(1, len(titles), i + 1)
+        for y, row in enumerate(rows):
+            summary = row["columns"][title]
+            if summary:
+                axis.errorbar(summary["mean"], y, xerr=summary["std"] or 0, fmt="o", capsize=3, color="C0")
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows] if i == 0 else [""] * len(rows), fontsize=8)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]:
+    """(row name, picture) for every row: the first image once per finished cell, oracle and LM beside the truth."""
+    found: dict[str, list[Mapping[str, np.ndarray]]] = {}
+    for cell in cells:
+        if not finished(cell.lm_dir):
+            continue
+        loaded = load_checkpoint(cell.lm_dir, device=device)
+        ways = predict_functions(loaded)
+        named = {title: ways[way] for way, title in (("oracle", "oracle"), ("lm", "LM")) if way in ways}
+        rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)
+        found.setdefault(cell.row, []).extend(rows)
+    return [(name, png_tag(tile(rows), name)) for name, rows in found.items()]
+
+
+def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
+    """table.md, table.csv and results.json in `out`, of all that is finished; returns the results."""
+    results = collect(grid, cells, failures)
+    write_json(out / "results.json", results, indent=1)
+    write_text(out / "table.md", markdown(results))
+    lines = [
+        [row["name"], title, summary["mean"], summary["std"], summary["n"]]
+        for row in results["rows"]
+        for title, summary in row["columns"].items()
+        if summary
+    ]
+    write_csv(out / "table.csv", [["row", "column", "mean", "std", "n"], *lines])
+    return results
+
+
+def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[list[str]]:
+    """The tables and report.html in `out`; returns the table."""
+    results = write_tables(out, grid, cells, failures)
+    lines = table(results)
+    pictures = panels(cells, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sections = [("Results", html_table(lines)), ("Plots", png_tag(plots(results), "figures of all rows"))]
+    if failures:
+        sections.append(("Failed", html_table([["cell", "why"], *([name, why] for name, why in failures.items())])))
+    sections += [(f"Panels: {name}, one row per seed", picture) for name, picture in pictures]
+    write_report(out / "report.html", grid.title, sections)
+    return lines

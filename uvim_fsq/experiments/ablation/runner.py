@@ -1,0 +1,126 @@
+"""Trains the cells of a grid, one per device at a time, each stage in a process of its own; restartable."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.results import finished
+from uvim_fsq.experiments.ablation.grid import Cell
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Runner:
+    """Trains cells, one per device at a time, each stage in a process of its own.
+
+    Attributes:
+        failures: cell name -> the last line that its process wrote.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        jobs: int,
+        devices: Sequence[str],
+        say: Callable[[str], None],
+        after_cell: Callable[[Mapping[str, str]], object] = lambda failures: None,
+    ) -> None:
+        """`jobs`: cells at a time, in turn on the `devices` (values of CUDA_VISIBLE_DEVICES), if there are any.
+
+        `after_cell` gets `failures` after each cell.
+        """
+        self.out, self.say, self.jobs = out, say, jobs
+        self.failures: dict[str, str] = {}
+        self._after_cell, self._after_cell_lock = after_cell, threading.Lock()
+        self._devices: queue.Queue[str] = queue.Queue()
+        for i in range(jobs):
+            self._devices.put(devices[i % len(devices)] if devices else "")
+        self._locks: dict[Path, threading.Lock] = {}
+        self._stopped = threading.Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Trains what is not finished; a cell that fails does not stop the others.
+
+        On Ctrl-C and SIGTERM the running processes save and end too, and no further one is started.
+        """
+        for cell in cells:
+            for path in (cell.oracle_dir, cell.lm_dir):
+                self._locks.setdefault(path, threading.Lock())
+        # Also where a shell has made its background jobs deaf to Ctrl-C.
+        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    list(pool.map(self._cell, cells))
+                except BaseException:
+                    self._stopped.set()
+                    for process in list(self._running):
+                        process.terminate()
+                    raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _cell(self, cell: Cell) -> None:
+        if self._stopped.is_set():
+            return
+        stages = (("oracle", cell.oracle_dir, cell.oracle_command), ("lm", cell.lm_dir, cell.lm_command))
+        for stage, path, command in stages:
+            # Cells share oracles: the first one trains, the others wait.
+            with self._locks[path]:
+                if finished(path):
+                    continue
+                self.say(f"{cell.name}: training the {stage}")
+                error = self._train(command, path)
+            if self._stopped.is_set():
+                return
+            if error is not None:
+                self.failures[cell.name] = f"{stage}: {error}"
+                self.say(f"{cell.name}: FAILED, {stage}: {error}")
+                break
+        else:
+            self.say(f"{cell.name}: done")
+        with self._after_cell_lock:
+            try:
+                self._after_cell(self.failures)
+            except UserError as error:
+                # Tables can be made again; what is being trained goes on.
+                self.say(f"no table: {error}")
+
+    def _train(self, command: Sequence[str], run_dir: Path) -> str | None:
+        log = self.out / "logs" / f"{run_dir.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        device = self._devices.get()
+        environment = {**os.environ}
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        elif self.jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        try:
+            with log.open("w") as file:
+                program = [sys.executable, "-m", "uvim_fsq", *command]
+                process = subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                self._running.add(process)
+                if self._stopped.is_set():
+                    process.terminate()
+                code = process.wait()
+                self._running.discard(process)
+        finally:
+            self._devices.put(device)
+        if code == 0:
+            return None
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else f'exit code {code}'} ({log})"

@@ -1,0 +1,188 @@
+"""The main job in small: make scenes, train an FSQ oracle and its LM, evaluate, draw one page."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from uvim_fsq import processes
+from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
+from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.console import Bar
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.results import finished, result_file
+from uvim_fsq.evaluation.run import evaluate_loaded
+from uvim_fsq.files import read_json, write_json
+from uvim_fsq.reports.evaluation_page import result_table, write_evaluation
+from uvim_fsq.synthetic.writers import write_dataset
+from uvim_fsq.tasks.configuration import load_run
+from uvim_fsq.tasks.registry import task_class
+from uvim_fsq.training.run import train
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between the small job and the one for a GPU."""
+
+    configs: str
+    num_train: int
+    num_val: int
+    size: int
+    difficulty: str
+
+
+SMALL = Scale("quickstart", num_train=16_000, num_val=500, size=32, difficulty="plain")
+GPU = Scale("quickstart_gpu", num_train=60_000, num_val=1_000, size=128, difficulty="plain")
+
+
+@dataclass
+class Timer:
+    """Wall-clock seconds per stage of the job."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        return result
+
+
+def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> dict[str, Any]:
+    """Runs the whole job for `task` into `out` and returns what it writes to `out`/summary.json.
+
+    Finished stages of an earlier call are kept: a second call costs nothing, an interrupted one goes on where it was.
+
+    Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
+    """
+    kind = task_class(task).synthetic
+    if kind is None:
+        raise UserError(f"task {task} has no synthetic data; the quickstart needs them")
+    if gpu_scale and not torch.cuda.is_available():
+        raise UserError("--gpu-scale needs a GPU and none is visible; run the small job without it")
+    console = Console()
+    scale = GPU if gpu_scale else SMALL
+    summary_file = out / "summary.json"
+    summary = _read_summary(summary_file)
+    if summary is not None:
+        console.print(f"{out} holds a finished run; delete it to run again")
+        _print_table(console, summary, out)
+        return summary
+    timer = Timer(_read_seconds(out))
+    data = out / "data"
+    if not data.exists():
+        scenes = f"{scale.num_train} training and {scale.num_val} test scenes"
+        console.print(f"[bold]1/4[/] {scenes} -> {data}", soft_wrap=True)
+        timer("data", lambda: _make_data(scale, data, kind))
+        _write_seconds(out, timer)
+    runs: dict[str, Path] = {}
+    for number, name in ((2, "oracle"), (3, "lm")):
+        runs[name] = out / name
+        if not finished(runs[name]):
+            run = _run_config(scale, task, name, out)
+            console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
+            timer(name, lambda run=run: train(run))
+            _write_seconds(out, timer)
+    console.print("[bold]4/4[/] evaluate and draw")
+    summary = timer("evaluate", lambda: _evaluate(out, runs))
+    summary["seconds"] = {**timer.seconds, "total": round(sum(timer.seconds.values()), 1)}
+    write_json(summary_file, summary)
+    _print_table(console, summary, out)
+    return summary
+
+
+def _make_data(scale: Scale, out: Path, kind: str) -> None:
+    with Bar(f"scenes -> {out}") as bar:
+        write_dataset(
+            kind,
+            out,
+            scale.num_train,
+            scale.size,
+            num_val=scale.num_val,
+            layout="mat",
+            difficulty=scale.difficulty,
+            progress=bar.update,
+        )
+
+
+def _run_config(scale: Scale, task: str, name: str, out: Path) -> Run:
+    file = CONFIGS / task / f"{scale.configs}_{name}.yaml"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run the quickstart from a clone of the project")
+    overrides = [f"train.out={out / name}", "train.resume=auto", f"data.root={(out / 'data').resolve()}"]
+    if name == "lm":
+        overrides.append(f"oracle={out / 'oracle'}")
+    run = resolve(load_run(file, overrides))
+    assert isinstance(run, OracleRun | LMRun)
+    return run
+
+
+def _seconds_file(out: Path) -> Path:
+    return out / "seconds.json"
+
+
+def _read_seconds(out: Path) -> dict[str, float]:
+    """The times of earlier stages; those of a damaged file are lost, which is no reason to stop."""
+    try:
+        seconds = read_json(_seconds_file(out), "the times of finished stages are lost")
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return {}
+    return {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
+
+
+def _write_seconds(out: Path, timer: Timer) -> None:
+    write_json(_seconds_file(out), timer.seconds, indent=None)
+
+
+def _read_summary(file: Path) -> dict[str, Any] | None:
+    """What a finished run wrote; None where there is nothing, or nothing whole, so that the last stage runs again."""
+    try:
+        summary = read_json(file, "evaluating again")
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    return summary if {"table", "data", "protocol", "seconds"} <= set(summary) else None
+
+
+def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
+    device = processes.device()
+    loaded = load_checkpoint(runs["lm"], device=device)
+    result = evaluate_loaded(loaded, device=device, baseline=True)
+    write_json(result_file(out), result)
+    title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
+    write_evaluation(out / "report.html", title, loaded, result, runs, device)
+    figures, metric = result["figures"], loaded.task.main_metric
+    return {
+        **{f"{way}_{metric}": figures[way][metric] for way in figures},
+        "codebook_usage": figures["oracle"]["codebook_usage"],
+        "table": result_table(loaded.task, result),
+        **{key: result[key] for key in ("figures", "protocol", "baseline", "task_options", "data", "versions")},
+    }
+
+
+def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
+    rows = summary["table"]
+    table = Table(title=f"{summary['data'].get('count', '')} scenes never trained on ({summary['protocol']})")
+    for i, head in enumerate(rows[0]):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    console.print("seconds: " + ", ".join(f"{name} {value}" for name, value in summary["seconds"].items()))
+    console.print(f"report: {out / 'report.html'}   summary: {out / 'summary.json'}", soft_wrap=True)

@@ -1,0 +1,109 @@
+"""Ways from a batch to predictions: the oracle, its decoder with zeroed codes, the language model, a baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from uvim_fsq.checkpoints.loading import LoadedRun
+from uvim_fsq.config.schema import EvalConfig
+from uvim_fsq.data.sample import Batch
+from uvim_fsq.lm.base import Generator, TokenModel
+from uvim_fsq.lm.sampling import Sampling
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.tasks.base import Baseline, Task
+
+
+@dataclass
+class Predictions:
+    """Predictions of one batch, one item per image as `Task.decode` gives them, and the tokens behind them (B, L).
+
+    `bits` (B,): what the true tokens cost under an LM.
+    """
+
+    items: list[Any]
+    tokens: torch.Tensor | None
+    bits: torch.Tensor | None = None
+
+
+PredictFn = Callable[[Batch], Predictions]
+
+
+def label_maps(oracle: Oracle, task: Task, codes: torch.Tensor, image: torch.Tensor) -> list[Any]:
+    """Codes (B, L, d) and images -> one prediction each, as `Task.decode` gives them."""
+    return [item for logits in oracle.iter_logits(codes, image) for item in task.decode(logits)]
+
+
+def oracle_predictions(oracle: Oracle, task: Task) -> PredictFn:
+    """The oracle alone: labels -> tokens -> labels."""
+
+    def predict(batch: Batch) -> Predictions:
+        tokens = oracle.tokenize(batch["labels"], batch["image"])
+        codes = oracle.quantizer.indices_to_codes(tokens)
+        return Predictions(label_maps(oracle, task, codes, batch["image"]), tokens)
+
+    return predict
+
+
+def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
+    """The oracle's decoder with every code zeroed: what the image alone gives away (PITFALLS: context leak)."""
+
+    def predict(batch: Batch) -> Predictions:
+        image = batch["image"]
+        codes = torch.zeros(len(image), oracle.code_length, oracle.quantizer.dim, device=image.device)
+        return Predictions(label_maps(oracle, task, codes, image), None)
+
+    return predict
+
+
+def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
+    """The generation that `eval.` asks for. Raises UserError for what the token model does not support."""
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    return lm.generator(
+        sampling, precision=config.precision, int8_cross_kv=config.int8_cross_kv, compile=config.compile
+    )
+
+
+def eval_autocast(config: EvalConfig, device: torch.device) -> torch.autocast:
+    """The context in which predictions are made: `eval.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> PredictFn:
+    """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own random stream."""
+    generator = build_generator(lm, config)
+
+    def predict(batch: Batch) -> Predictions:
+        seeds = config.seed * 1_000_003 + batch["index"].cpu()
+        tokens = generator(batch["image"], seeds).tokens
+        codes = oracle.quantizer.indices_to_codes(tokens)
+        truth = oracle.tokenize(batch["labels"], batch["image"])
+        bits = -lm.log_prob(batch["image"], truth).sum(1) / math.log(2)
+        return Predictions(label_maps(oracle, task, codes, batch["image"]), tokens, bits)
+
+    return predict
+
+
+def baseline_predictions(baseline: Baseline) -> PredictFn:
+    """The task's trivial prediction."""
+
+    def predict(batch: Batch) -> Predictions:
+        images = batch["image"].cpu().numpy().transpose(0, 2, 3, 1)
+        return Predictions([baseline.predict(image) for image in images], None)
+
+    return predict
+
+
+def predict_functions(loaded: LoadedRun) -> dict[str, PredictFn]:
+    """Oracle, context alone (where the decoder has context) and, for an LM's checkpoint, the LM."""
+    task, oracle = loaded.task, loaded.oracle
+    ways: dict[str, PredictFn] = {"oracle": oracle_predictions(oracle, task)}
+    if oracle.config.context in ("both", "decoder"):
+        ways["context_only"] = context_predictions(oracle, task)
+    if loaded.lm is not None:
+        ways["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval)
+    return ways

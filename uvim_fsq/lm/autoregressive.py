@@ -1,0 +1,215 @@
+"""The language model (UViM, stage II): image -> memory -> tokens, one at a time. Knows nothing of labels or tasks.
+
+B batch, S image side, M memory tokens (patches), L code length, V vocabulary, D decoder width, H heads, hd head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uvim_fsq.config.schema import LMModelConfig
+from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding, signed_pixels
+from uvim_fsq.lm.base import Generated, Generator, TokenModel, register_token_model
+from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.lm.kv_cache import DecoderCache, LayerCache
+from uvim_fsq.lm.sampling import GREEDY, Sampling
+from uvim_fsq.lm.token_generator import TokenGenerator
+from uvim_fsq.performance.flops import AutoregressiveCost, EncoderSize, autoregressive_cost
+from uvim_fsq.performance.memory import autoregressive_activations
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm causal self-attention, cross-attention on the memory, MLP. Attention projections have no bias."""
+
+    def __init__(self, config: LMModelConfig, memory_dim: int) -> None:
+        super().__init__()
+        dim = config.width
+        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.self_attn = Attention(dim, config.num_heads, bias=False)
+        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.cross_attn = Attention(dim, config.num_heads, bias=False, memory_dim=memory_dim)
+        self.norm3 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.mlp = MLP(dim, config.mlp_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced pass over all positions: (B, L, D)."""
+        x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=True))
+        x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One position: (B, 1, D). It attends to the buffer's first positions, to which `mask` (1, span) is added."""
+        attn, cross = self.self_attn, self.cross_attn
+        y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
+        y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
+        cache.own.index_copy_(3, position, y[1:])
+        key, value = cache.own[:, :, :, : mask.shape[-1]]
+        x = x + attn.attend(y[0], key, value, mask=mask)
+        attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
+        x = x + cross.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm3(x))
+
+
+@register_token_model("autoregressive")
+class AutoregressiveLM(TokenModel):
+    """Encoder-decoder over an image. The start symbol is a vector, no vocabulary entry: every output is a valid code.
+
+    The image size must be a multiple of the encoder's patch.
+    """
+
+    has_cached_decoding = True
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
+        super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
+        self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
+        # Part of the checkpoint: they belong to the encoder's weights.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        dim = config.width
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.start = nn.Parameter(torch.randn(1, 1, dim))
+        self.positions = position_embedding(length, dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config, self.encoder.num_features) for _ in range(config.depth))
+        init_transformer_(self.blocks)
+        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        self.head = nn.Linear(dim, vocab_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8, or floating in [-1, 1] -> memory (B, M, encoder width)."""
+        return self.encoder.forward_features(self.normalised(image))
+
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8, or floating in [-1, 1] -> as the encoder's weights expect it, of their type."""
+        return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.start.dtype)
+
+    def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Logits of all positions at once, teacher-forced: targets (B, L) int64, shifted right inside -> (B, L, V)."""
+        embedded = self.token_embedding(tokens)
+        start = self.start.to(embedded.dtype).expand(len(tokens), -1, -1)
+        x = torch.cat([start, embedded[:, :-1]], dim=1) + self.positions[:, : tokens.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.head(self.norm(x))
+
+    def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor:
+        """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
+
+        The logits are of the weights' type, also inside autocast: in bf16 the largest two are often equal.
+
+        Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
+        position is a tensor operation, so that one step can be captured as a graph; only the first `span` positions of
+        the buffers are read (default all), and the position must be one of them.
+        """
+        position = cache.position
+        embedded = self.token_embedding(previous)
+        x = torch.where(position == 0, self.start.to(embedded.dtype), embedded)
+        x = x + self.positions.index_select(1, position)
+        later = torch.arange(span or self.length, device=position.device) > position
+        # Added, not boolean: each attention would make numbers of it anew.
+        mask = torch.zeros_like(later, dtype=cache.layers[0].own.dtype).masked_fill(later, -torch.inf)[None]
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            assert isinstance(block, DecoderBlock)
+            x = block.step(x, layer, position, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.norm(x))[:, 0]
+
+    def _fixed(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What stays the same from step to step, of each block: own projections in one, cross keys and values."""
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            own, cross = block.self_attn, block.cross_attn
+            projection = torch.cat([own.query.weight, own.key.weight, own.value.weight])
+            yield projection, cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+
+    def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
+        """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once.
+
+        `int8` keeps those in 8 bits: half of the bytes that a decoding step reads, or nearly.
+        """
+        layers = [LayerCache.create(*fixed, self.length, int8=int8) for fixed in self._fixed(memory)]
+        return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
+
+    def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
+        """Makes the buffers ready for other images, in place; what own keys and values they hold is masked."""
+        for layer, fixed in zip(cache.layers, self._fixed(memory), strict=True):
+            layer.refill(*fixed)
+        cache.position.zero_()
+
+    def logits(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced pass over images (B, 3, S, S) and targets (B, L) -> logits (B, L, V)."""
+        return self.decode(tokens, self.encode(image))
+
+    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy, the mean over an example's tokens; logs the share of tokens whose argmax is right."""
+        logits = self.logits(image, tokens)
+        loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").mean(1)
+        return loss, {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+
+    def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.logits(image, tokens).float()
+        return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+
+    def generate(
+        self,
+        image: torch.Tensor,
+        sampling: Sampling = GREEDY,
+        seeds: torch.Tensor | None = None,
+        *,
+        probabilities: bool = False,
+    ) -> Generated:
+        return TokenGenerator(self, sampling, probabilities=probabilities)(image, seeds)
+
+    def generator(
+        self,
+        sampling: Sampling = GREEDY,
+        *,
+        precision: str = "fp32",
+        int8_cross_kv: bool = False,
+        compile: bool = False,
+        probabilities: bool = False,
+    ) -> Generator:
+        """A `TokenGenerator`, which keeps static buffers, and on a GPU captured steps, for each batch size."""
+        return TokenGenerator(
+            self,
+            sampling,
+            precision=precision,
+            int8=int8_cross_kv,
+            compile=compile,
+            probabilities=probabilities,
+        )
+
+    @property
+    def encoder_size(self) -> EncoderSize:
+        """The image encoder's sizes."""
+        encoder = self.encoder
+        blocks = list(encoder.blocks.children())
+        return EncoderSize(
+            width=encoder.num_features,
+            depth=len(blocks),
+            mlp_dim=int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0]),
+            patch_size=encoder.patch_embed.patch_size[0],
+            patches=encoder.patch_embed.num_patches,
+        )
+
+    def cost(self) -> AutoregressiveCost:
+        return autoregressive_cost(self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length)
+
+    def activation_bytes(self, number_bytes: int) -> float:
+        return autoregressive_activations(
+            self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length, b=number_bytes
+        )
+
+    def randomize_head_(self) -> None:
+        # The head starts at 0, and every token would be code 0.
+        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,158 @@
+"""The contract of token models (stage II), and the registry that finds them by name.
+
+A token model predicts the oracle's tokens from the image. Training, evaluation, prediction and the benchmark know only
+this contract; they know nothing of how a model orders or masks its tokens.
+
+B batch, S image side, L code length, V vocabulary (the oracle's codebook size).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from uvim_fsq.config.schema import LMModelConfig
+from uvim_fsq.errors import UserError
+from uvim_fsq.lm.sampling import GREEDY, Sampling
+from uvim_fsq.performance.flops import TokenModelCost
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated tokens.
+
+    Attributes:
+        tokens: (B, L) int64 in [0, V).
+        probabilities: (B, L, V) float32, the distribution that each token was chosen from, before temperature and
+            filters; None unless asked for.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+
+#: (images (B, 3, S, S), seeds (B,) int64 or None) -> Generated.
+Generator = Callable[[torch.Tensor, "torch.Tensor | None"], Generated]
+
+
+class TokenModel(nn.Module, ABC):
+    """Predicts L tokens in [0, V) from an image. Images are (B, 3, S, S) uint8, or floating in [-1, 1].
+
+    Args:
+        config: the architecture.
+        image_size: S.
+        vocab_size: V.
+        length: L.
+    """
+
+    #: Whether `generator` supports `int8_cross_kv` and `compile`.
+    has_cached_decoding: ClassVar[bool] = False
+
+    def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
+        super().__init__()
+        self.config, self.image_size, self.vocab_size, self.length = config, image_size, vocab_size, length
+
+    @abstractmethod
+    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss against the true tokens (B, L): (B,) float32 per example, and logs: name -> (B,)."""
+
+    @abstractmethod
+    def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Natural log-probability (B, L) float32 of each given token, in the model's own order of prediction."""
+
+    @abstractmethod
+    def generate(
+        self,
+        image: torch.Tensor,
+        sampling: Sampling = GREEDY,
+        seeds: torch.Tensor | None = None,
+        *,
+        probabilities: bool = False,
+    ) -> Generated:
+        """Predicts the tokens. Results do not depend on the batch.
+
+        Args:
+            sampling: how tokens are chosen; greedy by default.
+            seeds: (B,) int64, one random stream per image; by default 0 to B - 1.
+            probabilities: also return the distribution of each token.
+        """
+
+    @abstractmethod
+    def cost(self) -> TokenModelCost:
+        """What training and generation cost, for the benchmark and for the MFU that training prints."""
+
+    @abstractmethod
+    def activation_bytes(self, number_bytes: int) -> float:
+        """Bytes per image kept for the backward pass, with numbers of that many bytes in the forward pass."""
+
+    def generator(
+        self,
+        sampling: Sampling = GREEDY,
+        *,
+        precision: str = "fp32",
+        int8_cross_kv: bool = False,
+        compile: bool = False,
+        probabilities: bool = False,
+    ) -> Generator:
+        """`generate` for many batches; a model may keep buffers, casts and compiled graphs between them.
+
+        Args:
+            precision: "fp32" or "bf16".
+            int8_cross_kv: keep the cross-attention's keys and values in 8 bits.
+            compile: compile what runs per batch.
+            probabilities: also return the distribution of each token.
+
+        Raises UserError for what the model does not support.
+        """
+        if int8_cross_kv or compile:
+            key = "int8_cross_kv" if int8_cross_kv else "compile"
+            raise UserError(f"eval.{key}=true: token model {type(self).__name__} does not support it; set it to false")
+
+        @torch.inference_mode()
+        def run(image: torch.Tensor, seeds: torch.Tensor | None = None) -> Generated:
+            with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return self.generate(image, sampling, seeds, probabilities=probabilities)
+
+        return run
+
+    def randomize_head_(self) -> None:
+        """Gives an untrained model predictions that differ, for benchmarks; does nothing if they already do."""
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`loss`, under the name through which a wrapped module (DistributedDataParallel, compiled) must be called."""
+        return self.loss(image, tokens)
+
+
+TOKEN_MODELS: dict[str, type[TokenModel]] = {}
+M = TypeVar("M", bound=type[TokenModel])
+
+
+def register_token_model(name: str) -> Callable[[M], M]:
+    """Class decorator that adds a TokenModel under the name `model.kind`.
+
+    Raises ValueError if another class already has that name.
+    """
+
+    def register(cls: M) -> M:
+        known = TOKEN_MODELS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"token model {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        TOKEN_MODELS[name] = cls
+        return cls
+
+    return register
+
+
+def build_token_model(config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> TokenModel:
+    """A freshly initialized model of `model.kind`. Raises UserError for an unknown kind."""
+    if config.kind not in TOKEN_MODELS:
+        raise UserError(
+            f"model.kind={config.kind}: known token models are {', '.join(sorted(TOKEN_MODELS))}; "
+            "one of your own must be registered by a module in `plugins`"
+        )
+    return TOKEN_MODELS[config.kind](config, image_size=image_size, vocab_size=vocab_size, length=length)

@@ -1,0 +1,62 @@
+"""How a token is drawn from its logits, reproducibly and independent of the batch.
+
+B batch, L code length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from uvim_fsq.config.rules import check_sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits.
+
+    Attributes:
+        temperature: 0 takes the argmax; above 0 samples.
+        top_k: sample among the k likeliest tokens. Not together with top_p.
+        top_p: sample among the fewest likeliest tokens that hold this much probability.
+
+    Raises UserError for impossible settings.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+
+
+GREEDY = Sampling()
+
+
+def example_uniforms(seeds: torch.Tensor, length: int) -> torch.Tensor:
+    """(B,) int64 seeds -> (B, L) float64 in [0, 1), each row drawn from its own generator, whatever the batch."""
+    rows = [
+        torch.rand(length, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(rows)
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Inverse-CDF draw from float32 logits (B, V) with uniforms (B, 1) float64 -> (B, 1) int64.
+
+    The CDF runs in the vocabulary's order, not in that of the probabilities: rounding could swap two nearly equal ones.
+    A token of probability 0, or one that a filter cut, is never chosen.
+    """
+    probabilities = logits.double().softmax(1)
+    if top_k is not None:
+        smallest = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1).values[:, -1:]
+        probabilities = probabilities * (probabilities >= smallest)
+    if top_p is not None:
+        ordered = probabilities.sort(dim=1, descending=True).values
+        # A token stays if those before it hold less than top_p; the likeliest always stays.
+        smallest = ordered.masked_fill(ordered.cumsum(1) - ordered >= top_p, 1.0).amin(1, keepdim=True)
+        probabilities = probabilities * (probabilities >= smallest)
+    cumulative = probabilities.cumsum(1)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(1, keepdim=True)

@@ -1,0 +1,393 @@
+"""Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet.
+
+Training picture i is room i of the series, validation picture i is room 10,000,000 + i. A set is written beside its
+final place and renamed when complete, so a half-written set is never seen. Knows nothing of tasks or models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import scipy.io
+
+from uvim_fsq.data.encode import hdf5_bytes, picture_bytes
+from uvim_fsq.data.pool import in_processes
+from uvim_fsq.errors import UserError
+from uvim_fsq.files import writing
+from uvim_fsq.synthetic.render import CATEGORIES, Scene, render
+
+VAL_START = 10_000_000
+PER_FOLDER = 100
+FOCAL = 518.8579  # what the NYU file lists say of every picture; readers skip it
+NYU_LAYOUTS = ("h5", "mat", "png")
+WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
+
+Size = int | tuple[int, int]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture to render and store under `root`; `number` counts within its split from 0."""
+
+    root: Path
+    split: str
+    number: int
+    size: Size
+    seed: int
+    difficulty: str
+
+    def scene(self) -> Scene:
+        start = VAL_START if self.split == "val" else 0
+        return render(self.seed, start + self.number, self.size, self.difficulty)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All pictures of a set, and how to render them."""
+
+    num: int
+    num_val: int
+    size: Size
+    seed: int
+    difficulty: str
+    workers: int | None
+    progress: Progress | None
+
+    def jobs(self, root: Path) -> list[_Job]:
+        common = (self.size, self.seed, self.difficulty)
+        train = [_Job(root, "train", i, *common) for i in range(self.num)]
+        return train + [_Job(root, "val", i, *common) for i in range(self.num_val)]
+
+    @contextmanager
+    def run(self, function: Callable[[_Job], Any], root: Path) -> Iterator[Iterator[Any]]:
+        """What function(job) returns, in order. Beyond the block nobody works on it any more."""
+        jobs = self.jobs(root)
+        with closing(in_processes(function, jobs, self.workers or os.cpu_count() or 1)) as results:
+            yield self._counted(results, len(jobs))
+
+    def run_all(self, function: Callable[[_Job], None], root: Path) -> None:
+        with self.run(function, root) as results:
+            for _ in results:
+                pass
+
+    def _counted(self, results: Iterable[Any], total: int) -> Iterator[Any]:
+        for done, result in enumerate(results, start=1):
+            yield result
+            if self.progress is not None:
+                self.progress(done, total)
+
+
+def write_dataset(
+    format: str,
+    out: Path,
+    num: int,
+    size: Size,
+    seed: int = 0,
+    num_val: int = 0,
+    layout: str = "h5",
+    difficulty: str = "varied",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes `num` training and `num_val` validation pictures as "nyu", "coco_panoptic" or "imagenet".
+
+    Args:
+        out: the new data set's folder; must not exist or be empty.
+        size: side of square pictures, or (height, width).
+        layout: for "nyu" only: "h5", "mat" or "png".
+        difficulty: see `uvim_fsq.synthetic.render.render`.
+        workers: rendering processes; None: one per core; 1: in this process.
+        progress: called with (pictures done, pictures in all).
+
+    Raises:
+        UserError: a ValueError; `out` holds files already, or an unknown format, layout or number.
+    """
+    options = {"difficulty": difficulty, "workers": workers, "progress": progress}
+    if format == "nyu":
+        write_nyu(out, num, size, seed, num_val=num_val, layout=layout, **options)
+    elif format == "coco_panoptic":
+        write_coco_panoptic(out, num, size, seed, num_val=num_val, **options)
+    elif format == "imagenet":
+        write_imagenet(out, num, size, seed, num_val=num_val, **options)
+    else:
+        raise UserError(f'format "{format}" is unknown: use "nyu", "coco_panoptic" or "imagenet"')
+
+
+def write_nyu(
+    out: Path,
+    num: int,
+    size: Size,
+    seed: int = 0,
+    *,
+    num_val: int,
+    layout: str = "h5",
+    difficulty: str = "varied",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """NYU Depth v2: one .h5 a frame ("h5"), the labelled .mat with its splits ("mat"), or BTS's files ("png").
+
+    Raises `UserError` as `write_dataset` does.
+    """
+    if layout not in NYU_LAYOUTS:
+        raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(NYU_LAYOUTS)}')
+    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
+    with _fresh(out) as root:
+        {"h5": _nyu_h5, "mat": _nyu_mat, "png": _nyu_png}[layout](plan, root)
+
+
+def write_coco_panoptic(
+    out: Path,
+    num: int,
+    size: Size,
+    seed: int = 0,
+    *,
+    num_val: int,
+    difficulty: str = "varied",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """COCO panoptic 2017: pictures, id PNGs and the two JSON files. Raises `UserError` as `write_dataset` does."""
+    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
+    with _fresh(out) as root:
+        for split in ("train", "val"):
+            (root / f"{split}2017").mkdir()
+            (root / f"annotations/panoptic_{split}2017").mkdir(parents=True)
+        with plan.run(_store_coco, root) as results:
+            entries = list(results)
+        for split, part in (("train", entries[:num]), ("val", entries[num:])):
+            document = {
+                "info": {"description": "synthetic rooms", "seed": seed, "difficulty": difficulty},
+                "licenses": [],
+                "images": [image for image, _ in part],
+                "annotations": [annotation for _, annotation in part],
+                "categories": CATEGORIES,
+            }
+            (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(document))
+
+
+def write_imagenet(
+    out: Path,
+    num: int,
+    size: Size,
+    seed: int = 0,
+    *,
+    num_val: int,
+    difficulty: str = "varied",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """ImageNet-1k: class folders for training, a flat val/. The classes mean nothing. Raises as `write_dataset`."""
+    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
+    with _fresh(out) as root:
+        (root / "val").mkdir()
+        for wnid in WNIDS:
+            (root / "train" / wnid).mkdir(parents=True)
+        plan.run_all(_store_imagenet, root)
+
+
+# ---------------------------------------------------------------- folders and processes
+
+
+def _plan(
+    num: int, num_val: int, size: Size, seed: int, difficulty: str, workers: int | None, progress: Progress | None
+) -> _Plan:
+    """Checks what can be checked before anything is written."""
+    if not 1 <= num <= VAL_START or num_val < 0:
+        raise UserError(f"num = {num}, num_val = {num_val}: need 1 to {VAL_START} training and 0 or more val pictures")
+    if seed < 0 or (workers is not None and workers < 1):
+        raise UserError(f"seed = {seed}, workers = {workers}: need a seed of 0 or more and at least one worker")
+    try:
+        render(seed, 0, size, difficulty)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return _Plan(num, num_val, size, seed, difficulty, workers, progress)
+
+
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well and vanishes when it does not."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: delete it or choose another name")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            root.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+            yield root
+            if out.exists():
+                out.rmdir()
+            root.rename(out)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
+
+
+# ---------------------------------------------------------------- NYU Depth v2
+
+
+def _nyu_h5(plan: _Plan, root: Path) -> None:
+    for job in plan.jobs(root):
+        _h5_path(job).parent.mkdir(parents=True, exist_ok=True)
+    plan.run_all(_store_h5, root)
+
+
+def _h5_path(job: _Job) -> Path:
+    if job.split == "val":
+        return job.root / f"nyudepthv2/val/official/{job.number + 1:05d}.h5"
+    room, frame = divmod(job.number, PER_FOLDER)
+    return job.root / f"nyudepthv2/train/room_{room + 1:04d}/{frame + 1:05d}.h5"
+
+
+def _store_h5(job: _Job) -> None:
+    scene = job.scene()
+    arrays = {"rgb": scene.image.transpose(2, 0, 1), "depth": scene.depth}
+    _h5_path(job).write_bytes(hdf5_bytes(arrays))
+
+
+def _png_names(job: _Job) -> tuple[str, str]:
+    """Picture's and depth map's paths below sync/ (train) or official_splits/test/ (val)."""
+    room, frame = divmod(job.number, PER_FOLDER)
+    folder, number = ("room", job.number) if job.split == "val" else (f"room_{room + 1:04d}a", frame)
+    return f"{folder}/rgb_{number:05d}.jpg", f"{folder}/sync_depth_{number:05d}.png"
+
+
+def _nyu_png(plan: _Plan, root: Path) -> None:
+    tops = {"train": root / "sync", "val": root / "official_splits/test"}
+    lists: dict[str, list[str]] = {"train": [], "val": []}
+    for job in plan.jobs(root):
+        picture, depth = _png_names(job)
+        (tops[job.split] / picture).parent.mkdir(parents=True, exist_ok=True)
+        slash = "/" if job.split == "train" else ""  # only the training list's paths begin with one
+        lists[job.split].append(f"{slash}{picture} {slash}{depth} {FOCAL}\n")
+    (root / "nyudepthv2_train_files_with_gt.txt").write_text("".join(lists["train"]))
+    (root / "nyudepthv2_test_files_with_gt.txt").write_text("".join(lists["val"]))
+    plan.run_all(partial(_store_png, tops), root)
+
+
+def _store_png(tops: dict[str, Path], job: _Job) -> None:
+    scene = job.scene()
+    picture, depth = _png_names(job)
+    (tops[job.split] / picture).write_bytes(_jpeg(scene))
+    millimetres = np.floor(scene.depth * 1000).astype(np.uint16)
+    (tops[job.split] / depth).write_bytes(picture_bytes(millimetres))
+
+
+def _jpeg(scene: Scene) -> bytes:
+    return picture_bytes(scene.image, "JPEG", quality=95, subsampling=0)
+
+
+def _nyu_mat(plan: _Plan, root: Path) -> None:
+    """The arrays are transposed as MATLAB's column order makes them appear in h5py: (N, 3, W, H) and (N, W, H)."""
+    total = plan.num + plan.num_val
+    height, width = (plan.size, plan.size) if isinstance(plan.size, int) else plan.size
+    places = _interleaved(plan.num, plan.num_val)
+    shapes = {
+        "images": (total, 3, width, height),
+        "depths": (total, width, height),
+        "rawDepths": (total, width, height),
+    }
+    file = root / "nyu_depth_v2_labeled.mat"
+    starts = _make_room(file, shapes)
+    with plan.run(_frame, root) as frames, file.open("r+b") as opened:
+        for place, arrays in zip(places, frames, strict=True):
+            for start, array in zip(starts, arrays, strict=True):
+                opened.seek(start + place * array.nbytes)
+                opened.write(array.transpose().tobytes())
+    index = np.array(places, np.int64).astype(np.uint16 if total < 2**16 else np.uint32) + 1
+    splits = {"trainNdxs": index[: plan.num, None], "testNdxs": index[plan.num :, None]}
+    scipy.io.savemat(root / "splits.mat", splits)
+
+
+def _make_room(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """An HDF5 file of arrays without values (uint8 of four dimensions, float32 of three); where each one begins.
+
+    The values are then written as plain bytes, since HDF5 ends the process when the disk fills up.
+    """
+    with file.open("wb") as opened:
+        opened.write(bytes(1 << 16))  # more than the structure takes
+        opened.truncate(sum(math.prod(shape) * (1 if len(shape) == 4 else 4) for shape in shapes.values()) + (1 << 16))
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(file, "w") as handle:
+        for name, shape in shapes.items():
+            kind = h5py.h5t.py_create(np.dtype(np.uint8 if len(shape) == 4 else np.float32))
+            h5py.h5d.create(handle.id, name.encode(), kind, h5py.h5s.create_simple(shape), options)
+        return [handle[name].id.get_offset() for name in shapes]
+
+
+def _interleaved(num: int, num_val: int) -> list[int]:
+    """0-based places of the training pictures, then of the validation ones, mixed evenly as in the real file."""
+    order = sorted(range(num + num_val), key=lambda i: (i + 0.5) / num if i < num else (i - num + 0.5) / num_val)
+    places = [0] * len(order)
+    for place, item in enumerate(order):
+        places[item] = place
+    return places
+
+
+def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (H, W, 3), depth (H, W), and the depth with a few rectangular holes (0), as the sensor leaves them."""
+    scene = job.scene()
+    rng = np.random.default_rng([job.seed, job.number, job.split == "val"])
+    holed = scene.depth.copy()
+    height, width = holed.shape
+    for _ in range(int(rng.integers(2, 6))):
+        row, column = int(rng.integers(height)), int(rng.integers(width))
+        holed[row : row + max(1, height // 8), column : column + max(1, width // 8)] = 0
+    return scene.image, scene.depth, holed
+
+
+# ---------------------------------------------------------------- COCO panoptic and ImageNet
+
+
+def _store_coco(job: _Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stores picture and id map; returns the entries of `images` and `annotations`. Ids use all three channels."""
+    scene = job.scene()
+    number = job.number + 1 + (VAL_START if job.split == "val" else 0)
+    name, folder = f"{number:012d}", f"{job.split}2017"
+    ids = np.array([0, *(_panoptic_id(info["id"]) for info in scene.segments_info)], np.int32)[scene.segments]
+    (job.root / folder / f"{name}.jpg").write_bytes(_jpeg(scene))
+    coded = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    (job.root / f"annotations/panoptic_{folder}/{name}.png").write_bytes(picture_bytes(coded))
+    segments = [_segment(scene.segments == info["id"], info) for info in scene.segments_info]
+    height, width = scene.segments.shape
+    image = {"id": number, "file_name": f"{name}.jpg", "height": height, "width": width}
+    return image, {"image_id": number, "file_name": f"{name}.png", "segments_info": segments}
+
+
+def _panoptic_id(segment: int) -> int:
+    """Distinct ids beyond 65535, as COCO's are, so that a reader that drops a channel or overflows is found out."""
+    return segment * 1_234_567 % (1 << 24)
+
+
+def _segment(mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return {
+        "id": _panoptic_id(info["id"]),
+        "category_id": info["category_id"],
+        "iscrowd": 0,
+        "area": int(mask.sum()),
+        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+    }
+
+
+def _store_imagenet(job: _Job) -> None:
+    wnid = WNIDS[job.number % len(WNIDS)]
+    train, val = f"train/{wnid}/{wnid}_{job.number}.JPEG", f"val/ILSVRC2012_val_{job.number + 1:08d}.JPEG"
+    (job.root / (val if job.split == "val" else train)).write_bytes(_jpeg(job.scene()))

@@ -1,0 +1,110 @@
+"""Whole run configurations: YAML and `key=value` to `OracleRun` and `LMRun`, the task's own keys included."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uvim_fsq.config.parse import INHERITED, build, convert, explicit_data_keys, merge, settings_of, short, to_plain
+from uvim_fsq.config.plugins import name_plugins, refuse_strangers
+from uvim_fsq.config.schema import LMRun, OracleRun, Run, TaskSection
+from uvim_fsq.config.yaml_files import Tree
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.registry import config_class, load_plugins, task_names
+
+
+def load_run(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, found_in: Path | None = None
+) -> Run:
+    """Reads a configuration file (or an already parsed tree), merges `key=value` overrides and checks every key.
+
+    A file may say `extends: other.yaml` (relative to itself); it then holds only what differs.
+
+    Args:
+        found_in: the file of a trained run that the tree `source` stood in. It may be anybody's: it refers to nothing
+            outside itself, and imports only plugins that the user trusts.
+
+    Raises UserError naming the key for unknown keys (with "did you mean"), wrong types and values out of range.
+    """
+    tree, given = merge(source, overrides, found_in=found_in)
+    own = found_in is None or "plugins" in given
+    return _build_run(tree, None if own else found_in)
+
+
+def _build_run(tree: Tree, stranger: Path | None) -> Run:
+    """`stranger`: the file behind `tree`, where that is not the user's own."""
+    stage: Any = tree.get("stage", "lm" if "oracle" in tree else "oracle")
+    if stage not in ("oracle", "lm"):
+        raise UserError(f"stage={short(stage)}: must be oracle or lm")
+    plugins = convert(tuple[str, ...], tree.get("plugins") or (), "plugins")
+    if stranger is None:
+        name_plugins(plugins)
+    else:
+        refuse_strangers(plugins, stranger)
+    tree = {**tree, "plugins": plugins}
+    task: Any = tree.pop("task", None)
+    named = isinstance(task, dict) and bool(typing.cast(Tree, task).get("name"))
+    if stage == "oracle" and not named:
+        raise UserError("task.name is missing; e.g. task.name=nyu_depth")
+    if task is not None and not isinstance(task, dict):
+        raise UserError(f"task: expected keys and values, got {short(task)}")
+    # Before the task, whose plugins may take seconds to import.
+    run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
+    section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
+    if isinstance(run, OracleRun):
+        return dataclasses.replace(run, task=section)
+    given = tuple(key for key in INHERITED if key in (tree.get("data") or {}))
+    return dataclasses.replace(run, task=section, given=given)
+
+
+def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
+    load_plugins(plugins)
+    name = convert(str, tree["name"], "task.name")
+    options = {key: value for key, value in tree.items() if key != "name"}
+    cls = config_class(name)
+    known = {field.name for field in settings_of(cls)}
+    for key in options.keys() - known:
+        owners = [other for other in task_names() if key in {field.name for field in settings_of(config_class(other))}]
+        if owners:
+            raise UserError(f"task.{key} is a key of {' and '.join(owners)}, not of task.name={name}; remove it")
+    return TaskSection(name, build(cls, options, "task."))
+
+
+def changeable(task: TaskSection) -> tuple[str, ...]:
+    """The task's keys that define no labels, as its Config declares them."""
+    return getattr(task.options, "changeable", ())
+
+
+def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
+    """Fills an LM's task, plugins and data from its oracle's; keys of `data` that were not given are inherited.
+
+    Raises UserError when the LM asks for another task, another image size or other label channels.
+    """
+    plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
+    own: Tree = to_plain(run.task) or {}
+    theirs: Tree = to_plain(oracle.task)
+    name = own.get("name", theirs["name"])
+    if name != theirs["name"]:
+        raise UserError(
+            f"task.name={name} but the oracle {run.oracle} was trained for {theirs['name']}; "
+            "point `oracle=` at an oracle of this task"
+        )
+    section = _build_task({**theirs, **own}, plugins)
+    for key in (field.name for field in settings_of(section.options)):
+        value, fixed = getattr(section.options, key), getattr(oracle.task.options, key)
+        if value != fixed and key not in changeable(section):
+            raise UserError(
+                f"task.{key}={value} but the oracle {run.oracle} was trained with {fixed}; "
+                "leave it out to take over the oracle's"
+            )
+    explicit = explicit_data_keys(run)
+    data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
+    if data.image_size != oracle.data.image_size:
+        raise UserError(
+            f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}; "
+            "leave it out to take over the oracle's"
+        )
+    return dataclasses.replace(run, plugins=plugins, task=section, data=data, given=INHERITED)
