@@ -153,8 +153,8 @@ class AutoregressiveLM(TokenModel):
     def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Cross-entropy, the mean over an example's tokens; logs the share of tokens whose argmax is right."""
         logits = self.logits(image, tokens)
-        loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").mean(1)
-        return loss, {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        return loss.view(tokens.shape).mean(1), {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
 
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.logits(image, tokens).float()

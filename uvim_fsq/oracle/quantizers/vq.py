@@ -74,14 +74,15 @@ class VQ(Quantizer):
         The gradient passes straight through to the standardised z.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = self.standardize(z)
+            raw, z = z, self.standardize(z)
             words = self.codebook()
             # Of unit vectors the nearest has the largest product.
             indices = (z @ words.T).argmax(-1)
             codes = F.embedding(indices, words) + (z - z.detach())
             if not self.commitment:
                 return Quantized(codes, indices)
-            distance = (z - codes.detach()).square().mean((1, 2))
+            # Standardized again: the two losses' gradients then add up at the bottleneck itself.
+            distance = (self.standardize(raw) - codes.detach()).square().mean((1, 2))
             return Quantized(codes, indices, self.commitment * distance, {"commitment": distance.detach()})
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
