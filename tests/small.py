@@ -9,6 +9,8 @@ import torch
 
 from uvim_fsq.checkpoints.loading import resolve
 from uvim_fsq.config.schema import Run
+from uvim_fsq.lm.base import TokenModel
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.base import Categorical, Task
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic, CocoPanopticConfig
@@ -92,3 +94,16 @@ def oracle_run(out: Path, data: Path, *overrides: str) -> Run:
 def lm_run(out: Path, oracle: Path, *overrides: str) -> Run:
     """A resolved small stage-II configuration on a trained oracle."""
     return resolve(load_run(LM, [f"train.out={out}", f"oracle={oracle}", *overrides]))
+
+
+def generate(
+    lm: TokenModel,
+    images: torch.Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The tokens (B, L) of `lm.generate`."""
+    return lm.generate(images, Sampling(temperature, top_k, top_p), seeds).tokens

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from tests import small
+from tests.small import generate
 from uvim_fsq.benchmark import compare as beside
 from uvim_fsq.benchmark import hugging_face, metrics, side_by_side
 from uvim_fsq.benchmark.setup import Sizes
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, LMRun, OracleRun
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
-from uvim_fsq.lm.token_generator import generate
 from uvim_fsq.oracle.quantizers.fsq import FSQ
 from uvim_fsq.performance.timing import Measurement, Timing
 from uvim_fsq.synthetic.render import render

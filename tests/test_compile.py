@@ -145,7 +145,7 @@ class Kernels(TorchDispatchMode):
 def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     trainer, batches = trainer_and_batches(run_of(stage, tmp_path, data, oracle_dir))
     with Kernels() as kernels:
-        trainer.optimizer_step(batches, unheard)
+        trainer.stepper.optimizer_step(batches, unheard)
     attention = {name for name in kernels.names if "attention" in name}
     way = "_scaled_dot_product_flash_attention_for_cpu"
     assert attention == {way, f"{way}_backward"} or trainer.device.type != "cpu"
@@ -193,9 +193,9 @@ def trainer_and_batches(run: Any) -> tuple[Trainer, Iterator[Batch]]:
 def test_nothing_in_a_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     run = run_of(stage, tmp_path, data, oracle_dir, "train.ema=0.9", "train.precision=bf16")
     trainer, batches = trainer_and_batches(run)
-    trainer.optimizer_step(batches, unheard)
+    trainer.stepper.optimizer_step(batches, unheard)
     with NoWaiting():
-        logs = trainer.optimizer_step(batches, unheard)
+        logs = trainer.stepper.optimizer_step(batches, unheard)
     assert torch.isfinite(logs["loss"])
     with pytest.raises(AssertionError, match="waits"), NoWaiting():
         bool(logs["loss"] > 0)
@@ -211,11 +211,11 @@ def test_no_step_waits_for_the_gpu(
     keys = ["train.ema=0.9", "train.precision=bf16", f"optim.name={optimizer}", f"train.compile={compile}".lower()]
     trainer, batches = trainer_and_batches(run_of(stage, tmp_path, data, oracle_dir, *keys))
     for _ in range(2):
-        trainer.optimizer_step(batches, unheard)
+        trainer.stepper.optimizer_step(batches, unheard)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logs = trainer.optimizer_step(batches, unheard)
+        logs = trainer.stepper.optimizer_step(batches, unheard)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(logs["loss"])

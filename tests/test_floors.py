@@ -8,7 +8,7 @@ import torch
 from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.performance.device_peak import DevicePeak
-from uvim_fsq.performance.flops import OracleCost, decode_seconds, lm_cost, oracle_cost
+from uvim_fsq.performance.flops import OracleCost, oracle_cost
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
 H200 = DevicePeak("H200", "bf16", 788e12, 4.3e12)
@@ -39,13 +39,13 @@ def test_stage_one(task: str, gigaflop: float, images: float) -> None:
 
 
 def test_stage_two(lm: AutoregressiveLM) -> None:
-    train = lm_cost(lm).train + stage_one("color").tokenize
+    train = lm.cost().train + stage_one("color").tokenize
     assert train / 1e9 == pytest.approx(3221, abs=2)
     assert H200.flops / train == pytest.approx(245, abs=1)
 
 
 def test_what_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
-    cost = lm_cost(lm)
+    cost = lm.cost()
     assert 2 * cost.step_weights / 1e6 == pytest.approx(713, abs=1)
     assert 2 * cost.cross_numbers / 1e6 == pytest.approx(100.7, abs=0.1)
     assert 2 * cost.self_numbers / 1e3 == pytest.approx(98.3, abs=0.1)
@@ -59,7 +59,7 @@ def test_what_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
     [(1, 2, 20), (16, 2, 96), (64, 2, 118), (256, 2, 126), (64, 1, 183), (256, 1, 202)],
 )
 def test_decoding(lm: AutoregressiveLM, batch: int, cross_bytes: float, images: float) -> None:
-    seconds = decode_seconds(lm_cost(lm), batch, H200, number_bytes=2, cross_bytes=cross_bytes)
+    seconds = lm.cost().generate_seconds(batch, H200, number_bytes=2, cross_bytes=cross_bytes)
     assert batch / seconds == pytest.approx(images, abs=1)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from tests.helpers import golden_checkpoint
+from tests.small import generate
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.interop.published import lm_rules, lm_shape, translate
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
-from uvim_fsq.lm.token_generator import generate
 
 
 def golden_lm() -> tuple[AutoregressiveLM, dict[str, np.ndarray]]:

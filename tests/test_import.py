@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.helpers import golden, golden_checkpoint, golden_path
-from tests.small import AutoregressiveLM as SMALL_LM
+from tests.small import LM as SMALL_LM
+from tests.small import generate
 from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
@@ -22,7 +23,6 @@ from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.interop.import_uvim import import_lm, import_oracle
 from uvim_fsq.interop.published import lm_rules, lm_shape, oracle_rules, oracle_shape, read_npz, translate
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
-from uvim_fsq.lm.token_generator import generate
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 from uvim_fsq.tasks.configuration import load_run

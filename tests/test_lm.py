@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import needs_compiler
+from tests.small import generate
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm import autoregressive as model
@@ -20,7 +21,7 @@ from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.lm.kv_cache import attend_int8, to_int8
 from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
-from uvim_fsq.lm.token_generator import CACHE_BLOCK, TokenGenerator, generate
+from uvim_fsq.lm.token_generator import CACHE_BLOCK, TokenGenerator
 
 SMALL = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
 CONFIG = LMModelConfig(encoder=SMALL, width=24, depth=2, num_heads=2, mlp_dim=32)

@@ -66,7 +66,7 @@ def test_accumulation_equals_one_batch(tmp_path: Path, data: Path, oracle_dir: P
             run = oracle_run(tmp_path / str(count), data, "model.code_dropout=none", *keys, *extra)
         trainer = trainer_of(run)
         batches = trainer.loader.batches(0, 2)
-        logs = [trainer.optimizer_step(batches, lambda _: None) for _ in range(2)]
+        logs = [trainer.stepper.optimizer_step(batches, lambda _: None) for _ in range(2)]
         assert trainer.step == 2 and next(batches, None) is None, "a step takes exactly its micro batches"
         steps.append(([{k: v.item() for k, v in log.items()} for log in logs], trainer.stage.model.state_dict()))
     for logs, weights in steps[1:]:
@@ -103,8 +103,8 @@ def test_each_step_has_its_rate(tmp_path: Path, data: Path) -> None:
     trainer = trainer_of(run)
     batches = trainer.loader.batches(0, 5)
     for step in range(5):
-        trainer.optimizer_step(batches, lambda _: None)
-        rates = {group["lr"] / group["lr_ratio"] for group in trainer.optimizer.param_groups}
+        trainer.stepper.optimizer_step(batches, lambda _: None)
+        rates = {group["lr"] / group["lr_ratio"] for group in trainer.stepper.optimizers["model"].param_groups}
         assert rates == {learning_rate(step, 5, run.optim)} and trainer.step == step + 1
 
 
@@ -133,7 +133,7 @@ def test_each_micro_batch_has_random_numbers_of_its_own(
     batches = trainer.loader.batches(0, 3)
     for _ in range(3):
         torch.rand(7)
-        trainer.optimizer_step(batches, lambda _: None)
+        trainer.stepper.optimizer_step(batches, lambda _: None)
     expected = []
     for number, micro in itertools.product(range(3), range(2)):
         torch.manual_seed(derive_seed(5, number, 0, micro))
@@ -159,7 +159,7 @@ def test_averaged_weights(tmp_path: Path, data: Path) -> None:
     assert trainer.ema is not None and all(torch.equal(trainer.ema[name], p) for name, p in average.items())
     batches = trainer.loader.batches(0, 3)
     for _ in range(3):
-        trainer.optimizer_step(batches, lambda _: None)
+        trainer.stepper.optimizer_step(batches, lambda _: None)
         average = {name: 0.75 * average[name] + 0.25 * p.detach() for name, p in model.named_parameters()}
     assert all(torch.allclose(trainer.ema[name], p, atol=1e-6) for name, p in average.items())
     assert not any(p.requires_grad for p in trainer.ema.values())

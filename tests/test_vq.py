@@ -86,7 +86,7 @@ def test_float32_inside_autocast() -> None:
     codes, indices = vq(z)
     with torch.autocast("cpu", torch.bfloat16):
         inside = vq(z)
-        low = (VQ.standardize(z) @ vq.codewords().T).argmax(-1)
+        low = (VQ.standardize(z) @ vq.codebook().T).argmax(-1)
         assert torch.equal(vq.codes_to_indices(codes), indices)
     assert torch.equal(inside[0], codes) and torch.equal(inside[1], indices)
     assert not torch.equal(low, indices)  # or nothing would have been tested
@@ -142,17 +142,17 @@ def test_splitting_ends_where_tokens_are_too_few() -> None:
     vq.counts.fill_(0.05)
     vq.accumulate(torch.randn(1, 3), torch.tensor([0]))
     vq.ema_update(lambda x: x, seed=0)
-    assert bool(torch.isfinite(vq.codewords()).all()) and float(vq.counts.min()) < RARE
+    assert bool(torch.isfinite(vq.codebook()).all()) and float(vq.counts.min()) < RARE
 
 
 def test_an_unused_codeword_keeps_its_direction_without_splitting() -> None:
     vq = VQ(3, 4, split=False, momentum=0.5)
-    before = vq.codewords()[2].clone()
+    before = vq.codebook()[2].clone()
     for _ in range(400):
         vq.accumulate(torch.randn(2, 4), torch.tensor([0, 1]))
         vq.ema_update(lambda x: x, seed=0)
-    torch.testing.assert_close(vq.codewords()[2], before)
-    assert bool(torch.isfinite(vq.codewords()).all())
+    torch.testing.assert_close(vq.codebook()[2], before)
+    assert bool(torch.isfinite(vq.codebook()).all())
 
 
 def test_train_save_resume_and_evaluate(tmp_path: Path, data: Path) -> None:
