@@ -193,13 +193,13 @@ def test_one_picture_at_a_time_is_held(tmp_path: Path, lm_dir: Path, monkeypatch
     seen: list[weakref.ref[np.ndarray]] = []
     read = module.read_image
 
-    def selection_data(source: Any) -> np.ndarray:
+    def watched(source: Any) -> np.ndarray:
         alive.append(sum(picture() is not None for picture in seen))
         image = read(source)
         seen.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr(module, "read_image", selection_data)
+    monkeypatch.setattr(module, "read_image", watched)
     predict_files(lm_dir, files, tmp_path / "out", ["eval.batch_size=6"])
     Predictor.from_run(lm_dir, ["eval.batch_size=6"]).predict_batch(files)
     assert len(alive) == 24 and max(alive) <= 1

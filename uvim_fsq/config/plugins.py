@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import entry_points
@@ -26,7 +26,7 @@ _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 @contextmanager
-def trusting(trust: bool = True) -> Iterator[None]:
+def trusting(trust: bool = True) -> Generator[None]:
     """Inside, the plugins of any run may be imported; UVIM_FSQ_TRUST=1 says so for the whole process."""
     before = _trusting.set(trust or _trusting.get())
     try:
@@ -89,7 +89,7 @@ def import_plugin(module: str) -> None:
 
 
 @contextmanager
-def plugin_code(what: str) -> Iterator[None]:
+def plugin_code(what: str) -> Generator[None]:
     """Around calling the code of a plugin: its exceptions become a UserError of one line that begins with `what`."""
     try:
         yield
