@@ -67,7 +67,7 @@ def test_only_results_are_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.
     out.mkdir()
     (out / "one.npy").write_text("the user's")
     (line,) = refused(capsys, lm_dir, one, "--out", out)
-    assert "one.npy is there already and no result of an earlier predict" in line
+    assert "one.npy already exists and is not a result of an earlier predict" in line
     assert content(out) == {"one.npy": b"the user's"}
     (out / "one.npy").unlink()
     for pictures in ([one], [two], [one, two]):
