@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.cli import failure
 from tests.support.small import oracle_run, small_data
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
@@ -145,13 +146,13 @@ def test_vq_without_context(tmp_path: Path, data: Path, monkeypatch: pytest.Monk
 
 
 def test_users_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], oracle_dir: Path) -> None:
-    assert "no such run" in error_line(capsys, "analyze", tmp_path / "nowhere")
-    assert "holds no checkpoint" in error_line(capsys, "analyze", tmp_path)
-    assert "unknown key eval.sed" in error_line(capsys, "analyze", oracle_dir, "eval.sed=1")
+    assert "no such run" in failure(capsys, "analyze", tmp_path / "nowhere")
+    assert "holds no checkpoint" in failure(capsys, "analyze", tmp_path)
+    assert "unknown key eval.sed" in failure(capsys, "analyze", oracle_dir, "eval.sed=1")
     for limit in ("1", "0", "-2"):
-        assert "at least 2" in error_line(capsys, "analyze", oracle_dir, "--limit", limit)
+        assert "at least 2" in failure(capsys, "analyze", oracle_dir, "--limit", limit)
     lonely = small_data(tmp_path / "lonely", 2, 1)
-    assert "'val' has 1 image" in error_line(capsys, "analyze", oracle_dir, f"data.root={lonely}")
+    assert "'val' has 1 image" in failure(capsys, "analyze", oracle_dir, f"data.root={lonely}")
     (tmp_path / "file").write_text("")
-    assert "cannot write" in error_line(capsys, "analyze", oracle_dir, "--out", tmp_path / "file")
+    assert "cannot write" in failure(capsys, "analyze", oracle_dir, "--out", tmp_path / "file")
     assert not (oracle_dir / "analysis" / "report.html").exists()

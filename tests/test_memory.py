@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from tests.support.cli import failure
 from tests.support.small import ORACLE
 from uvim_fsq import cli
 from uvim_fsq.errors import UserError, enough_memory
@@ -50,7 +51,7 @@ def test_a_model_that_is_too_large(
 ) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(ORACLE))
-    said = error_line(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}", *keys)
+    said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}", *keys)
     assert ("too little memory" in said and "model.width" in said) or "must be below 2^31" in said or "64 bits" in said
 
 
@@ -63,14 +64,14 @@ def test_a_step_or_an_evaluation_that_needs_too_much(
     monkeypatch.setattr(Stepper, "optimizer_step", full)
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(ORACLE))
-    said = error_line(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}")
+    said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}")
     assert "20.00 GiB" in said and "lower train.batch_size, raise train.accumulate" in said
     predictor = Predictor.from_run(lm_dir)
     monkeypatch.setattr(predictor, "decoder", full)
     with pytest.raises(UserError, match="20.00 GiB.*lower eval.batch_size"):
         predictor.predict(np.zeros((9, 9, 3), np.uint8))
     monkeypatch.setattr("uvim_fsq.evaluation.evaluator.Evaluator.run", full)
-    assert "lower eval.batch_size" in error_line(capsys, "evaluate", lm_dir)
+    assert "lower eval.batch_size" in failure(capsys, "evaluate", lm_dir)
 
 
 @pytest.mark.parametrize("place", ["file", "file/under", "/proc/nowhere/under"])
@@ -98,14 +99,14 @@ def test_places_are_tried_before_the_work(
         ("import-uvim", config, "--task", "depth", "--out", target),
     )
     for arguments in lists:
-        said = error_line(capsys, *(str(a) for a in arguments))
+        said = failure(capsys, *(str(a) for a in arguments))
         assert said.startswith("error: cannot write ") and "Traceback" not in said, arguments
     # A file in the place of a file is replaced.
     if place == "file":
         target = tmp_path
     for option in ("--csv", "--json", "--report"):
-        assert "error: cannot write " in error_line(capsys, "evaluate", lm_dir, option, target), option
-    assert "error: cannot write " in error_line(capsys, "benchmark", "metrics", "--json", target)
+        assert "error: cannot write " in failure(capsys, "evaluate", lm_dir, option, target), option
+    assert "error: cannot write " in failure(capsys, "benchmark", "metrics", "--json", target)
     assert (tmp_path / "file").read_text() == "the user's"
 
 
