@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import small
-from tests.small import generate
+from tests.support import small
+from tests.support.small import generate
 from uvim_fsq.benchmark import compare, hugging_face, metrics, side_by_side
 from uvim_fsq.benchmark.setup import Sizes
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, LMRun, OracleRun

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small import oracle_run
+from tests.support.small import oracle_run
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.errors import UserError
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.small import TASKS, lm_run, oracle_run, random_batch
+from tests.support.small import TASKS, lm_run, oracle_run, random_batch
 from uvim_fsq.benchmark.baseline import BaselineBlock, BaselineLM, BaselineOracle, baseline_model, baseline_step
 from uvim_fsq.config.schema import LMRun, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch

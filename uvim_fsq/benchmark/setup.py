@@ -12,6 +12,7 @@ from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
 from uvim_fsq.checkpoints.run_directory import read_oracle_config
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import LMRun, OracleRun
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.base import TokenModel
@@ -33,7 +34,7 @@ class Sizes:
         return self.lm or self.oracle
 
 
-def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
+def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
     """Reads a configuration of either stage. Neither weights nor data need to exist.
 
     The oracle of an LM configuration is the configuration `oracle` if given, else the run that its key `oracle` names,
@@ -42,6 +43,7 @@ def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None 
     Raises:
         UserError: there is no oracle, or a configuration is invalid.
     """
+    config = find_config(config)
     place = ["train.out=unused"]
     run = load_run(config, [*place, *overrides])
     if isinstance(run, OracleRun):
