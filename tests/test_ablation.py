@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.small import LM, ORACLE
+from tests.support.small import LM, ORACLE
 from uvim_fsq.benchmark.memory import memory_of
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError

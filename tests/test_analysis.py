@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.small import oracle_run, small_data
-from tests.test_cli import failure
+from tests.support.cli import failure
+from tests.support.small import oracle_run, small_data
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
 from uvim_fsq.evaluation.run import evaluate

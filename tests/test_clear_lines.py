@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small import ORACLE, lm_run
+from tests.support.small import ORACLE, lm_run
 from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.cli import main
 from uvim_fsq.config.rules import validate

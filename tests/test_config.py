@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import small
-from tests.small import ORACLE
+from tests.support import small
+from tests.support.small import ORACLE
 from uvim_fsq.checkpoints.loading import build_oracle, build_task
 from uvim_fsq.config.parse import describe_keys, dump_yaml, to_dict
 from uvim_fsq.config.rules import resolve_levels, validate

@@ -12,8 +12,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import needs_compiler
-from tests.small import generate
+from tests.support.compiler import needs_compiler
+from tests.support.small import generate
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm import autoregressive as model

@@ -12,8 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from tests.small import ORACLE
-from tests.test_cli import failure
+from tests.support.cli import failure
+from tests.support.small import ORACLE
 from uvim_fsq import cli
 from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.inference.predictor import Predictor

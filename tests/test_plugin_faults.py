@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from examples.camvid_segmentation.camvid_segmentation import CamvidSegmentation, Config, MeanIoU
-from tests.small import ORACLE
+from tests.support.small import ORACLE
 from uvim_fsq.checkpoints.loading import resolve
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.config.plugins import import_plugin

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from tests.ranks import finish, run_ranks, start, start_ranks
-from tests.small import ORACLE, lm_run, oracle_run
+from tests.support.ranks import finish, run_ranks, start, start_ranks
+from tests.support.small import ORACLE, lm_run, oracle_run
 from uvim_fsq import processes
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import build_task
@@ -324,7 +324,7 @@ def slow(started: str, *arguments: str) -> None:
 
 def start_alone(target: str, *arguments: str) -> subprocess.Popen[str]:
     """One process without a launcher, in a session of its own."""
-    return start([sys.executable, "-m", "tests.ranks", "1", target, *arguments])
+    return start([sys.executable, "-m", "tests.support.ranks", "1", target, *arguments])
 
 
 def wait_for(what: Callable[[], object]) -> None:
