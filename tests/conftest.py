@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small import lm_run, oracle_run, small_data
+from tests.support.small import lm_run, oracle_run, small_data
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.training.run import train
 from uvim_fsq.training.stages import OracleStage

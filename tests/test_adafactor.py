@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import golden_checkpoint
+from tests.support.golden import golden_checkpoint
 from tests.test_compile import NoWaiting
 from tests.test_golden_lm import golden_lm
 from tests.test_golden_oracle import CASES, golden_oracle

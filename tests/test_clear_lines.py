@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small import ORACLE, lm_run
+from tests.support.small import ORACLE, lm_run
 from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.cli import main
 from uvim_fsq.config.rules import validate
@@ -37,8 +37,8 @@ def test_seeds_have_a_range(oracle_dir: Path, capsys: pytest.CaptureFixture[str]
             (2**32, f"{key}={2**32}: must be below 2^32"),
             (2**62, f"{key}={2**62}: must be below 2^32"),
             (-1, f"{key}=-1: must not be negative"),
-            (2**63, f"{key}={2**63}: must fit into 64 bits"),
-            (-(2**64), f"{key}=-{2**64}: must fit into 64 bits"),
+            (2**63, f"{key}={2**63}: must fit in 64 bits"),
+            (-(2**64), f"{key}=-{2**64}: must fit in 64 bits"),
         ):
             with pytest.raises(UserError) as caught:
                 validate(load_run(ORACLE, ["train.out=x", f"{key}={seed}"]))

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.small import ORACLE
+from tests.support.cli import failure
+from tests.support.small import ORACLE
 from uvim_fsq.cli import main
 from uvim_fsq.inference.predictor import Predictor
 
@@ -24,17 +25,6 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "uvim_fsq", *map(str, arguments)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True)
-
-
-def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Runs a command in this process that must fail as a user's mistake; returns its one line."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
-    return lines[0]
 
 
 def test_help_lists_commands_and_keys() -> None:

@@ -18,8 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers import golden
-from tests.panoptic import CONFIG, edit, task_for
+from tests.support.golden import golden
+from tests.support.panoptic import CONFIG, edit, task_for
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError

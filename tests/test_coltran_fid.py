@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from tests.helpers import golden
+from tests.support.golden import golden
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color import fid
 from uvim_fsq.tasks.imagenet_color.coltran import (

@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import needs_compiler
-from tests.small import TASKS, lm_run, oracle_run, random_batch
+from tests.support.compiler import needs_compiler
+from tests.support.small import TASKS, lm_run, oracle_run, random_batch
 from tests.test_loop import losses, weights
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint

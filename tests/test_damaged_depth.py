@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 
-from tests.small import small_data
+from tests.support.small import small_data
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.files import read_depth_file

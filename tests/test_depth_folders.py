@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small import lm_run, oracle_run, small_data
+from tests.support.small import lm_run, oracle_run, small_data
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.folders import and_list
 from uvim_fsq.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import uvim_fsq
-from tests.small import lm_run, oracle_run
+from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints.files import file_hash
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.config.schema import EvalConfig

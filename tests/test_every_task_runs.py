@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import uvim_fsq.tasks.coco_panoptic.results as results_module
-from tests.small import LM, ORACLE
+from tests.support.small import LM, ORACLE
 from tests.test_tasks import OPTIONS
 from uvim_fsq.checkpoints.loading import resolve
 from uvim_fsq.cli import main

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small import LM, ORACLE
+from tests.support.small import LM, ORACLE
 from uvim_fsq.checkpoints.loading import build_task, resolve
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.sample import Sample

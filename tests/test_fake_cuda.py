@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tests.small import TASKS, random_batch
+from tests.support.small import TASKS, random_batch
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
 from uvim_fsq.lm import kv_cache as cache
 from uvim_fsq.lm import token_generator as generate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import golden
+from tests.support.golden import golden
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.layers import patchify, unpatchify

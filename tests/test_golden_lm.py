@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.helpers import golden_checkpoint
-from tests.small import generate
+from tests.support.golden import golden_checkpoint
+from tests.support.small import generate
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.interop.published import lm_rules, lm_shape, translate
 from uvim_fsq.lm.autoregressive import AutoregressiveLM

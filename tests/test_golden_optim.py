@@ -11,8 +11,8 @@ import torch
 from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 
-from tests.helpers import golden
-from tests.small import LM
+from tests.support.golden import golden
+from tests.support.small import LM
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.layers import Attention
 from uvim_fsq.tasks.configuration import load_run

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import golden, golden_checkpoint
+from tests.support.golden import golden, golden_checkpoint
 from uvim_fsq.config.schema import OracleModelConfig, QuantizerConfig
 from uvim_fsq.interop.published import oracle_rules, oracle_shape, translate
 from uvim_fsq.layers import resize_tokens, unpatchify

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.small import lm_run, oracle_run
+from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main

@@ -14,8 +14,8 @@ from PIL import Image
 
 import uvim_fsq.tasks.imagenet_color.data as photos
 import uvim_fsq.tasks.imagenet_color.task as task_module
-from tests.helpers import golden
-from tests.small import LM, ORACLE
+from tests.support.golden import golden
+from tests.support.small import LM, ORACLE
 from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
 from uvim_fsq.commands.data_check import check_data

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import golden, golden_checkpoint, golden_path
-from tests.small import LM as SMALL_LM
-from tests.small import generate
+from tests.support.golden import golden, golden_checkpoint, golden_path
+from tests.support.small import LM as SMALL_LM
+from tests.support.small import generate
 from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig

@@ -12,8 +12,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import needs_compiler
-from tests.small import generate
+from tests.support.compiler import needs_compiler
+from tests.support.small import generate
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm import autoregressive as model
@@ -169,7 +169,7 @@ def test_a_compiled_step_decodes_as_the_plain_one() -> None:
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
+    with pytest.raises(UserError, match="compilation needs a C\\+\\+ compiler"):
         TokenGenerator(make_lm(), compile=True)
 
 

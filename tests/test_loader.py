@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.small import oracle_run
+from tests.support.small import oracle_run
 from uvim_fsq.checkpoints.loading import build_task
 from uvim_fsq.data.images import read_image, to_rgb
 from uvim_fsq.data.loader import Item, TrainLoader, collate, eval_batches

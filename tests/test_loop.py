@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from tests.small import ORACLE, lm_run, oracle_run
+from tests.support.small import ORACLE, lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import build_task
 from uvim_fsq.data.loader import TrainLoader, TrainPlan, rank_slice

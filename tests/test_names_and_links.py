@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.small import lm_run, small_data
+from tests.support.small import lm_run, small_data
 from uvim_fsq import files
 from uvim_fsq.cli import main
 from uvim_fsq.data import cache

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small import small_data
+from tests.support.small import small_data
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError

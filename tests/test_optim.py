@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.small import oracle_run
+from tests.support.small import oracle_run
 from tests.test_loop import losses, run_fit
 from uvim_fsq.config.schema import OptimConfig
 from uvim_fsq.errors import UserError

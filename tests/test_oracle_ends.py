@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.small import TASKS, random_batch
+from tests.support.small import TASKS, random_batch
 from tests.test_oracle import CONFIG as WITH_DROPOUT
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import SUMS

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.panoptic import CONFIG, edit, task_for
+from tests.support.panoptic import CONFIG, edit, task_for
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.small import TASKS, lm_run, random_batch
+from tests.support.small import TASKS, lm_run, random_batch
 from tests.test_lm import images, make_lm
 from uvim_fsq.config.schema import EvalConfig, LMRun
 from uvim_fsq.data.sample import Batch

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.small import TASKS
+from tests.support.small import TASKS
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import predictor as module

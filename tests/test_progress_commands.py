@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ranks import run_ranks
-from tests.small import LM, ORACLE
+from tests.support.ranks import run_ranks
+from tests.support.small import LM, ORACLE
 from tests.test_progress import everything
 from uvim_fsq.cli import main
 

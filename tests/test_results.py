@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.small import ORACLE
+from tests.support.small import ORACLE
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import finished, read_result, variant_path

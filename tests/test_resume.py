@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from tests.ranks import finish, run_ranks, start_ranks
-from tests.runs import CHANGED, ENV, STEPS, another_process, at, fitted, outcome, weights
-from tests.small import LM, ORACLE, lm_run, oracle_run
+from tests.support.ranks import finish, run_ranks, start_ranks
+from tests.support.runs import CHANGED, ENV, STEPS, another_process, at, fitted, outcome, weights
+from tests.support.small import LM, ORACLE, lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import checkpoints, step_name

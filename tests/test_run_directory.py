@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import CHANGED, STEPS, another_process, at, fitted, outcome, weights
-from tests.small import lm_run, oracle_run
+from tests.support.runs import CHANGED, STEPS, another_process, at, fitted, outcome, weights
+from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import checkpoints, file_hash, recorded_hashes, step_name

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.small import LM, ORACLE
+from tests.support.small import LM, ORACLE
 
 #: Runs a command line and prints its exit code and which of the given modules it has imported.
 PROBE = """

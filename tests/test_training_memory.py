@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from tests.small import TASKS, random_batch
+from tests.support.small import TASKS, random_batch
 from uvim_fsq.benchmark.memory import (
     LOGIT_BYTES,
     OVERHEAD,

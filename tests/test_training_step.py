@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from tests.small import lm_run, oracle_run
+from tests.support.small import lm_run, oracle_run
 from uvim_fsq import processes
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.config.parse import dump_yaml

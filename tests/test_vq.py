@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small import oracle_run
+from tests.support.small import oracle_run
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.run import evaluate

@@ -193,7 +193,9 @@ class Trainer:
         processes.wait()
 
     def _refuse_to_save_nonsense(self) -> None:
-        tensors = [*self.stage.model.state_dict().values(), *(self.stepper.ema or {}).values()]
+        modules = (self.stage.model, *self.stage.auxiliary.values())
+        tensors = [x for module in modules for x in module.state_dict().values()]
+        tensors += (self.stepper.ema or {}).values()
         tensors += [
             value
             for optimizer in self.stepper.optimizers.values()

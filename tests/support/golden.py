@@ -1,21 +1,19 @@
-"""Shared by the tests: where the golden numbers are, and what a test needs."""
+"""Golden numbers of the reference. Only files named test_golden_*.py import this module."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from uvim_fsq.compilation import COMPILERS
+from tests.support.paths import ROOT
 
 
 def golden_path(name: str) -> Path:
     """A file in the folder that UVIM_FSQ_GOLDEN names (default: tests/golden)."""
-    return Path(os.environ.get("UVIM_FSQ_GOLDEN", Path(__file__).parent / "golden")) / name
+    return Path(os.environ.get("UVIM_FSQ_GOLDEN", ROOT / "tests" / "golden")) / name
 
 
 def golden(name: str) -> np.lib.npyio.NpzFile:
@@ -29,7 +27,3 @@ def golden_checkpoint(name: str) -> tuple[dict[str, torch.Tensor], dict[str, np.
     ours = {key for key in arrays if key.startswith(("params/", "state/"))}
     tensors = {key.removeprefix("params/"): torch.tensor(arrays[key], dtype=torch.float32) for key in ours}
     return tensors, {key: value for key, value in arrays.items() if key not in ours}
-
-
-#: torch.compile generates C++ on a CPU.
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")

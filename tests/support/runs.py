@@ -14,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from tests.support.paths import ROOT
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.run_directory import checkpoints, file_hash, step_name
 from uvim_fsq.config.schema import Run
@@ -63,7 +64,7 @@ def another_process(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds a run directory's lock until its input ends."""
     code = "import sys; from pathlib import Path; from uvim_fsq.training.lock import run_lock\n"
     code += "with run_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    env = {**ENV, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], env=env, **pipes)
     try:

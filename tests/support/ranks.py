@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 #: Seconds after which ranks count as hanging. Machines may be slow: what is meant to end takes seconds.
 PATIENCE = 600
 
@@ -26,7 +27,7 @@ def start_ranks(
     """Starts `count` ranks under the launcher; see `start`."""
     # The launcher finds a free port by itself: one that was free a moment ago may be another test's by now.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-    launch += ["--local_addr", "127.0.0.1", "-m", "tests.ranks", str(count), target]
+    launch += ["--local_addr", "127.0.0.1", "-m", "tests.support.ranks", str(count), target]
     return start([*launch, *arguments], env=env, cwd=cwd)
 
 
