@@ -182,7 +182,7 @@ def test_files_that_a_task_did_not_announce_replace_nothing(
     monkeypatch.setattr(predictor.task, "save_prediction", talkative)
     monkeypatch.setattr(Predictor, "from_run", lambda *_: predictor)
     first, second = predict_files(lm_dir, [str(one), str(two)], out)
-    assert "one_notes.txt is there already" in first["error"] and second["notes"] == str(out / "two_notes.txt")
+    assert "one_notes.txt already exists" in first["error"] and second["notes"] == str(out / "two_notes.txt")
     assert content(out).keys() == {"one_notes.txt", "two_notes.txt", "predictions.json"}
     assert (out / "one_notes.txt").read_text() == "the user's"
 
