@@ -247,7 +247,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     adamw.step()
-    with pytest.raises(UserError, match="not this Adafactor's"):
+    with pytest.raises(UserError, match="not from this Adafactor"):
         optimizer.load_state_dict(adamw.state_dict())
 
 

@@ -77,7 +77,7 @@ def test_imported_runs_evaluate_predict_and_carry_a_new_lm(imported: Path, tmp_p
     assert prediction.shape == (30, 40)
     new = train(resolve(load_run(SMALL_LM, [f"oracle={imported / 'oracle'}", f"train.out={tmp_path / 'new'}"])))
     assert json.loads((new / "evaluation.json").read_text())["images"] == 6
-    with pytest.raises(UserError, match="was imported, its training cannot go on"):
+    with pytest.raises(UserError, match="was imported, so its training cannot be resumed"):
         config = imported / "oracle" / "config.yaml"
         train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8", "optim.warmup_steps=0"])))
 
@@ -157,7 +157,7 @@ def test_files_of_another_kind(tmp_path: Path, imported: Path) -> None:
     color = published(tmp_path / "color.npz", "oracle_vq_color.npz")
     with pytest.raises(UserError, match="checkpoint for labels {'color': 3}, but task nyu_depth has {'depth': 256}"):
         import_oracle(color, "depth", tmp_path / "out")
-    with pytest.raises(UserError, match="no stage I checkpoint.*give --stage lm"):
+    with pytest.raises(UserError, match="not a stage I checkpoint.*give --stage lm"):
         import_oracle(imported / "lm.npz", "depth", tmp_path / "out")
     with pytest.raises(UserError, match="EmbedPatches/kernel is missing"):
         import_lm(color, imported / "oracle", tmp_path / "out")
@@ -175,11 +175,11 @@ def test_files_of_another_kind(tmp_path: Path, imported: Path) -> None:
         import_lm(fewer, imported / "oracle", tmp_path / "out")
     text = tmp_path / "text.npz"
     text.write_text("no arrays")
-    with pytest.raises(UserError, match="pickled data are never loaded|truncated or no .npz"):
+    with pytest.raises(UserError, match="pickled data are never loaded|truncated or not an .npz"):
         read_npz(text)
     cut = tmp_path / "cut.npz"
     cut.write_bytes(color.read_bytes()[:5000])
-    with pytest.raises(UserError, match="truncated or no .npz"):
+    with pytest.raises(UserError, match="truncated or not an .npz"):
         read_npz(cut)
     with pytest.raises(UserError, match="no such file"):
         read_npz(tmp_path / "nowhere.npz")

@@ -115,7 +115,7 @@ def test_a_loaded_state_leaves_the_rates_alone(name: str) -> None:
         assert second.state[p].keys() == first.state[p].keys()
         for key, value in first.state[p].items():
             assert torch.equal(torch.as_tensor(second.state[p][key]), torch.as_tensor(value))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="belongs to a different model"):
         load_optimizer(build_optimizer(nn.Linear(2, 2), other, "lm"), first.state_dict())
 
 

@@ -275,7 +275,7 @@ def test_what_a_run_starts_with(
     [
         ("loss", 2, "no checkpoint was written yet"),
         ("loss", 5, "step_00000003. "),
-        ("gradient's norm", 6, "step_00000003. "),
+        ("gradient norm", 6, "step_00000003. "),
     ],
 )
 def test_the_step_that_went_wrong_is_named(
