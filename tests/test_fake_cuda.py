@@ -1,7 +1,4 @@
-"""The code paths of a GPU without one: tensors that have a device, a type and a shape but no numbers.
-
-Finds tensors left on the host, types that do not go together under autocast, and values that are read.
-"""
+"""GPU code paths without a GPU, on tensors that have a device, a dtype and a shape but no numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from tests.support.fake_cuda import CUDA, on_cuda
 from tests.support.small import TASKS, random_batch
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
 from uvim_fsq.lm import kv_cache as cache
@@ -22,11 +19,9 @@ from uvim_fsq.lm import token_generator as generate
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.lm.token_generator import GREEDY, TokenGenerator
-from uvim_fsq.oracle import label_embedding as ends
+from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.quantizers.vq import VQ
-
-CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +32,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
     with FakeTensorMode() as mode:
         yield mode
-
-
-def on_cuda(module: nn.Module) -> Any:
-    """The module with fake parameters and buffers; `Module.to` cannot swap kinds of tensors."""
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=CUDA)))
-        for name, x in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(x.shape, dtype=x.dtype, device=CUDA))
-    return module
 
 
 def real_models(task: str, kind: Any = "fsq", context: Any = "both") -> tuple[Oracle, AutoregressiveLM]:
@@ -73,7 +58,7 @@ def test_both_stages(task: str, kind: Any, context: Any, many: bool, fake: FakeT
         oracle, lm = real_models(task, kind, context)
     oracle, lm = on_cuda(oracle).train(), on_cuda(lm).train()
     if many:
-        monkeypatch.setattr(ends, "BUDGET", oracle.label_head.logits * 10)
+        monkeypatch.setattr(chunking, "MAX_LOGITS", oracle.label_head.logits * 10)
     labels, image = batch_on_cuda(task, fake)
     with torch.autocast("cuda", torch.bfloat16):
         out = oracle(labels, image, TASKS[task].loss)

@@ -15,5 +15,5 @@ def even_slices(length: int, most: int) -> list[slice]:
 
 
 def chunk_slices(length: int, logits: int) -> list[slice]:
-    """0..length in slices that hold at most `BUDGET` logits, of `logits` for each index."""
+    """0..length in slices that hold at most `MAX_LOGITS` logits, of `logits` for each index."""
     return even_slices(length, MAX_LOGITS // logits)

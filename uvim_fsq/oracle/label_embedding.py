@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.layers import patchify
-from uvim_fsq.oracle.chunking import MAX_LOGITS
+from uvim_fsq.oracle import chunking
 from uvim_fsq.tasks.base import Categorical, LabelChannel
 
 
@@ -29,7 +29,7 @@ class ChunkedOneHotLinear(torch.autograd.Function):
         # Of the labels' own type, which is the fastest to compare with, if it holds the last class; else it would wrap.
         holds = classes - 1 <= torch.iinfo(patches.dtype).max
         known = torch.arange(classes, device=patches.device, dtype=patches.dtype if holds else torch.int32)
-        step = max(1, MAX_LOGITS // (flat.shape[1] * classes))
+        step = max(1, chunking.MAX_LOGITS // (flat.shape[1] * classes))
         for first in range(0, len(flat), step):
             rows = slice(first, first + step)
             # No class equals -1, whose one-hot is all zero.

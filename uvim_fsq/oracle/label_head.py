@@ -41,7 +41,7 @@ class LabelHead(nn.Module):
 def chunked_label_loss(
     head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Task loss of hidden states (B, N, D) against patchified labels, in pieces of at most `BUDGET` logits.
+    """Task loss of hidden states (B, N, D) against patchified labels, in pieces of at most `MAX_LOGITS` logits.
 
     A piece is some examples, or some patches of one example. With several pieces each one's logits are thrown away
     and recomputed in the backward pass, so that peak memory does not grow with classes x pixels x batch. The loss of an
