@@ -39,7 +39,7 @@ class BenchmarkRequest:
 
 def read_request(
     job: str,
-    config: Path | None,
+    config: str | Path | None,
     overrides: Sequence[str],
     *,
     oracle: Path | None = None,
@@ -52,7 +52,7 @@ def read_request(
     if job == "metrics":
         return BenchmarkRequest(job, None, batches, repeats)
     if config is None:
-        raise UserError(f"benchmark {job} needs a configuration, e.g. configs/nyu_depth/lm.yaml")
+        raise UserError(f"benchmark {job} needs a configuration, e.g. nyu_depth/lm")
     sizes = read_sizes(config, overrides, oracle)
     if job in ("train-lm", "decode", "side-by-side", "all") and sizes.lm is None:
         raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is one of stage oracle")

@@ -12,6 +12,7 @@ from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
 from uvim_fsq.checkpoints.run_directory import read_oracle_config
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import LMRun, OracleRun
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.base import TokenModel
@@ -33,7 +34,7 @@ class Sizes:
         return self.lm or self.oracle
 
 
-def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
+def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
     """Reads a configuration of either stage; weights and data need not exist.
 
     The oracle of an LM's is `oracle` (a configuration), the run that it names, or else the configuration beside it
@@ -41,6 +42,7 @@ def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None 
 
     Raises UserError where there is none of these.
     """
+    config = find_config(config)
     place = ["train.out=unused"]
     run = load_run(config, [*place, *overrides])
     if isinstance(run, OracleRun):
