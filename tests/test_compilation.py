@@ -27,19 +27,22 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    ("kind", "context", "many"), [("fsq", "both", False), ("vq", "none", False), ("fsq", "none", True)]
+    ("kind", "context", "chunked"), [("fsq", "both", False), ("vq", "none", False), ("fsq", "none", True)]
 )
-def test_oracle_is_one_graph(task: str, kind: Any, context: Any, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`many`: with both ends in pieces, and the label embedding as on a GPU."""
+def test_oracle_is_one_graph(
+    task: str, kind: Any, context: Any, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`chunked`: with one-hot labels and logits in chunks, as on a GPU."""
     torch.manual_seed(0)
     quantizer = QuantizerConfig(kind=kind, levels=(5, 5), codebook_size=16, codeword_dim=8, commitment=0.1)
     config = OracleModelConfig(4, 16, 1, 1, 2, 32, context, 4, "none", quantizer)
     oracle = Oracle(config, TASKS[task].label_channels, 16).train()
     for head in oracle.label_head.heads.values():
         torch.nn.init.normal_(head.weight)  # they start at zero
-    if many:
+    if chunked:
         monkeypatch.setattr(label_embedding, "embedding_bag_linear", ChunkedOneHotLinear.apply)
         monkeypatch.setattr(chunking, "MAX_LOGITS", oracle.label_head.logits * 10)
     labels, image = random_batch(TASKS[task], 2)
@@ -63,8 +66,8 @@ def test_lm_is_one_graph() -> None:
     tokens = torch.randint(0, 25, (3, 4))
     results = []
     for model in (lm, one_graph(lm)):
-        logits = model(image, tokens)
-        logits.square().mean().backward()
-        results.append((logits, {name: p.grad for name, p in lm.named_parameters()}))
+        loss, logs = model(image, tokens)
+        loss.square().mean().backward()
+        results.append((loss, logs, {name: p.grad for name, p in lm.named_parameters()}))
         lm.zero_grad()
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)

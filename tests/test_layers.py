@@ -7,6 +7,6 @@ import torch
 from uvim_fsq.layers import patchify, unpatchify
 
 
-def test_patchify_round_trip() -> None:
+def test_unpatchify_inverts_patchify() -> None:
     x = torch.randn(2, 16, 16, 3)
     assert torch.equal(unpatchify(patchify(x, 4), 4), x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,15 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from tests.support.fake_cuda import CUDA, on_cuda
+from tests.support.fake_cuda import CUDA, allow_cuda_autocast, on_cuda
 from tests.support.paths import CONFIGS
 from tests.support.small import TASKS, random_batch
 from uvim_fsq.benchmark.memory import (
-    OVERHEAD,
     lm_memory,
     memory_of,
     oracle_memory,
-    smallest_accumulate,
 )
 from uvim_fsq.benchmark.setup import read_sizes
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
@@ -31,6 +28,7 @@ from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.performance.memory import OVERHEAD, smallest_accumulate
 
 RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
 
@@ -43,9 +41,7 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = No
 
 @pytest.fixture()
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
+    allow_cuda_autocast(monkeypatch)
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
     monkeypatch.setattr(chunking, "MAX_LOGITS", 2**16)  # the label head keeps nothing
     with FakeTensorMode() as mode:
@@ -75,7 +71,7 @@ def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> Non
     with unset_fake_temporarily():
         oracle = Oracle(config, TASKS[task].label_channels, 128)
         labels, image = random_batch(TASKS[task], batch, 128)
-    oracle = on_cuda(oracle)
+    oracle = on_cuda(oracle).train()
     labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
     image = fake.from_tensor(image).to(CUDA)
     found = kept(oracle, lambda: oracle(labels, image, TASKS[task].loss))
@@ -90,13 +86,10 @@ def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> No
         lm = AutoregressiveLM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
         oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
         tokens, image = torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128, dtype=torch.uint8)
-    lm = on_cuda(lm)
+    lm = on_cuda(lm).train()
     tokens, image = fake.from_tensor(tokens).to(CUDA), fake.from_tensor(image).to(CUDA)
 
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(lm(image, tokens).float().flatten(0, 1), tokens.flatten())
-
-    assert kept(lm, loss) == pytest.approx(batch * lm_memory(lm, oracle, RUN).image, rel=0.04)
+    assert kept(lm, lambda: lm(image, tokens)) == pytest.approx(batch * lm_memory(lm, oracle, RUN).image, rel=0.04)
 
 
 def header(file: Path) -> tuple[int, float] | None:
@@ -108,7 +101,7 @@ def header(file: Path) -> tuple[int, float] | None:
 SHIPPED = [file for file in sorted(CONFIGS.rglob("*.yaml")) if file.parent.name != "ablations" and header(file)]
 
 
-def test_there_are_recipes_for_large_hardware() -> None:
+def test_twelve_recipes_name_their_hardware() -> None:
     assert len(SHIPPED) == 12 and {header(file) for file in SHIPPED} == {(8, 0.92 * 80e9), (1, 0.92 * 80e9)}
 
 
@@ -125,12 +118,12 @@ def test_shipped_recipes_fit_the_hardware_they_name(
     memory = memory_of(sizes.oracle, sizes.lm, processes)
     assert memory.of(train.batch_size // train.accumulate // processes) <= available
     assert smallest_accumulate(memory, train, available, processes) == train.accumulate
-    # Nothing is cut finer than it must be.
+    # No recipe accumulates more than necessary.
     whole = replace(train, accumulate=1)
     assert smallest_accumulate(memory, whole, available, processes) == train.accumulate
 
 
-def test_what_does_not_depend_on_the_batch() -> None:
+def test_bytes_per_parameter_follow_precision_optimizer_and_processes() -> None:
     def fixed(optim: str = "adamw", processes: int = 1, **train: Any) -> float:
         run = replace(RUN, train=TrainConfig(**train), optim=OptimConfig(name=optim))  # type: ignore[arg-type]
         with torch.device("meta"):

@@ -11,8 +11,8 @@ from uvim_fsq.lm.token_generator import TokenGenerator
 
 
 @torch.no_grad()
-def test_floating_images_are_normalised_as_those_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights' own mean and deviation (here ImageNet's, which DINOv2 has) hold for both."""
+def test_floating_and_8_bit_images_are_normalized_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mean and deviation of the encoder's weights, here those of ImageNet."""
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     real = model.build_image_encoder
     monkeypatch.setattr(model, "build_image_encoder", lambda *arguments: (real(*arguments)[0], *imagenet))
@@ -21,12 +21,12 @@ def test_floating_images_are_normalised_as_those_of_8_bits(monkeypatch: pytest.M
     torch.testing.assert_close(lm.normalised(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
     floating = batch.float() / 127.5 - 1
     torch.testing.assert_close(lm.encode(floating), lm.encode(batch), atol=1e-5, rtol=0)
-    assert torch.equal(TokenGenerator(lm)(floating), TokenGenerator(lm)(batch))
+    assert torch.equal(TokenGenerator(lm)(floating).tokens, TokenGenerator(lm)(batch).tokens)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("span", [None, 3])
-def test_step_logits_equal_teacher_forced(span: int | None) -> None:
+def test_logits_of_single_steps_equal_teacher_forced_ones(span: int | None) -> None:
     lm, tokens = make_lm(), torch.randint(0, 11, (5, 9))
     memory = lm.encode(make_images())
     whole, cache = lm.decode(tokens, memory), lm.new_cache(memory)
@@ -38,7 +38,7 @@ def test_step_logits_equal_teacher_forced(span: int | None) -> None:
 
 
 @torch.no_grad()
-def test_causal() -> None:
+def test_logits_do_not_depend_on_later_tokens() -> None:
     lm, tokens = make_lm(), torch.randint(0, 11, (5, 9))
     memory, changed = lm.encode(make_images()), tokens.clone()
     changed[:, 4] = (changed[:, 4] + 1) % 11

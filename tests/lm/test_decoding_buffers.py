@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from tests.support.token_models import make_images, make_lm
-from uvim_fsq.lm import token_generator as generate
+from uvim_fsq.lm import token_generator
 from uvim_fsq.lm.sampling import Sampling
-from uvim_fsq.lm.token_generator import CACHE_BLOCK, COMPILED_CACHE_BLOCK, TokenGenerator
+from uvim_fsq.lm.token_generator import CACHE_BLOCK, COMPILED_CACHE_BLOCK, BufferPool, TokenGenerator
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_without_seeds_an_image_is_drawn_by_its_place() -> None:
+def test_the_default_seed_of_an_image_is_its_place_in_the_batch() -> None:
     generator, batch = TokenGenerator(make_lm(), Sampling(2.0)), make_images()
-    tokens = generator(batch)
-    assert torch.equal(tokens, generator(batch, torch.arange(5)))
-    assert not torch.equal(tokens, generator(batch, torch.arange(1, 6)))
+    tokens = generator(batch).tokens
+    assert torch.equal(tokens, generator(batch, torch.arange(5)).tokens)
+    assert not torch.equal(tokens, generator(batch, torch.arange(1, 6)).tokens)
 
 
-def test_equal_batches_share_buffers_and_a_new_size_drops_those_it_replaces() -> None:
-    """On a GPU a batch is filled up to a size that is there, at most 4 times itself, or any where that is compiled."""
-    generator = TokenGenerator(make_lm())
-    have: dict[int, Any] = generator._pool.by_size
+def test_a_new_batch_size_replaces_buffers_of_similar_sizes() -> None:
+    """On a GPU a batch is padded to an existing size: at most 4 times its own, or any if steps are compiled."""
+    pool = BufferPool(compiled=False)
+    have: dict[int, Any] = pool.by_size
     for size, device, held, expected, left in (
         (8, GPU, [], 8, []),
         (8, GPU, [8], 8, [8]),
@@ -42,30 +42,30 @@ def test_equal_batches_share_buffers_and_a_new_size_drops_those_it_replaces() ->
     ):
         have.clear()
         have.update(dict.fromkeys(held))
-        assert generator._size(size, device) == expected and list(have) == left
-    generator.compiled = True
+        assert pool.batch_size(size, device) == expected and list(have) == left
+    pool.compiled = True
     have.clear()
     have.update({40: None})
-    assert generator._size(1, GPU) == 40 and list(have) == [40]
-    assert generator._size(41, GPU) == 41 and not have
+    assert pool.batch_size(1, GPU) == 40 and list(have) == [40]
+    assert pool.batch_size(41, GPU) == 41 and not have
 
 
-def test_a_batch_that_is_filled_up_gives_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_padded_batch_gives_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     generator, batch, seeds = TokenGenerator(make_lm(), Sampling(1.0)), make_images(), torch.tensor([3, 1, 4, 1, 5])
-    plain = generator(batch, seeds)
-    monkeypatch.setattr(generator, "_size", lambda count, device: 8)
-    filled = generator(batch, seeds)
-    assert torch.equal(filled, plain) and set(generator._pool.by_size) == {5, 8}
+    expected = generator(batch, seeds).tokens
+    monkeypatch.setattr(generator._pool, "batch_size", lambda count, device: 8)
+    padded = generator(batch, seeds).tokens
+    assert torch.equal(padded, expected) and set(generator._pool.by_size) == {5, 8}
     assert generator._pool.by_size[8].tokens.shape == (8, 9)
-    before = filled.clone()
+    before = padded.clone()
     generator(batch.flip(0), seeds)
-    assert torch.equal(filled, before)  # no view of the buffers
+    assert torch.equal(padded, before)  # the tokens are no view of the buffers
 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_steps_read_as_much_of_the_cache_as_is_filled(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[Any] = []
-    monkeypatch.setattr(generate, "compiled", lambda function, **given: options.append(given) or function)
+    monkeypatch.setattr(token_generator, "compiled", lambda function, **given: options.append(given) or function)
     length, span = (150, CACHE_BLOCK) if not compile else (COMPILED_CACHE_BLOCK + 2, COMPILED_CACHE_BLOCK)
     generator = TokenGenerator(make_lm(length), compile=compile)
     assert (generator.span, options) == (span, [{"fullgraph": True}] * compile)
@@ -78,7 +78,7 @@ def test_steps_read_as_much_of_the_cache_as_is_filled(compile: bool, monkeypatch
 
 def test_captured_steps_are_replayed() -> None:
     generator, batch = TokenGenerator(make_lm(CACHE_BLOCK + 3), Sampling(1.0)), make_images(2)
-    plain, replayed = generator(batch), []
+    expected, replayed = generator(batch).tokens, []
     (buffers,) = generator._pool.by_size.values()
 
     class Graph:
@@ -87,11 +87,11 @@ def test_captured_steps_are_replayed() -> None:
             generator._step(buffers, CACHE_BLOCK)
 
     buffers.graphs[CACHE_BLOCK] = Graph()  # the other span has none
-    assert torch.equal(generator(batch), plain) and len(replayed) == CACHE_BLOCK
+    assert torch.equal(generator(batch).tokens, expected) and len(replayed) == CACHE_BLOCK
 
 
-def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without a GPU: two steps aside, one inside the graph, each from the first position."""
+def test_capturing_warms_up_and_resets_the_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps on another stream, one inside the graph, each from the first position; here without a GPU."""
     events: list[Any] = []
 
     class Stream:
@@ -143,7 +143,7 @@ def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_arithmetic_is_the_decoders_whatever_is_around_it(precision: str) -> None:
+def test_the_generators_precision_does_not_depend_on_the_autocast_around_it(precision: str) -> None:
     generator = TokenGenerator(make_lm(), precision=precision)
     for around in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=around), generator._on(CPU):

@@ -10,7 +10,7 @@ from tests.support.small import generate
 
 
 @torch.no_grad()
-def test_teacher_forced_and_greedy_equal_the_reference() -> None:
+def test_logits_and_greedy_tokens_equal_the_reference() -> None:
     lm, arrays = golden_lm()
     image = torch.tensor(arrays["in/image"], dtype=torch.float32).permute(0, 3, 1, 2)
     memory = lm.encode(image)

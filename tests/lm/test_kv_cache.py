@@ -12,7 +12,7 @@ from uvim_fsq.lm.token_generator import TokenGenerator
 
 
 @torch.inference_mode()
-def test_int8_memory_is_close_to_full() -> None:
+def test_int8_cross_attention_is_close_to_full_precision() -> None:
     lm = make_lm()
     memory, tokens = lm.encode(make_images()), torch.randint(0, 11, (5, 9))
     full, small = lm.new_cache(memory), lm.new_cache(memory, int8=True)
@@ -25,11 +25,11 @@ def test_int8_memory_is_close_to_full() -> None:
         assert not torch.equal(one, two)
         for cache in (full, small):
             cache.position += 1
-    decoded = TokenGenerator(lm, int8=True)(make_images())
-    assert (decoded == generate(lm, make_images())).float().mean() > 0.8
+    generated = TokenGenerator(lm, int8=True)(make_images()).tokens
+    assert (generated == generate(lm, make_images())).float().mean() > 0.8
 
 
-def test_int8_attention_is_that_of_its_rounded_numbers() -> None:
+def test_int8_attention_equals_attention_on_the_rounded_keys_and_values() -> None:
     query, key, value = (torch.randn(2, 3, n, 8) * torch.arange(1, 9) for n in (1, 7, 7))
     (small_key, key_scale), (small_value, value_scale) = to_int8(key), to_int8(value)
     assert (small_key * key_scale - key).abs().max() <= 0.51 * key_scale.max()

@@ -23,14 +23,14 @@ class LastHidden:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(1.0, top_k=3)], ids=["0", "0.5", "top 3"])
-def test_tokens_of_bf16_decoding_are_chosen_from_float32_logits(sampling: Sampling) -> None:
-    """Each logit is so near to others that bf16 could not tell them apart."""
+def test_tokens_of_bf16_generation_are_chosen_from_float32_logits(sampling: Sampling) -> None:
+    """The logits are so close together that many are equal in bf16."""
     lm, batch = make_lm(), make_images(64)
     nn.init.normal_(lm.head.weight, std=0.02)
     nn.init.constant_(lm.head.bias, 20.0)
     generator = TokenGenerator(lm, sampling, precision="bf16")
     hidden = LastHidden(generator.model.norm)
-    tokens = generator(batch)
+    tokens = generator(batch).tokens
     with torch.no_grad():
         logits = lm.head(lm.norm(hidden.all().float()))
     uniforms = example_uniforms(torch.arange(64), lm.length)
@@ -42,4 +42,4 @@ def test_tokens_of_bf16_decoding_are_chosen_from_float32_logits(sampling: Sampli
         return sample(flat, uniforms.view(-1, 1), sampling.top_k, sampling.top_p).view(64, -1)
 
     assert torch.equal(tokens, chosen(logits))
-    assert not torch.equal(tokens, chosen(logits.bfloat16().float()))  # or nothing would have been tested
+    assert not torch.equal(tokens, chosen(logits.bfloat16().float()))  # else this would test nothing

@@ -8,7 +8,7 @@ from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.fsq import FSQ
 
 
-def test_statistics_add_up_over_processes() -> None:
+def test_statistics_are_summed_over_processes() -> None:
     quantizer = FSQ([5, 5])
     parts = [torch.randint(0, 25, (40,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     one, two, both = (CodeStatistics(quantizer) for _ in range(3))

@@ -7,37 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from uvim_fsq.config.schema import OracleModelConfig, QuantizerConfig
+from tests.support.oracles import CHANNELS, CONFIG, image_of, labels_of
 from uvim_fsq.oracle.model import Oracle, drop_codes
-from uvim_fsq.tasks.base import Categorical, Real
-
-CONFIG = OracleModelConfig(
-    patch_size=4,
-    width=16,
-    encoder_depth=1,
-    decoder_depth=1,
-    num_heads=2,
-    mlp_dim=32,
-    code_length=4,
-    quantizer=QuantizerConfig(levels=(5, 5)),
-)
-
-
-CHANNELS = {"classes": Categorical(7), "reals": Real(2)}
-
-
-def labels_of(seed: int = 0) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    classes = torch.randint(-1, 7, (2, 16, 16), generator=g).to(torch.int16)
-    return {"classes": classes, "reals": torch.rand(2, 16, 16, 2, generator=g) * 2 - 1}
-
-
-def image_of(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
 @pytest.mark.parametrize("context", ["both", "encoder", "decoder", "none"])
-def test_context_reaches_only_where_it_should(context: str) -> None:
+def test_context_reaches_only_the_parts_that_are_to_see_it(context: str) -> None:
     torch.manual_seed(0)
     oracle = Oracle(replace(CONFIG, context=context), CHANNELS, 16).eval()
     for head in oracle.label_head.heads.values():
@@ -54,14 +29,14 @@ def test_context_reaches_only_where_it_should(context: str) -> None:
             oracle.decode(oracle.quantizer(oracle.encode(labels_of()))[0])
 
 
-def test_heads_start_at_zero() -> None:
+def test_logits_of_a_new_oracle_are_zero() -> None:
     oracle = Oracle(CONFIG, CHANNELS, 16)
     logits = oracle.detokenize(torch.zeros(2, 4, dtype=torch.long), image_of())
     assert logits["classes"].shape == (2, 16, 16, 7) and logits["reals"].shape == (2, 16, 16, 2)
     assert all(bool((x == 0).all()) for x in logits.values())
 
 
-def test_code_dropout() -> None:
+def test_code_dropout_keeps_half_of_the_codes() -> None:
     torch.manual_seed(0)
     codes = torch.ones(4000, 16, 2)
     random, ordered = drop_codes(codes, "random")[..., 0], drop_codes(codes, "ordered")[..., 0]

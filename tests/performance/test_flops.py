@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.performance.device_peak import DevicePeak
-from uvim_fsq.performance.flops import OracleCost, oracle_cost
+from uvim_fsq.performance.flops import OracleCost
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Real
 
 H200 = DevicePeak("H200", "bf16", 788e12, 4.3e12)
@@ -21,8 +24,9 @@ TASKS: dict[str, dict[str, LabelChannel]] = {
 }
 
 
-def stage_one(task: str) -> OracleCost:
-    return oracle_cost(OracleModelConfig(), TASKS[task], 512, 5)
+def oracle_cost(task: str, context: Any = "both") -> OracleCost:
+    with torch.device("meta"):
+        return Oracle(OracleModelConfig(context=context), TASKS[task], 512).cost()
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +38,19 @@ def lm() -> AutoregressiveLM:
 @pytest.mark.parametrize(
     ("task", "gigaflop", "images"), [("panoptic", 1433, 550), ("depth", 1477, 534), ("color", 968, 814)]
 )
-def test_stage_one(task: str, gigaflop: float, images: float) -> None:
-    train = stage_one(task).train
+def test_flop_of_training_an_oracle(task: str, gigaflop: float, images: float) -> None:
+    train = oracle_cost(task).train
     assert train / 1e9 == pytest.approx(gigaflop, abs=1)
     assert H200.flops / train == pytest.approx(images, abs=1)
 
 
-def test_stage_two(lm: AutoregressiveLM) -> None:
-    train = lm.cost().train + stage_one("color").tokenize
+def test_flop_of_training_the_lm(lm: AutoregressiveLM) -> None:
+    train = lm.cost().train + oracle_cost("color").tokenize
     assert train / 1e9 == pytest.approx(3221, abs=2)
     assert H200.flops / train == pytest.approx(245, abs=1)
 
 
-def test_what_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
+def test_bytes_that_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
     cost = lm.cost()
     assert 2 * cost.step_weights / 1e6 == pytest.approx(713, abs=1)
     assert 2 * cost.cross_numbers / 1e6 == pytest.approx(100.7, abs=0.1)
@@ -60,19 +64,19 @@ def test_what_a_decoding_step_reads(lm: AutoregressiveLM) -> None:
     ("batch", "cross_bytes", "images"),
     [(1, 2, 20), (16, 2, 96), (64, 2, 118), (256, 2, 126), (64, 1, 183), (256, 1, 202)],
 )
-def test_decoding(lm: AutoregressiveLM, batch: int, cross_bytes: float, images: float) -> None:
+def test_least_time_of_decoding(lm: AutoregressiveLM, batch: int, cross_bytes: float, images: float) -> None:
     seconds = lm.cost().generate_seconds(batch, H200, number_bytes=2, cross_bytes=cross_bytes)
     assert batch / seconds == pytest.approx(images, abs=1)
 
 
-def test_without_context_nothing_is_counted_for_it() -> None:
-    both, none = stage_one("color"), oracle_cost(OracleModelConfig(context="none"), TASKS["color"], 512, 5)
+def test_context_that_is_not_used_is_not_counted() -> None:
+    both, none = oracle_cost("color"), oracle_cost("color", context="none")
     assert both.forward - none.forward == pytest.approx(2 * both.context)
     assert both.train - none.train == pytest.approx(4 * both.context)
     assert both.tokenize - none.tokenize == pytest.approx(both.context)
 
 
-def test_flops_of_our_layers_are_those_that_torch_counts() -> None:
+def test_counted_flop_of_layers_equal_those_of_torchs_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from uvim_fsq.lm.autoregressive import DecoderBlock
@@ -85,5 +89,5 @@ def test_flops_of_our_layers_are_those_that_torch_counts() -> None:
     config = LMModelConfig(width=48, num_heads=4, mlp_dim=96, depth=1)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         DecoderBlock(config, 32)(torch.empty(1, 8, 48), torch.empty(1, 20, 32))
-    causal = 2 * 8 * 8 * 48  # the half of the scores that the mask throws away is counted by torch
+    causal = 2 * 8 * 8 * 48  # torch counts the masked half of the scores, too
     assert counter.get_total_flops() == decoder_layer(48, 96, 32, 8, 20) + causal

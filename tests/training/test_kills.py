@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -133,9 +132,6 @@ def command(config: dict, folder: Path, *overrides: str) -> list[str]:
     file = folder / f"{config['stage']}.yaml"
     file.write_text(yaml.safe_dump(config))
     return ["-m", "uvim_fsq", "train-oracle" if config["stage"] == "oracle" else "train-lm", str(file), *overrides]
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.mark.slow

@@ -15,9 +15,8 @@ from uvim_fsq.files import read_json_lines
 
 
 def test_the_best_is_never_chosen_by_what_is_reported(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
-    watched = fit_run(
-        oracle_run(tmp_path / "watched", data, *STEPS, "data.selection_split=train", "train.eval_limit=5")
-    )
+    keys = [*STEPS, "data.selection_split=train", "train.eval_limit=5"]
+    watched = fit_run(oracle_run(tmp_path / "watched", data, *keys))
     values = {p.name: json.loads((p / ckpt.FIGURES).read_text()) for p in checkpoints(watched)}
     best = min(values, key=lambda name: values[name]["figures"]["rmse"])
     assert best != step_name(8)

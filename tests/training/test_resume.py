@@ -70,10 +70,9 @@ def test_averages_switched_on_and_off_at_resume(
         assert resumed.stepper.ema is None
     else:
         saved = weights(at(out, 3))
-        assert resumed.stepper.ema is not None and all(
-            torch.equal(resumed.stepper.ema[name], saved[name]) for name in now
-        )
-        assert all(resumed.stepper.ema[name].data_ptr() != now[name].data_ptr() for name in now)
+        average = resumed.stepper.ema
+        assert average is not None and all(torch.equal(average[name], saved[name]) for name in now)
+        assert all(average[name].data_ptr() != now[name].data_ptr() for name in now)
 
 
 def test_going_on_from_an_older_checkpoint(

@@ -129,15 +129,14 @@ def test_averaged_weights(tmp_path: Path, data: Path) -> None:
     trainer = trainer_of(oracle_run(tmp_path / "run", data, "train.ema=0.75"))
     model = trainer.stage.model
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert trainer.stepper.ema is not None and all(
-        torch.equal(trainer.stepper.ema[name], p) for name, p in average.items()
-    )
+    ema = trainer.stepper.ema
+    assert ema is not None and all(torch.equal(ema[name], p) for name, p in average.items())
     batches = trainer.loader.batches(0, 3)
     for _ in range(3):
         trainer.stepper.optimizer_step(batches, lambda _: None)
         average = {name: 0.75 * average[name] + 0.25 * p.detach() for name, p in model.named_parameters()}
-    assert all(torch.allclose(trainer.stepper.ema[name], p, atol=1e-6) for name, p in average.items())
-    assert not any(p.requires_grad for p in trainer.stepper.ema.values())
+    assert all(torch.allclose(ema[name], p, atol=1e-6) for name, p in average.items())
+    assert not any(p.requires_grad for p in ema.values())
     assert not any(torch.equal(p, average[name]) for name, p in model.named_parameters())
     assert trainer_of(oracle_run(tmp_path / "run", data)).ema is None
 

@@ -1,4 +1,4 @@
-"""VQ: the codebook against a line-by-line calculation, splitting, and training. Golden numbers: test_golden_oracle.py."""
+"""VQ: the codebook against a line-by-line calculation, splitting, and training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.oracle.quantizers.vq import RARE, VQ
+from uvim_fsq.reports.evaluation_page import write_run_page
 from uvim_fsq.training.run import train
 
 KEYS = ("model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8")
@@ -22,7 +23,7 @@ def test_forward_is_the_nearest_codeword_and_passes_gradients_straight() -> None
     torch.manual_seed(0)
     vq = VQ(12, 8)
     z = torch.randn(3, 5, 8, requires_grad=True)
-    codes, indices = vq(z)
+    codes, indices, *_ = vq(z)
     words = vq.sums / vq.counts[:, None]
     words = words / words.norm(dim=1, keepdim=True)
     standard = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -37,24 +38,24 @@ def test_forward_is_the_nearest_codeword_and_passes_gradients_straight() -> None
     torch.testing.assert_close(vq.indices_to_codes(indices), codes.detach())
 
 
-def test_running_sums_by_hand() -> None:
+def test_an_update_adds_what_was_accumulated_in_all_processes() -> None:
     vq = VQ(3, 2, split=False)
     counts, sums = vq.counts.clone(), vq.sums.clone()
     z, indices = torch.tensor([[1.0, 3.0], [5.0, 4.0], [0.0, 2.0]]), torch.tensor([1, 2, 1])
     vq.accumulate(z[:1], indices[:1])  # two micro batches of one step
     vq.accumulate(z[1:], indices[1:])
     assert torch.equal(vq.counts, counts)
-    vq.ema_update(lambda x: 2 * x, seed=0)  # as of two equal processes
+    vq.ema_update(lambda x: 2 * x, seed=0)  # as from two equal processes
     torch.testing.assert_close(vq.counts, 0.995 * counts + torch.tensor([0.0, 4.0, 2.0]))
     standard = VQ.standardize(z)
     expected = torch.stack([torch.zeros(2), 2 * (standard[0] + standard[2]), 2 * standard[1]])
     torch.testing.assert_close(vq.sums, 0.995 * sums + expected)
     after = vq.counts.clone()
     vq.ema_update(lambda x: x, seed=0)
-    assert torch.equal(vq.counts, after)  # nothing was observed since
+    assert torch.equal(vq.counts, after)  # nothing was accumulated since
 
 
-def test_splitting_halves_the_most_frequent() -> None:
+def test_splitting_halves_the_most_frequent_codeword() -> None:
     vq = VQ(4, 3)
     vq.counts.copy_(torch.tensor([8.0, 0.05, 1.0, 0.01]))
     before = vq.sums.clone()
@@ -70,8 +71,8 @@ def test_splitting_halves_the_most_frequent() -> None:
     torch.testing.assert_close(vq.sums[2], 0.995 * before[2])
 
 
-def test_standardisation_by_hand() -> None:
-    z = torch.tensor([[0.0, 0.002, 0.004, 0.006]])  # of variance 5e-6, half of what is added to it
+def test_standardization_adds_epsilon_to_the_variance() -> None:
+    z = torch.tensor([[0.0, 0.002, 0.004, 0.006]])  # the variance is 5e-6, half of epsilon
     expected = (z - 0.003) / 1.5e-5**0.5
     torch.testing.assert_close(VQ.standardize(z), expected, rtol=1e-4, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,40 +81,42 @@ def test_standardisation_by_hand() -> None:
             assert found.dtype == torch.float32 and torch.equal(found, VQ.standardize(given.float()))
 
 
-def test_float32_inside_autocast() -> None:
+def test_results_are_float32_inside_autocast() -> None:
     torch.manual_seed(0)
     vq, z = VQ(500, 8), torch.randn(2000, 8)
-    codes, indices = vq(z)
+    codes, indices, *_ = vq(z)
     with torch.autocast("cpu", torch.bfloat16):
         inside = vq(z)
         low = (VQ.standardize(z) @ vq.codebook().T).argmax(-1)
         assert torch.equal(vq.codes_to_indices(codes), indices)
-    assert torch.equal(inside[0], codes) and torch.equal(inside[1], indices)
-    assert not torch.equal(low, indices)  # or nothing would have been tested
+    assert torch.equal(inside.codes, codes) and torch.equal(inside.indices, indices)
+    assert not torch.equal(low, indices)  # else this would test nothing
 
 
-def test_a_new_dictionary() -> None:
+def test_a_new_codebook_has_unit_counts_and_random_sums() -> None:
     vq = VQ(1024, 64)
     assert torch.equal(vq.counts, torch.ones(1024))
     assert float(vq.sums.std()) == pytest.approx(1024**-0.5, rel=0.02) and abs(float(vq.sums.mean())) < 1e-3
 
 
-def nothing_new(vq: VQ) -> None:
-    """An update that has seen no token."""
+def update_without_tokens(vq: VQ) -> None:
     vq.accumulate(torch.zeros(0, vq.dim), torch.zeros(0, dtype=torch.long))
     vq.ema_update(lambda x: x, seed=7)
 
 
-def test_what_is_rare_and_how_it_is_revived() -> None:
-    """Just above and at the limit nothing happens; below, half of the most frequent, with noise from the seed."""
+def test_only_codewords_below_the_limit_are_revived() -> None:
     vq = VQ(3, 4, momentum=1.0)
     for count in (0.11, RARE):
         vq.counts.copy_(torch.tensor([5.0, count, 1.0]))
-        nothing_new(vq)
+        update_without_tokens(vq)
         torch.testing.assert_close(vq.counts, torch.tensor([5.0, count, 1.0]))
+
+
+def test_a_rare_codeword_gets_half_of_the_most_frequent_one_with_noise_from_the_seed() -> None:
+    vq = VQ(3, 4, momentum=1.0)
     vq.counts.copy_(torch.tensor([5.0, 0.09, RARE]))
     sums = vq.sums.clone()
-    nothing_new(vq)
+    update_without_tokens(vq)
     noise = torch.rand(4, generator=torch.Generator().manual_seed(7)) * 0.002 + 0.999
     torch.testing.assert_close(vq.counts, torch.tensor([2.5, 2.5, RARE]))
     half = sums[0] / 2
@@ -121,23 +124,23 @@ def test_what_is_rare_and_how_it_is_revived() -> None:
 
 
 @pytest.mark.parametrize(("most", "split"), [(0.19, False), (2 * RARE, True)])
-def test_what_cannot_be_halved_without_being_rare(most: float, split: bool) -> None:
+def test_a_codeword_whose_half_would_be_rare_is_not_split(most: float, split: bool) -> None:
     vq = VQ(2, 4, momentum=1.0)
     vq.counts.copy_(torch.tensor([most, 0.05]))
-    nothing_new(vq)
+    update_without_tokens(vq)
     torch.testing.assert_close(vq.counts, torch.full((2,), most / 2) if split else torch.tensor([most, 0.05]))
 
 
-def test_counts_fade_to_a_limit() -> None:
+def test_counts_decay_to_a_limit() -> None:
     vq = VQ(3, 2, momentum=0.5, split=False)
     vq.counts.copy_(torch.tensor([1.1e-12, 0.9e-12, 1.0]))
     sums = vq.sums.clone()
-    nothing_new(vq)
+    update_without_tokens(vq)
     torch.testing.assert_close(vq.counts, torch.tensor([0.55e-12, 0.9e-12, 0.5]), rtol=1e-5, atol=0)
     torch.testing.assert_close(vq.sums, sums * torch.tensor([[0.5], [1.0], [0.5]]))
 
 
-def test_splitting_ends_where_tokens_are_too_few() -> None:
+def test_splitting_ends_when_there_are_too_few_tokens() -> None:
     vq = VQ(50, 3)
     vq.counts.fill_(0.05)
     vq.accumulate(torch.randn(1, 3), torch.tensor([0]))
@@ -155,7 +158,7 @@ def test_an_unused_codeword_keeps_its_direction_without_splitting() -> None:
     assert bool(torch.isfinite(vq.codebook()).all())
 
 
-def test_train_save_resume_and_evaluate(tmp_path: Path, data: Path) -> None:
+def test_a_vq_run_trains_resumes_and_evaluates(tmp_path: Path, data: Path) -> None:
     whole = train(oracle_run(tmp_path / "whole", data, *KEYS, "train.save_every=3", "model.quantizer.commitment=0.25"))
     found = load_checkpoint(whole).oracle.quantizer
     assert isinstance(found, VQ) and not torch.equal(found.counts, torch.ones(16))
@@ -172,13 +175,14 @@ def test_train_save_resume_and_evaluate(tmp_path: Path, data: Path) -> None:
     assert isinstance(resumed, VQ)
     torch.testing.assert_close(resumed.sums, found.sums)
     torch.testing.assert_close(resumed.counts, found.counts)
-    result = evaluate(whole, report=tmp_path / "page.html")
+    result = evaluate(whole)
+    write_run_page(tmp_path / "page.html", whole, [], result)
     assert 0 < result["figures"]["oracle"]["codebook_usage"] <= 1 and result["level_histogram"]["oracle"] == []
     assert len(result["code_counts"]["oracle"]) == 16
     assert np.isfinite(result["figures"]["context_only"]["rmse"])
 
 
 @pytest.mark.parametrize("key", ["codebook_size=0", "momentum=1", "commitment=-1", "codeword_dim=0"])
-def test_impossible_settings(tmp_path: Path, data: Path, key: str) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path, data: Path, key: str) -> None:
     with pytest.raises(UserError, match=f"model.quantizer.{key.split('=')[0]}"):
         oracle_run(tmp_path / "x", data, *KEYS[:1], f"model.quantizer.{key}")
