@@ -29,7 +29,7 @@ def models() -> Iterator[tuple[nn.Module, Mapping[str, torch.Tensor], list[Rule]
     yield golden_lm()[0], tensors, lm_rules(lm_shape(tensors, "lm.npz"))
 
 
-def test_layouts_are_the_reference_s() -> None:
+def test_layouts_equal_those_of_the_reference() -> None:
     """Every number of every parameter, seen through its layout, lies where the published array has it."""
     for model, tensors, rules in models():
         layouts, seen = reference_layouts(model), 0

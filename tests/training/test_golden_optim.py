@@ -13,10 +13,14 @@ from torch import nn
 
 from tests.support.golden import golden
 from tests.support.small import LM
+from uvim_fsq.config.schema import Run
 from uvim_fsq.data.sample import Batch
+from uvim_fsq.inference.predictions import PredictFn
 from uvim_fsq.layers import Attention
+from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.optim import decays, schedule
+from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.step import Stepper
 
 GOLDEN = golden("optim.npz")
@@ -28,7 +32,7 @@ CASES = ("stage1", "stage2", "strong_decay")
 STEPS = 12
 
 
-#: Their dense kernels by our modules' names.
+#: Our module's name -> the reference's dense kernel.
 DENSE = {"encoder.mlp": "encoder/Dense_0", "head": "head", "small": "small"}
 
 
@@ -72,10 +76,13 @@ class Tree(nn.Module):
         }
 
 
-class Tied:
+class GivenGradients(Stage):
     """A stage whose gradients are a batch's `labels`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    name = "lm"
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        super().__init__(run)
         self.model = model
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -83,8 +90,15 @@ class Tied:
         products = [(parameters[name] * gradient).sum() for name, gradient in batch["labels"].items()]
         return torch.stack(products).sum(), {}
 
-    def on_optimizer_step(self, reduce: object, seed: int) -> None:
-        pass
+    def train_flops(self) -> float:
+        raise NotImplementedError
+
+    def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
+        raise NotImplementedError
+
+    @property
+    def quantizer(self) -> Quantizer:
+        raise NotImplementedError
 
 
 def group(prefix: str) -> dict[str, np.ndarray]:
@@ -106,12 +120,13 @@ def run_of(case: str) -> Any:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 @pytest.mark.parametrize("case", CASES)
-def test_twelve_steps_are_the_reference_s(case: str, packed: bool) -> None:
-    """Movements since the start to 1e-3 of their largest entry, of every parameter at every stored step."""
+def test_twelve_steps_equal_the_reference(case: str, packed: bool) -> None:
+    """The movement of every parameter since the start, at every stored step, within 1e-3 of its largest entry."""
     tree = Tree(packed)
     start = tree.ours(group("init"))
     tree.load_state_dict({**tree.state_dict(), **start})
-    stepper = Stepper(Tied(tree), run_of(case), total=STEPS)  # type: ignore[arg-type]
+    run = run_of(case)
+    stepper = Stepper(GivenGradients(run, tree), run, total=STEPS)
 
     def batches() -> Iterator[Batch]:
         for step in range(STEPS):
@@ -132,19 +147,18 @@ def test_twelve_steps_are_the_reference_s(case: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_schedule_is_the_reference_s(case: str) -> None:
+def test_the_schedule_equals_the_reference(case: str) -> None:
     optim = run_of(case).optim
     found = [schedule(step, STEPS, optim) for step in range(STEPS)]
     np.testing.assert_allclose(found, GOLDEN[f"{case}/schedule"], atol=1e-7)
 
 
-def test_decay_is_the_reference_s() -> None:
-    """On kernels only, by our names."""
+def test_only_kernels_decay_as_in_the_reference() -> None:
     tree = Tree(packed=True)
     kernels = {f"{name}.weight" for name in (*DENSE, "encoder.attn.qkv", "encoder.attn.proj")}
     assert {name for name, p in tree.named_parameters() if decays(name, p)} == kernels
 
 
-def test_golden_steps_are_all_there() -> None:
+def test_the_golden_file_holds_all_steps() -> None:
     stored = {int(key.split("/")[2]) for key in GOLDEN if key.startswith("stage1/after/")}
     assert stored == {1, 2, 3, 6, 12}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from uvim_fsq.training.optim import (
     build_optimizer,
     decays,
     learning_rate,
-    load_optimizer,
+    load_optimizers,
     parameter_groups,
     schedule,
     set_rates,
@@ -40,8 +41,7 @@ class Model(nn.Module):
         self.frozen = nn.Linear(3, 2).requires_grad_(False)
 
 
-def test_schedule() -> None:
-    """From 0 to 1 in `warmup_steps`, then a cosine that would reach its end at `total`."""
+def test_the_schedule_warms_up_linearly_and_decays_by_a_cosine() -> None:
     found = [schedule(step, 12, OPTIM) for step in range(14)]
     assert found[:5] == [0, 0.25, 0.5, 0.75, 1]
     assert found[8] == pytest.approx(0.55) and found[6] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5**1.5))
@@ -52,14 +52,14 @@ def test_schedule() -> None:
     assert schedule(3, 4, short) == 1 and schedule(4, 4, short) == pytest.approx(0.1)
 
 
-def test_decay_is_for_kernels() -> None:
-    """Whatever their name contains; the reference's norms, tables and positions have none."""
+def test_only_kernels_decay() -> None:
+    """Norms, tables and positions do not, as in the reference."""
     found = {name for name, p in Model().named_parameters() if decays(name, p)}
     assert found == {"encoder.0.weight", "start_normals.weight", "frozen.weight"}
 
 
 @pytest.mark.parametrize("stage", ["lm", "oracle"])
-def test_groups(stage: str) -> None:
+def test_parameter_groups_have_their_decay_and_rate(stage: str) -> None:
     model, slow = Model(), 0.25 if stage == "lm" else 1.0
     names = {p: name for name, p in model.named_parameters()}
     found = {
@@ -76,8 +76,8 @@ def test_groups(stage: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_the_first_update_has_rate_0(name: str) -> None:
-    """The second has the first share of the warm-up, decay included: times the rate too for adamw."""
+def test_updates_follow_rate_and_decay_from_the_first_step(name: str) -> None:
+    """The first has rate 0, the second the first share of the warm-up; the decay of adamw is times the rate."""
     model = Model()
     optim = replace(OPTIM, name=name)
     optimizer = build_optimizer(model, optim, "lm")
@@ -90,7 +90,7 @@ def test_the_first_update_has_rate_0(name: str) -> None:
             p.grad = torch.ones_like(p) if p.requires_grad else None
         set_rates(optimizer, optim.lr, schedule(step, 12, optim))
         optimizer.step()
-    # Of a constant gradient the normalised update is 1; Adafactor's momentum is not corrected for its start.
+    # The normalized update of a constant gradient is 1; Adafactor's momentum has no bias correction.
     moved = 1.0 if name == "adamw" else 0.19
     share = 0.25 if name == "adafactor" else 0.25 * 2e-3
     for n, p in model.named_parameters():
@@ -101,7 +101,7 @@ def test_the_first_update_has_rate_0(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_a_loaded_state_leaves_the_rates_alone(name: str) -> None:
+def test_a_loaded_state_keeps_the_configured_rates_and_decay(name: str) -> None:
     model = Model()
     first = build_optimizer(model, replace(OPTIM, name=name), "lm")
     for p in model.parameters():
@@ -109,20 +109,28 @@ def test_a_loaded_state_leaves_the_rates_alone(name: str) -> None:
     first.step()
     other = replace(OPTIM, name=name, weight_decay=0.25, encoder_lr_ratio=1.0, lr=1.0)
     second = build_optimizer(model, other, "lm")
-    load_optimizer(second, first.state_dict())
+    load_optimizers({"model": second}, {"model": first.state_dict()})
     assert {(group["weight_decay"], group["lr_ratio"]) for group in second.param_groups} == {(0.25, 1.0), (0.0, 1.0)}
     for p in (p for p in model.parameters() if p.requires_grad):
         assert second.state[p].keys() == first.state[p].keys()
         for key, value in first.state[p].items():
             assert torch.equal(torch.as_tensor(second.state[p][key]), torch.as_tensor(value))
     with pytest.raises(UserError, match="of another model"):
-        load_optimizer(build_optimizer(nn.Linear(2, 2), other, "lm"), first.state_dict())
+        load_optimizers({"model": build_optimizer(nn.Linear(2, 2), other, "lm")}, {"model": first.state_dict()})
+    with pytest.raises(UserError, match="of another model"):
+        load_optimizers({"model": second, "other": second}, {"model": first.state_dict()})
 
 
-def test_a_warmup_as_long_as_the_run_is_refused(tmp_path: Path, data: Path) -> None:
-    """24 images in batches of 8: 3 steps an epoch."""
+def test_a_warmup_that_is_as_long_as_the_run_is_refused(tmp_path: Path, data: Path) -> None:
+    """24 images in batches of 8 are 3 steps per epoch."""
     keys = ["train.steps=null", "train.epochs=1.5", "train.log_every=1"]
     with pytest.raises(UserError, match=r"^optim.warmup_steps=4 must be below train.epochs=1.5, 4 steps$"):
         fit_run(oracle_run(tmp_path / "a", data, *keys, "optim.warmup_steps=4"))
     assert not (tmp_path / "a").exists()
     assert len(losses(fit_run(oracle_run(tmp_path / "b", data, *keys, "optim.warmup_steps=3")))) == 4
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_both_optimizers_reduce_the_loss_in_bf16(tmp_path: Path, data: Path, name: str) -> None:
+    curve = losses(fit_run(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))
+    assert np.isfinite(curve).all() and curve[-1] < curve[0]

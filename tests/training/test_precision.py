@@ -27,47 +27,47 @@ CPU = torch.device("cpu")
 BF16 = EvalConfig(precision="bf16")
 
 
-def many(count: int = 200) -> Batch:
+def large_batch(count: int = 200) -> Batch:
     """So many examples that some tokens differ in bf16."""
     labels, image = random_batch(TASKS["depth"], count)
     return Batch(image=image, labels=labels, index=torch.arange(count), id=[str(i) for i in range(count)])
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_tokens_of_training_are_those_of_evaluation(
+def test_tokens_of_training_equal_those_of_evaluation(
     compile: bool, tmp_path: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_graph = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(stages, "compiled", one_graph)
     run = lm_run(tmp_path / "lm", oracle_dir, "train.precision=bf16", f"train.compile={compile}".lower())
     assert isinstance(run, LMRun)
-    stage, batch = LMStage(run), many()
+    stage, batch = LMStage(run), large_batch()
     trainer, seen = Trainer(stage, run), []
 
     class Recorder(nn.Module):
-        def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             seen.append(tokens)
-            return torch.zeros(*tokens.shape, 25)
+            return torch.zeros(len(tokens)), {}
 
     with trainer.accelerator.autocast():
         stage.step(Recorder(), batch)
-        low = stage.oracle.quantizer(stage.oracle.encode(batch["labels"], batch["image"]))[1]
+        low = stage.oracle.quantizer(stage.oracle.encode(batch["labels"], batch["image"])).indices
     exact = stage.oracle.tokenize(batch["labels"], batch["image"])
     assert torch.equal(seen[0], exact)
-    assert not torch.equal(low, exact)  # or nothing would have been tested
+    assert not torch.equal(low, exact)  # else this would test nothing
     for config in (EvalConfig(), BF16):
         with torch.inference_mode(), eval_autocast(config, CPU):
             tokens = oracle_predictions(stage.oracle, stage.task)(batch).tokens
         assert tokens is not None and torch.equal(tokens, exact)
 
 
-def test_what_tokens_cost_is_asked_of_those_of_float32(tmp_path: Path, oracle_dir: Path) -> None:
+def test_log_probabilities_are_those_of_float32_tokens(tmp_path: Path, oracle_dir: Path) -> None:
     run = lm_run(tmp_path / "lm", oracle_dir)
     assert isinstance(run, LMRun)
-    stage, batch = LMStage(run), many()
+    stage, batch = LMStage(run), large_batch()
     lm: Any = stage.model.eval()
     asked = []
-    lm.decode = lambda tokens, memory: asked.append(tokens) or torch.zeros(*tokens.shape, 25)
+    lm.log_prob = lambda image, tokens: asked.append(tokens) or torch.zeros(tokens.shape)
     with torch.inference_mode(), eval_autocast(BF16, CPU):
         lm_predictions(lm, stage.oracle, stage.task, BF16)(batch)
     assert torch.equal(asked[0], stage.oracle.tokenize(batch["labels"], batch["image"]))
@@ -75,7 +75,7 @@ def test_what_tokens_cost_is_asked_of_those_of_float32(tmp_path: Path, oracle_di
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ema", ["null", "0.5"])
-def test_periodic_evaluation_gives_the_figures_of_evaluate(
+def test_periodic_evaluation_gives_the_figures_of_the_evaluate_command(
     precision: str, ema: str, tmp_path: Path, oracle_dir: Path
 ) -> None:
     keys = ["train.precision=bf16", f"train.ema={ema}", f"eval.precision={precision}", "optim.lr=0.01"]

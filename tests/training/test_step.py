@@ -138,7 +138,7 @@ def test_averaged_weights(tmp_path: Path, data: Path) -> None:
     assert all(torch.allclose(ema[name], p, atol=1e-6) for name, p in average.items())
     assert not any(p.requires_grad for p in ema.values())
     assert not any(torch.equal(p, average[name]) for name, p in model.named_parameters())
-    assert trainer_of(oracle_run(tmp_path / "run", data)).ema is None
+    assert trainer_of(oracle_run(tmp_path / "run", data)).stepper.ema is None
 
 
 def test_a_step_trains_and_says_how_long_it_waited(tmp_path: Path, data: Path) -> None:
