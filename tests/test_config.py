@@ -81,7 +81,7 @@ def test_typing_errors(override: str, message: str) -> None:
         ("data.workers=-1", "must not be negative"),
         ("train.seed=-1", "must not be negative"),
         ("eval.top_p=2", "at most 1"),
-        ("optim.betas=[1.5,2]", "from 0 to below 1"),
+        ("optim.betas=[1.5,2]", "at least 0 and below 1"),
     ],
 )
 def test_impossible_combinations(override: str, message: str) -> None:
@@ -93,7 +93,7 @@ def test_impossible_combinations(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: a.yaml", "goes round in a circle"),
+        ("extends: a.yaml", "forms a cycle"),
         ("extends: b.yaml", "b.yaml: no such configuration file"),
         ("extends: [b.yaml]", "must be the path of one file"),
         ("train: {steps: 3}\ntrain: {seed: 3}", "duplicate key train"),

@@ -84,7 +84,7 @@ def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
     captured: list[int] = []
     monkeypatch.setattr(TokenGenerator, "_capture", lambda self, buffers, span: captured.append(span))
     monkeypatch.setattr(token_generator, "CACHE_BLOCK", 3)  # of 4 positions
-    monkeypatch.setattr(kv_cache, "_ON_GPU", {"to_int8": kv_cache.to_int8, "attend_int8": kv_cache.attend_int8})
+    monkeypatch.setattr(kv_cache, "_COMPILED", {"to_int8": kv_cache.to_int8, "attend_int8": kv_cache.attend_int8})
     generator = TokenGenerator(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
     image = image.repeat(4, 1, 1, 1)

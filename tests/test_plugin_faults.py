@@ -234,7 +234,7 @@ def test_what_a_faulty_decode_gave_is_not_used(photos: Path) -> None:
 
 def test_the_name_of_a_file_is_no_module(photos: Path) -> None:
     for name in ("plug/my_task.py", "./plug/my_task.py"):
-        with pytest.raises(UserError, match=f"plugin '{name}' is the name of a file; give the module's, plug.my_task$"):
+        with pytest.raises(UserError, match=f"plugin '{name}' is a file name; give the module name, plug.my_task$"):
             import_plugin(name)
     with pytest.raises(UserError, match=r"unknown task 'xyz'; one of your own needs plugins=\[MODULE\], and @register"):
         check_data("xyz", str(photos), [])

@@ -52,11 +52,11 @@ def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path: Path) -> Non
 
 
 def test_what_is_said_of_another_process() -> None:
-    other = processes._other_failed
+    other = processes._peer_failure
     gone = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
-    assert "has ended" in (other(RuntimeError(gone)) or "")
-    assert "does not answer" in (other(RuntimeError("[gloo/x.cc] Timed out waiting 900000ms for recv")) or "")
-    assert "has ended" in (other(torch.distributed.DistBackendError("NCCL error: remote process exited")) or "")
+    assert "has exited" in (other(RuntimeError(gone)) or "")
+    assert "does not respond" in (other(RuntimeError("[gloo/x.cc] Timed out waiting 900000ms for recv")) or "")
+    assert "has exited" in (other(torch.distributed.DistBackendError("NCCL error: remote process exited")) or "")
     assert other(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None and other(OSError("gloo")) is None
 
 
@@ -89,10 +89,10 @@ def test_several_processes_that_do_not_find_each_other(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "not all that a launcher sets"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "not all that a launcher sets"),
-        ({"LOCAL_RANK": "0"}, "not all that a launcher sets .*MASTER_ADDR"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
+        ({"WORLD_SIZE": "2"}, "other launcher variables are missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "other launcher variables are missing"),
+        ({"LOCAL_RANK": "0"}, "other launcher variables are missing .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number of processes"),
     ],
 )
 def test_some_of_a_launchers_variables(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
@@ -110,7 +110,7 @@ def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):
         processes.state()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"cannot join each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"):
+    with pytest.raises(UserError, match=r"cannot connect to each other \(gloo: connectFullMesh failed\).*IFNAME"):
         processes.state()
 
 
@@ -124,7 +124,7 @@ def test_signals_kill_only_while_processes_are_joined(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(processes, "PartialState", ask)
     monkeypatch.setattr(processes, "_group", None)
-    monkeypatch.setattr(processes, "_waiting_group", lambda: "joined")
+    monkeypatch.setattr(processes, "_gloo_group", lambda: "joined")
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.support.small import TASKS, lm_run, oracle_run, random_batch
-from uvim_fsq.benchmark.baseline import PlainBlock, PlainLM, PlainOracle, baseline_step, plain_model
+from uvim_fsq.benchmark.baseline import BaselineBlock, BaselineLM, BaselineOracle, baseline_model, baseline_step
 from uvim_fsq.config.schema import LMRun, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.layers import Attention
@@ -48,7 +48,7 @@ def copy_encoder(baseline: nn.Sequential, blocks: nn.Module, norm: nn.Module) ->
 
 
 @torch.no_grad()
-def copy_oracle(baseline: PlainOracle, ours: Oracle) -> None:
+def copy_oracle(baseline: BaselineOracle, ours: Oracle) -> None:
     for name, head in ours.label_head.heads.items():
         nn.init.normal_(head.weight)  # they start at zero
         copy(baseline.heads[name], head)
@@ -69,30 +69,30 @@ def copy_oracle(baseline: PlainOracle, ours: Oracle) -> None:
             baseline.context[side].bias.copy_(context.proj.bias)
     for theirs, mine in zip(baseline.positions, (ours.encoder_positions, ours.decoder_positions), strict=True):
         theirs.copy_(mine)
-    copy(baseline.into, ours.encoder_head)
-    copy(baseline.out_of, ours.decoder_stem)
+    copy(baseline.code_in, ours.encoder_head)
+    copy(baseline.code_out, ours.decoder_stem)
 
 
 @torch.no_grad()
-def copy_lm(baseline: PlainLM, ours: AutoregressiveLM) -> None:
+def copy_lm(baseline: BaselineLM, ours: AutoregressiveLM) -> None:
     nn.init.normal_(ours.head.weight)
     for theirs, mine in (
         (baseline.patch, ours.encoder.patch_embed.proj),
-        (baseline.words, ours.token_embedding),
+        (baseline.embed, ours.token_embedding),
         (baseline.norm, ours.norm),
         (baseline.head, ours.head),
     ):
         copy(theirs, mine)
     for theirs, mine in ((baseline.positions, ours.encoder.pos_embed), (baseline.start, ours.start)):
         theirs.copy_(mine)
-    baseline.places.copy_(ours.positions)
+    baseline.token_positions.copy_(ours.positions)
     copy_encoder(baseline.encoder, ours.encoder.blocks, ours.encoder.norm)
     for theirs, mine in zip(baseline.blocks, ours.blocks, strict=True):
-        assert isinstance(theirs, PlainBlock)
+        assert isinstance(theirs, BaselineBlock)
         for one, two in zip(theirs.norms, (mine.norm1, mine.norm2, mine.norm3), strict=True):
             copy(one, two)
-        copy_attention(theirs.own, mine.self_attn)
-        copy_attention(theirs.cross, mine.cross_attn)
+        copy_attention(theirs.self_attention, mine.self_attn)
+        copy_attention(theirs.cross_attention, mine.cross_attn)
         copy(theirs.mlp, mine.mlp)
 
 
@@ -106,7 +106,7 @@ def test_the_baseline_oracle_has_our_loss(task: str, context: str) -> None:
     torch.manual_seed(0)
     config = OracleModelConfig(4, 16, 1, 2, 2, 32, context, 4, "none", QuantizerConfig(levels=(8, 5)))
     ours = Oracle(config, TASKS[task].label_channels, 16).train()
-    baseline = PlainOracle(config, TASKS[task], 16).train()
+    baseline = BaselineOracle(config, TASKS[task], 16).train()
     assert count(baseline) == count(ours)
     copy_oracle(baseline, ours)
     labels, image = random_batch(TASKS[task], 3)
@@ -119,8 +119,8 @@ def test_the_baseline_lm_has_our_loss(tmp_path: Path, data: Path, oracle_dir: Pa
     run = lm_run(tmp_path, oracle_dir)
     stage = build_stage(run)
     assert isinstance(stage, LMStage) and isinstance(stage.model, AutoregressiveLM) and isinstance(run, LMRun)
-    baseline = plain_model(run, stage.task, stage.oracle)
-    assert isinstance(baseline, PlainLM) and count(baseline) == count(stage.model)
+    baseline = baseline_model(run, stage.task, stage.oracle)
+    assert isinstance(baseline, BaselineLM) and count(baseline) == count(stage.model)
     copy_lm(baseline, stage.model)
     tokens = stage.oracle.tokenize(labels, image)
     expected = stage.model.loss(image, tokens)[0].mean()

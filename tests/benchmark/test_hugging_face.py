@@ -22,27 +22,27 @@ def test_other_sizes_follow_the_model() -> None:
     """The other model's settings, read off a real one: a decoder narrower than its encoder included."""
     pytest.importorskip("transformers")
     lm = tiny_lm(replace(TINY, width=8, depth=2))
-    twin: Any = hugging_face.hugging_face_twin(lm)
-    encoder, decoder = twin.config.encoder, twin.config.decoder
+    model: Any = hugging_face.hugging_face_model(lm)
+    encoder, decoder = model.config.encoder, model.config.decoder
     assert (encoder.hidden_size, encoder.num_hidden_layers, encoder.intermediate_size) == (16, 1, 32)
     assert (encoder.num_attention_heads, encoder.patch_size, encoder.image_size) == (2, 4, 16)
     assert encoder.hidden_act == decoder.activation_function == "gelu_pytorch_tanh"
     assert (decoder.d_model, decoder.decoder_layers, decoder.decoder_attention_heads) == (8, 2, 2)
     assert (decoder.decoder_ffn_dim, decoder.vocab_size, decoder.max_position_embeddings) == (32, 26, 4)
-    assert twin.enc_to_dec_proj.in_features == 16 and not twin.training
+    assert model.enc_to_dec_proj.in_features == 16 and not model.training
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert all(way().shape == (2, 4) for way in side_by_side.decode_ways(lm, images, twin).values())
+    assert all(decoder().shape == (2, 4) for decoder in side_by_side.alternative_decoders(lm, images, model).values())
 
 
 def test_hugging_face_decodes_all_tokens() -> None:
     pytest.importorskip("transformers")
     lm, images = tiny_lm(), torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    ways = side_by_side.decode_ways(lm, images)
-    assert list(ways) == ["naive loop", "Hugging Face, dynamic cache", "Hugging Face, static cache"]
-    tokens = {name: way() for name, way in ways.items()}
+    decoders = side_by_side.alternative_decoders(lm, images)
+    assert list(decoders) == ["naive loop", "Hugging Face, dynamic cache", "Hugging Face, static cache"]
+    tokens = {name: decoder() for name, decoder in decoders.items()}
     assert all(one.shape == (3, 4) and one.dtype == torch.int64 for one in tokens.values())
     # The emptied cache of the second call gives what a new one gives.
-    torch.testing.assert_close(ways["Hugging Face, static cache"](), tokens["Hugging Face, dynamic cache"])
+    torch.testing.assert_close(decoders["Hugging Face, static cache"](), tokens["Hugging Face, dynamic cache"])
     torch.testing.assert_close(tokens["Hugging Face, static cache"], tokens["Hugging Face, dynamic cache"])
 
 
@@ -50,16 +50,16 @@ def test_hugging_face_static_cache_sees_the_image() -> None:
     """Other images after the first call: the cross-attention's keys and values are computed anew."""
     pytest.importorskip("transformers")
     lm = tiny_lm()
-    twin: Any = hugging_face.hugging_face_twin(lm)
-    for parameter in twin.parameters():
+    model: Any = hugging_face.hugging_face_model(lm)
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    ways = hugging_face.hugging_face_ways(lm, images, twin)
-    first = ways["Hugging Face, static cache"]()
+    decoders = hugging_face.hugging_face_decoders(lm, images, model)
+    first = decoders["Hugging Face, static cache"]()
     images.copy_(255 - images)
-    second = ways["Hugging Face, static cache"]()
+    second = decoders["Hugging Face, static cache"]()
     assert not torch.equal(first, second)
-    torch.testing.assert_close(second, ways["Hugging Face, dynamic cache"]())
+    torch.testing.assert_close(second, decoders["Hugging Face, dynamic cache"]())
 
 
 @pytest.mark.parametrize("file", ["quickstart_lm", "quickstart_gpu_lm", "lm"])
@@ -72,17 +72,17 @@ def test_hugging_face_is_of_equal_size(file: str) -> None:
         lm = AutoregressiveLM(
             run.model, image_size=512 if large else 32, vocab_size=4096 if large else 64, length=256 if large else 16
         )
-    ours, theirs = (hugging_face.parameter_count(m) for m in (lm, hugging_face.hugging_face_twin(lm)))
+    ours, theirs = (hugging_face.parameter_count(m) for m in (lm, hugging_face.hugging_face_model(lm)))
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
-def test_hugging_face_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_compared_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(side_by_side, "MANY", (8, 4))
+    monkeypatch.setattr(side_by_side, "LARGE_CALL", (8, 4))
     sizes = small_sizes()
     lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     for batch in (1, 32):
         ours = lines[f"decoding, batch {batch}, ours"]
         theirs = lines[f"decoding, batch {batch}, Hugging Face, static cache"]
-        assert theirs.further["time / ours"] == pytest.approx(ours.value / theirs.value)
-        assert ours.further["Hugging Face's parameters"] > 1000
+        assert theirs.other["time / ours"] == pytest.approx(ours.value / theirs.value)
+        assert ours.other["Hugging Face parameters"] > 1000

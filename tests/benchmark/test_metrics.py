@@ -16,29 +16,29 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "panopticapi")
     lines = by_name(metrics.measure_metrics(repeats=1, images=2, features=40, dim=8))
     assert list(lines) == [
-        "PQ of an image, ours",
-        "PQ of an image from PNGs, ours",
-        "depth figures of an image",
+        "PQ per image, ours",
+        "PQ per image from PNGs, ours",
+        "depth metrics per image",
         "FID moments of 2 x 40 x 8",
         "FID distance of 2 x 40 x 8, ours",
         "FID distance of 2 x 40 x 8, scipy's sqrtm",
     ]
-    panoptic = lines["PQ of an image, ours"].further
+    panoptic = lines["PQ per image, ours"].other
     assert panoptic["panopticapi"].startswith("not installed: pip install git+")
-    assert 50 < panoptic["pq"] < 95 and panoptic["pq"] == lines["PQ of an image from PNGs, ours"].further["pq"]
-    assert lines["depth figures of an image"].further["abs_rel"] == pytest.approx(0.05, abs=0.002)
-    fid = lines["FID distance of 2 x 40 x 8, ours"].further
+    assert 50 < panoptic["pq"] < 95 and panoptic["pq"] == lines["PQ per image from PNGs, ours"].other["pq"]
+    assert lines["depth metrics per image"].other["abs_rel"] == pytest.approx(0.05, abs=0.002)
+    fid = lines["FID distance of 2 x 40 x 8, ours"].other
     assert fid["fid"] > 0 and fid["relative difference"] < 1e-9
     theirs = lines["FID distance of 2 x 40 x 8, scipy's sqrtm"]
     ratio = theirs.value / lines["FID distance of 2 x 40 x 8, ours"].value
-    assert theirs.further["time / ours"] == pytest.approx(ratio)
+    assert theirs.other["time / ours"] == pytest.approx(ratio)
 
 
-def test_usual_distance_of_known_sets() -> None:
-    features = metrics.made_features(60, 5, 0)
-    a, b = metrics.gather(features), metrics.gather(features + np.arange(5))
+def test_sqrtm_distance_of_known_sets() -> None:
+    features = metrics.synthetic_features(60, 5, 0)
+    a, b = metrics.moments_of(features), metrics.moments_of(features + np.arange(5))
     # Equal covariances: the squared distance of the means is left.
-    assert metrics.usual_distance(a, b) == pytest.approx(30, rel=1e-9)
+    assert metrics.sqrtm_distance(a, b) == pytest.approx(30, rel=1e-9)
     assert a.count == 60 and np.allclose(a.covariance, np.cov(features.T))
 
 
@@ -59,6 +59,6 @@ def test_panoptic_case(tmp_path: Path) -> None:
 def test_panopticapi_agrees(tmp_path: Path) -> None:
     pytest.importorskip("panopticapi")
     lines = by_name(metrics.measure_panoptic([render(0, index, metrics.SIZE).segments for index in range(3)], 1))
-    for name in ("PQ of an image", "PQ of an image from PNGs"):
-        assert lines[f"{name}, ours"].further["difference of pq, sq, rq"] < 1e-9
-        assert lines[f"{name}, panopticapi"].further["time / ours"] > 0
+    for name in ("PQ per image", "PQ per image from PNGs"):
+        assert lines[f"{name}, ours"].other["largest difference of pq, sq, rq"] < 1e-9
+        assert lines[f"{name}, panopticapi"].other["time / ours"] > 0

@@ -21,9 +21,9 @@ def test_jobs_from_beginning_to_end(job: str, tmp_path: Path, capsys: pytest.Cap
     main(["benchmark", job, str(config), "--repeats", "2", "--batch", "2", "--json", str(file)])
     result = json.loads(file.read_text())
     for line in result["measurements"]:
-        assert line["value"] > 0 and line["floor"] > 0 and line["ratio"] == line["value"] / line["floor"]
+        assert line["value"] > 0 and line["roofline"] > 0 and line["ratio"] == line["value"] / line["roofline"]
         assert "coco_panoptic" in line["name"] and "batch 2" in line["name"]
-    assert result["ceilings"]["flops"] > 0 and result["versions"]["torch"] == torch.__version__
+    assert result["device_peak"]["flops"] > 0 and result["versions"]["torch"] == torch.__version__
     said = capsys.readouterr().out
     assert "TFLOP/s (fp32 matrix product)" in said and "| reached |" in said
     more = ["--against", str(file), "--operators", "2"]
@@ -48,14 +48,14 @@ def test_training_on_synthetic_data_is_fed_by_the_loader(data: Path, capsys: pyt
     keys = [f"data.root={data}", "data.workers=1", "task.protocol=full"]
     main(["benchmark", "train-oracle", str(config), *keys, "--repeats", "1", "--batch", "2"])
     said = capsys.readouterr().out
-    assert "batch 2, fed by 1 workers |" in said and "batch 2, plain code |" in said and "batch 2 |" in said
+    assert "batch 2, fed by 1 workers |" in said and "batch 2, baseline code |" in said and "batch 2 |" in said
 
 
 @pytest.mark.parametrize("job", ["side-by-side", "metrics"])
 def test_all_lines_of_the_other_jobs_are_printed(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "MANY", (4, 4))
+    monkeypatch.setattr(side_by_side, "LARGE_CALL", (4, 4))
     fewer = functools.partial(metrics.measure_metrics, images=1, features=40, dim=8)
     monkeypatch.setattr(run, "measure_metrics", fewer)
     config = [] if job == "metrics" else [str(CONFIGS / "nyu_depth" / "quickstart_lm.yaml"), "--batch", "1"]
@@ -78,10 +78,10 @@ def test_mistakes_are_named(
         (["train-lm", oracle], "needs a configuration of stage lm"),
         (["decode", lm, "--repeats", "0"], "must be at least 1"),
         (["decode", str(alone)], "my_oracle.yaml exists; name a file with --oracle"),
-        (["decode", str(alone), "--oracle", lm], "is no configuration of stage oracle"),
-        (["decode", lm, "--against", str(wrong)], "is no result of uvim-fsq benchmark --json"),
+        (["decode", str(alone), "--oracle", lm], "is not a configuration of stage oracle"),
+        (["decode", lm, "--against", str(wrong)], "is not a result of uvim-fsq benchmark --json"),
         (["decode", lm, "--against", str(tmp_path / "none.json")], "no such file"),
-        (["metrics", "--operators", "3", "--repeats", "1"], "--operators goes with train-"),
+        (["metrics", "--operators", "3", "--repeats", "1"], "--operators works only with train-"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])

@@ -18,7 +18,7 @@ def test_floating_and_8_bit_images_are_normalized_alike(monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "build_image_encoder", lambda *arguments: (real(*arguments)[0], *imagenet))
     lm, batch = make_lm(), make_images()
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in imagenet)
-    torch.testing.assert_close(lm.normalised(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lm.normalize(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
     floating = batch.float() / 127.5 - 1
     torch.testing.assert_close(lm.encode(floating), lm.encode(batch), atol=1e-5, rtol=0)
     assert torch.equal(TokenGenerator(lm)(floating).tokens, TokenGenerator(lm)(batch).tokens)

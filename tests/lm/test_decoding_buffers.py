@@ -146,7 +146,7 @@ def test_capturing_warms_up_and_resets_the_position(monkeypatch: pytest.MonkeyPa
 def test_the_generators_precision_does_not_depend_on_the_autocast_around_it(precision: str) -> None:
     generator = TokenGenerator(make_lm(), precision=precision)
     for around in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=around), generator._on(CPU):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), generator._decoding_context(CPU):
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
             assert not torch.is_autocast_cache_enabled()
     kinds = {name: p.dtype for name, p in generator.model.named_parameters()}

@@ -26,7 +26,7 @@ def test_published_weights_from_a_file(tmp_path: Path) -> None:
     assert encoder.pos_embed.shape == (1, 16, 192) and encoder.cls_token is None
     assert encoder.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 192)
     safetensors.torch.save_file({"nothing": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="its arrays are another model"):
+    with pytest.raises(UserError, match="its arrays belong to a different model"):
         build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
     with pytest.raises(UserError, match="needs the architecture as published; remove model.encoder.width$"):
         build_image_encoder(EncoderConfig(name=name, weights=str(file), width=64), 64)
@@ -81,5 +81,5 @@ def test_encoder_names_and_sizes() -> None:
         build_image_encoder(EncoderConfig(name="vit_tinny_patch16_224"), 64)
     with pytest.raises(UserError, match="not divisible"):
         build_image_encoder(EncoderConfig(name="vit_tiny_patch16_224"), 60)
-    with pytest.raises(UserError, match="no vision transformer"):
+    with pytest.raises(UserError, match="not a vision transformer"):
         build_image_encoder(EncoderConfig(name="resnet18"), 64)

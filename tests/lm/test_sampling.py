@@ -53,7 +53,7 @@ def test_settings_at_their_limits_are_accepted() -> None:
     ("settings", "message"),
     [
         ({"temperature": -1e-9}, "temperature=-1e-09 is negative; 0 is greedy"),
-        ({"top_k": 1, "top_p": 1.0}, "top_k and top_p exclude each other"),
+        ({"top_k": 1, "top_p": 1.0}, "top_k and top_p are mutually exclusive"),
         ({"top_k": 0}, "top_k=0: keep at least one token"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.001}, "top_p=1.001: must be above 0"),

@@ -73,7 +73,7 @@ def test_a_compiled_step_gives_the_tokens_of_the_eager_one() -> None:
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
+    with pytest.raises(UserError, match="compilation needs a C\\+\\+ compiler"):
         TokenGenerator(make_lm(), compile=True)
 
 

@@ -80,7 +80,7 @@ def test_a_chunk_of_one_hot_labels_holds_at_least_one_patch(monkeypatch: pytest.
     patches = torch.randint(0, 7, (2, 3, 16)).to(torch.uint8)
     for limit, sizes in ((1, [1] * 6), (4 * 16 * 7, [4, 2]), (2**28, [6])):
         monkeypatch.setattr(chunking, "MAX_LOGITS", limit)
-        assert [len(x) for _, x in ChunkedOneHotLinear._pieces(patches, 7, torch.float32)] == sizes
+        assert [len(x) for _, x in ChunkedOneHotLinear._one_hots(patches, 7, torch.float32)] == sizes
 
 
 def test_labels_are_compared_in_their_own_type_where_it_holds_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_labels_are_compared_in_their_own_type_where_it_holds_all_classes(monkey
     real = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *sizes, **keys: made.append(keys["dtype"]) or real(*sizes, **keys))
     for classes in (7, 256, 257):
-        list(ChunkedOneHotLinear._pieces(patches, classes, torch.float32))
+        list(ChunkedOneHotLinear._one_hots(patches, classes, torch.float32))
     assert made == [torch.uint8, torch.uint8, torch.int32]
 
 

@@ -9,7 +9,7 @@ from uvim_fsq.performance.device_peak import matrix_rate
 CPU = torch.device("cpu")
 
 
-def test_the_ceiling_leaves_the_random_numbers_of_training_alone() -> None:
+def test_measuring_the_peak_leaves_the_random_numbers_of_training_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)

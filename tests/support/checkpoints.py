@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from uvim_fsq.checkpoints import files as ckpt
-from uvim_fsq.checkpoints.run_directory import Evaluation, Watch, checkpoints
+from uvim_fsq.checkpoints.run_directory import Evaluation, Selection, checkpoints
 
-HOLDOUT = Watch("holdout", 10, "nyu_depth/uvim", "rmse", True)
+HOLDOUT = Selection("holdout", 10, "nyu_depth/uvim", "rmse", True)
 
 
-def save(run_dir: Path, step: int, value: float | None = None, watch: Watch = HOLDOUT) -> Path:
+def save(run_dir: Path, step: int, value: float | None = None, watch: Selection = HOLDOUT) -> Path:
     """A checkpoint of one number, evaluated with `value` as its error."""
     weights = {"weight": torch.tensor([[float(step)]])}
     path = ckpt.save_checkpoint(run_dir, step, config="a: 1\n", weights=weights, state={"step": step})

@@ -120,7 +120,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
     silent = {"ACCELERATE_USE_CPU": "false"}
     started = {
         "cannot be read": start_ranks(2, "cli", *bad_file),
-        "^error: too little memory .CUDA": start_ranks(2, "tests.training.test_ranks:out_of_memory", *no_memory),
+        "^error: not enough memory .CUDA": start_ranks(2, "tests.training.test_ranks:out_of_memory", *no_memory),
         "cannot be read.*": start_ranks(2, "cli", "evaluate", str(oracle_dir), f"data.root={bad[1]}", env=silent),
     }
     for message, process in started.items():
