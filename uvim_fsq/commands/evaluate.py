@@ -34,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates the run, prints a table and writes the result as JSON."""
-    from uvim_fsq.evaluation.results import beside, result_file
+    from uvim_fsq.evaluation.results import result_file, variant_path
 
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
     changed = check_run(args.run, [*args.overrides, *limited])
     # Results of a subset or with other settings must not replace those of the run as trained.
-    official = beside(Path(args.run) / "official", changed) if args.official else None
+    official = variant_path(Path(args.run) / "official", changed) if args.official else None
     if official:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
-    file = args.json or beside(result_file(Path(args.run)), changed)
+    file = args.json or variant_path(result_file(Path(args.run)), changed)
     check_places([file, args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes
