@@ -7,6 +7,7 @@ metrics are computed from sums and counts over all processes.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
-from uvim_fsq.inference.predictions import PredictFn, eval_autocast
+from uvim_fsq.inference.predictions import PredictFn, Predictions, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
@@ -78,12 +79,34 @@ class Evaluator:
                 process only.
             title: label of the progress bar.
         """
-        state = processes.state()
         metric = self.task.metric(self.source)
         self.protocol = metric.protocol
         self.rows = []
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
+        for predicted, samples in self._predicted(predict, device, title):
+            for item, sample in zip(predicted.items, samples, strict=True):
+                self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                if official is not None:
+                    entries.append(official.add(item, sample))
+            if predicted.bits is not None and predicted.tokens is not None:
+                bits = predicted.bits.double().cpu().numpy()
+                cost += [bits.sum(), len(bits), predicted.tokens.numel()]
+            if self.statistics is not None and predicted.tokens is not None:
+                self.statistics.update(predicted.tokens)
+        metric.load_state(_sum_over_processes(metric.state()))
+        figures = metric.compute() | self._code_figures(cost)
+        if official is not None:
+            entries = [entry for part in processes.gather(entries) for entry in part]
+            scores = _official_scores(official, entries) if processes.is_main() else {}
+            figures |= {f"official/{name}": value for name, value in scores.items()}
+        return figures
+
+    def _predicted(
+        self, predict: PredictFn, device: torch.device, title: str
+    ) -> Iterator[tuple[Predictions, list[Sample]]]:
+        """Each batch of this process's images: predictions, and the samples at native size."""
+        state = processes.state()
         count = len(self.source) if self.limit is None else min(self.limit, len(self.source))
         batches = eval_batches(
             self.source,
@@ -100,17 +123,11 @@ class Evaluator:
                 bar.update(min(len(self.rows) * state.num_processes, count))
                 with eval_autocast(self.config, device):
                     predicted = predict(to_device(batch, device))
-                for item, sample in zip(predicted.items, samples, strict=True):
-                    self.rows.append({"id": sample.id, **metric.update(item, sample)})
-                    if official is not None:
-                        entries.append(official.add(item, sample))
-                if predicted.bits is not None and predicted.tokens is not None:
-                    bits = predicted.bits.double().cpu().numpy()
-                    cost += [bits.sum(), len(bits), predicted.tokens.numel()]
-                if self.statistics is not None and predicted.tokens is not None:
-                    self.statistics.update(predicted.tokens)
-        metric.load_state(_sum_over_processes(metric.state()))
-        figures = metric.compute()
+                yield predicted, samples
+
+    def _code_figures(self, cost: np.ndarray) -> dict[str, float]:
+        """Code usage and bits of the true tokens over all processes; `cost`: this one's bits, images and tokens."""
+        figures: dict[str, float] = {}
         if self.statistics is not None:
             self.statistics.load_state(_sum_over_processes(self.statistics.state()))
             if self.statistics.counts.any():
@@ -118,10 +135,6 @@ class Evaluator:
         bits, images, tokens = _sum_over_processes({"cost": cost})["cost"]
         if images:
             figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
-        if official is not None:
-            entries = [entry for part in processes.gather(entries) for entry in part]
-            scores = _official_scores(official, entries) if processes.is_main() else {}
-            figures |= {f"official/{name}": value for name, value in scores.items()}
         return figures
 
 

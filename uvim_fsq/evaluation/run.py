@@ -57,19 +57,17 @@ def evaluate_loaded(
     trivial = make_baseline(task, run) if baseline else None
     if trivial is not None:
         predict_fns = {"baseline": baseline_predictions(trivial), **predict_fns}
-    figures: dict[str, dict[str, float]] = {}
-    levels: dict[str, list[list[int]]] = {}
-    counts: dict[str, list[int]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
     evaluator = Evaluator(task, run.data, run.eval, limit=limit)
+    figures: dict[str, dict[str, float]] = {}
+    codes: dict[str, CodeStatistics] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for name, predict in predict_fns.items():
         evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         if evaluator.statistics is not None:
-            levels[name] = evaluator.statistics.level_histogram()
-            counts[name] = [int(count) for count in evaluator.statistics.counts]
+            codes[name] = evaluator.statistics
     if csv_file is not None and processes.is_main():
         write_csv(csv_file, rows)
     return {
@@ -79,8 +77,8 @@ def evaluate_loaded(
         "limit": limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
-        "code_counts": counts,
-        "level_histogram": levels,
+        "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
+        "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
     }
 
 
