@@ -298,7 +298,7 @@ def test_damaged_log_lines(tmp_path: Path, data: Path, quick_evaluation: None) -
     good = file.read_bytes()
     count = len(good.splitlines())
     file.write_bytes(good + b'{"step": 1, "loss": \xff}\n[1]\n{"step": "1"}\n' + b"[" * 100_000 + b'\n{"step": 2, "lo')
-    with pytest.warns(UserWarning, match=f"metrics.jsonl: 3 damaged line.s. left out, the first is {count + 1}"):
+    with pytest.warns(UserWarning, match=f"metrics.jsonl: skipped 3 damaged line.s., the first is line {count + 1}"):
         lines = read_json_lines(file)
     assert len(lines) == count + 1
     with pytest.warns(UserWarning, match="damaged line"):
