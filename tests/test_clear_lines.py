@@ -88,7 +88,9 @@ def test_import_of_an_unknown_task(tmp_path: Path) -> None:
     ("name", "kind"), [("resnet18", "resnet"), ("convnext_atto", "convnext"), ("swin_tiny_patch4_window7_224", "swin")]
 )
 def test_an_image_encoder_that_is_no_vit(name: str, kind: str, tmp_path: Path, oracle_dir: Path) -> None:
-    with pytest.raises(UserError, match=f"model.encoder.name={name} is no vision transformer .timm's {kind}") as caught:
+    with pytest.raises(
+        UserError, match=f"model.encoder.name={name} is not a vision transformer .timm's {kind}"
+    ) as caught:
         build_image_encoder(EncoderConfig(name=name), 224)
     assert "__init__" not in str(caught.value) and "choose e.g. vit_base_patch16_224" in str(caught.value)
 
@@ -114,14 +116,14 @@ def test_weights_of_the_image_encoder(tmp_path: Path, monkeypatch: pytest.Monkey
 
     assert "no such file; give none, hub or a local weights file" in message(tmp_path / "none.safetensors")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
-    assert f"is no file of weights of model.encoder.name={name} (its arrays are another model's)" in message(
+    assert f"does not contain weights of model.encoder.name={name} (its arrays belong to a different" in message(
         tmp_path / "other.pth"
     )
     torch.save({"a": Code(tmp_path / "mark")}, tmp_path / "code.pth")
-    assert "holds pickled Python objects, which are never loaded" in message(tmp_path / "code.pth")
+    assert "contains pickled Python objects, which are never loaded" in message(tmp_path / "code.pth")
     assert not (tmp_path / "mark").exists()
     (tmp_path / "text.npz").write_text("no zip")
-    assert "text.npz is truncated or no .npz" in message(tmp_path / "text.npz")
+    assert "text.npz is truncated or not an .npz" in message(tmp_path / "text.npz")
     np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(30_000_000, np.float32))
     assert "would unpack to 120000" in message(tmp_path / "bomb.npz")
 

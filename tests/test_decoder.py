@@ -210,7 +210,7 @@ def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch
 def test_the_arithmetic_is_the_decoders_whatever_is_around_it(precision: str) -> None:
     decoder = TokenGenerator(make_lm(), precision=precision)
     for around in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=around), decoder._on(CPU):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), decoder._decoding_context(CPU):
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
             assert not torch.is_autocast_cache_enabled()
     kinds = {name: p.dtype for name, p in decoder.model.named_parameters()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, OracleRun, Run
+from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, TOKEN_MODELS, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
@@ -147,6 +148,8 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
+    else:
+        yield from _unknown_kind("model.kind", run.model.kind, TOKEN_MODELS, run)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -159,9 +162,13 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
             "lower it, or the patch size"
         )
     quantizer = model.quantizer
-    if quantizer.kind not in QUANTIZERS and not run.plugins:
-        yield (
-            f"model.quantizer.kind={quantizer.kind}: must be one of {', '.join(QUANTIZERS)}, or registered by a "
-            "module in `plugins`"
-        )
+    yield from _unknown_kind("model.quantizer.kind", quantizer.kind, QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:
+    # Plugins may register others; they are not imported here.
+    if kind not in known and not run.plugins:
+        close = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "one of your own must be registered by a module in `plugins`"
+        yield f"{key}={kind}: must be one of {', '.join(known)}; {hint}"
