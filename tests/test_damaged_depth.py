@@ -82,7 +82,7 @@ def test_damaged_splits(tmp_path: Path, packed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
-    [([1, 2], [2], "twice"), ([0, 1], [2], "not list image"), ([1.5], [2], "not list image"), ([], [1], "not list image")],
+    [([1, 2], [2], "twice"), ([0, 1], [2], "not list"), ([1.5], [2], "not list"), ([], [1], "not list")],
 )
 def test_impossible_splits(tmp_path: Path, train: list[float], test: list[float], message: str) -> None:
     scipy.io.savemat(tmp_path / "splits.mat", {"trainNdxs": np.array(train), "testNdxs": np.array(test)})
