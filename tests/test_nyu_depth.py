@@ -174,7 +174,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
         prepare(str(root), CONFIG, stop)
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (4 of 6 prepared)"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(UserError, match="has 0.00 GB free, 0.00 GB are needed"):
+    with pytest.raises(UserError, match="has 0.00 GB free, but 0.00 GB are needed"):
         prepare(str(root), CONFIG, lambda done, total: None)
     monkeypatch.undo()
     assert prepare(str(root), CONFIG, lambda done, total: None).startswith("3 images")
@@ -198,7 +198,7 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     np.save(tmp_path / "mine" / "depth" / "a.npy", np.ones((8, 12), np.float32))
     for place in ("../photos", str(tmp_path / "photos")):
-        with pytest.raises(UserError, match="a.png lies outside of .*mine; only data inside"):
+        with pytest.raises(UserError, match="a.png is outside of .*mine; only data inside"):
             outside = NYUDepthConfig(protocol="full", image_dir=place)
             prepare(str(tmp_path / "mine"), outside, lambda done, total: None)
 

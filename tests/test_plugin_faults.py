@@ -84,15 +84,15 @@ def source(**change: Any) -> Any:
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
-    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but no 'mIoU'"),
-    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
+    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but not 'mIoU'"),
+    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but not 'accuracy'"),
     ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
     ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
     ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
     (
         "channel's name",
         {"encode": encode(lambda x: {"class": x["classes"]})},
-        r"encode: the channels are \['class'\], label",
+        r"encode: the channels are \['class'\], but label",
     ),
     (
         "no dict",
@@ -180,7 +180,11 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"render": lambda self, image, *_: {"prediction": image / 255}},
         r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
     ),
-    ("save", {"save_prediction": lambda *_: {"png": "nowhere.png"}}, "save_prediction: a dict kind -> path of a file"),
+    (
+        "save",
+        {"save_prediction": lambda *_: {"png": "nowhere.png"}},
+        "save_prediction: a dict kind -> path of a written file",
+    ),
     ("sample", {"source": lambda *_: [1]}, "source: a Sample expected, not int"),
     (
         "image",
@@ -202,7 +206,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"source": source(maps={"classes": np.zeros((24, 32), int)})},
         r"is int64 \(24, 32\), expected int32 or",
     ),
-    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps names 'rgb', but a sample has the maps \['classes'\]"),
+    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps lists 'rgb', but a sample has the maps \['classes'\]"),
 ]
 
 

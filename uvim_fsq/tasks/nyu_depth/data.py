@@ -166,7 +166,7 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
     for folder, key in ((images, "image_dir"), (depths, "depth_dir")):
         if not folder.is_dir():
             there = and_list(sorted(f"{path.name}/" for path in base.iterdir() if path.is_dir()))
-            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; set task.{key}= to its name")
+            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; set task.{key} to its name")
     photos = _by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
     maps = _by_stem(depths, lambda path: path.is_file())
     missing = sorted(photos.keys() - maps.keys())
