@@ -104,13 +104,13 @@ def test_a_stopped_grid_ends_its_processes_and_goes_on_later(tmp_path: Path) -> 
         ({"sedes": [1]}, "unknown key 'sedes'; known: title"),
         ({"seeds": "many"}, "`seeds` must be a list of integers"),
         ({"oracle": None}, "`oracle` must name the configuration"),
-        ({"rows": {"x": {"model.width": 3}}}, "`rows.x` may hold only oracle: and lm:"),
+        ({"rows": {"x": {"model.width": 3}}}, "`rows.x` may contain only oracle: and lm:"),
         ({"rows": {"x": {"oracle": {"model.widht": 32}}}}, "cell 'x', seed 3: .*model.widht.*did you mean"),
         ({"rows": {"x": {"oracle": {"model.width": 17}}}}, "cell 'x', seed 3: model.width=17 is not divisible"),
         ({"rows": {"x": {"lm": {"model.width": 17}}}}, "cell 'x', seed 3: model.width=17 is not divisible"),
-        ({"grid": {"model.width": [16]}}, "begins with oracle. or lm."),
-        ({"grid": {"oracle.model.width": 16}}, "a list of values"),
-        ({"oracle": "lm.yaml"}, "is no configuration of stage oracle"),
+        ({"grid": {"model.width": [16]}}, "must begin with oracle. or lm."),
+        ({"grid": {"oracle.model.width": 16}}, "must be a list"),
+        ({"oracle": "lm.yaml"}, "is not a configuration of stage oracle"),
         (
             {"rows": {"x": {}, "y": {"lm": {"eval.limit": 10}}}},
             "eval.limit is None in cell 'x, seed 3' and 10 in cell 'y, seed 3': their figures cannot stand in one",
@@ -297,8 +297,8 @@ def test_cells_are_cut_to_fit_a_device(tmp_path: Path) -> None:
     assert oracle.of(2) > lm.of(2)
     tight = Devices(("0", "1"), oracle.of(2) / USABLE)
     assert accumulates(tight, jobs=2) == ["train.accumulate=4", "", "train.accumulate=4", ""]
-    assert len(lines) == 1 and lines[0].startswith("oracle: train.accumulate=4, as 8 images at once take")
-    assert lines[0].endswith("GB for it (A, seed 3 and 1 more)")
+    assert len(lines) == 1 and lines[0].startswith("oracle: train.accumulate=4, because 8 images at once take")
+    assert lines[0].endswith("GB available (A, seed 3 and 1 more)")
     # Two jobs on one device share it; what a grid asks for is the least.
     assert accumulates(Devices(("0",), 2 * oracle.of(2) / USABLE), jobs=2) == accumulates(tight, jobs=2)
     assert accumulates(tight, set={"oracle": {"train.accumulate": 4}}) == ["", "", "", ""]

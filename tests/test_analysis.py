@@ -17,7 +17,7 @@ from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.experiments.analysis import analyze_run, collect_tokens, partners, shuffled_predictions
-from uvim_fsq.experiments.code_pictures import Painter, code_colours, sample_marginals, stitch
+from uvim_fsq.experiments.code_pictures import Painter, code_colors, sample_marginals, stitch
 from uvim_fsq.oracle.quantizers.fsq import FSQ
 from uvim_fsq.oracle.quantizers.vq import VQ
 from uvim_fsq.reports.panels import spread_samples
@@ -61,13 +61,13 @@ def test_marginals_respect_the_counts() -> None:
     assert set(own[:, 0]) == {7} and abs((own[:, 1] == 2).mean() - (tokens[:, 1] == 2).mean()) < 0.03
 
 
-def test_code_colours_put_close_codes_together() -> None:
+def test_code_colors_put_close_codes_together() -> None:
     counts = np.ones(25)
-    colours = code_colours(FSQ((5, 5)), counts).astype(int)
-    assert colours.shape == (25, 3) and len(np.unique(colours, axis=0)) == 25 and (colours[:, 2] == 128).all()
+    colors = code_colors(FSQ((5, 5)), counts).astype(int)
+    assert colors.shape == (25, 3) and len(np.unique(colors, axis=0)) == 25 and (colors[:, 2] == 128).all()
     # Code 1 is one level from code 0, code 24 is the opposite corner.
-    assert np.abs(colours[1] - colours[0]).sum() < np.abs(colours[24] - colours[0]).sum()
-    assert code_colours(VQ(16, 8), np.eye(16)[3]).shape == (16, 3)
+    assert np.abs(colors[1] - colors[0]).sum() < np.abs(colors[24] - colors[0]).sum()
+    assert code_colors(VQ(16, 8), np.eye(16)[3]).shape == (16, 3)
 
 
 def test_shuffled_predictions_decode_the_partners_tokens(oracle_dir: Path) -> None:
@@ -96,8 +96,8 @@ def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
 def test_oracles_run(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = analysed(oracle_dir, tmp_path / "a")
     said = capsys.readouterr().out
-    assert list(found["figures"]) == list(found["ways"]) == ["oracle", "shuffled_codes", "context_only"]
-    assert "zero codes and context alone are one thing" in said and "FSQ's code 12 is zero, too" in said
+    assert list(found["figures"]) == list(found["descriptions"]) == ["oracle", "shuffled_codes", "context_only"]
+    assert "zero codes equal context alone" in said and "code 12 of the codebook is also zero" in said
     evaluated = evaluate(oracle_dir)
     for way in ("oracle", "context_only"):
         assert found["figures"][way] == evaluated["figures"][way]
@@ -117,7 +117,7 @@ def test_lms_run_also_counts_its_own_tokens(lm_dir: Path, oracle_dir: Path) -> N
     main(["analyze", str(lm_dir), "--limit", "4"])  # into RUN/analysis
     found = json.loads((lm_dir / "analysis" / "analysis.json").read_text())
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
-    assert found["images"] == found["limit"] == 4 and "all 4 images" in found["ways"]["shuffled_codes"]
+    assert found["images"] == found["limit"] == 4 and "all 4 images" in found["descriptions"]["shuffled_codes"]
     assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
     assert found["oracle_sha256"] == evaluate(oracle_dir, limit=2)["checkpoint_sha256"]
     assert found["oracle_sha256"] != found["checkpoint_sha256"]
@@ -128,8 +128,9 @@ def test_vq_without_context(tmp_path: Path, data: Path, monkeypatch: pytest.Monk
     run = train(oracle_run(tmp_path / "run", data, "model.context=none", "model.code_dropout=none", *VQ_KEYS))
     found = analyze_run(run, out=tmp_path / "out")
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "zero_codes"]
-    assert "constant" in found["ways"]["zero_codes"] and "code dropout was off" in found["ways"]["zero_codes"]
-    assert "FSQ" not in found["ways"]["zero_codes"] and "own image" not in found["ways"]["shuffled_codes"]
+    text = found["descriptions"]
+    assert "constant" in text["zero_codes"] and "without code dropout" in text["zero_codes"]
+    assert "also zero" not in text["zero_codes"] and "own image" not in text["shuffled_codes"]
     assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
     # Without context the image makes no difference: one row.

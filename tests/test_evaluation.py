@@ -246,7 +246,7 @@ def test_official_figures_stand_beside_ours(loaded: LoadedRun) -> None:
     evaluator, official = Evaluator(loaded.task, loaded.run.data, loaded.run.eval), Official()
     figures = evaluator.run(constant(), CPU, official)
     assert figures["official/score"] == 0.5 and official.finished == [[row["id"] for row in evaluator.rows]]
-    with pytest.warns(UserWarning, match="no official figures: it is not installed"):
+    with pytest.warns(UserWarning, match="no official scores: it is not installed"):
         without = evaluator.run(constant(), CPU, Official(refuses=True))
     del figures["official/score"]
     assert without == figures

@@ -101,7 +101,7 @@ def test_a_refusal_of_the_official_program_costs_nothing(
         raise UserError("panopticapi cannot score it")
 
     monkeypatch.setattr(results_module, "run_panopticapi", refuse)
-    with pytest.warns(UserWarning, match="no official figures: panopticapi cannot score it"):
+    with pytest.warns(UserWarning, match="no official scores: panopticapi cannot score it"):
         main(["evaluate", str(panoptic_lm), "--official"])
     assert "pq_stuff" in capsys.readouterr().out
 

@@ -40,10 +40,24 @@ def _resize(values: np.ndarray, size: tuple[int, int], interpolation: int) -> np
         return values
     if values.ndim == 2:
         return cv2.resize(values, (size[1], size[0]), interpolation=interpolation)
-    # Some OpenCV kernels support at most 4 channels, and OpenCV drops a last axis of length 1.
-    parts = [values[..., first : first + 4] for first in range(0, values.shape[2], 4)]
-    done = [cv2.resize(part, (size[1], size[0]), interpolation=interpolation) for part in parts]
-    return done[0].reshape(*size, -1) if len(done) == 1 else np.concatenate([x.reshape(*size, -1) for x in done], -1)
+    parts = [
+        cv2.resize(values[..., chunk], (size[1], size[0]), interpolation=interpolation) for chunk in _chunks(values)
+    ]
+    # OpenCV drops a last axis of length 1.
+    whole = [part.reshape(*size, -1) for part in parts]
+    return whole[0] if len(whole) == 1 else np.concatenate(whole, axis=-1)
+
+
+def _chunks(values: np.ndarray) -> list[slice]:
+    """Groups of channels to resize together: up to 4 at once, more in groups of 4, a remainder of 2 one by one.
+
+    Albumentations groups them in the same way in training, and the last bit of bilinear resizing depends on it.
+    """
+    channels = values.shape[2]
+    starts = list(range(0, channels, 4))
+    if channels > 4 and channels % 4 == 2:
+        starts.append(channels - 1)
+    return [slice(first, last) for first, last in zip(starts, [*starts[1:], channels], strict=True)]
 
 
 def resize_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
