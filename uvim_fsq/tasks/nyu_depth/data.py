@@ -202,7 +202,7 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
     if root.is_dir() and not has_split_folders(root):
         places += sorted(path for path in root.iterdir() if path.is_dir())
     for place in places:
-        mat = _labelled_mat(place)
+        mat = _labeled_mat(place)
         if mat is not None:
             return "A", mat
         bases = [place, place / "train", place / "val"]
@@ -223,7 +223,7 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
     )
 
 
-def _labelled_mat(place: Path) -> Path | None:
+def _labeled_mat(place: Path) -> Path | None:
     for mat in [place] if place.is_file() else sorted(place.glob("*.mat")):
         if h5py.is_hdf5(mat):
             with _open_h5(mat) as handle:
