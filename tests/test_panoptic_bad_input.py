@@ -92,13 +92,13 @@ def repeat_id(tree: dict[str, Any]) -> None:
         (lambda tree: tree["annotations"].append(tree["annotations"][0]), "repeat an image_id"),
         (lambda tree: tree["images"].pop(0), "images missing from `images`"),
         (lambda tree: tree["annotations"][0].pop("segments_info"), "missing or invalid field"),
-        (lambda tree: tree.pop("categories"), "needs lists images, annotations, categories"),
+        (lambda tree: tree.pop("categories"), "needs the lists images, annotations, categories"),
         (lambda tree: tree.update(annotations=[]), "holds no annotations"),
         (lambda tree: first_segments(tree)[0].update(id="one"), "missing or invalid field"),
         (lambda tree: first_segments(tree)[0].update(area="large"), "missing or invalid field"),
         (
             lambda tree: [s.update(category_id=77) for a in tree["annotations"] for s in a["segments_info"]],
-            r"category 77.*\(and 3 more annotations",
+            r"category 77.*\(and 3 more invalid annotations",
         ),
     ],
 )
