@@ -84,20 +84,20 @@ def source(**change: Any) -> Any:
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
-    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but no 'mIoU'"),
-    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
+    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but not 'mIoU'"),
+    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but not 'accuracy'"),
     ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
     ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
     ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
     (
         "channel's name",
         {"encode": encode(lambda x: {"class": x["classes"]})},
-        r"encode: the channels are \['class'\], label",
+        r"encode: the channels are \['class'\], but label",
     ),
     (
         "no dict",
         {"encode": encode(lambda x: x["classes"])},
-        r"encode: the channels are int16 \(32, 32\), label_channels",
+        r"encode: the channels are int16 \(32, 32\), but label_channels",
     ),
     (
         "dtype",
@@ -149,7 +149,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         r"log 'a' of 2 images is float32 \(\)",
     ),
     ("nan loss", {"loss": loss(lambda x, logs: (x * float("nan"), logs))}, "the loss is .* for random logits"),
-    ("sum", {"loss": summed}, "the loss is no mean over pixels"),
+    ("sum", {"loss": summed}, "the loss is not a mean over pixels"),
     ("no gradient", {"loss": loss(lambda x, logs: (x.detach(), logs))}, "the loss has no gradient"),
     (
         "decode",
@@ -180,7 +180,11 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"render": lambda self, image, *_: {"prediction": image / 255}},
         r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
     ),
-    ("save", {"save_prediction": lambda *_: {"png": "nowhere.png"}}, "save_prediction: a dict kind -> path of a file"),
+    (
+        "save",
+        {"save_prediction": lambda *_: {"png": "nowhere.png"}},
+        "save_prediction: a dict kind -> path of a written file",
+    ),
     ("sample", {"source": lambda *_: [1]}, "source: a Sample expected, not int"),
     (
         "image",
@@ -202,7 +206,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"source": source(maps={"classes": np.zeros((24, 32), int)})},
         r"is int64 \(24, 32\), expected int32 or",
     ),
-    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps names 'rgb', but a sample has the maps \['classes'\]"),
+    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps lists 'rgb', but a sample has the maps \['classes'\]"),
 ]
 
 
@@ -221,9 +225,9 @@ def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
         "task camvid_segmentation, save_prediction",
     ]
     one, two = (type("Mine", (CamvidSegmentation,), some)(Config()) for some in ({"main_metric": "mIoU"}, changes))
-    with pytest.raises(UserError, match="no 'mIoU' .main_metric, secondary_metrics.$"):
+    with pytest.raises(UserError, match="not 'mIoU' .main_metric, secondary_metrics.$"):
         refuse_faults(one, str(photos), "val")
-    with pytest.raises(UserError, match="no 'mIoU' .*; 2 more are listed by `uvim-fsq data check`$"):
+    with pytest.raises(UserError, match="not 'mIoU' .*; `uvim-fsq data check` lists 2 more$"):
         refuse_faults(two, str(photos), "val")
 
 
@@ -236,7 +240,7 @@ def test_the_name_of_a_file_is_no_module(photos: Path) -> None:
     for name in ("plug/my_task.py", "./plug/my_task.py"):
         with pytest.raises(UserError, match=f"plugin '{name}' is a file name; give the module name, plug.my_task$"):
             import_plugin(name)
-    with pytest.raises(UserError, match=r"unknown task 'xyz'; one of your own needs plugins=\[MODULE\], and @register"):
+    with pytest.raises(UserError, match=r"unknown task 'xyz'; your own task needs plugins=\[MODULE\], and @register"):
         check_data("xyz", str(photos), [])
 
 
@@ -261,7 +265,7 @@ def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> N
 def test_a_sound_task_has_none(photos: Path) -> None:
     assert faults(photos) == []
     lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
-    assert ok and lines[0] == "task camvid_segmentation: a sample goes through all of its methods"
+    assert ok and lines[0] == "task camvid_segmentation: a sample passes through all of its methods"
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
@@ -278,12 +282,12 @@ def test_training_refuses_it_and_data_check_lists_it(photos: Path, tmp_path: Pat
     before = CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics
     CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = "mIoU", ("no_such",)
     try:
-        with pytest.raises(UserError, match="no 'mIoU'"):
+        with pytest.raises(UserError, match="not 'mIoU'"):
             train(run)
         lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
     finally:
         CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = before
-    assert not ok and len(lines) == 1 and "no 'mIoU'" in lines[0] and not (tmp_path / "run").exists()
+    assert not ok and len(lines) == 1 and "not 'mIoU'" in lines[0] and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_every_failed_picture_is_named(tmp_path: Path, lm_dir: Path, capsys: pyt
         broken.append(str(file))
     said = refused(capsys, lm_dir, folder, "--out", out)
     assert len(said) == 21 and all(f"failed: {file}" in line for file, line in zip(broken[:20], said, strict=False))
-    assert said[-1] == "error: 23 of 26 pictures could not be predicted, 3 of them not shown; the index names all"
+    assert said[-1] == "error: 23 of 26 images could not be predicted, 3 of them not shown; the index lists all"
     listed = index(out)
     assert [entry["image"] for entry in listed] == [*good, *broken]
     assert all("cannot be read as an image" in entry["error"] for entry in listed[3:])
@@ -141,7 +141,7 @@ def test_a_link_that_leads_nowhere_is_a_failed_picture(
     (tmp_path / "in" / "folder.jpg").mkdir()
     first, second, last = refused(capsys, lm_dir, tmp_path / "in", "--out", tmp_path / "out")
     assert first == f"failed: {tmp_path / 'in' / 'dead.jpg'}: no such image file" and "folder.jpg cannot be" in second
-    assert last == "error: 2 of 3 pictures could not be predicted; the index names all"
+    assert last == "error: 2 of 3 images could not be predicted; the index lists all"
 
 
 def test_a_full_disk_leaves_whole_results_and_their_list(
@@ -257,8 +257,8 @@ def test_grey_pictures_and_none_at_all(lm_dir: Path) -> None:
         (RGB[:0], "no pixels"),
         (RGB[:, :0, 0], "no pixels"),
         (Image.fromarray(RGB[..., 0].astype(np.float32)), "floating-point pixels"),
-        (b"", r"the picture cannot be read as an image \(it is none of JPEG, PNG"),
-        (encoded("png")[:200], "the picture cannot be read as an image"),
+        (b"", r"the image cannot be read as an image \(it is none of JPEG, PNG"),
+        (encoded("png")[:200], "the image cannot be read as an image"),
         (io.StringIO("text"), "open it in binary mode"),
         ("nowhere.png", "no such image file"),
         (".", "cannot be read as an image"),
