@@ -57,6 +57,7 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
     load_checkpoint(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_training_in_one_graph_equals_eager_training(
     stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch

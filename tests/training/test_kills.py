@@ -67,6 +67,7 @@ def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[i
         yield calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_evaluation: None, point: str) -> None:
     """Weights, log, pictures, evaluations and the best checkpoint are those of a run that nothing disturbed."""

@@ -14,6 +14,7 @@ from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.files import read_json_lines
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_never_chosen_on_the_reported_split(
     tmp_path: Path, data: Path, quick_evaluation: None
 ) -> None:

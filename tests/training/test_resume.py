@@ -97,6 +97,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(
     assert (out / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_evaluation_stops_resuming_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     """Not when old checkpoints are deleted."""
     out = tmp_path / "run"
@@ -122,7 +123,7 @@ def test_a_checkpoint_of_another_run_is_not_evaluated_again(tmp_path: Path, data
     assert [place.name for place in (out / "checkpoints").iterdir()] == [step_name(4)]
 
 
-@pytest.mark.parametrize("name", ["trainer/state.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer/state.pt", pytest.param("model.safetensors", marks=pytest.mark.slow)])
 def test_a_damaged_newest_checkpoint_names_the_one_before_it(
     tmp_path: Path, data: Path, quick_evaluation: None, name: str
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_damaged_newest_checkpoint_names_the_one_before_it(
     assert "before it" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
     tmp_path: Path, oracle_dir: Path, quick_evaluation: None
 ) -> None:
@@ -150,8 +152,8 @@ def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
         shutil.copytree(at(out, 2), at(out, 4), dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("stage", ["oracle", "lm"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["oracle", pytest.param("lm", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str
 ) -> None:
