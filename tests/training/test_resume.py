@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.support.kills import Killed, killing
 from tests.support.runs import CHANGED, at, fit_run, last_weights, losses, outcome, weights
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
@@ -21,32 +19,6 @@ from uvim_fsq.files import read_json_lines
 from uvim_fsq.training.stages import build_stage
 from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
-
-
-@contextlib.contextmanager
-def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[int]]:
-    """Raises `Killed` before or after the call of `place.name` number `countdown`."""
-    original: Callable[..., Any] = getattr(place, name)
-    calls: list[int] = []
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A folder that is not there is not deleted.
-        if name != "rmtree" or arguments[0].exists():
-            calls.append(1)
-        if when == "before" and len(calls) == countdown:
-            raise Killed
-        result = original(*arguments, **named)
-        if when == "after" and len(calls) == countdown:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, call)
-        yield calls
 
 
 @pytest.mark.parametrize("after", ["0.9", "null"])
