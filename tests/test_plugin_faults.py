@@ -154,7 +154,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "decode",
         {"decode": lambda self, logits: logits["classes"].argmax(-1)},
-        r"decode: a list of one item .* int64",
+        r"decode: expected a list of one item .* int64",
     ),
     ("one item", {"decode": lambda self, logits: [1]}, "decode: expected a list of one item per image, got list"),
     ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*faults.py, line"),
@@ -172,9 +172,13 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "with truth",
         {"render": lambda self, i, p, t=None: {"prediction": i} if t is None else {}},
-        "render: a dict with",
+        "render: expected a dict with",
     ),
-    ("alone", {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}}, "render: a dict with"),
+    (
+        "alone",
+        {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}},
+        "render: expected a dict with",
+    ),
     (
         "picture",
         {"render": lambda self, image, *_: {"prediction": image / 255}},
