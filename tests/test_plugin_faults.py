@@ -86,7 +86,7 @@ def source(**change: Any) -> Any:
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but not 'mIoU'"),
     ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but not 'accuracy'"),
-    ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
+    ("no channels", {"label_channels": {}}, "label_channels: expected a non-empty dict of channels, got dict"),
     ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
     ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
     (
@@ -142,7 +142,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"loss": loss(lambda x, logs: (x.mean(), logs))},
         r"loss: the loss of 2 images is float32 \(\)",
     ),
-    ("no logs", {"loss": loss(lambda x, logs: x)}, r"loss: \(loss, logs\) expected, not float32 \(2,\)"),
+    ("no logs", {"loss": loss(lambda x, logs: x)}, r"loss: expected \(loss, logs\), got float32 \(2,\)"),
     (
         "scalar log",
         {"loss": loss(lambda x, logs: (x, {"a": x.mean()}))},
@@ -154,9 +154,9 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "decode",
         {"decode": lambda self, logits: logits["classes"].argmax(-1)},
-        r"decode: a list of one item .* int64",
+        r"decode: expected a list of one item .* int64",
     ),
-    ("one item", {"decode": lambda self, logits: [1]}, "decode: a list of one item per image expected, not list"),
+    ("one item", {"decode": lambda self, logits: [1]}, "decode: expected a list of one item per image, got list"),
     ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*faults.py, line"),
     ("no row", {"metric": metric(update=lambda *_: None)}, "metric: update must return .* not NoneType"),
     ("row", {"metric": metric(update=lambda *_: {"a": "b"})}, "metric: update must return .* not dict"),
@@ -168,13 +168,17 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         r"load_state\(state\(\)\) changes what compute returns",
     ),
     ("to_size", {"to_size": lambda *_: 1 / 0}, "to_size fails: ZeroDivisionError"),
-    ("render", {"render": lambda *_: {"picture": 0}}, 'render: a dict with the title "prediction" expected'),
+    ("render", {"render": lambda *_: {"picture": 0}}, 'render: expected a dict with the title "prediction"'),
     (
         "with truth",
         {"render": lambda self, i, p, t=None: {"prediction": i} if t is None else {}},
-        "render: a dict with",
+        "render: expected a dict with",
     ),
-    ("alone", {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}}, "render: a dict with"),
+    (
+        "alone",
+        {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}},
+        "render: expected a dict with",
+    ),
     (
         "picture",
         {"render": lambda self, image, *_: {"prediction": image / 255}},
@@ -183,9 +187,9 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "save",
         {"save_prediction": lambda *_: {"png": "nowhere.png"}},
-        "save_prediction: a dict kind -> path of a written file",
+        "save_prediction: expected a dict kind -> path of a written file",
     ),
-    ("sample", {"source": lambda *_: [1]}, "source: a Sample expected, not int"),
+    ("sample", {"source": lambda *_: [1]}, "source: expected a Sample, got int"),
     (
         "image",
         {"source": source(image=np.zeros((24, 32, 3)))},
@@ -233,7 +237,7 @@ def test_all_faults_are_found_and_the_first_is_said(photos: Path) -> None:
 
 def test_what_a_faulty_decode_gave_is_not_used(photos: Path) -> None:
     (one,) = faults(photos, decode=lambda self, logits: logits["classes"].argmax(-1))
-    assert "decode: a list of one item per image expected" in one
+    assert "decode: expected a list of one item per image" in one
 
 
 def test_the_name_of_a_file_is_no_module(photos: Path) -> None:

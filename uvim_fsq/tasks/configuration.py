@@ -24,7 +24,7 @@ def load_run(
     A file with `extends: other.yaml` (relative to itself) only needs the settings that differ.
 
     Args:
-        found_in: the file of a trained run that the tree `source` was read from. It may come from anybody: it must not
+        found_in: the file of a trained run that the tree `source` was read from. It may come from anyone: it must not
             refer to anything outside itself, and only plugins that the user trusts are imported.
 
     Raises UserError naming the key, for unknown keys (with a suggestion) and wrong types.

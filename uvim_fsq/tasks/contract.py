@@ -79,7 +79,7 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
     with trial.step("decode"):
         decoded = task.decode(logits)
         right = isinstance(decoded, list) and len(decoded) == 2
-        _require(right, f"a list of one item per image expected, not {_kind(decoded)}")
+        _require(right, f"expected a list of one item per image, got {_kind(decoded)}")
         items = decoded
     if items is not None:
         _check_use(trial, source, view, items[0])
@@ -112,7 +112,9 @@ def _kind(value: object) -> str:
 
 def _check_channels(task: Task) -> None:
     channels = task.label_channels
-    _require(isinstance(channels, Mapping) and channels, f"a dict of channels expected, not {_kind(channels)}")
+    _require(
+        isinstance(channels, Mapping) and channels, f"expected a non-empty dict of channels, got {_kind(channels)}"
+    )
     for name, channel in channels.items():
         right = isinstance(channel, Categorical | Real)
         _require(right, f"channel {name!r} is {_kind(channel)}, expected Categorical or Real")
@@ -122,7 +124,7 @@ def _check_channels(task: Task) -> None:
 
 def _check_sample(task: Task, sample: Sample) -> Sample:
     """Checks image and maps of `sample`; returns its evaluation view."""
-    _require(isinstance(sample, Sample), f"a Sample expected, not {_kind(sample)}")
+    _require(isinstance(sample, Sample), f"expected a Sample, got {_kind(sample)}")
     image = sample.image
     right = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
     _require(right, f"the image of a sample is {_kind(image)}, expected uint8 (H, W, 3)")
@@ -190,7 +192,7 @@ def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[
     def loss(pixels: slice) -> torch.Tensor:
         result = task.loss({n: x[:, pixels] for n, x in flat.items()}, {n: x[:, pixels] for n, x in truth.items()})
         right = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
-        _require(right, f"(loss, logs) expected, not {_kind(result)}")
+        _require(right, f"expected (loss, logs), got {_kind(result)}")
         values, logs = result
         right = isinstance(values, torch.Tensor) and values.shape == (2,) and values.is_floating_point()
         _require(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
@@ -225,7 +227,7 @@ def _check_use(trial: _Trial, source: SampleSource, view: Sample, item: Any) -> 
     with trial.step("save_prediction"), tempfile.TemporaryDirectory() as folder:
         paths = task.save_prediction(sized, view.image, str(Path(folder) / "stem"))
         right = isinstance(paths, dict) and all(Path(path).is_file() for path in paths.values())
-        _require(right and paths, "a dict kind -> path of a written file expected")
+        _require(right and paths, "expected a dict kind -> path of a written file")
 
 
 def _check_metric(task: Task, metric: Metric, item: Any, view: Sample) -> None:
@@ -250,7 +252,7 @@ def _same(one: Mapping[str, float], two: Mapping[str, float]) -> bool:
 
 
 def _check_pictures(pictures: object, image: np.ndarray) -> None:
-    _require(isinstance(pictures, dict) and "prediction" in pictures, 'a dict with the title "prediction" expected')
+    _require(isinstance(pictures, dict) and "prediction" in pictures, 'expected a dict with the title "prediction"')
     assert isinstance(pictures, dict)
     for title, picture in pictures.items():
         right = isinstance(picture, np.ndarray) and picture.shape == image.shape and picture.dtype == np.uint8
