@@ -50,7 +50,7 @@ def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces evaluation and its picture by a figure that depends on the weights, to save time."""
+    """Replaces evaluation and panels by a number that depends erratically on the weights."""
 
     def evaluate(
         self: OracleStage, model: torch.nn.Module, limit: int | None, device: torch.device
