@@ -18,7 +18,7 @@ from uvim_fsq.tasks.configuration import load_run
 CPU = torch.device("cpu")
 
 
-def test_other_sizes_follow_the_model() -> None:
+def test_the_other_model_has_the_sizes_of_ours() -> None:
     """The other model's settings, read off a real one: a decoder narrower than its encoder included."""
     pytest.importorskip("transformers")
     lm = tiny_lm(replace(TINY, width=8, depth=2))

@@ -65,7 +65,7 @@ def kept(module: nn.Module, forward: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> None:
+def test_an_oracle_keeps_the_counted_bytes(task: str, fake: FakeTensorMode) -> None:
     batch = 5
     config = OracleModelConfig(8, 192, 2, 3, 3, 800, code_length=64)
     with unset_fake_temporarily():
@@ -79,7 +79,7 @@ def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> Non
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> None:
+def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> None:
     batch = 5
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
     with unset_fake_temporarily():

@@ -58,7 +58,7 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
 
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_training_in_one_graph(
+def test_training_in_one_graph_equals_eager_training(
     stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (step, stages):
@@ -69,5 +69,5 @@ def test_training_in_one_graph(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_training_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+def test_compiled_training_equals_eager_training(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")

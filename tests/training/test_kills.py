@@ -86,7 +86,7 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_eva
         assert load_checkpoint(out).checkpoint.name == best
 
 
-def test_the_missing_evaluation_comes_before_any_step(
+def test_a_missing_evaluation_is_done_before_any_step(
     tmp_path: Path, data: Path, quick_evaluation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at the end of training, and a checkpoint without it is not deleted."""
@@ -106,7 +106,9 @@ def test_the_missing_evaluation_comes_before_any_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_sigkill_in_an_evaluation(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
+def test_a_run_killed_during_evaluation_resumes_exactly(
+    tmp_path: Path, data: Path, oracle_dir: Path, stage: str
+) -> None:
     """A process killed between save and evaluation, resumed, ends as one that was not killed."""
     config = {**(ORACLE if stage == "oracle" else LM), "stage": stage}
     file = tmp_path / "run.yaml"
@@ -135,7 +137,7 @@ def command(config: dict, folder: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigkill_and_resume(tmp_path: Path, data: Path) -> None:
+def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path) -> None:
     overrides = [f"data.root={data}", "train.steps=40", "train.save_every=5", "train.keep=9"]
     whole = [sys.executable, *command(ORACLE, tmp_path, *overrides, f"train.out={tmp_path / 'whole'}")]
     subprocess.run(whole, env=ENV, check=True, capture_output=True)

@@ -137,7 +137,7 @@ def different(value: object) -> list[object]:
     return [value, None if isinstance(value, Path) or value is None else value[::-1]]  # type: ignore[index]
 
 
-def test_processes_that_have_loaded_different_things(
+def test_processes_that_loaded_different_checkpoints_stop(
     tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nothing is resumed: an LM's oracle, and the checkpoint to evaluate."""
