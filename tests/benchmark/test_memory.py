@@ -34,7 +34,7 @@ RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **given: Any) -> torch.Tensor:
-    """What a GPU uses; without one torch would take the plain product, which keeps all scores."""
+    """The kernel of a GPU; the one that torch uses on a CPU keeps all attention scores."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, given.get("is_causal", False))[0]
 

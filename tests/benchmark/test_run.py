@@ -14,7 +14,10 @@ from uvim_fsq.benchmark import metrics, run, side_by_side
 from uvim_fsq.cli import main
 
 
-@pytest.mark.parametrize("job", ["train-oracle", "train-lm", "decode"])
+@pytest.mark.parametrize(
+    "job",
+    ["train-oracle", pytest.param("train-lm", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)],
+)
 def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS / "coco_panoptic" / "quickstart_lm.yaml"
     file = tmp_path / "new" / "result.json"

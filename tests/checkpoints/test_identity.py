@@ -143,17 +143,13 @@ def test_resume_keeps_an_lms_architecture_and_its_oracles_labels(lm_dir: Path, o
         ("model.width=32", "model.width=32 (trained with 16)"),
     ],
 )
-def test_model_task_and_image_size_of_a_trained_oracle_cannot_change(
-    oracle_dir: Path, override: str, said: str
-) -> None:
+def test_a_trained_oracles_model_and_task_cannot_change(oracle_dir: Path, override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         load_checkpoint(oracle_dir, [override])
     assert said in str(caught.value) and "cannot change" in str(caught.value)
 
 
-def test_model_task_image_size_and_oracle_of_a_trained_lm_cannot_change(
-    lm_dir: Path, tmp_path: Path, oracle_dir: Path
-) -> None:
+def test_a_trained_lms_model_and_task_cannot_change(lm_dir: Path, tmp_path: Path, oracle_dir: Path) -> None:
     for override in ("model.num_heads=4", "task.max_depth=5", "data.image_size=32", f"oracle={tmp_path}"):
         with pytest.raises(UserError, match="cannot change"):
             Predictor.from_run(lm_dir, [override])
@@ -163,6 +159,7 @@ def test_model_task_image_size_and_oracle_of_a_trained_lm_cannot_change(
     Predictor.from_run(moved, [f"oracle={tmp_path / 'oracle'}"])
 
 
+@pytest.mark.slow
 def test_every_result_names_its_overrides(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(lm_dir, ["eval.temperature=0.7", "eval.seed=0", "task.decoding=expectation"], limit=2)
     expected = {"eval.limit": [None, 2], "eval.temperature": [0.0, 0.7], "task.decoding": ["argmax", "expectation"]}

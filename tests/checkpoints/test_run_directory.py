@@ -50,7 +50,7 @@ def test_only_evaluations_of_the_same_kind_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("smaller", "wanted"), [(True, 2), (False, 3)])
-def test_the_best_value_may_be_the_smallest_or_the_largest_but_never_nan(
+def test_the_best_value_follows_the_metrics_direction_and_is_never_nan(
     tmp_path: Path, smaller: bool, wanted: int
 ) -> None:
     watch = Selection("holdout", 10, "p", "rmse", smaller)

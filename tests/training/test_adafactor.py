@@ -52,7 +52,7 @@ def test_statistics_are_factored_over_the_two_largest_dimensions(
 RATES = [0.0, 1e-3, 2e-3, 5e-4, 1e-3, 1e-4]
 
 
-#: Our sizes and the reference's order: projections into heads and out of them, tied label maps, plain maps, vectors.
+#: Our sizes and the reference's order: projections into heads and out of them, tied label maps, linear maps, vectors.
 LAYOUTS = [
     *[Layout((4, 40, 36), (2, 0, 1))] * 3,
     *[Layout((36, 4, 40), (1, 2, 0))] * 2,
@@ -65,8 +65,8 @@ LAYOUTS = [
 ]
 
 
-def plain(parameter: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
-    """The update written down line by line, for one parameter in the reference's layout."""
+def line_by_line(parameter: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
+    """The reference's update of one parameter in its layout, without stacks."""
     w, momentum = parameter.clone(), torch.zeros_like(parameter, dtype=torch.bfloat16)
     ranked = np.argsort(w.shape, kind="stable").tolist()
     factored = len(ranked) > 1 and w.shape[ranked[-2]] >= 32
@@ -134,7 +134,7 @@ def test_stacked_updates_equal_a_line_by_line_calculation(most: int, monkeypatch
     for i, (parameter, layout) in enumerate(zip(parameters, LAYOUTS, strict=True)):
         start = theirs(drawn(0)[i], layout)
         gradients = [theirs(drawn(100 + step)[i], layout) for step in range(len(RATES))]
-        wanted = plain(start, gradients, 0.05 if i < len(parameters) // 2 else 0.0) - start
+        wanted = line_by_line(start, gradients, 0.05 if i < len(parameters) // 2 else 0.0) - start
         moved = theirs(parameter.detach(), layout) - start
         assert (moved - wanted).abs().max() < 1e-3 * wanted.abs().max(), (i, layout)
     sizes = [sum(p.numel() for p in stack.parameters) for stacks in optimizer._stacks.values() for stack in stacks]

@@ -49,8 +49,8 @@ def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, o
     with Kernels() as kernels:
         trainer.stepper.optimizer_step(batches, unheard)
     attention = {name for name in kernels.names if "attention" in name}
-    way = "_scaled_dot_product_flash_attention_for_cpu"
-    assert attention == {way, f"{way}_backward"} or trainer.device.type != "cpu"
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert attention == {kernel, f"{kernel}_backward"} or trainer.device.type != "cpu"
     assert not any("math" in name for name in attention)
 
 

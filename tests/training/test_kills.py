@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.kills import Killed, killing
 from tests.support.paths import ROOT
 from tests.support.runs import ENV, STEPS, at, fit_run, last_weights, losses, outcome
 from tests.support.small import LM, ORACLE, oracle_run
@@ -27,11 +26,6 @@ from uvim_fsq.training import trainer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
-
 
 POINTS: dict[str, tuple[Any, str, str]] = {
     "in the middle of a save": (torch, "save", "before"),
@@ -45,28 +39,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-@contextlib.contextmanager
-def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[int]]:
-    """Raises `Killed` before or after the call of `place.name` number `countdown`."""
-    original: Callable[..., Any] = getattr(place, name)
-    calls: list[int] = []
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A folder that is not there is not deleted.
-        if name != "rmtree" or arguments[0].exists():
-            calls.append(1)
-        if when == "before" and len(calls) == countdown:
-            raise Killed
-        result = original(*arguments, **named)
-        if when == "after" and len(calls) == countdown:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, call)
-        yield calls
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_evaluation: None, point: str) -> None:
     """Weights, log, pictures, evaluations and the best checkpoint are those of a run that nothing disturbed."""

@@ -45,6 +45,7 @@ def test_a_resumed_lm_keeps_its_oracle(tmp_path: Path, lm_dir: Path, lm_of_own_o
     assert outcome(out)["result"] == outcome(lm_dir)["result"]
 
 
+@pytest.mark.slow
 def test_a_resumed_lm_refuses_another_oracle(tmp_path: Path, data: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     other = fit_run(oracle_run(tmp_path / "other", data, "train.seed=1", "train.steps=3"))
@@ -57,12 +58,14 @@ def test_a_resumed_lm_refuses_another_oracle(tmp_path: Path, data: Path, lm_of_o
         assert lm_run(out, name, "train.resume=auto").task.name == "nyu_depth"
 
 
+@pytest.mark.slow
 def test_a_new_lm_takes_the_best_checkpoint_of_its_oracle(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     _, oracle = lm_of_own_oracle
     out = fit_run(lm_run(tmp_path / "new", oracle, "train.resume=auto", "train.steps=3"))
     assert recorded_hashes(at(out, 3))["oracle"] == file_hash(at(oracle, 7) / ckpt.WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_missing_or_replaced_copy_of_the_oracle(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     copy = out / "oracle"

@@ -123,11 +123,11 @@ def test_a_run_starts_with_its_files_and_one_line(
 def test_the_first_step_that_is_not_finite_is_named(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, what: str, bad: int, kept: str
 ) -> None:
-    plain = OracleStage.step
+    original = OracleStage.step
     count = itertools.count(1)
 
     def step(self, model, batch):
-        loss, logs = plain(self, model, batch)
+        loss, logs = original(self, model, batch)
         if next(count) == bad:
             # Of a root at 0 the value is finite and the slope is not.
             loss = loss * float("nan") if what == "loss" else loss + (loss * 0).sqrt()
@@ -139,10 +139,10 @@ def test_the_first_step_that_is_not_finite_is_named(
 
 
 def test_bad_samples_of_all_processes_are_logged(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Trainer.__init__
+    original = Trainer.__init__
 
     def start(self, stage, run):
-        plain(self, stage, run)
+        original(self, stage, run)
         self.loader.bad, self.loader.news = {3: "mine"}, True
 
     monkeypatch.setattr(Trainer, "__init__", start)
@@ -160,13 +160,13 @@ def test_bad_samples_of_all_processes_are_logged(tmp_path: Path, data: Path, mon
 def test_a_signal_ends_training_after_the_step(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: bool
 ) -> None:
-    plain = OracleStage.step
+    original = OracleStage.step
     count = itertools.count(1)
 
     def step(self, model, batch):
         if next(count) == 3 and not other:
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, model, batch)
+        return original(self, model, batch)
 
     monkeypatch.setattr(OracleStage, "step", step)
     if other:

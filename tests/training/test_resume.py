@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.support.kills import Killed, killing
 from tests.support.runs import CHANGED, at, fit_run, last_weights, losses, outcome, weights
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
@@ -21,32 +19,6 @@ from uvim_fsq.files import read_json_lines
 from uvim_fsq.training.stages import build_stage
 from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
-
-
-@contextlib.contextmanager
-def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[int]]:
-    """Raises `Killed` before or after the call of `place.name` number `countdown`."""
-    original: Callable[..., Any] = getattr(place, name)
-    calls: list[int] = []
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A folder that is not there is not deleted.
-        if name != "rmtree" or arguments[0].exists():
-            calls.append(1)
-        if when == "before" and len(calls) == countdown:
-            raise Killed
-        result = original(*arguments, **named)
-        if when == "after" and len(calls) == countdown:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, call)
-        yield calls
 
 
 @pytest.mark.parametrize("after", ["0.9", "null"])
@@ -97,6 +69,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(
     assert (out / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_evaluation_stops_resuming_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     """Not when old checkpoints are deleted."""
     out = tmp_path / "run"
@@ -122,7 +95,7 @@ def test_a_checkpoint_of_another_run_is_not_evaluated_again(tmp_path: Path, data
     assert [place.name for place in (out / "checkpoints").iterdir()] == [step_name(4)]
 
 
-@pytest.mark.parametrize("name", ["trainer/state.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer/state.pt", pytest.param("model.safetensors", marks=pytest.mark.slow)])
 def test_a_damaged_newest_checkpoint_names_the_one_before_it(
     tmp_path: Path, data: Path, quick_evaluation: None, name: str
 ) -> None:
@@ -139,6 +112,7 @@ def test_a_damaged_newest_checkpoint_names_the_one_before_it(
     assert "before it" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
     tmp_path: Path, oracle_dir: Path, quick_evaluation: None
 ) -> None:
@@ -150,8 +124,8 @@ def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
         shutil.copytree(at(out, 2), at(out, 4), dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("stage", ["oracle", "lm"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["oracle", pytest.param("lm", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str
 ) -> None:

@@ -31,12 +31,12 @@ from uvim_fsq.training.trainer import Trainer
 
 def slow(started: str, *arguments: str) -> None:
     """The command line, with steps of 3 s and evaluation without end; the file `started` appears when either begins."""
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(*given):
         Path(started).touch()
         time.sleep(3)
-        return plain(*given)
+        return original(*given)
 
     def update(*_):
         Path(started).touch()
@@ -145,8 +145,8 @@ def test_a_lost_connection_after_a_signal_is_reported_as_the_signal(
 ) -> None:
     """The process that waits in C++ for those that a signal ends during evaluation."""
     received: list[StopSignals] = []
-    plain = StopSignals.at_once
-    monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or plain(self))
+    original = StopSignals.at_once
+    monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or original(self))
 
     def evaluate(*_: object, **__: object) -> None:
         if signalled:
@@ -182,12 +182,12 @@ def test_a_killed_loader_process_ends_training_in_one_line(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever training is at that moment."""
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(*given):
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         time.sleep(60)
-        return plain(*given)
+        return original(*given)
 
     monkeypatch.setattr(OracleStage, "step", step)
     with pytest.raises(UserError, match="a loader process died .*lower data.workers"):

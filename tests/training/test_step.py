@@ -49,7 +49,7 @@ def test_accumulation_equals_one_batch(tmp_path: Path, data: Path, oracle_dir: P
 
 
 def test_a_step_equals_plain_pytorch(tmp_path: Path, data: Path) -> None:
-    """Against plain PyTorch: the gradient of the mean loss, clipped, and the update of AdamW."""
+    """The clipped gradient of the mean loss, and the update of AdamW."""
     keys = ["model.code_dropout=none", "optim.clip_norm=0.01", "optim.weight_decay=0", "optim.warmup_steps=0"]
     run = oracle_run(tmp_path / "run", data, *keys)
     trainer = trainer_of(run)
@@ -90,14 +90,14 @@ def test_without_clipping_there_is_no_norm(tmp_path: Path, data: Path) -> None:
 def test_random_numbers_depend_on_seed_step_process_and_micro_batch(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of seed, step, process and micro batch alone, whatever was drawn before; the dictionary's of seed and step."""
+    """Nothing that was drawn before matters; random numbers of the codebook depend on seed and step."""
     drawn: list[float] = []
     seeds: list[int] = []
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(self, model, batch):
         drawn.append(torch.rand(()).item())
-        return plain(self, model, batch)
+        return original(self, model, batch)
 
     monkeypatch.setattr(OracleStage, "step", step)
     monkeypatch.setattr(OracleStage, "on_optimizer_step", lambda self, reduce, seed: seeds.append(seed))
@@ -166,10 +166,10 @@ def test_the_configured_precision_wins_over_the_environment(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
     kinds: set[torch.dtype] = set()
-    plain = F.linear
+    original = F.linear
 
     def linear(x, weight, bias=None):
-        y = plain(x, weight, bias)
+        y = original(x, weight, bias)
         kinds.add(y.dtype)
         return y
 
