@@ -186,5 +186,5 @@ def test_a_killed_loader_process_ends_training_in_one_line(
         return plain(*given)
 
     monkeypatch.setattr(OracleStage, "step", step)
-    with pytest.raises(UserError, match="a loader process has died .*lower data.workers"):
+    with pytest.raises(UserError, match="a loader process died .*lower data.workers"):
         fit_run(oracle_run(tmp_path / "run", data, "data.workers=2"))
