@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tests.support.checkpoints import save, steps
+from tests.support.runs import sign
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import (
@@ -147,45 +148,51 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, oracle_dir: Path, n
 
 
 @pytest.fixture
-def without_sums(tmp_path: Path, oracle_dir: Path) -> Path:
-    """A checkpoint without its sums, as someone makes it who edits a file."""
+def own_copy(tmp_path: Path, oracle_dir: Path) -> Path:
+    """A checkpoint that a test may edit; `sign` makes it look intact."""
     shutil.copytree(oracle_dir, tmp_path / "run")
-    checkpoint = resolve_checkpoint(tmp_path / "run")
-    (checkpoint / "sha256.json").unlink()
-    return checkpoint
+    return resolve_checkpoint(tmp_path / "run")
 
 
-def test_a_checkpoint_without_sums_loads(without_sums: Path) -> None:
-    load_checkpoint(without_sums)
-    ckpt.load_trainer_state(without_sums)
+def test_a_checkpoint_without_its_hashes_is_refused(own_copy: Path) -> None:
+    (own_copy / ckpt.SUMS).unlink()
+    with pytest.raises(
+        UserError, match="sha256.json is missing, so damage cannot be ruled out; use another checkpoint"
+    ):
+        load_checkpoint(own_copy)
+    with pytest.raises(UserError, match="sha256.json is missing"):
+        ckpt.load_trainer_state(own_copy)
 
 
-def test_weights_must_fit_the_configuration_without_sums_too(tmp_path: Path, without_sums: Path) -> None:
-    checkpoint = without_sums
-    config = (checkpoint / "config.yaml").read_text()
-    (checkpoint / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
+def test_weights_must_fit_the_configuration_whatever_the_hashes_say(tmp_path: Path, own_copy: Path) -> None:
+    config = (own_copy / "config.yaml").read_text()
+    (own_copy / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
+    sign(own_copy)
     with pytest.raises(UserError, match="encoder_head.* instead of"):
         load_checkpoint(tmp_path / "run")
-    (checkpoint / "config.yaml").write_text(config)
-    file = checkpoint / ckpt.WEIGHTS
+    (own_copy / "config.yaml").write_text(config)
+    file = own_copy / ckpt.WEIGHTS
     tensors = safetensors.torch.load_file(file)
     first, *others = tensors
     safetensors.torch.save_file({name: tensors[name] for name in others} | {"x": torch.zeros(1)}, file)
+    sign(own_copy)
     with pytest.raises(UserError, match=f"missing {first}; unexpected x. Was config.yaml"):
         load_checkpoint(tmp_path / "run")
     safetensors.torch.save_file({"x": torch.zeros(1)}, file)
+    sign(own_copy)
     with pytest.raises(UserError, match=f"and {len(tensors) + 1 - 3} more"):
         load_checkpoint(tmp_path / "run")
 
 
-def test_truncated_files_are_named_without_sums_too(without_sums: Path) -> None:
-    file = without_sums / ckpt.WEIGHTS
+def test_truncated_files_are_named_whatever_the_hashes_say(own_copy: Path) -> None:
+    file = own_copy / ckpt.WEIGHTS
     file.write_bytes(file.read_bytes()[:-1])
+    (own_copy / ckpt.STATE).write_bytes(b"nonsense")
+    sign(own_copy)
     with pytest.raises(UserError, match="truncated"):
-        load_checkpoint(without_sums)
-    (without_sums / ckpt.STATE).write_bytes(b"nonsense")
+        load_checkpoint(own_copy)
     with pytest.raises(UserError, match="state.pt is broken"):
-        ckpt.load_trainer_state(without_sums)
+        ckpt.load_trainer_state(own_copy)
 
 
 class Harmful:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.runs import fit_run
+from tests.support.runs import fit_run, sign
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
@@ -117,7 +117,7 @@ def test_a_preset_equals_its_levels_and_missing_keys_equal_their_defaults(tmp_pa
         del tree[section][key]
     del tree["model"]["quantizer"]["shift"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(tree))
-    (checkpoint / "sha256.json").unlink()
+    sign(checkpoint)
     fit_run(oracle_run(out, data, "model.quantizer.levels=[8,6,5]", "train.resume=auto"))
 
 

@@ -299,5 +299,5 @@ def field_docs(cls: type) -> dict[str, str]:
             and isinstance(below, ast.Expr)
             and isinstance(below.value, ast.Constant)
         ):
-            docs[node.target.id] = str(below.value.value)
+            docs[node.target.id] = " ".join(str(below.value.value).split())
     return docs
