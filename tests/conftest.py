@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one."""
+    """Skips tests marked `gpu` on machines without one."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -50,7 +50,7 @@ def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures that jump up and down with the weights, and a picture of them, in no time."""
+    """Replaces evaluation and panels by a number that depends erratically on the weights."""
 
     def evaluate(
         self: OracleStage, model: torch.nn.Module, limit: int | None, device: torch.device

@@ -76,13 +76,13 @@ def test_damaged_splits(tmp_path: Path, packed: bool) -> None:
             assert read_splits(file) == truth or not packed
         except UserError as error:
             noticed += 1
-            assert str(error).startswith(f"{file} is broken (") and "\n" not in str(error)
+            assert str(error).startswith(f"{file} is damaged (") and "\n" not in str(error)
     assert noticed > 80
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
-    [([1, 2], [2], "twice"), ([0, 1], [2], "no lists"), ([1.5], [2], "no lists"), ([], [1], "no lists")],
+    [([1, 2], [2], "twice"), ([0, 1], [2], "not list"), ([1.5], [2], "not list"), ([], [1], "not list")],
 )
 def test_impossible_splits(tmp_path: Path, train: list[float], test: list[float], message: str) -> None:
     scipy.io.savemat(tmp_path / "splits.mat", {"trainNdxs": np.array(train), "testNdxs": np.array(test)})
@@ -120,5 +120,5 @@ def test_a_chunk_larger_than_its_picture_is_never_unpacked(tmp_path: Path) -> No
     with h5py.File(tmp_path / "a.h5", "w") as file:
         chunked = {"maxshape": (None, None), "chunks": (20_000, 20_000), "compression": "gzip"}
         file.create_dataset("depth", shape=(24, 32), dtype="f4", **chunked)
-    with pytest.raises(UserError, match="dataset 'depth' is 20000 x 20000, 400 million pixels"):
+    with pytest.raises(UserError, match="dataset 'depth' has 20000 x 20000, 400 million pixels"):
         read_depth_file(tmp_path / "a.h5")

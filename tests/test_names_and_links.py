@@ -35,7 +35,7 @@ OUT = ["/etc/passwd", "../x.png", "a/../../x.png", "..", "a\\..\\x.png", "C:x.pn
 
 @pytest.mark.parametrize("name", OUT)
 def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="which leads out of the data set"):
+    with pytest.raises(UserError, match="which lies outside of the data set"):
         inner_name(name, tmp_path)
 
 
@@ -62,7 +62,7 @@ def test_a_coco_file_names_nothing_outside(
             lambda: open_source(str(root), "val", CocoPanopticConfig()),
             lambda: prepare(str(root), lambda done, total: None),
         ):
-            with pytest.raises(UserError, match="escaped.png.*leads out of the data set"):
+            with pytest.raises(UserError, match="escaped.png.*lies outside of the data set"):
                 work()
     assert not list(tmp_path.rglob("escaped.png"))
 
@@ -107,7 +107,7 @@ def test_depth_lists_name_nothing_outside(tmp_path: Path) -> None:
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 2
     for line in (f"../{rgb} {depth} {focal}", f"{rgb} x/../../{depth} {focal}", f"/{rgb} C:\\{depth} {focal}"):
         lists.write_text(line + "\n")
-        with pytest.raises(UserError, match="test_files_with_gt.txt names the file .* leads out of the data set"):
+        with pytest.raises(UserError, match="test_files_with_gt.txt lists the file .* lies outside of the data set"):
             open_depth(str(root), "val", NYUDepthConfig())
     lists.write_text(f"/{rgb} //{depth} {focal}\n")  # leading slashes are how these lists are published
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 1
@@ -162,7 +162,7 @@ def test_what_is_inside(tmp_path: Path) -> None:
     refuse_links(run)
     refuse_links(tmp_path / "nowhere")
     (run / "a" / "out").symlink_to(other)
-    with pytest.raises(UserError, match="a/out is a link that leads out of .*run, to .*run_2; remove it"):
+    with pytest.raises(UserError, match="a/out is a link that leads out of .*run, to .*run_2; replace it"):
         refuse_links(run)
     with pytest.raises(UserError, match="leads out of"):
         inside(run, run / "a/out/x")

@@ -1,7 +1,7 @@
 """The modules listed under `plugins:`: which of them may be imported, and how they are imported.
 
 Importing a module runs its code. A user's own configuration may list any module. The configuration of a trained run may
-come from anybody, so its plugins are imported only if the user trusts them. Independent of tasks.
+come from anyone, so its plugins are imported only if the user trusts them. Independent of tasks.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def describe(error: Exception) -> str:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     text = " ".join(f"{type(error).__name__}: {error}".split())
     # The plugin's own line is more useful to its author than the line in a library or in this package that raised.
-    skipped = ("site-packages", "<frozen ", os.path.dirname(__file__))
+    skipped = ("site-packages", "<frozen ", os.path.dirname(os.path.dirname(__file__)))
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
