@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.paths import CONFIGS
 from uvim_fsq.benchmark import metrics, run, side_by_side
 from uvim_fsq.benchmark.setup import made_up_batch, read_sizes
 from uvim_fsq.benchmark.table import markdown
@@ -19,7 +20,6 @@ from uvim_fsq.performance.device_peak import matrix_rate
 from uvim_fsq.performance.timing import Measurement, Timing, milliseconds, rate, time_repeats, time_ways
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_timings_are_of_each_repeat_and_ways_take_turns() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support import small
+from tests.support.paths import ROOT
 from tests.support.small import generate
 from uvim_fsq.benchmark import compare as beside
 from uvim_fsq.benchmark import hugging_face, metrics, side_by_side
@@ -27,7 +28,6 @@ from uvim_fsq.synthetic.render import render
 from uvim_fsq.tasks.configuration import load_run, resolve_lm
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 TINY = LMModelConfig(EncoderConfig("vit_tiny_patch16_224", "none", "gelu_tanh", 4, 16, 1, 2, 32), 16, 1, 2, 32)
 
 

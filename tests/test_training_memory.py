@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from tests.support.paths import CONFIGS
 from tests.support.small import TASKS, random_batch
 from uvim_fsq.benchmark.memory import (
     LOGIT_BYTES,
@@ -33,7 +34,6 @@ from uvim_fsq.oracle import label_embedding as ends
 from uvim_fsq.oracle.model import Oracle
 
 CUDA = torch.device("cuda", 0)
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
 
 

@@ -73,3 +73,9 @@ def another_process(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def forget_sums(run: Path) -> None:
+    """What a stranger changes has no sums, or ones to match."""
+    for sums in run.rglob("sha256.json"):
+        sums.unlink()
