@@ -17,8 +17,7 @@ import torch
 from tests.support import small
 from tests.support.paths import ROOT
 from tests.support.small import generate
-from uvim_fsq.benchmark import compare as beside
-from uvim_fsq.benchmark import hugging_face, metrics, side_by_side
+from uvim_fsq.benchmark import compare, hugging_face, metrics, side_by_side
 from uvim_fsq.benchmark.setup import Sizes
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, LMRun, OracleRun
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
@@ -62,10 +61,10 @@ def by_name(lines: list[Measurement]) -> dict[str, Measurement]:
 
 
 def test_absent_packages_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, *beside.PACKAGES)
-    module, said = beside.find_package("transformers")
+    without(monkeypatch, *compare.PACKAGES)
+    module, said = compare.find_package("transformers")
     assert module is None and said == "not installed: pip install 'uvim-fsq[benchmark]'"
-    module, said = beside.find_package("panopticapi", "evaluation")
+    module, said = compare.find_package("panopticapi", "evaluation")
     assert module is None
     assert said == "not installed: pip install git+https://github.com/cocodataset/panopticapi.git"
 
@@ -74,55 +73,55 @@ def test_a_broken_package_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "vector_quantize_pytorch.py").write_text("import a_package_that_nobody_has")
     (tmp_path / "panopticapi.py").write_text("raise ImportError('made for another Python\\nmore')")
     (tmp_path / "transformers.py").write_text("five = 5")
-    for name in beside.PACKAGES:
+    for name in compare.PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    module, said = beside.find_package("vector_quantize_pytorch")
+    module, said = compare.find_package("vector_quantize_pytorch")
     assert module is None and said.startswith("cannot be imported (No module named 'a_package_that_nobody_has'): pip")
-    module, said = beside.find_package("panopticapi")
+    module, said = compare.find_package("panopticapi")
     assert module is None and said.startswith("cannot be imported (made for another Python): pip install git+")
-    assert beside.find_package("transformers")[0].five == 5
-    for name in beside.PACKAGES:
+    assert compare.find_package("transformers")[0].five == 5
+    for name in compare.PACKAGES:
         sys.modules.pop(name, None)
 
 
 def test_comparison_tells_times_by_ours() -> None:
     timings = {"ours": Timing((2.0, 2.0)), "theirs": Timing((3.0, 5.0))}
-    ours, theirs = beside.compare("work", timings, ours="ours", count=4, unit="images/s", version="1.2")
-    assert (ours.name, ours.value, ours.unit, ours.further) == ("work, ours", 2.0, "images/s", {"version": "1.2"})
-    assert (theirs.name, theirs.value, theirs.further) == ("work, theirs", 1.0, {"time / ours": 2.0})
+    ours, theirs = compare.compare("work", timings, ours="ours", count=4, unit="images/s", version="1.2")
+    assert (ours.name, ours.value, ours.unit, ours.other) == ("work, ours", 2.0, "images/s", {"version": "1.2"})
+    assert (theirs.name, theirs.value, theirs.other) == ("work, theirs", 1.0, {"time / ours": 2.0})
     assert theirs.spread == 0.5
-    ours, theirs = beside.compare("work", timings, ours="ours", count=4)
-    assert (ours.value, theirs.value, theirs.unit, theirs.further["time / ours"]) == (500.0, 1000.0, "ms", 2.0)
+    ours, theirs = compare.compare("work", timings, ours="ours", count=4)
+    assert (ours.value, theirs.value, theirs.unit, theirs.other["time / ours"]) == (500.0, 1000.0, "ms", 2.0)
 
 
 def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "panopticapi")
     lines = by_name(metrics.measure_metrics(repeats=1, images=2, features=40, dim=8))
     assert list(lines) == [
-        "PQ of an image, ours",
-        "PQ of an image from PNGs, ours",
-        "depth figures of an image",
+        "PQ per image, ours",
+        "PQ per image from PNGs, ours",
+        "depth metrics per image",
         "FID moments of 2 x 40 x 8",
         "FID distance of 2 x 40 x 8, ours",
         "FID distance of 2 x 40 x 8, scipy's sqrtm",
     ]
-    panoptic = lines["PQ of an image, ours"].further
+    panoptic = lines["PQ per image, ours"].other
     assert panoptic["panopticapi"].startswith("not installed: pip install git+")
-    assert 50 < panoptic["pq"] < 95 and panoptic["pq"] == lines["PQ of an image from PNGs, ours"].further["pq"]
-    assert lines["depth figures of an image"].further["abs_rel"] == pytest.approx(0.05, abs=0.002)
-    fid = lines["FID distance of 2 x 40 x 8, ours"].further
+    assert 50 < panoptic["pq"] < 95 and panoptic["pq"] == lines["PQ per image from PNGs, ours"].other["pq"]
+    assert lines["depth metrics per image"].other["abs_rel"] == pytest.approx(0.05, abs=0.002)
+    fid = lines["FID distance of 2 x 40 x 8, ours"].other
     assert fid["fid"] > 0 and fid["relative difference"] < 1e-9
     theirs = lines["FID distance of 2 x 40 x 8, scipy's sqrtm"]
     ratio = theirs.value / lines["FID distance of 2 x 40 x 8, ours"].value
-    assert theirs.further["time / ours"] == pytest.approx(ratio)
+    assert theirs.other["time / ours"] == pytest.approx(ratio)
 
 
-def test_usual_distance_of_known_sets() -> None:
-    features = metrics.made_features(60, 5, 0)
-    a, b = metrics.gather(features), metrics.gather(features + np.arange(5))
+def test_sqrtm_distance_of_known_sets() -> None:
+    features = metrics.synthetic_features(60, 5, 0)
+    a, b = metrics.moments_of(features), metrics.moments_of(features + np.arange(5))
     # Equal covariances: the squared distance of the means is left.
-    assert metrics.usual_distance(a, b) == pytest.approx(30, rel=1e-9)
+    assert metrics.sqrtm_distance(a, b) == pytest.approx(30, rel=1e-9)
     assert a.count == 60 and np.allclose(a.covariance, np.cov(features.T))
 
 
@@ -143,28 +142,28 @@ def test_panoptic_case(tmp_path: Path) -> None:
 def test_panopticapi_agrees(tmp_path: Path) -> None:
     pytest.importorskip("panopticapi")
     lines = by_name(metrics.measure_panoptic([render(0, index, metrics.SIZE).segments for index in range(3)], 1))
-    for name in ("PQ of an image", "PQ of an image from PNGs"):
-        assert lines[f"{name}, ours"].further["difference of pq, sq, rq"] < 1e-9
-        assert lines[f"{name}, panopticapi"].further["time / ours"] > 0
+    for name in ("PQ per image", "PQ per image from PNGs"):
+        assert lines[f"{name}, ours"].other["largest difference of pq, sq, rq"] < 1e-9
+        assert lines[f"{name}, panopticapi"].other["time / ours"] > 0
 
 
 def test_quantizer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "vector_quantize_pytorch")
-    lines = by_name(side_by_side.measure_quantizer((7, 5), (2, 6), CPU, 1))
+    lines = by_name(side_by_side.compare_quantizers((7, 5), (2, 6), CPU, 1))
     assert list(lines) == ["quantizer forward, 2 x 6 x 2, ours", "quantizer forward and backward, 2 x 6 x 2, ours"]
     for line in lines.values():
-        assert line.further["vector-quantize-pytorch"] == "not installed: pip install 'uvim-fsq[benchmark]'"
+        assert line.other["vector-quantize-pytorch"] == "not installed: pip install 'uvim-fsq[benchmark]'"
 
 
-def test_quantizer_beside_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizer_compared_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another package in the same place, here our own FSQ."""
     other = SimpleNamespace(FSQ=lambda levels: FSQ(levels, shift="centered"))
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", other)
-    lines = by_name(side_by_side.measure_quantizer((8, 5), (2, 6), CPU, 1))
-    assert len(lines) == 4 and lines["quantizer forward, 2 x 6 x 2, ours"].further["equal indices"] == 1.0
+    lines = by_name(side_by_side.compare_quantizers((8, 5), (2, 6), CPU, 1))
+    assert len(lines) == 4 and lines["quantizer forward, 2 x 6 x 2, ours"].other["fraction of equal indices"] == 1.0
     z = torch.randn(3, 4, 2)
-    ways = side_by_side.quantizer_ways(FSQ((7, 5)), FSQ((7, 5)), z, backward=True)
-    (ours,), (theirs,) = ways["ours"](), ways["vector-quantize-pytorch"]()
+    variants = side_by_side.quantizer_variants(FSQ((7, 5)), FSQ((7, 5)), z, backward=True)
+    (ours,), (theirs,) = variants["ours"](), variants["vector-quantize-pytorch"]()
     # Straight through the rounding: the slope of tanh(z) * half_l / half_width.
     slope = (1 - torch.tanh(z) ** 2) * torch.tensor([6, 4]) * 0.999 / 2 / torch.tensor([3, 2])
     torch.testing.assert_close(ours, slope)
@@ -184,25 +183,25 @@ def test_vector_quantize_pytorch_agrees(levels: tuple[int, ...]) -> None:
     assert clear.double().mean() > 0.8
     torch.testing.assert_close(codes[clear], other_codes[clear])
     torch.testing.assert_close(indices[clear], other_indices[clear].long())
-    lines = by_name(side_by_side.measure_quantizer(levels, (4, 16), CPU, 1))
-    assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, ours"].further["equal indices"] > 0.9
-    assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, vector-quantize-pytorch"].further["time / ours"] > 0
+    lines = by_name(side_by_side.compare_quantizers(levels, (4, 16), CPU, 1))
+    assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, ours"].other["fraction of equal indices"] > 0.9
+    assert lines[f"quantizer forward, 4 x 16 x {len(levels)}, vector-quantize-pytorch"].other["time / ours"] > 0
 
 
 def test_other_sizes_follow_the_model() -> None:
     """The other model's settings, read off a real one: a decoder narrower than its encoder included."""
     pytest.importorskip("transformers")
     lm = tiny_lm(replace(TINY, width=8, depth=2))
-    twin: Any = hugging_face.hugging_face_twin(lm)
-    encoder, decoder = twin.config.encoder, twin.config.decoder
+    model: Any = hugging_face.hugging_face_model(lm)
+    encoder, decoder = model.config.encoder, model.config.decoder
     assert (encoder.hidden_size, encoder.num_hidden_layers, encoder.intermediate_size) == (16, 1, 32)
     assert (encoder.num_attention_heads, encoder.patch_size, encoder.image_size) == (2, 4, 16)
     assert encoder.hidden_act == decoder.activation_function == "gelu_pytorch_tanh"
     assert (decoder.d_model, decoder.decoder_layers, decoder.decoder_attention_heads) == (8, 2, 2)
     assert (decoder.decoder_ffn_dim, decoder.vocab_size, decoder.max_position_embeddings) == (32, 26, 4)
-    assert twin.enc_to_dec_proj.in_features == 16 and not twin.training
+    assert model.enc_to_dec_proj.in_features == 16 and not model.training
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert all(way().shape == (2, 4) for way in side_by_side.decode_ways(lm, images, twin).values())
+    assert all(decoder().shape == (2, 4) for decoder in side_by_side.alternative_decoders(lm, images, model).values())
 
 
 def test_naive_loop_gives_the_cached_tokens() -> None:
@@ -214,10 +213,10 @@ def test_naive_loop_gives_the_cached_tokens() -> None:
 
 def test_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "transformers")
-    lines = by_name(side_by_side.measure_decoding(tiny_lm(), 1, batches=(2,)))
+    lines = by_name(side_by_side.compare_decoding(tiny_lm(), 1, batches=(2,)))
     assert list(lines) == ["decoding, batch 2, ours", "decoding, batch 2, naive loop"]
-    assert lines["decoding, batch 2, ours"].further["transformers"].startswith("not installed")
-    assert lines["decoding, batch 2, ours"].further["naive loop's tokens equal"] == 1.0
+    assert lines["decoding, batch 2, ours"].other["transformers"].startswith("not installed")
+    assert lines["decoding, batch 2, ours"].other["tokens equal to naive loop"] == 1.0
     assert lines["decoding, batch 2, naive loop"].unit == "images/s"
 
 
@@ -229,8 +228,8 @@ def small_sizes(*quantizer: str) -> Sizes:
 
 
 def test_all_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, *beside.PACKAGES)
-    monkeypatch.setattr(side_by_side, "MANY", (8, 4))
+    without(monkeypatch, *compare.PACKAGES)
+    monkeypatch.setattr(side_by_side, "LARGE_CALL", (8, 4))
     sizes = small_sizes()
     lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     assert [name for name in lines if "forward," in name] == [
@@ -246,12 +245,12 @@ def test_all_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hugging_face_decodes_all_tokens() -> None:
     pytest.importorskip("transformers")
     lm, images = tiny_lm(), torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    ways = side_by_side.decode_ways(lm, images)
-    assert list(ways) == ["naive loop", "Hugging Face, dynamic cache", "Hugging Face, static cache"]
-    tokens = {name: way() for name, way in ways.items()}
+    decoders = side_by_side.alternative_decoders(lm, images)
+    assert list(decoders) == ["naive loop", "Hugging Face, dynamic cache", "Hugging Face, static cache"]
+    tokens = {name: decoder() for name, decoder in decoders.items()}
     assert all(one.shape == (3, 4) and one.dtype == torch.int64 for one in tokens.values())
     # The emptied cache of the second call gives what a new one gives.
-    torch.testing.assert_close(ways["Hugging Face, static cache"](), tokens["Hugging Face, dynamic cache"])
+    torch.testing.assert_close(decoders["Hugging Face, static cache"](), tokens["Hugging Face, dynamic cache"])
     torch.testing.assert_close(tokens["Hugging Face, static cache"], tokens["Hugging Face, dynamic cache"])
 
 
@@ -259,16 +258,16 @@ def test_hugging_face_static_cache_sees_the_image() -> None:
     """Other images after the first call: the cross-attention's keys and values are computed anew."""
     pytest.importorskip("transformers")
     lm = tiny_lm()
-    twin: Any = hugging_face.hugging_face_twin(lm)
-    for parameter in twin.parameters():
+    model: Any = hugging_face.hugging_face_model(lm)
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    ways = hugging_face.hugging_face_ways(lm, images, twin)
-    first = ways["Hugging Face, static cache"]()
+    decoders = hugging_face.hugging_face_decoders(lm, images, model)
+    first = decoders["Hugging Face, static cache"]()
     images.copy_(255 - images)
-    second = ways["Hugging Face, static cache"]()
+    second = decoders["Hugging Face, static cache"]()
     assert not torch.equal(first, second)
-    torch.testing.assert_close(second, ways["Hugging Face, dynamic cache"]())
+    torch.testing.assert_close(second, decoders["Hugging Face, dynamic cache"]())
 
 
 @pytest.mark.parametrize("file", ["quickstart_lm", "quickstart_gpu_lm", "lm"])
@@ -281,17 +280,17 @@ def test_hugging_face_is_of_equal_size(file: str) -> None:
         lm = AutoregressiveLM(
             run.model, image_size=512 if large else 32, vocab_size=4096 if large else 64, length=256 if large else 16
         )
-    ours, theirs = (hugging_face.parameter_count(m) for m in (lm, hugging_face.hugging_face_twin(lm)))
+    ours, theirs = (hugging_face.parameter_count(m) for m in (lm, hugging_face.hugging_face_model(lm)))
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
-def test_hugging_face_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_compared_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(side_by_side, "MANY", (8, 4))
+    monkeypatch.setattr(side_by_side, "LARGE_CALL", (8, 4))
     sizes = small_sizes()
     lines = by_name(side_by_side.measure_side_by_side(sizes, CPU, batches=(1, 32), repeats=1))
     for batch in (1, 32):
         ours = lines[f"decoding, batch {batch}, ours"]
         theirs = lines[f"decoding, batch {batch}, Hugging Face, static cache"]
-        assert theirs.further["time / ours"] == pytest.approx(ours.value / theirs.value)
-        assert ours.further["Hugging Face's parameters"] > 1000
+        assert theirs.other["time / ours"] == pytest.approx(ours.value / theirs.value)
+        assert ours.other["Hugging Face parameters"] > 1000

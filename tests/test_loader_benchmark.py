@@ -21,7 +21,7 @@ def test_lines_and_units(data: Path, workers: int) -> None:
     assert len(lines) == 5 and core.unit == loader.unit == "images/s" and {part.unit for part in parts} == {"ms"}
     # The steps are all of the work, up to the clock's own share and the spread of two repeats.
     assert sum(part.value for part in parts) == pytest.approx(1000 / core.value, rel=0.5)
-    assert loader.value > 0 and loader.floor == pytest.approx(core.value)
+    assert loader.value > 0 and loader.roofline == pytest.approx(core.value)
 
 
 def test_data_must_be_there(data: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support.small import TASKS, lm_run, oracle_run, random_batch
-from uvim_fsq.benchmark.baseline import PlainBlock, PlainLM, PlainOracle, baseline_step, plain_model
+from uvim_fsq.benchmark.baseline import BaselineBlock, BaselineLM, BaselineOracle, baseline_model, baseline_step
 from uvim_fsq.config.schema import LMRun, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.layers import Attention
@@ -49,7 +49,7 @@ def copy_encoder(plain: nn.Sequential, blocks: nn.Module, norm: nn.Module) -> No
 
 
 @torch.no_grad()
-def copy_oracle(plain: PlainOracle, ours: Oracle) -> None:
+def copy_oracle(plain: BaselineOracle, ours: Oracle) -> None:
     for name, head in ours.label_head.heads.items():
         nn.init.normal_(head.weight)  # they start at zero
         copy(plain.heads[name], head)
@@ -70,30 +70,30 @@ def copy_oracle(plain: PlainOracle, ours: Oracle) -> None:
             plain.context[side].bias.copy_(context.proj.bias)
     for theirs, mine in zip(plain.positions, (ours.encoder_positions, ours.decoder_positions), strict=True):
         theirs.copy_(mine)
-    copy(plain.into, ours.encoder_head)
-    copy(plain.out_of, ours.decoder_stem)
+    copy(plain.code_in, ours.encoder_head)
+    copy(plain.code_out, ours.decoder_stem)
 
 
 @torch.no_grad()
-def copy_lm(plain: PlainLM, ours: AutoregressiveLM) -> None:
+def copy_lm(plain: BaselineLM, ours: AutoregressiveLM) -> None:
     nn.init.normal_(ours.head.weight)
     for theirs, mine in (
         (plain.patch, ours.encoder.patch_embed.proj),
-        (plain.words, ours.token_embedding),
+        (plain.embed, ours.token_embedding),
         (plain.norm, ours.norm),
         (plain.head, ours.head),
     ):
         copy(theirs, mine)
     for theirs, mine in ((plain.positions, ours.encoder.pos_embed), (plain.start, ours.start)):
         theirs.copy_(mine)
-    plain.places.copy_(ours.positions)
+    plain.token_positions.copy_(ours.positions)
     copy_encoder(plain.encoder, ours.encoder.blocks, ours.encoder.norm)
     for theirs, mine in zip(plain.blocks, ours.blocks, strict=True):
-        assert isinstance(theirs, PlainBlock)
+        assert isinstance(theirs, BaselineBlock)
         for one, two in zip(theirs.norms, (mine.norm1, mine.norm2, mine.norm3), strict=True):
             copy(one, two)
-        copy_attention(theirs.own, mine.self_attn)
-        copy_attention(theirs.cross, mine.cross_attn)
+        copy_attention(theirs.self_attention, mine.self_attn)
+        copy_attention(theirs.cross_attention, mine.cross_attn)
         copy(theirs.mlp, mine.mlp)
 
 
@@ -107,7 +107,7 @@ def test_plain_oracle(task: str, context: str) -> None:
     torch.manual_seed(0)
     config = OracleModelConfig(4, 16, 1, 2, 2, 32, context, 4, "none", QuantizerConfig(levels=(8, 5)))
     ours = Oracle(config, TASKS[task].label_channels, 16).train()
-    plain = PlainOracle(config, TASKS[task], 16).train()
+    plain = BaselineOracle(config, TASKS[task], 16).train()
     assert count(plain) == count(ours)
     copy_oracle(plain, ours)
     labels, image = random_batch(TASKS[task], 3)
@@ -121,8 +121,8 @@ def test_plain_lm_and_steps(tmp_path: Path, data: Path, oracle_dir: Path) -> Non
     run = lm_run(tmp_path, oracle_dir)
     stage = build_stage(run)
     assert isinstance(stage, LMStage) and isinstance(stage.model, AutoregressiveLM) and isinstance(run, LMRun)
-    plain = plain_model(run, stage.task, stage.oracle)
-    assert isinstance(plain, PlainLM) and count(plain) == count(stage.model)
+    plain = baseline_model(run, stage.task, stage.oracle)
+    assert isinstance(plain, BaselineLM) and count(plain) == count(stage.model)
     copy_lm(plain, stage.model)
     tokens = stage.oracle.tokenize(labels, image)
     expected = F.cross_entropy(stage.model(image, tokens).flatten(0, 1), tokens.flatten())

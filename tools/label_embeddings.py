@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.layers import patchify
 from uvim_fsq.oracle.label_embedding import ChunkedOneHotLinear, embedding_bag_linear
-from uvim_fsq.performance.timing import time_ways
+from uvim_fsq.performance.timing import time_interleaved
 from uvim_fsq.synthetic.render import render
 from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
@@ -127,7 +127,7 @@ def compare(name: str, setting: Setting, labels: Labels, device: torch.device, r
 
     first = run(next(iter(WAYS)))
     far = {way: max(map(difference, first, run(way))) for way in WAYS}
-    timings = time_ways({way: lambda way=way: run(way) for way in WAYS}, device, warmup=1, repeats=repeats)
+    timings = time_interleaved({way: lambda way=way: run(way) for way in WAYS}, device, warmup=1, repeats=repeats)
     for way, timing in timings.items():
         memory = "" if timing.peak_memory is None else f"  {timing.peak_memory / 2**30:.1f} GiB"
         figures = f"{1000 * timing.median:10.2f} ms  spread {timing.spread:4.0%}"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from uvim_fsq.benchmark.setup import Sizes, read_sizes
 from uvim_fsq.checkpoints.loading import build_oracle, build_task
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
-from uvim_fsq.performance.timing import time_ways
+from uvim_fsq.performance.timing import time_interleaved
 from uvim_fsq.training.optim import build_optimizer, parameter_groups
 
 VIEWS = ("view", "unbind", "split_with_sizes", "detach", "_local_scalar_dense")
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = model_of(sizes, device)
     give_gradients(model)
     ways = {name: optimizer.step for name, optimizer in optimizers(sizes, model).items()}
-    for name, timing in time_ways(ways, device, warmup=2, repeats=args.repeats).items():
+    for name, timing in time_interleaved(ways, device, warmup=2, repeats=args.repeats).items():
         print(f"{name:6} {1000 * timing.median:8.1f} ms  spread {timing.spread:4.0%}")
 
 

@@ -1,1 +1,1 @@
-"""`uvim-fsq benchmark`: how fast training, decoding, loading and the metrics are, beside what the machine allows."""
+"""`uvim-fsq benchmark`: speed of training, decoding, loading and metrics, compared with the limits of the device."""

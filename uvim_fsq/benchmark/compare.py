@@ -1,4 +1,4 @@
-"""What a user would take instead, beside ours in one run: packages that may be absent, and ratios of timings."""
+"""Comparisons with other packages, which may be missing: how they are imported, and ratios of timings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from uvim_fsq.performance.timing import Measurement, Timing, milliseconds, rate
 
-#: Import name -> the package's name and how a user gets it. panopticapi is on no registry, so no extra can name it.
+#: Import name -> package name and install command. panopticapi is not on PyPI, so it cannot be part of an extra.
 PACKAGES = {
     "transformers": ("transformers", "pip install 'uvim-fsq[benchmark]'"),
     "vector_quantize_pytorch": ("vector-quantize-pytorch", "pip install 'uvim-fsq[benchmark]'"),
@@ -19,7 +19,7 @@ PACKAGES = {
 
 
 def find_package(name: str, submodule: str = "") -> tuple[Any, str]:
-    """The module (None if it is absent or broken), and what the table says of it: its version, or what to do."""
+    """The module, or None if it is missing or broken, and a text for the table: its version or how to install it."""
     package, remedy = PACKAGES[name]
     try:
         module = importlib.import_module(f"{name}.{submodule}" if submodule else name)
@@ -36,19 +36,19 @@ def find_package(name: str, submodule: str = "") -> tuple[Any, str]:
 
 
 def compare(
-    name: str, timings: Mapping[str, Timing], *, ours: str, count: int = 1, unit: str = "ms", **further: Any
+    name: str, timings: Mapping[str, Timing], *, ours: str, count: int = 1, unit: str = "ms", **other: Any
 ) -> list[Measurement]:
-    """One line for each of `timings`, all of the same work, which is done `count` times in a repeat.
+    """One line per variant in `timings`. All do the same work on `count` items per repeat.
 
-    Lines are called "NAME, WAY". Those of the other ways hold in `further` their time by ours: above 1 ours is faster.
-    Ours holds the caller's `further`.
+    Lines are named "NAME, VARIANT". The line of `ours` gets the caller's `other` figures. Each of the other lines gets
+    its time divided by ours; above 1 means that ours is faster.
     """
     lines = []
-    for way, timing in timings.items():
+    for variant, timing in timings.items():
         make = rate if unit == "images/s" else milliseconds
-        line = make(f"{name}, {way}", timing, count)
-        if way == ours:
-            lines.append(replace(line, further=further))
+        line = make(f"{name}, {variant}", timing, count)
+        if variant == ours:
+            lines.append(replace(line, other=other))
         else:
-            lines.append(replace(line, further={"time / ours": timing.median / timings[ours].median}))
+            lines.append(replace(line, other={"time / ours": timing.median / timings[ours].median}))
     return lines

@@ -1,9 +1,9 @@
-"""The decoder that a user of Hugging Face's transformers would take: a ViT and an mBART decoder of the LM's sizes.
+"""An equivalent image-to-token model from Hugging Face transformers: a ViT and an mBART decoder of the LM's sizes.
 
-`VisionEncoderDecoderModel` is the library's model for image -> tokens, and mBART's decoder is the one nearest to ours
-(pre-norm, learned positions, cross-attention), compiled as a whole by `generate`; the published Donut is such a pair.
-What differs: projections have biases and the output map none, a norm follows the embedding, the start symbol is a
-token, and the ViT has a class token. transformers is a dependency of the benchmark alone, imported when called.
+`VisionEncoderDecoderModel` is the library's model from images to tokens, and Donut combines it with mBART's decoder,
+which is the closest to ours: pre-norm, learned positions, cross-attention, and `generate` can compile it. The
+differences: projections have biases, the output projection has none, a norm follows the embedding, the start symbol is
+a token, and the ViT has a class token. Only the benchmark depends on transformers, which is imported on the first call.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import nn
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 
 
-def hugging_face_twin(lm: AutoregressiveLM) -> Any:
-    """An untrained `VisionEncoderDecoderModel` of the LM's depths, widths, heads, vocabulary, image size, device and
-    number type. Token V is its start symbol."""
+def hugging_face_model(lm: AutoregressiveLM) -> Any:
+    """An untrained `VisionEncoderDecoderModel` with the LM's depths, widths, heads, vocabulary, image size, device and
+    dtype. Its start symbol is token V, one above the LM's vocabulary."""
     hf: Any = importlib.import_module("transformers")
     vit, config = lm.encoder, lm.config
     blocks: list[Any] = list(vit.blocks.children())
@@ -61,26 +61,26 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def hugging_face_ways(
-    lm: AutoregressiveLM, images: torch.Tensor, twin: Any = None
+def hugging_face_decoders(
+    lm: AutoregressiveLM, images: torch.Tensor, model: Any = None
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Greedy `generate` of `images` (B, 3, S, S) uint8 -> (B, L) tokens: as it comes, and with a static cache.
+    """Greedy `generate` with the default cache and with a static one: `images` (B, 3, S, S) uint8 -> (B, L) int64.
 
-    The static cache is made once and emptied before each call, as one who serves many batches of one size would: the
-    cache that `cache_implementation="static"` makes anew in each call lies at other addresses, for which CUDA graphs
-    must be recorded again. With it, `generate` compiles the step by itself on a GPU (and never on a CPU).
+    The static cache is allocated once and reset before each call, as in a server of fixed batch size. With
+    `cache_implementation="static"`, each call would allocate a cache at new addresses, and CUDA graphs would have to be
+    recorded again. With a static cache, `generate` compiles the decoding step on a GPU, never on a CPU.
 
     Args:
-        twin: of `hugging_face_twin`, where one serves several batches.
+        model: result of `hugging_face_model`, to share it between batch sizes; None builds one.
     """
     hf: Any = importlib.import_module("transformers")
-    twin = hugging_face_twin(lm) if twin is None else twin
+    model = hugging_face_model(lm) if model is None else model
     start = lm.vocab_size
-    # No end symbol: nothing stops before L tokens.
+    # Without an end symbol, generation never stops before L tokens.
     settings: dict[str, Any] = {"max_new_tokens": lm.length, "do_sample": False, "num_beams": 1}
     settings |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": start, "decoder_start_token_id": start}
     own, cross = (
-        hf.StaticCache(config=twin.config.decoder, max_cache_len=count)
+        hf.StaticCache(config=model.config.decoder, max_cache_len=count)
         for count in (lm.length, lm.encoder.patch_embed.num_patches + 1)
     )
     cache = hf.EncoderDecoderCache(own, cross)
@@ -92,9 +92,9 @@ def hugging_face_ways(
             cache.reset()
             more["past_key_values"] = cache
             if images.is_cuda:
-                # Each batch size its own graphs.
+                # Each batch size gets its own graphs.
                 config.compile_config = hf.CompileConfig(dynamic=False)
-        tokens = twin.generate(pixels, generation_config=config, **more)
+        tokens = model.generate(pixels, generation_config=config, **more)
         assert tokens.shape == (len(images), lm.length + 1), tokens.shape
         return tokens[:, 1:]
 

@@ -1,4 +1,4 @@
-"""How fast training's samples are made: on one core, step by step, and by the whole loader. Needs the data set."""
+"""Speed of the training loader: of one core, step by step, and of the whole loader. Needs the data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uvim_fsq.performance.timing import Measurement, rate, time_repeats
 from uvim_fsq.tasks.base import Task
 
 CPU = torch.device("cpu")
-#: Samples of one repeat on one core, evenly from the whole split.
+#: Samples per repeat on one core, evenly spaced over the split.
 SAMPLES = 48
 BATCH = 32
 STEPS: tuple[str, ...] = ("read", "resample", "encode")
@@ -28,7 +28,7 @@ STEPS: tuple[str, ...] = ("read", "resample", "encode")
 
 @contextmanager
 def _as_in_a_worker() -> Iterator[None]:
-    """One thread, and memory kept, as loader processes do."""
+    """One thread, and freed memory kept, as in a loader process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -39,15 +39,16 @@ def _as_in_a_worker() -> Iterator[None]:
 
 
 def measure_loader(run: OracleRun | LMRun, *, repeats: int) -> list[Measurement]:
-    """Images/s of one process and thread, with the milliseconds of each step, and of the loader with its workers.
+    """Images/s of one core, milliseconds of each of its steps, and images/s of the loader with its workers.
 
-    A first pass, which is not counted, leaves the files in memory: what is measured is work, not the disk. The
-    loader's floor is the rate of one core times the cores that its workers may use.
+    An untimed first pass brings the files into the page cache, so that the disk is not measured. The loader's limit is
+    the rate of one core times the number of cores that its workers may use.
 
     Args:
-        run: a resolved configuration of either stage; `data.root` holds its data.
+        run: a resolved configuration of either stage; `data.root` must hold its data.
 
-    Raises UserError where the data are missing or a sample cannot be read.
+    Raises:
+        UserError: the data are missing or a sample cannot be read.
     """
     task = build_task(run)
     source = task.source(run.data.root, run.data.train_split)
@@ -55,7 +56,7 @@ def measure_loader(run: OracleRun | LMRun, *, repeats: int) -> list[Measurement]
     lines = _one_core(name, source, JointTransform(run.data, task, train=True), repeats)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(max(run.data.workers, 1), available)
-    return [*lines, _whole_loader(name, run, task, source, repeats, floor=cores * lines[0].value)]
+    return [*lines, _whole_loader(name, run, task, source, repeats, roofline=cores * lines[0].value)]
 
 
 def _one_core(name: str, source: SampleSource, transform: JointTransform, repeats: int) -> list[Measurement]:
@@ -87,19 +88,19 @@ def _one_core(name: str, source: SampleSource, transform: JointTransform, repeat
 
 
 def _sample(source: SampleSource, transform: JointTransform, index: int, seed: int, timed: Callable) -> None:
-    """What a worker does for one sample, each step through `timed`."""
+    """Does what a worker does for one sample, each step through `timed`."""
     sample = timed("read", lambda: source[index])
     resized = timed("resample", lambda: transform.resample(sample, seed))
     timed("encode", lambda: transform.encode(resized))
 
 
 def _whole_loader(
-    name: str, run: OracleRun | LMRun, task: Task, source: SampleSource, repeats: int, floor: float
+    name: str, run: OracleRun | LMRun, task: Task, source: SampleSource, repeats: int, roofline: float
 ) -> Measurement:
     size, workers = min(run.train.batch_size, BATCH, len(source)), run.data.workers
     loader = TrainLoader(source, task, run.data, batch_size=size, seed=run.train.seed)
     batches = loader.batches(0, 2**31)
-    # Workers deliver in turn, so that only whole rounds tell their rate; the first ones find the queue full.
+    # Workers deliver in turns, so only whole rounds give their rate. The first rounds find a full queue and warm up.
     rounds = 2 * max(workers, 1)
     timing = time_repeats(lambda: [next(batches) for _ in range(rounds)], CPU, warmup=2, repeats=repeats)
-    return rate(f"{name}, {workers} workers, batch {size}", timing, rounds * size, floor=floor)
+    return rate(f"{name}, {workers} workers, batch {size}", timing, rounds * size, roofline=roofline)

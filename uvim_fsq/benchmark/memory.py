@@ -1,4 +1,4 @@
-"""The training memory of a configuration, by count: no weights are made and no data are needed."""
+"""Estimates the training memory of a configuration, without allocating weights or reading data."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def _numbers(model: nn.Module) -> int:
 
 
 def oracle_memory(oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemory:
-    """Of stage I; `oracle` may lie on the meta device."""
+    """Training memory of stage I. `oracle` may be on the meta device."""
     fixed = fixed_bytes(_numbers(oracle), run.train, run.optim, processes)
     image = oracle_activations(oracle.config, oracle.image_size, number_bytes(run.train))
     return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
 
 def lm_memory(lm: TokenModel, oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemory:
-    """Of stage II, with its frozen oracle; the models may lie on the meta device."""
+    """Training memory of stage II, frozen oracle included. The models may be on the meta device."""
     b = number_bytes(run.train)
     fixed = fixed_bytes(_numbers(lm), run.train, run.optim, processes) + _numbers(oracle) * (4 + b)
     return TrainingMemory(fixed, lm.activation_bytes(b))
 
 
 def memory_of(oracle_run: OracleRun, lm_run: LMRun | None = None, processes: int = 1) -> TrainingMemory:
-    """Of a configuration of either stage."""
+    """Training memory of a configuration: of stage II if `lm_run` is given, else of stage I."""
     oracle_run = with_categories(oracle_run)
     task = build_task(oracle_run)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""`uvim-fsq benchmark`: which jobs there are and what each one measures."""
+"""The jobs of `uvim-fsq benchmark`, and the measurements that each consists of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uvim_fsq import processes
 from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.benchmark.metrics import measure_metrics
-from uvim_fsq.benchmark.setup import Sizes, fresh_lm, made_up_batch, read_sizes
+from uvim_fsq.benchmark.setup import Sizes, fresh_lm, read_sizes, synthetic_batch
 from uvim_fsq.benchmark.side_by_side import measure_side_by_side
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stage_of, stepper_of, steps
@@ -29,7 +29,7 @@ BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to measure. `batches`: of decoding; the first one of training; () for the usual ones."""
+    """What to measure. `batches` are the batch sizes of decoding; training uses the first. () means the defaults."""
 
     job: str
     sizes: Sizes | None
@@ -39,91 +39,95 @@ class BenchmarkRequest:
 
 def read_request(
     job: str,
-    config: Path | None,
+    config: str | Path | None,
     overrides: Sequence[str],
     *,
     oracle: Path | None = None,
     batches: tuple[int, ...] = (),
     repeats: int = 5,
 ) -> BenchmarkRequest:
-    """Raises UserError for a job that lacks its configuration or gets one of the other stage."""
+    """Checks the arguments and reads the configuration.
+
+    Raises:
+        UserError: the job needs a configuration, or one of the other stage; a number is below 1.
+    """
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise UserError("--repeats and --batch must be at least 1")
     if job == "metrics":
         return BenchmarkRequest(job, None, batches, repeats)
     if config is None:
-        raise UserError(f"benchmark {job} needs a configuration, e.g. configs/nyu_depth/lm.yaml")
+        raise UserError(f"benchmark {job} needs a configuration, e.g. nyu_depth/lm")
     sizes = read_sizes(config, overrides, oracle)
     if job in ("train-lm", "decode", "side-by-side", "all") and sizes.lm is None:
-        raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is one of stage oracle")
+        raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is for stage oracle")
     if job == "train-oracle":
         sizes = Sizes(sizes.oracle, None)
     return BenchmarkRequest(job, sizes, batches, repeats)
 
 
-def measure(asked: BenchmarkRequest, say: Callable[[str], None]) -> tuple[list[Measurement], DevicePeak]:
-    """Runs the job; the ceilings come first, in the same run."""
+def measure(request: BenchmarkRequest, say: Callable[[str], None]) -> tuple[list[Measurement], DevicePeak]:
+    """Measures the device's peak rates, then runs the job."""
     device = processes.device()
-    precision = asked.sizes.run.train.precision if asked.sizes and asked.job.startswith("train") else "bf16"
-    ceilings = measure_device_peak(device, precision)
-    say(about(ceilings))
+    precision = request.sizes.run.train.precision if request.sizes and request.job.startswith("train") else "bf16"
+    peak = measure_device_peak(device, precision)
+    say(about(peak))
     lines: list[Measurement] = []
-    for job in JOBS[:-1] if asked.job == "all" else (asked.job,):
+    for job in JOBS[:-1] if request.job == "all" else (request.job,):
         say(f"measuring {job}")
         try:
-            lines += _measure(job, asked, ceilings, device)
+            lines += _measure(job, request, peak, device)
         except UserError as error:
-            if asked.job != "all":
+            if request.job != "all":
                 raise
-            # What the other jobs measured is not lost.
+            # Keep the results of the other jobs.
             say(f"not measured: {error}")
-    return lines, ceilings
+    return lines, peak
 
 
-def _measure(job: str, asked: BenchmarkRequest, ceilings: DevicePeak, device: torch.device) -> list[Measurement]:
-    sizes, repeats = asked.sizes, asked.repeats
+def _measure(job: str, request: BenchmarkRequest, peak: DevicePeak, device: torch.device) -> list[Measurement]:
+    sizes, repeats = request.sizes, request.repeats
     if sizes is None or job == "metrics":
         return measure_metrics(repeats=repeats)
-    batches = asked.batches or BATCHES[device.type]
+    batches = request.batches or BATCHES[device.type]
     if job == "decode":
-        return measure_decoding(sizes, ceilings, device, batches=batches, repeats=repeats)
+        return measure_decoding(sizes, peak, device, batches=batches, repeats=repeats)
     if job == "side-by-side":
-        # The naive loop takes minutes for larger batches.
-        some = asked.batches or [batch for batch in batches if batch <= 64]
-        return measure_side_by_side(sizes, device, batches=some, repeats=repeats)
+        # With larger batches, the naive loop takes minutes.
+        batches = request.batches or [batch for batch in batches if batch <= 64]
+        return measure_side_by_side(sizes, device, batches=batches, repeats=repeats)
     if job == "loader":
         return measure_loader(sizes.run, repeats=repeats)
     sizes = Sizes(sizes.oracle, None) if job == "train-oracle" else sizes
-    return measure_training(sizes, ceilings, device, batch_size=_training_batch(asked, sizes), repeats=repeats)
+    return measure_training(sizes, peak, device, batch_size=_training_batch(request, sizes), repeats=repeats)
 
 
-def _training_batch(asked: BenchmarkRequest, sizes: Sizes) -> int:
-    return asked.batches[0] if asked.batches else min(sizes.run.train.batch_size, 64)
+def _training_batch(request: BenchmarkRequest, sizes: Sizes) -> int:
+    return request.batches[0] if request.batches else min(sizes.run.train.batch_size, 64)
 
 
-def _one_step(asked: BenchmarkRequest, sizes: Sizes, device: torch.device) -> Callable[[], object]:
-    """A training step, or the decoding of a batch."""
+def _one_step(request: BenchmarkRequest, sizes: Sizes, device: torch.device) -> Callable[[], object]:
+    """One training step, or the decoding of one batch."""
     run = sizes.run
-    if asked.job == "decode":
+    if request.job == "decode":
         lm, task = fresh_lm(sizes, device)
         assert sizes.lm is not None
         config = sizes.lm.eval
         decoder = lm.generator(
             precision=precision_on(device), int8_cross_kv=config.int8_cross_kv, compile=config.compile
         )
-        batch = asked.batches[0] if asked.batches else BATCHES[device.type][1]
-        return functools.partial(decoder, made_up_batch(task, run.data.image_size, batch, device)["image"], None)
-    batch = _training_batch(asked, sizes)
+        batch = request.batches[0] if request.batches else BATCHES[device.type][1]
+        return functools.partial(decoder, synthetic_batch(task, run.data.image_size, batch, device)["image"], None)
+    batch = _training_batch(request, sizes)
     stage = stage_of(sizes)
-    data = made_up_batch(stage.task, run.data.image_size, batch, device)
+    data = synthetic_batch(stage.task, run.data.image_size, batch, device)
     return steps(stepper_of(stage, run, batch), itertools.repeat(data))
 
 
-def operators(asked: BenchmarkRequest, count: int) -> str:
-    """Where the time of training or decoding goes: the `count` operators that take most of it, by torch's profiler."""
-    assert asked.sizes is not None
+def operators(request: BenchmarkRequest, count: int) -> str:
+    """The `count` most expensive operators of training or decoding, as a table of torch's profiler."""
+    assert request.sizes is not None
     device = processes.device()
-    step = _one_step(asked, asked.sizes, device)
+    step = _one_step(request, request.sizes, device)
     for _ in range(3):
         step()
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -137,23 +141,23 @@ def operators(asked: BenchmarkRequest, count: int) -> str:
 
 
 def run_benchmark(
-    asked: BenchmarkRequest,
+    request: BenchmarkRequest,
     *,
     json_file: Path | None,
     against: Path | None,
     num_operators: int,
     say: Callable[[str], None],
 ) -> None:
-    """Measures, prints the table, writes and compares."""
-    if num_operators and asked.job not in ("train-oracle", "train-lm", "decode"):
-        raise UserError("--operators goes with train-oracle, train-lm and decode")
+    """Measures, reports the table through `say`, compares it with an earlier run, and writes it as JSON."""
+    if num_operators and request.job not in ("train-oracle", "train-lm", "decode"):
+        raise UserError("--operators works only with train-oracle, train-lm and decode")
     earlier = read_earlier(against) if against else None
-    lines, ceilings = measure(asked, say)
+    lines, peak = measure(request, say)
     say(markdown(lines, earlier))
-    if earlier is not None and earlier["ceilings"]["device"] != ceilings.device:
-        say(f"note: {against} was measured on another device: {earlier['ceilings']['device']}")
+    if earlier is not None and earlier["device"] != peak.device:
+        say(f"note: {against} was measured on another device: {earlier['device']}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(to_json(lines, ceilings), indent=1) + "\n")
+        json_file.write_text(json.dumps(to_json(lines, peak), indent=1) + "\n")
     if num_operators:
-        say(operators(asked, num_operators))
+        say(operators(request, num_operators))

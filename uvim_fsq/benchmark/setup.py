@@ -1,4 +1,4 @@
-"""From a configuration to models of its sizes with random weights, and batches that need no data set."""
+"""Builds models with random weights from a configuration, and synthetic batches that need no data set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
 from uvim_fsq.checkpoints.run_directory import read_oracle_config
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import LMRun, OracleRun
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.base import TokenModel
@@ -23,7 +24,7 @@ from uvim_fsq.tasks.registry import load_plugins, task_class
 
 @dataclass(frozen=True)
 class Sizes:
-    """The configurations that a benchmark is about. `lm` is None for one of stage I."""
+    """The configurations to benchmark. `lm` is None for a configuration of stage I."""
 
     oracle: OracleRun
     lm: LMRun | None
@@ -33,14 +34,16 @@ class Sizes:
         return self.lm or self.oracle
 
 
-def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
-    """Reads a configuration of either stage; weights and data need not exist.
+def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path | None = None) -> Sizes:
+    """Reads a configuration of either stage. Neither weights nor data need to exist.
 
-    The oracle of an LM's is `oracle` (a configuration), the run that it names, or else the configuration beside it
-    that is called "oracle" where it is called "lm".
+    The oracle of an LM configuration is the configuration `oracle` if given, else the run that its key `oracle` names,
+    else the file in the same folder with "oracle" in place of "lm" in its name.
 
-    Raises UserError where there is none of these.
+    Raises:
+        UserError: there is no oracle, or a configuration is invalid.
     """
+    config = find_config(config)
     place = ["train.out=unused"]
     run = load_run(config, [*place, *overrides])
     if isinstance(run, OracleRun):
@@ -49,7 +52,7 @@ def read_sizes(config: Path, overrides: Sequence[str] = (), oracle: Path | None 
         return Sizes(run, None)
     oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
-    # Nothing is downloaded: random weights take the same time.
+    # Download nothing: random weights take the same time.
     run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
     validate(run)
     return Sizes(oracle_run, run)
@@ -63,12 +66,12 @@ def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
         raise UserError(f"{config}: neither the run oracle={run.oracle} nor {file} exists; name a file with --oracle")
     found = load_run(file, ["train.out=unused"])
     if not isinstance(found, OracleRun):
-        raise UserError(f"{file} is no configuration of stage oracle")
+        raise UserError(f"{file} is not a configuration of stage oracle")
     return found
 
 
 def with_categories(run: OracleRun) -> OracleRun:
-    """The configuration with what the data say of the task, or where there are none what the standard set says."""
+    """The configuration with its task resolved from the data, or without data by `Task.placeholder_config`."""
     load_plugins(run.plugins)
     task = task_class(run.task.name)
     try:
@@ -79,7 +82,7 @@ def with_categories(run: OracleRun) -> OracleRun:
 
 
 def fresh_oracle(sizes: Sizes) -> tuple[Oracle, Task]:
-    """An oracle with random weights, frozen, and its task."""
+    """A frozen oracle with random weights, and its task."""
     torch.manual_seed(0)
     task = build_task(sizes.oracle)
     return build_oracle(sizes.oracle, task).eval().requires_grad_(False), task
@@ -94,8 +97,11 @@ def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[TokenModel, Task]:
     return lm.to(device).eval(), task
 
 
-def made_up_batch(task: Task, size: int, count: int, device: torch.device) -> Batch:
-    """Random images, and label maps of constant blocks an eighth of the image wide, as scenes mostly are."""
+def synthetic_batch(task: Task, size: int, count: int, device: torch.device) -> Batch:
+    """Random images, and label maps made of constant blocks, like most scenes, an eighth of the image wide.
+
+    Images (count, 3, size, size) are uint8; labels (count, size, size[, C]) are integers or floats in [-1, 1].
+    """
     generator = torch.Generator().manual_seed(0)
     block = max(1, size // 8)
     cells = -(-size // block)

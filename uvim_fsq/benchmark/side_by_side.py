@@ -1,4 +1,4 @@
-"""Ours beside what a user would pick instead, in one run: the quantizer, and decoding.
+"""Our quantizer and decoding compared with other libraries in one run.
 
 B batch, L code length, N tokens, d channels.
 """
@@ -13,34 +13,38 @@ import torch
 
 from uvim_fsq.benchmark.compare import compare, find_package
 from uvim_fsq.benchmark.decoding import precision_on
-from uvim_fsq.benchmark.hugging_face import hugging_face_twin, hugging_face_ways, parameter_count
+from uvim_fsq.benchmark.hugging_face import hugging_face_decoders, hugging_face_model, parameter_count
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm
 from uvim_fsq.config.rules import resolve_levels
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.base import Generator
 from uvim_fsq.oracle.quantizers.fsq import FSQ
-from uvim_fsq.performance.timing import Measurement, time_ways
+from uvim_fsq.performance.timing import Measurement, time_interleaved
 
-#: Code vectors of a large call: 1024 images of 256 tokens.
-MANY = (1024, 256)
+#: (B, N) of a large call: 1024 images of 256 tokens.
+LARGE_CALL = (1024, 256)
 
 
 def measure_side_by_side(
     sizes: Sizes, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
-    """The quantizer and decoding at the sizes of an LM's configuration, untrained."""
+    """Compares the quantizer and decoding of untrained models with the sizes of an LM configuration."""
     model, lines = sizes.oracle.model, []
     if model.quantizer.kind == "fsq":
         levels = resolve_levels(model.quantizer.levels)
-        for shape in ((32, model.code_length), MANY):
-            lines += measure_quantizer(levels, shape, device, repeats)
+        for shape in ((32, model.code_length), LARGE_CALL):
+            lines += compare_quantizers(levels, shape, device, repeats)
     lm = fresh_lm(sizes, device)[0]
-    # The naive loop and the other library's model are encoder-decoders.
-    return lines + (measure_decoding(lm, repeats, batches) if isinstance(lm, AutoregressiveLM) else [])
+    # The naive loop and the Hugging Face model are encoder-decoders.
+    return lines + (compare_decoding(lm, repeats, batches) if isinstance(lm, AutoregressiveLM) else [])
 
 
-def quantizer_ways(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> dict[str, Callable[[], object]]:
-    """Quantizing `z` (B, N, d) by each of two, with the gradient for z if asked for."""
+def quantizer_variants(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> dict[str, Callable[[], object]]:
+    """Quantization of `z` (B, N, d) by each of the two, with `backward` also its gradient for z.
+
+    Args:
+        theirs: FSQ of vector-quantize-pytorch, or None if it is not installed.
+    """
 
     def work(quantizer: Any) -> object:
         if not backward:
@@ -50,39 +54,39 @@ def quantizer_ways(ours: FSQ, theirs: Any, z: torch.Tensor, backward: bool) -> d
         codes = quantizer(leaf)[0]
         return torch.autograd.grad(codes, leaf, torch.ones_like(codes))
 
-    ways = {"ours": functools.partial(work, ours)}
+    variants = {"ours": functools.partial(work, ours)}
     if theirs is not None:
-        ways["vector-quantize-pytorch"] = functools.partial(work, theirs)
-    return ways
+        variants["vector-quantize-pytorch"] = functools.partial(work, theirs)
+    return variants
 
 
-def measure_quantizer(
+def compare_quantizers(
     levels: Sequence[int], shape: tuple[int, int], device: torch.device, repeats: int
 ) -> list[Measurement]:
-    """Our FSQ beside vector-quantize-pytorch's, (B, N) = `shape` code vectors; forward, and forward with backward.
+    """Times our FSQ and vector-quantize-pytorch's on (B, N) = `shape` code vectors, without and with backward pass.
 
-    Both count the first channel as the fastest. Where they may differ, ours is set to their offset inside the tanh
-    (`shift=centered`, for even levels; it costs the same); theirs widens the bounds by 0.1% and ours narrows them, as
-    published, so that some of the values next to a rounding border fall to the other side.
+    In both, the first channel varies fastest in the index. For even levels, ours gets the same offset inside the tanh
+    as theirs (`shift=centered`, at equal cost). Indices still differ for a few values close to a rounding boundary,
+    because theirs widens the bounds by 0.1% and ours narrows them, as published.
     """
     module, version = find_package("vector_quantize_pytorch")
     ours = FSQ(levels, shift="published" if 2 in levels else "centered").to(device)
-    # Theirs refuses 2 levels.
+    # Theirs does not accept 2 levels.
     theirs = module.FSQ(list(levels)).to(device) if module is not None and 2 not in levels else None
     z = 2 * torch.randn(*shape, len(levels), generator=torch.Generator().manual_seed(0)).to(device)
-    further: dict[str, Any] = {"vector-quantize-pytorch": version, "levels": list(levels)}
+    other: dict[str, Any] = {"vector-quantize-pytorch": version, "levels": list(levels)}
     if theirs is not None:
-        further["equal indices"] = (ours(z)[1] == theirs(z)[1]).double().mean().item()
+        other["fraction of equal indices"] = (ours(z)[1] == theirs(z)[1]).double().mean().item()
     size = " x ".join(str(side) for side in z.shape)
     lines: list[Measurement] = []
     for name, backward in (("forward", False), ("forward and backward", True)):
-        timings = time_ways(quantizer_ways(ours, theirs, z, backward), device, warmup=3, repeats=repeats)
-        lines += compare(f"quantizer {name}, {size}", timings, ours="ours", **further)
+        timings = time_interleaved(quantizer_variants(ours, theirs, z, backward), device, warmup=3, repeats=repeats)
+        lines += compare(f"quantizer {name}, {size}", timings, ours="ours", **other)
     return lines
 
 
 def naive_generate(lm: AutoregressiveLM, images: torch.Tensor) -> torch.Tensor:
-    """Greedy decoding without a cache: the whole prefix anew for each token. (B, 3, S, S) uint8 -> (B, L) int64."""
+    """Greedy decoding without a cache: each step decodes the whole prefix. (B, 3, S, S) uint8 -> (B, L) int64."""
     with torch.inference_mode():
         memory = lm.encode(images)
         tokens = torch.zeros(len(images), lm.length, dtype=torch.long, device=images.device)
@@ -91,47 +95,50 @@ def naive_generate(lm: AutoregressiveLM, images: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def decode_ways(lm: AutoregressiveLM, images: torch.Tensor, twin: Any = None) -> dict[str, Callable[[], torch.Tensor]]:
-    """What stands beside our `generate`, each from `images` (B, 3, S, S) uint8 to (B, L) tokens, greedily.
+def alternative_decoders(
+    lm: AutoregressiveLM, images: torch.Tensor, model: Any = None
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Greedy decoders to compare with our `generate`: `images` (B, 3, S, S) uint8 -> (B, L) int64.
 
-    The naive loop over our LM and, where transformers is installed, an untrained model of equal size by its `generate`.
+    They are the naive loop over our LM and, if transformers is installed, `generate` of an untrained model of equal
+    size.
 
     Args:
-        twin: of `hugging_face_twin`, where one serves several batches; None makes one.
+        model: result of `hugging_face_model`, to share it between batch sizes; None builds one.
     """
-    ways: dict[str, Callable[[], torch.Tensor]] = {"naive loop": functools.partial(naive_generate, lm, images)}
+    decoders: dict[str, Callable[[], torch.Tensor]] = {"naive loop": functools.partial(naive_generate, lm, images)}
     if find_package("transformers")[0] is not None:
-        ways |= hugging_face_ways(lm, images, twin)
-    return ways
+        decoders |= hugging_face_decoders(lm, images, model)
+    return decoders
 
 
 def _tokens(generator: Generator, images: torch.Tensor) -> torch.Tensor:
     return generator(images, None).tokens
 
 
-def measure_decoding(lm: AutoregressiveLM, repeats: int, batches: Sequence[int]) -> list[Measurement]:
-    """Images per second of our `generate` beside `decode_ways`, on the LM's device and in its number type."""
+def compare_decoding(lm: AutoregressiveLM, repeats: int, batches: Sequence[int]) -> list[Measurement]:
+    """Images/s of our `generate` and of `alternative_decoders`, on the LM's device."""
     module, version = find_package("transformers")
     device = lm.head.weight.device
     precision = precision_on(device)
-    decoders = {"ours": lm.generator(precision=precision)}
+    generators = {"ours": lm.generator(precision=precision)}
     if device.type == "cuda":
-        # The others have all of their numbers in bf16.
-        decoders["ours, compiled"] = lm.generator(precision=precision, compile=True)
+        # The others run entirely in bf16.
+        generators["ours, compiled"] = lm.generator(precision=precision, compile=True)
         lm = lm.to(torch.bfloat16)
-    further: dict[str, Any] = {"transformers": version, "parameters": parameter_count(lm)}
-    twin = None
+    other: dict[str, Any] = {"transformers": version, "parameters": parameter_count(lm)}
+    model = None
     if module is not None:
-        twin = hugging_face_twin(lm)
-        further["Hugging Face's parameters"] = parameter_count(twin)
+        model = hugging_face_model(lm)
+        other["Hugging Face parameters"] = parameter_count(model)
     (side, _) = lm.encoder.patch_embed.img_size or (0, 0)
     lines: list[Measurement] = []
     for batch in batches:
         images = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0))
         images = images.to(torch.uint8).to(device)
-        ours = {name: functools.partial(_tokens, decoder, images) for name, decoder in decoders.items()}
-        ways = {**ours, **decode_ways(lm, images, twin)}
-        further["naive loop's tokens equal"] = (ways["ours"]() == ways["naive loop"]()).double().mean().item()
-        timings = time_ways(ways, device, warmup=2, repeats=repeats)
-        lines += compare(f"decoding, batch {batch}", timings, ours="ours", count=batch, unit="images/s", **further)
+        ours = {name: functools.partial(_tokens, generator, images) for name, generator in generators.items()}
+        decoders = {**ours, **alternative_decoders(lm, images, model)}
+        other["tokens equal to naive loop"] = (decoders["ours"]() == decoders["naive loop"]()).double().mean().item()
+        timings = time_interleaved(decoders, device, warmup=2, repeats=repeats)
+        lines += compare(f"decoding, batch {batch}", timings, ours="ours", count=batch, unit="images/s", **other)
     return lines

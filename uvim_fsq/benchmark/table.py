@@ -1,4 +1,4 @@
-"""A benchmark's result as a table, as JSON, and beside an earlier run's."""
+"""Benchmark results as a Markdown table and as JSON, optionally compared with an earlier run."""
 
 from __future__ import annotations
 
@@ -17,66 +17,71 @@ from uvim_fsq.performance.timing import Measurement, more_is_better
 from uvim_fsq.version import __version__
 
 
-def to_json(lines: Sequence[Measurement], ceilings: DevicePeak) -> dict[str, Any]:
-    """Everything a later run needs to compare itself with this one."""
+def to_json(lines: Sequence[Measurement], peak: DevicePeak) -> dict[str, Any]:
+    """All results, in the form that `read_earlier` reads."""
     versions = {"uvim_fsq": __version__, "torch": torch.__version__, "python": platform.python_version()}
     measured = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]
-    return {"ceilings": dataclasses.asdict(ceilings), "versions": versions, "measurements": measured}
+    return {"device_peak": dataclasses.asdict(peak), "versions": versions, "measurements": measured}
 
 
 def read_earlier(file: Path) -> dict[str, Any]:
-    """An earlier run's JSON. Raises UserError if it is none."""
+    """Reads the result of `to_json`, with its device under "device" and its measurements by name under "by_name".
+
+    Raises:
+        UserError: the file is missing or is not such a result.
+    """
     try:
         earlier = json.loads(file.read_text())
-        return {**earlier, "by_name": {line["name"]: line for line in earlier["measurements"]}}
+        by_name = {line["name"]: line for line in earlier["measurements"]}
+        return {**earlier, "device": earlier["device_peak"]["device"], "by_name": by_name}
     except OSError:
         raise UserError(f"{file}: no such file; write one with --json") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no result of uvim-fsq benchmark --json") from None
+        raise UserError(f"{file} is not a result of uvim-fsq benchmark --json") from None
 
 
-def about(ceilings: DevicePeak) -> str:
-    """The device and what it was measured to do."""
-    text = f"{ceilings.device}: {ceilings.flops / 1e12:.3g} TFLOP/s ({ceilings.precision} matrix product)"
-    if ceilings.bandwidth:
-        text += f", {ceilings.bandwidth / 1e9:.3g} GB/s (copy)"
-    if ceilings.datasheet:
-        text += f"; the maker says {ceilings.datasheet / 1e12:.0f} TFLOP/s"
+def about(peak: DevicePeak) -> str:
+    """One line about the device and its measured peak rates."""
+    text = f"{peak.device}: {peak.flops / 1e12:.3g} TFLOP/s ({peak.precision} matrix product)"
+    if peak.bandwidth:
+        text += f", {peak.bandwidth / 1e9:.3g} GB/s (copy)"
+    if peak.datasheet:
+        text += f"; datasheet {peak.datasheet / 1e12:.0f} TFLOP/s"
     return f"{text}. torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def markdown(lines: Sequence[Measurement], earlier: Mapping[str, Any] | None = None) -> str:
-    """One row per measurement; columns that would be empty are left out."""
+    """One row per measurement, without empty columns. `earlier` is a result of `read_earlier`."""
     rows = [_row(line, earlier["by_name"].get(line.name) if earlier else None) for line in lines]
-    titles = ["", "measured", "floor", "reached", "spread", "memory", "then", "speed-up", "further"]
+    titles = ["", "measured", "roofline", "reached", "spread", "memory", "earlier", "speed-up", "other"]
     kept = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     table = [[titles[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def _row(line: Measurement, then: Mapping[str, Any] | None) -> list[str]:
+def _row(line: Measurement, earlier: Mapping[str, Any] | None) -> list[str]:
     speed_up = ""
-    if then is not None and then["unit"] == line.unit:
-        quotient = line.value / then["value"]
+    if earlier is not None and earlier["unit"] == line.unit:
+        quotient = line.value / earlier["value"]
         speed_up = f"{quotient if more_is_better(line.unit) else 1 / quotient:.2f} x"
     return [
         line.name,
         f"{number(line.value)} {line.unit}",
-        f"{number(line.floor)} {line.unit}" if line.floor is not None else "",
+        f"{number(line.roofline)} {line.unit}" if line.roofline is not None else "",
         f"{line.ratio:.0%}" if line.ratio is not None else "",
         f"{line.spread:.0%}",
         f"{line.peak_memory / 2**30:.2f} GiB" if line.peak_memory is not None else "",
-        f"{number(then['value'])} {then['unit']}" if then is not None else "",
+        f"{number(earlier['value'])} {earlier['unit']}" if earlier is not None else "",
         speed_up,
-        "; ".join(f"{key} {text(value)}" for key, value in line.further.items()),
+        "; ".join(f"{key} {text(value)}" for key, value in line.other.items()),
     ]
 
 
 def number(value: float) -> str:
-    """Three significant digits, or all those before the point."""
+    """A number with three significant digits, or with all digits before the decimal point."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def text(value: Any) -> str:
-    """A further figure: a number shortened, anything else as it is."""
+    """A number with three significant digits; anything else unchanged."""
     return number(value) if isinstance(value, (int, float)) else str(value)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from uvim_fsq.commands.common import add_overrides, check_places
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.errors import UserError
 
 HELP = "train and compare a grid of configurations x seeds"
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.experiments.ablation.report import write_results, write_tables
     from uvim_fsq.experiments.ablation.runner import Runner
 
-    file = Path(args.grid)
+    file = find_config(args.grid)
     grid = read_grid(file)
     out = args.out or Path("runs/ablations") / file.stem
     cells = plan(grid, out, args.overrides)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from uvim_fsq.commands.common import add_overrides
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.errors import UserError
 
 HELP = "print the resolved configuration"
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.experiments.ablation.grid import is_grid
     from uvim_fsq.tasks.configuration import load_run
 
-    if is_grid(Path(args.config)):
+    if is_grid(find_config(args.config)):
         raise UserError(f"{args.config} is a grid; uvim-fsq ablate {args.config} --dry-run prints its cells")
     run = load_run(args.config, args.overrides)
     out, notes = run.train.out, list[str]()

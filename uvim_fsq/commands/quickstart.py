@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from uvim_fsq.commands.common import check_places, say_next_of_lm
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
 from uvim_fsq.console import say
 
 HELP = "make data, train both stages, evaluate, draw a report"
@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
     parser.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")
+    add_overrides(parser, "settings of both stages, e.g. train.steps=100")
+    parser.add_argument("--scenes", type=int, help="training scenes to make (default: 16000, with --gpu-scale 60000)")
     parser.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
 
 
@@ -29,5 +31,5 @@ def run(args: argparse.Namespace) -> None:
 
     from uvim_fsq.experiments.quickstart import quickstart
 
-    quickstart(Path(out), args.gpu_scale, args.task)
+    quickstart(Path(out), args.gpu_scale, args.task, scenes=args.scenes, overrides=args.overrides)
     say_next_of_lm(Path(out) / "lm")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.console import is_first, say
 from uvim_fsq.errors import UserError
 
@@ -46,7 +47,11 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
 
 
 def _lm_config(oracle_config: str) -> str:
-    """The LM's configuration that goes with an oracle's, e.g. lm.yaml or quickstart_lm.yaml."""
+    """The LM's configuration that goes with an oracle's, e.g. quickstart_lm.yaml with quickstart_oracle.yaml."""
     path = Path(oracle_config)
     other = path.with_name(path.name.replace("oracle", "lm"))
-    return str(other) if other != path and other.is_file() else "LM_CONFIG.yaml"
+    try:
+        find_config(other)
+    except UserError:
+        return "LM_CONFIG.yaml"
+    return str(other) if other != path else "LM_CONFIG.yaml"

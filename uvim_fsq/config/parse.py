@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from uvim_fsq.config.schema import DataConfig, LMRun, Run, TaskSection
+from uvim_fsq.config.shipped import find_config, shipped_names
 from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 
@@ -37,7 +38,7 @@ def merge(
 
     Raises UserError for overrides that cannot be parsed.
     """
-    tree = read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
+    tree = read_yaml(find_config(source)) if isinstance(source, (str, Path)) else dict(source)
     if found_in is not None:
         _refuse_references(tree, found_in)
     for override in overrides:
@@ -97,7 +98,10 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
         return tree
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends={short(parent)} must be the path of one file")
-    base = read_yaml(path.parent / parent, (*children, path.resolve()))
+    file = path.parent / parent
+    if not file.is_file() and parent in shipped_names():
+        file = find_config(parent)
+    base = read_yaml(file, (*children, path.resolve()))
     if _task_name(tree) not in (None, _task_name(base)):
         # Another task has other keys.
         base.pop("task", None)

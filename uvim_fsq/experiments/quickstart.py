@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from uvim_fsq import processes
-from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
-from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.config.schema import Run
+from uvim_fsq.config.shipped import find_config
 from uvim_fsq.console import Bar
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import finished, result_file
@@ -27,7 +28,6 @@ from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.registry import task_class
 from uvim_fsq.training.run import train
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 T = TypeVar("T")
 
 
@@ -59,10 +59,22 @@ class Timer:
         return result
 
 
-def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> dict[str, Any]:
+def quickstart(
+    out: Path,
+    gpu_scale: bool = False,
+    task: str = "nyu_depth",
+    *,
+    scenes: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Runs the whole job for `task` into `out` and returns what it writes to `out`/summary.json.
 
     Finished stages of an earlier call are kept: a second call costs nothing, an interrupted one goes on where it was.
+
+    Args:
+        gpu_scale: the same job with more and larger scenes and a larger model.
+        scenes: training scenes, in place of the job's own number; there are never more test scenes than these.
+        overrides: `key=value` settings of both stages.
 
     Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
     """
@@ -73,6 +85,8 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
         raise UserError("--gpu-scale needs a GPU and none is visible; run the small job without it")
     console = Console()
     scale = GPU if gpu_scale else SMALL
+    if scenes is not None:
+        scale = replace(scale, num_train=scenes, num_val=min(scale.num_val, scenes))
     summary_file = out / "summary.json"
     summary = _read_summary(summary_file)
     if summary is not None:
@@ -82,15 +96,15 @@ def quickstart(out: Path, gpu_scale: bool = False, task: str = "nyu_depth") -> d
     timer = Timer(_read_seconds(out))
     data = out / "data"
     if not data.exists():
-        scenes = f"{scale.num_train} training and {scale.num_val} test scenes"
-        console.print(f"[bold]1/4[/] {scenes} -> {data}", soft_wrap=True)
+        counts = f"{scale.num_train} training and {scale.num_val} test scenes"
+        console.print(f"[bold]1/4[/] {counts} -> {data}", soft_wrap=True)
         timer("data", lambda: _make_data(scale, data, kind))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
     for number, name in ((2, "oracle"), (3, "lm")):
         runs[name] = out / name
         if not finished(runs[name]):
-            run = _run_config(scale, task, name, out)
+            run = _run_config(scale, task, name, out, overrides)
             console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
             timer(name, lambda run=run: train(run))
             _write_seconds(out, timer)
@@ -116,16 +130,12 @@ def _make_data(scale: Scale, out: Path, kind: str) -> None:
         )
 
 
-def _run_config(scale: Scale, task: str, name: str, out: Path) -> Run:
-    file = CONFIGS / task / f"{scale.configs}_{name}.yaml"
-    if not file.is_file():
-        raise UserError(f"{file} is missing; run the quickstart from a clone of the project")
+def _run_config(scale: Scale, task: str, name: str, out: Path, given: Sequence[str]) -> Run:
+    file = find_config(f"{task}/{scale.configs}_{name}")
     overrides = [f"train.out={out / name}", "train.resume=auto", f"data.root={(out / 'data').resolve()}"]
     if name == "lm":
         overrides.append(f"oracle={out / 'oracle'}")
-    run = resolve(load_run(file, overrides))
-    assert isinstance(run, OracleRun | LMRun)
-    return run
+    return load_run(file, [*given, *overrides])
 
 
 def _seconds_file(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a device can do at best, measured: the rate of a large matrix product, and of a large copy."""
+"""The peak rates of a device, measured with a large matrix product and a large copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from uvim_fsq.performance.timing import time_repeats
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Dense bf16 rates as the makers print them, FLOP/s; the first name found in the device's counts.
+#: Dense bf16 rates of the vendors' datasheets, FLOP/s. The first key that occurs in the device name applies.
 DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -20,11 +20,11 @@ class DevicePeak:
     """Measured rates of one device.
 
     Attributes:
-        device: its name.
-        precision: of the matrix product.
+        device: the device's name.
+        precision: number type of the matrix product.
         flops: FLOP/s of a large matrix product.
-        bandwidth: bytes/s of a large copy, bytes read and written together; 0 if not measured.
-        datasheet: the maker's figure for the matrix product, FLOP/s; None if not known.
+        bandwidth: bytes/s of a large copy, reads plus writes; 0 if not measured.
+        datasheet: FLOP/s of the matrix product according to the vendor; None if unknown.
     """
 
     device: str
@@ -35,7 +35,7 @@ class DevicePeak:
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of a GPU, or of this processor with the threads that torch uses."""
+    """The vendor's name of a GPU, or of the CPU together with the number of torch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -48,9 +48,9 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large square matrix product, the best of a few; random numbers, since zeros are quicker."""
+    """FLOP/s of a large square matrix product, best of five. The operands are random: zeros multiply faster."""
     side = 8192 if device.type == "cuda" else 1024
-    # A generator of its own: training draws from the global one.
+    # A separate generator: training draws from the global one.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(PRECISIONS[precision]) for _ in range(2))
     timing = time_repeats(lambda: a @ b, device, warmup=2, repeats=5)
@@ -58,7 +58,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy too large for any cache, read and written bytes together, the best of a few."""
+    """Bytes/s, reads plus writes, of a copy too large for any cache, best of five."""
     size = 2**31 if device.type == "cuda" else 2**28
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -67,7 +67,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def measure_device_peak(device: torch.device, precision: str) -> DevicePeak:
-    """Both rates. On a CPU the matrix product is float32's: autocast to bf16 is no gain there."""
+    """Measures both rates. On a CPU the matrix product is float32, because bf16 autocast is no faster there."""
     datasheet = None
     if device.type == "cuda":
         datasheet = next((rate for key, rate in DATASHEET.items() if key in device_name(device)), None)

@@ -1,7 +1,8 @@
-"""What the models' arithmetic costs in floating-point operations and bytes, and the least time a device needs for it.
+"""FLOP and memory traffic of the models, and the roofline limits that follow from them.
 
-A multiply-add counts 2. Norms, activations, softmax and the quantizer are left out: they are under 1%. Symbols: d
-width, m MLP width, N patches (or memory tokens), T tokens, e memory width, C classes or channels, P pixels of a patch.
+A multiply-add counts as 2 FLOP. Norms, activations, softmax and the quantizer are not counted; they are below 1%.
+Symbols: d width, m MLP width, N patches (or memory tokens), T tokens, e memory width, C classes or channels, P pixels
+per patch.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from uvim_fsq.performance.device_peak import DevicePeak
 
 
 def encoder_layer(d: int, m: int, n: int) -> float:
-    """FLOP of one block over n tokens: four projections, two MLP products, scores and weighted sum."""
+    """FLOP of one encoder block on n tokens: four projections, two MLP products, attention scores, weighted sum."""
     return 8 * d * d * n + 4 * d * m * n + 4 * n * n * d
 
 
 def decoder_layer(d: int, m: int, e: int, t: int, n: int) -> float:
-    """FLOP of one LM block over t tokens: causal self-attention (half of the scores), cross-attention to n, MLP."""
+    """FLOP of one LM block on t tokens: causal self-attention (half of the scores), cross-attention to n, MLP."""
     projections = (8 + 4) * d * d * t + 4 * d * e * n
     return projections + 4 * d * m * t + 2 * t * t * d + 4 * t * n * d
 
 
 @dataclass(frozen=True)
 class OracleCost:
-    """FLOP per image of stage I's pieces, forward.
+    """Forward FLOP per image of the parts of stage I.
 
-    `label_embed` is counted as the dense product of one-hot labels, as the reference computes it.
+    `label_embed` counts the dense product with one-hot labels, which is what the UViM reference code (big_vision, JAX)
+    computes.
     """
 
     label_embed: float
@@ -41,7 +43,7 @@ class OracleCost:
 
     @property
     def tokenize(self) -> float:
-        """Labels and image to tokens."""
+        """FLOP of turning labels and image into tokens."""
         return self.label_embed + self.context * self.num_contexts[0] + self.encoder + self.stems / 2
 
     @property
@@ -51,16 +53,17 @@ class OracleCost:
 
     @property
     def train(self) -> float:
-        """Forward and backward: three times the forward, less the gradients of labels and images, that nobody needs."""
+        """Forward and backward: three times the forward pass, without the unneeded gradients of labels and images."""
         return 3 * self.forward - self.label_embed - self.context * sum(self.num_contexts)
 
 
 def oracle_cost(config: OracleModelConfig, label_width: int, image_size: int, code_channels: int) -> OracleCost:
-    """Per image of stage I.
+    """FLOP per image of stage I.
 
     Args:
-        label_width: numbers per pixel over all label channels: classes of categorical ones, values of real ones.
-        code_channels: d of the quantizer.
+        label_width: input size per pixel, summed over the label channels: the number of classes of a categorical
+            channel, the number of values of a real one.
+        code_channels: the quantizer's number of channels.
     """
     d, p = config.width, config.patch_size**2
     n = (image_size // config.patch_size) ** 2
@@ -78,35 +81,38 @@ def oracle_cost(config: OracleModelConfig, label_width: int, image_size: int, co
 
 
 class TokenModelCost(ABC):
-    """What a token model costs: FLOP per image in training, and what generating tokens takes."""
+    """Cost of a token model: FLOP per image in training, memory traffic and time of generating tokens."""
 
     @property
     @abstractmethod
     def train(self) -> float:
-        """FLOP per image, forward and backward, without the gradient of the image. The frozen oracle comes on top."""
+        """FLOP per image, forward and backward, without the image's gradient and without the frozen oracle."""
 
     @abstractmethod
     def generate_bytes(self, batch: int, *, number_bytes: int, cross_bytes: float) -> float:
-        """Bytes that generating the tokens of `batch` images must read, the image encoder's left out.
+        """Bytes read while the tokens of `batch` images are generated, without the image encoder.
 
         Args:
-            number_bytes: of a weight or activation.
-            cross_bytes: of a number of the cross-attention's keys and values.
+            number_bytes: bytes per weight and per activation.
+            cross_bytes: bytes per element of the cross-attention's keys and values.
         """
 
     @abstractmethod
     def generate_seconds(self, batch: int, peak: DevicePeak, *, number_bytes: int, cross_bytes: float) -> float:
-        """The least time in which a device generates the tokens of `batch` images greedily, encoder included."""
+        """Roofline limit: the shortest time in which a device with these peak rates generates the tokens of `batch`
+        images greedily, image encoder included."""
 
 
 @dataclass(frozen=True)
 class AutoregressiveCost(TokenModelCost):
-    """FLOP per image of an encoder-decoder's parts, forward, and what one decoding step reads, in numbers.
+    """Cost of an encoder-decoder: forward FLOP per image of its parts, and the elements that a decoding step reads.
 
     Attributes:
-        cross_kv: FLOP of the cross-attention's keys and values, once per image.
-        step_weights: weights that a decoding step multiplies with.
-        cross_numbers, self_numbers: keys and values per image, and per image and past token.
+        cross_kv: FLOP of computing the cross-attention's keys and values, once per image.
+        step_weights: number of weights used by a decoding step.
+        cross_numbers: cached elements of cross-attention keys and values per image.
+        self_numbers: cached elements of self-attention keys and values per image and past token.
+        length: number of tokens per image.
     """
 
     patch_embed: float
@@ -125,12 +131,12 @@ class AutoregressiveCost(TokenModelCost):
 
     @property
     def encode(self) -> float:
-        """What decoding does once per image: the encoder, and keys and values of the cross-attention."""
+        """FLOP spent once per image when decoding: the encoder and the cross-attention's keys and values."""
         return self.patch_embed + self.encoder + self.cross_kv
 
     def step_bytes(self, batch: int, past: int, *, number_bytes: int, cross_bytes: float) -> float:
-        """Bytes that one decoding step must read: all weights once, each image's cross-attention keys and values, and
-        those of its `past` tokens."""
+        """Bytes read by one decoding step: all weights once, and for each image the cross-attention's keys and values
+        and those of its `past` tokens."""
         own = self.self_numbers * past
         return self.step_weights * number_bytes + batch * (self.cross_numbers * cross_bytes + own * number_bytes)
 
@@ -139,7 +145,7 @@ class AutoregressiveCost(TokenModelCost):
         return sum(self.step_bytes(batch, past, number_bytes=number_bytes, cross_bytes=cross_bytes) for past in steps)
 
     def generate_seconds(self, batch: int, peak: DevicePeak, *, number_bytes: int, cross_bytes: float) -> float:
-        # A step is bound by what it reads, or by arithmetic: 2 FLOP per weight and per cached number.
+        # A step is bound by memory traffic or by arithmetic (2 FLOP per weight and per cached element).
         seconds = batch * self.encode / peak.flops
         for past in range(1, self.length + 1):
             size = self.step_bytes(batch, past, number_bytes=number_bytes, cross_bytes=cross_bytes)
@@ -150,7 +156,7 @@ class AutoregressiveCost(TokenModelCost):
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Sizes of a ViT: `width`, `depth` blocks, `mlp_dim`, and `patches` of `patch_size` pixels side."""
+    """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
 
     width: int
     depth: int
@@ -162,10 +168,10 @@ class EncoderSize:
 def autoregressive_cost(
     encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int
 ) -> AutoregressiveCost:
-    """Per image of stage II with the autoregressive token model."""
+    """FLOP per image of stage II with the autoregressive token model."""
     e, n = encoder.width, encoder.patches
     d, m, t = config.width, config.mlp_dim, length
-    layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, cross-attention's query and output, MLP
+    layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, query and output of the cross-attention, MLP
     return AutoregressiveCost(
         patch_embed=2 * e * 3 * encoder.patch_size**2 * n,
         encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, n),

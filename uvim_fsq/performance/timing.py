@@ -1,4 +1,4 @@
-"""Timing, and what a benchmark says: medians and spreads of repeats, beside a floor computed for the same machine."""
+"""Timing of repeated work, and the measurements that a benchmark reports next to their roofline limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat, and the most device memory in use meanwhile, in bytes (None on CPU)."""
+    """Seconds of each repeat, and the peak of allocated device memory in bytes (None on a CPU)."""
 
     seconds: tuple[float, ...]
     peak_memory: int | None = None
@@ -25,7 +25,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Largest less smallest, as a share of the median."""
+        """(largest - smallest) / median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
@@ -34,29 +34,29 @@ class Measurement:
     """One line of the benchmark's table.
 
     Attributes:
-        name: what was measured, the same from run to run, so that two runs can be compared.
+        name: what was measured. It is the same in each run, so that runs can be compared.
         value: the median, in `unit`.
-        unit: "images/s" (more is better) or "ms" (less is better).
-        spread: of the repeats, as a share of the median.
-        floor: what the machine allows at best, in `unit`; None where nothing was computed.
-        peak_memory: bytes of device memory.
-        further: other figures, name -> number or text.
+        unit: "images/s" (higher is better) or "ms" (lower is better).
+        spread: (largest - smallest) / median of the repeats.
+        roofline: limit of the device, in `unit`; None if it was not computed.
+        peak_memory: peak of allocated device memory, in bytes.
+        other: other figures, name -> number or text.
     """
 
     name: str
     value: float
     unit: str
     spread: float = 0.0
-    floor: float | None = None
+    roofline: float | None = None
     peak_memory: int | None = None
-    further: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
-        """Share of the floor that is reached, 1 at best."""
-        if self.floor is None:
+        """The fraction of the roofline limit that is reached, at most 1."""
+        if self.roofline is None:
             return None
-        return self.value / self.floor if more_is_better(self.unit) else self.floor / self.value
+        return self.value / self.roofline if more_is_better(self.unit) else self.roofline / self.value
 
 
 def more_is_better(unit: str) -> bool:
@@ -64,7 +64,7 @@ def more_is_better(unit: str) -> bool:
 
 
 def time_repeats(work: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 5) -> Timing:
-    """Times `work()`: after `warmup` calls, each of `repeats` calls by itself, by device events on a GPU."""
+    """Times each of `repeats` calls of `work` after `warmup` calls. On a GPU the clock is CUDA events."""
     for _ in range(warmup):
         work()
     if device.type != "cuda":
@@ -82,52 +82,52 @@ def time_repeats(work: Callable[[], object], device: torch.device, *, warmup: in
         work()
         event.record()
     torch.cuda.synchronize(device)
-    between = [first.elapsed_time(last) / 1000 for first, last in zip(events, events[1:], strict=False)]
-    return Timing(tuple(between), torch.cuda.max_memory_allocated(device))
+    seconds_between = [start.elapsed_time(end) / 1000 for start, end in zip(events, events[1:], strict=False)]
+    return Timing(tuple(seconds_between), torch.cuda.max_memory_allocated(device))
 
 
-def time_ways(
-    ways: Mapping[str, Callable[[], object]], device: torch.device, *, warmup: int = 2, repeats: int = 5
+def time_interleaved(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, *, warmup: int = 2, repeats: int = 5
 ) -> dict[str, Timing]:
-    """Times several ways of doing the same, turn by turn, so that a machine's changes meet all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Times several variants of the same work in turns, so that changes in machine load affect all of them equally."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int | None] = {}
     for repeat in range(repeats):
-        for name, work in ways.items():
+        for name, work in variants.items():
             timing = time_repeats(work, device, warmup=warmup if repeat == 0 else 0, repeats=1)
             seconds[name] += timing.seconds
             peaks[name] = timing.peak_memory
     return {name: Timing(tuple(values), peaks[name]) for name, values in seconds.items()}
 
 
-def time_made(
-    ways: Mapping[str, Callable[[], Callable[[], object]]],
+def time_built(
+    builders: Mapping[str, Callable[[], Callable[[], object]]],
     device: torch.device,
     *,
     warmup: int = 2,
     repeats: int = 5,
 ) -> dict[str, Timing]:
-    """Times several ways of doing the same, given as what makes them.
+    """Times several variants of the same work, each given as a function that builds it.
 
-    Turn by turn on a CPU; one after the other on a GPU, whose memory each then has for itself.
+    On a CPU they take turns. On a GPU one follows the other, so that each has the device memory to itself.
     """
     if device.type != "cuda":
-        made = {name: make() for name, make in ways.items()}
-        return time_ways(made, device, warmup=warmup, repeats=repeats)
+        variants = {name: build() for name, build in builders.items()}
+        return time_interleaved(variants, device, warmup=warmup, repeats=repeats)
     timings = {}
-    for name, make in ways.items():
-        timings[name] = time_repeats(make(), device, warmup=warmup, repeats=repeats)
+    for name, build in builders.items():
+        timings[name] = time_repeats(build(), device, warmup=warmup, repeats=repeats)
         gc.collect()
         torch.cuda.empty_cache()
     return timings
 
 
 def rate(name: str, timing: Timing, count: int, **more: Any) -> Measurement:
-    """`count` images in each repeat, as images/s."""
+    """A measurement in images/s; each repeat processes `count` images."""
     return Measurement(name, count / timing.median, "images/s", timing.spread, peak_memory=timing.peak_memory, **more)
 
 
 def milliseconds(name: str, timing: Timing, count: int = 1, **more: Any) -> Measurement:
-    """Each repeat does the work `count` times; milliseconds of one."""
+    """A measurement in milliseconds per item; each repeat processes `count` items."""
     value = 1000 * timing.median / count
     return Measurement(name, value, "ms", timing.spread, peak_memory=timing.peak_memory, **more)

@@ -80,8 +80,6 @@ class Cell:
 
 def read_grid(file: Path) -> Grid:
     """Raises UserError, naming the key, for anything but a grid file."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such grid file; see configs/ablations/")
     tree = read_tree(file)
     unknown = sorted(map(str, set(tree) - set(KEYS)))
     if unknown:

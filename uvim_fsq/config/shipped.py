@@ -1,0 +1,43 @@
+"""The configurations that come with the package, found by name from any folder: "nyu_depth/oracle"."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from uvim_fsq.errors import UserError
+
+
+def shipped_folder() -> Path:
+    """The folder `configs/`: inside the installed package, or beside the package in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_names() -> list[str]:
+    """The names of all shipped configurations and grids, e.g. "nyu_depth/oracle"."""
+    folder = shipped_folder()
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a user means: a path, or else the name of a shipped configuration.
+
+    Outside of a clone "configs/nyu_depth/oracle.yaml" finds the shipped file too, as the documentation writes it.
+
+    Raises UserError, with the nearest shipped name, where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir() and any(path.glob("*.yaml")):
+        inside = ", ".join(str(file) for file in sorted(path.glob("*.yaml"))[:3])
+        raise UserError(f"{path} is a folder; name one of its files, e.g. {inside}")
+    wanted = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    names = shipped_names()
+    if wanted in names:
+        return shipped_folder() / f"{wanted}.yaml"
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else "shipped ones have names such as nyu_depth/oracle"
+    raise UserError(f"{path}: no such configuration file, and no shipped configuration of that name; {hint}")
