@@ -45,7 +45,7 @@ def test_commands_print_their_progress_and_the_next_step(
     assert said("evaluate", oracle_dir, "--limit", "1")[-1].startswith("next: uvim-fsq train-lm ")
     rooms = tmp_path / "rooms"
     lines = said("synth", "--format", "nyu", "--num", 2, "--num-val", 1, "--size", 16, "--out", rooms, "--workers", 1)
-    assert lines[-1].startswith("next: uvim-fsq train-oracle configs/nyu_depth/oracle.yaml data.root=")
+    assert lines[-1].startswith("next: uvim-fsq train-oracle nyu_depth/oracle data.root=")
     assert said("data", "check", rooms, "--task", "nyu_depth")[-1] == lines[-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.
     found = analysed(oracle_dir, tmp_path / "a")
     said = capsys.readouterr().out
     assert list(found["figures"]) == list(found["ways"]) == ["oracle", "shuffled_codes", "context_only"]
-    assert "zero codes and context alone are one thing" in said and "FSQ's code 12 is zero, too" in said
+    assert "zero codes and context alone are one thing" in said and "code 12 of the codebook is zero, too" in said
     evaluated = evaluate(oracle_dir)
     for way in ("oracle", "context_only"):
         assert found["figures"][way] == evaluated["figures"][way]
@@ -82,15 +83,16 @@ def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.
         assert (tmp_path / "a" / f"{name}.png").read_bytes() == (tmp_path / "b" / f"{name}.png").read_bytes(), name
 
 
-def test_analysis_of_an_lm_also_counts_its_tokens(lm_dir: Path, oracle_dir: Path) -> None:
-    main(["analyze", str(lm_dir), "--limit", "4"])  # into RUN/analysis
-    found = json.loads((lm_dir / "analysis" / "analysis.json").read_text())
+def test_analysis_of_an_lm_also_counts_its_tokens(tmp_path: Path, lm_dir: Path, oracle_dir: Path) -> None:
+    run = shutil.copytree(lm_dir, tmp_path / "run")
+    main(["analyze", str(run), "--limit", "4"])  # into RUN/analysis
+    found = json.loads((run / "analysis" / "analysis.json").read_text())
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
     assert found["images"] == found["limit"] == 4 and "all 4 images" in found["ways"]["shuffled_codes"]
     assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
     assert found["oracle_sha256"] == evaluate(oracle_dir, limit=2)["checkpoint_sha256"]
     assert found["oracle_sha256"] != found["checkpoint_sha256"]
-    assert {file.stem for file in (lm_dir / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
+    assert {file.stem for file in (run / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
 
 
 def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +100,7 @@ def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, mon
     found = analyze_run(run, out=tmp_path / "out")
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "zero_codes"]
     assert "constant" in found["ways"]["zero_codes"] and "code dropout was off" in found["ways"]["zero_codes"]
-    assert "FSQ" not in found["ways"]["zero_codes"] and "own image" not in found["ways"]["shuffled_codes"]
+    assert "of the codebook" not in found["ways"]["zero_codes"] and "own image" not in found["ways"]["shuffled_codes"]
     assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
     # Without context the image makes no difference: one row.

@@ -25,7 +25,7 @@ def test_quickstart_writes_the_same_table_for_every_task(
     oracle: dict[str, Any] = {**ORACLE, "task": {"name": task, **TASK_OPTIONS.get(task, {})}}
     for name, tree in (("oracle", oracle), ("lm", {**LM, "oracle": "replaced"})):
         (tmp_path / task / f"quickstart_{name}.yaml").write_text(yaml.safe_dump(tree))
-    monkeypatch.setattr(quickstart_module, "CONFIGS", tmp_path)
+    monkeypatch.setattr("uvim_fsq.config.shipped.shipped_folder", lambda: tmp_path)
     monkeypatch.setattr(quickstart_module, "SMALL", Scale("quickstart", 12, 9, 16, "plain"))
     monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
@@ -55,7 +55,7 @@ def test_the_quickstart_continues_with_damaged_files(
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(quickstart_module, "_make_data", lambda *_: pytest.fail("the data are there"))
-    monkeypatch.setattr(quickstart_module, "_run_config", lambda scale, task, stage, out: stage)
+    monkeypatch.setattr(quickstart_module, "_run_config", lambda scale, task, stage, out, given: stage)
     monkeypatch.setattr(quickstart_module, "write_evaluation", lambda *_: None)
 
     def train(stage: Any) -> None:

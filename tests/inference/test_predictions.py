@@ -12,7 +12,6 @@ import torch
 from tests.support.evaluation import batch_of
 from uvim_fsq.checkpoints.loading import LoadedRun
 from uvim_fsq.config.schema import EvalConfig
-from uvim_fsq.evaluation import run as evaluation
 from uvim_fsq.inference.predictions import (
     baseline_predictions,
     build_generator,
@@ -21,6 +20,7 @@ from uvim_fsq.inference.predictions import (
     oracle_predictions,
     predict_functions,
 )
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.tasks.base import Baseline
 
 CPU = torch.device("cpu")
@@ -57,21 +57,21 @@ def test_an_lm_predicts_from_the_image_and_counts_bits_of_the_true_tokens(random
     config = EvalConfig(temperature=1.0, seed=3)
     found = lm_predictions(lm, oracle, task, config)(batch)
     streams = 3 * 1_000_003 + torch.arange(IMAGES)
-    tokens = build_generator(lm, config)(batch["image"], streams)
+    tokens = build_generator(lm, config)(batch["image"], streams).tokens
     assert (
         found.tokens is not None
         and torch.equal(found.tokens, tokens)
-        and not torch.equal(tokens, build_generator(lm, config)(batch["image"]))
+        and not torch.equal(tokens, build_generator(lm, config)(batch["image"], None).tokens)
     )
     assert equal(found.items, task.decode(oracle.detokenize(tokens, batch["image"])))
     truth = oracle.tokenize(batch["labels"], batch["image"])
-    chances = lm(batch["image"], truth).softmax(-1).gather(2, truth[..., None])
+    chances = lm.logits(batch["image"], truth).softmax(-1).gather(2, truth[..., None])
     torch.testing.assert_close(found.bits, -chances.log2().sum((1, 2)))
 
 
 def test_the_generator_follows_the_configuration(random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(evaluation, "Decoder", lambda lm, sampling, **keys: asked.append((sampling, keys)))
+    monkeypatch.setattr(AutoregressiveLM, "generator", lambda self, sampling, **keys: asked.append((sampling, keys)))
     assert random_lm.lm is not None
     build_generator(
         random_lm.lm, EvalConfig(temperature=0.5, top_k=3, precision="bf16", int8_cross_kv=True, compile=True)
@@ -79,9 +79,9 @@ def test_the_generator_follows_the_configuration(random_lm: LoadedRun, monkeypat
     build_generator(random_lm.lm, EvalConfig(temperature=0.25, top_p=0.5))
     (one, keys), (two, plain) = asked
     assert (one.temperature, one.top_k, one.top_p) == (0.5, 3, None)
-    assert keys == {"precision": "bf16", "int8": True, "compile": True}
+    assert keys == {"precision": "bf16", "int8_cross_kv": True, "compile": True}
     assert (two.temperature, two.top_k, two.top_p) == (0.25, None, 0.5)
-    assert plain == {"precision": "fp32", "int8": False, "compile": False}
+    assert plain == {"precision": "fp32", "int8_cross_kv": False, "compile": False}
 
 
 def test_context_alone_needs_a_decoder_that_sees_the_image(

@@ -102,7 +102,7 @@ def test_every_cell_gets_one_of_the_users_devices(tmp_path: Path, monkeypatch: p
         def wait(self) -> int:
             return 0
 
-    monkeypatch.setattr("uvim_fsq.experiments.ablation.grid.subprocess.Popen", Process)
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.runner.subprocess.Popen", Process)
     Runner(tmp_path / "out", 1, ("5", "GPU-8f3a"), lambda _: None).run(cells)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["5"] * 8
     started.clear()

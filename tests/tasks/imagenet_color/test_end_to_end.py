@@ -41,7 +41,8 @@ def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: l
     section = {"task": {"name": "imagenet_color"}}
     train(resolve(load_run({**ORACLE, **section}, [f"train.out={oracle}", f"data.root={root}"])))
     train(resolve(load_run(LM, [f"train.out={lm}", f"oracle={oracle}"])))
-    result = evaluate(lm, baseline=True, report=tmp_path / "report.html")
+    main(["evaluate", str(lm), "--baseline", "--report", str(tmp_path / "report.html")])
+    result = json.loads((lm / "evaluation.json").read_text())
     assert result["protocol"] == "imagenet_color/psnr" and result["baseline"] == "the grey photo itself"
     assert result["data"]["official_count"] == 50_000 and result["images"] == 5
     page = (tmp_path / "report.html").read_text()
