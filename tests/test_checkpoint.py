@@ -16,7 +16,7 @@ from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import (
     Evaluation,
-    Watch,
+    Selection,
     best,
     checked_hash,
     checkpoints,
@@ -30,10 +30,10 @@ from uvim_fsq.checkpoints.run_directory import (
 )
 from uvim_fsq.errors import UserError
 
-HOLDOUT = Watch("holdout", 10, "nyu_depth/uvim", "rmse", True)
+HOLDOUT = Selection("holdout", 10, "nyu_depth/uvim", "rmse", True)
 
 
-def save(run_dir: Path, step: int, value: float | None = None, watch: Watch = HOLDOUT) -> Path:
+def save(run_dir: Path, step: int, value: float | None = None, watch: Selection = HOLDOUT) -> Path:
     """A checkpoint of one number, evaluated with `value` as its error."""
     weights = {"weight": torch.tensor([[float(step)]])}
     path = ckpt.save_checkpoint(run_dir, step, config="a: 1\n", weights=weights, state={"step": step})
@@ -269,19 +269,19 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
 def test_equal_measures_only_are_compared(tmp_path: Path) -> None:
     """Neither another number of images, nor another split or protocol; the newest evaluation says which."""
     save(tmp_path, 1, 0.1)
-    save(tmp_path, 2, 0.3, Watch("holdout", 4096, "nyu_depth/uvim", "rmse", True))
+    save(tmp_path, 2, 0.3, Selection("holdout", 4096, "nyu_depth/uvim", "rmse", True))
     assert choose(tmp_path)[0].name == step_name(2)
-    save(tmp_path, 3, 0.2, Watch("train", 10, "nyu_depth/uvim", "rmse", True))
+    save(tmp_path, 3, 0.2, Selection("train", 10, "nyu_depth/uvim", "rmse", True))
     assert choose(tmp_path)[0].name == step_name(3)
     save(tmp_path, 4, 0.4)
     assert choose(tmp_path)[0].name == step_name(1)
-    save(tmp_path, 5, 0.4, Watch("val", 10, "nyu_depth/uvim", "", True))
+    save(tmp_path, 5, 0.4, Selection("val", 10, "nyu_depth/uvim", "", True))
     assert choose(tmp_path) == (tmp_path / "checkpoints" / step_name(5), None), "nothing chooses: the last"
 
 
 @pytest.mark.parametrize(("smaller", "wanted"), [(True, 2), (False, 3)])
 def test_best_in_both_directions_and_never_nan(tmp_path: Path, smaller: bool, wanted: int) -> None:
-    watch = Watch("holdout", 10, "p", "rmse", smaller)
+    watch = Selection("holdout", 10, "p", "rmse", smaller)
     save(tmp_path, 1, float("nan"), watch)
     assert best(tmp_path) is None and choose(tmp_path)[0].name == step_name(1)
     for step, value in ((2, 0.2), (3, 0.4), (4, 0.3), (5, float("nan")), (6, float("inf")), (7, float("-inf"))):
@@ -318,7 +318,7 @@ def test_a_damaged_evaluation_is_one_line(tmp_path: Path) -> None:
 def test_what_holds_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         choose(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         choose(tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_what_resume_means(tmp_path: Path) -> None:
     assert resume_from(tmp_path / "new", str(foreign)) == foreign
     with pytest.raises(UserError, match="already holds checkpoints; continue with train.resume=auto"):
         resume_from(run, "no")
-    with pytest.raises(UserError, match="is none of them; choose another train.out"):
+    with pytest.raises(UserError, match="is not one of them; choose another train.out"):
         resume_from(run, str(foreign))
 
 

@@ -31,7 +31,7 @@ def test_settings_at_their_limits() -> None:
     assert (Sampling().temperature, Sampling().top_k, Sampling().top_p) == (0, None, None)
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1e-9}, "temperature=-1e-09 is negative; 0 is greedy"),
-        ({"top_k": 1, "top_p": 1.0}, "top_k and top_p exclude each other"),
+        ({"top_k": 1, "top_p": 1.0}, "top_k and top_p are mutually exclusive"),
         ({"top_k": 0}, "top_k=0: keep at least one token"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.001}, "top_p=1.001: must be above 0"),
@@ -210,7 +210,7 @@ def test_capturing_warms_up_and_leaves_the_start(monkeypatch: pytest.MonkeyPatch
 def test_the_arithmetic_is_the_decoders_whatever_is_around_it(precision: str) -> None:
     decoder = TokenGenerator(make_lm(), precision=precision)
     for around in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=around), decoder._on(CPU):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), decoder._decoding_context(CPU):
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
             assert not torch.is_autocast_cache_enabled()
     kinds = {name: p.dtype for name, p in decoder.model.named_parameters()}

@@ -98,7 +98,7 @@ def test_decoding(precision: str, int8: bool, sampling: Sampling, fake: FakeTens
     captured: list[int] = []
     monkeypatch.setattr(TokenGenerator, "_capture", lambda self, buffers, span: captured.append(span))
     monkeypatch.setattr(generate, "SPAN", 3)  # of 4 positions
-    monkeypatch.setattr(cache, "_ON_GPU", {"to_int8": cache.to_int8, "attend_int8": cache.attend_int8})
+    monkeypatch.setattr(cache, "_COMPILED", {"to_int8": cache.to_int8, "attend_int8": cache.attend_int8})
     decoder = TokenGenerator(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
     image = image.repeat(4, 1, 1, 1)

@@ -32,7 +32,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["file/under.json", "/proc/nowhere/under.json"])
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="under.json: .*choose another place"):
+    with pytest.raises(UserError, match="under.json: .*choose another path"):
         write_json(tmp_path / place, {})
 
 

@@ -151,12 +151,12 @@ def test_an_lm_keeps_its_architecture_and_its_oracles_labels(lm_dir: Path, oracl
 def test_a_trained_model_takes_no_other_meaning(oracle_dir: Path, override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         load_checkpoint(oracle_dir, [override])
-    assert said in str(caught.value) and "cannot follow" in str(caught.value)
+    assert said in str(caught.value) and "cannot change" in str(caught.value)
 
 
 def test_an_lm_takes_no_other_meaning_either(lm_dir: Path, tmp_path: Path, oracle_dir: Path) -> None:
     for override in ("model.num_heads=4", "task.max_depth=5", "data.image_size=32", f"oracle={tmp_path}"):
-        with pytest.raises(UserError, match="cannot follow"):
+        with pytest.raises(UserError, match="cannot change"):
             Predictor.from_run(lm_dir, [override])
     # Only where the run has lost its own copy may another place be named.
     moved = shutil.copytree(lm_dir, tmp_path / "moved")

@@ -65,7 +65,7 @@ def test_floating_images_are_normalised_as_those_of_8_bits(monkeypatch: pytest.M
     monkeypatch.setattr(model, "build_image_encoder", lambda *arguments: (real(*arguments)[0], *imagenet))
     lm, batch = make_lm(), images()
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in imagenet)
-    torch.testing.assert_close(lm.normalised(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lm.normalize(batch), (batch.float() / 255 - mean) / std, atol=1e-5, rtol=0)
     floating = batch.float() / 127.5 - 1
     torch.testing.assert_close(lm.encode(floating), lm.encode(batch), atol=1e-5, rtol=0)
     assert torch.equal(TokenGenerator(lm)(floating), TokenGenerator(lm)(batch))
@@ -169,7 +169,7 @@ def test_a_compiled_step_decodes_as_the_plain_one() -> None:
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
+    with pytest.raises(UserError, match="compilation needs a C\\+\\+ compiler"):
         TokenGenerator(make_lm(), compile=True)
 
 
@@ -229,7 +229,7 @@ def test_published_weights_from_a_file(tmp_path: Path) -> None:
     assert encoder.pos_embed.shape == (1, 16, 192) and encoder.cls_token is None
     assert encoder.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 192)
     safetensors.torch.save_file({"nothing": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="its arrays are another model"):
+    with pytest.raises(UserError, match="its arrays belong to a different model"):
         build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
     with pytest.raises(UserError, match="needs the architecture as published; remove model.encoder.width$"):
         build_image_encoder(EncoderConfig(name=name, weights=str(file), width=64), 64)
@@ -284,5 +284,5 @@ def test_encoder_names_and_sizes() -> None:
         build_image_encoder(EncoderConfig(name="vit_tinny_patch16_224"), 64)
     with pytest.raises(UserError, match="not divisible"):
         build_image_encoder(EncoderConfig(name="vit_tiny_patch16_224"), 60)
-    with pytest.raises(UserError, match="no vision transformer"):
+    with pytest.raises(UserError, match="not a vision transformer"):
         build_image_encoder(EncoderConfig(name="resnet18"), 64)

@@ -166,9 +166,9 @@ def test_what_goes_wrong(tmp_path: Path, data: Path, oracle_dir: Path, lm_dir: P
         run_fit(oracle_run(oracle_dir, data))
     with pytest.raises(UserError, match="no such run"):
         run_fit(oracle_run(tmp_path / "c", data, f"train.resume={tmp_path / 'nowhere'}"))
-    with pytest.raises(UserError, match="not of an oracle"):
+    with pytest.raises(UserError, match="not an oracle"):
         lm_run(tmp_path / "d", lm_dir)
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         lm_run(tmp_path / "d", tmp_path)
     with pytest.raises(UserError, match="was trained at 16"):
         lm_run(tmp_path / "d", oracle_dir, "data.image_size=32")

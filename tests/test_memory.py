@@ -28,7 +28,7 @@ def test_what_is_too_little_memory() -> None:
         lambda: nn.Linear(10**15, 10**15),
         lambda: np.empty(10**15),
     ):
-        with pytest.raises(UserError, match="too little memory .*; buy more") as caught, enough_memory("buy more"):
+        with pytest.raises(UserError, match="not enough memory .*; buy more") as caught, enough_memory("buy more"):
             allocate()
         assert "\n" not in str(caught.value)
     for other in (RuntimeError("shapes differ"), KeyError("out of memory")):
@@ -52,7 +52,7 @@ def test_a_model_that_is_too_large(
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(ORACLE))
     said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}", *keys)
-    assert ("too little memory" in said and "model.width" in said) or "must be below 2^31" in said or "64 bits" in said
+    assert ("not enough memory" in said and "model.width" in said) or "must be below 2^31" in said or "64 bits" in said
 
 
 def test_a_step_or_an_evaluation_that_needs_too_much(

@@ -179,7 +179,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
     silent = {"ACCELERATE_USE_CPU": "false"}
     started = {
         "cannot be read": start_ranks(2, "cli", *bad_file),
-        "^error: too little memory .CUDA": start_ranks(2, "tests.test_processes:out_of_memory", *no_memory),
+        "^error: not enough memory .CUDA": start_ranks(2, "tests.test_processes:out_of_memory", *no_memory),
         "cannot be read.*": start_ranks(2, "cli", "evaluate", str(oracle_dir), f"data.root={bad[1]}", env=silent),
     }
     for message, process in started.items():
@@ -192,11 +192,11 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
 
 
 def test_what_is_said_of_another_process() -> None:
-    other = processes._other_failed
+    other = processes._peer_failure
     gone = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
-    assert "has ended" in (other(RuntimeError(gone)) or "")
-    assert "does not answer" in (other(RuntimeError("[gloo/x.cc] Timed out waiting 900000ms for recv")) or "")
-    assert "has ended" in (other(torch.distributed.DistBackendError("NCCL error: remote process exited")) or "")
+    assert "has exited" in (other(RuntimeError(gone)) or "")
+    assert "does not respond" in (other(RuntimeError("[gloo/x.cc] Timed out waiting 900000ms for recv")) or "")
+    assert "has exited" in (other(torch.distributed.DistBackendError("NCCL error: remote process exited")) or "")
     assert other(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None and other(OSError("gloo")) is None
 
 
@@ -229,10 +229,10 @@ def test_several_processes_that_do_not_find_each_other(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "not all that a launcher sets"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "not all that a launcher sets"),
-        ({"LOCAL_RANK": "0"}, "not all that a launcher sets .*MASTER_ADDR"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
+        ({"WORLD_SIZE": "2"}, "other launcher variables are missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "other launcher variables are missing"),
+        ({"LOCAL_RANK": "0"}, "other launcher variables are missing .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number of processes"),
     ],
 )
 def test_some_of_a_launchers_variables(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
@@ -266,7 +266,9 @@ def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):
         processes.state()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"cannot join each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"):
+    with pytest.raises(
+        UserError, match=r"cannot connect to each other \(gloo: connectFullMesh failed\).*GLOO_SOCKET_IFNAME"
+    ):
         processes.state()
 
 
@@ -280,7 +282,7 @@ def test_signals_kill_only_while_processes_are_joined(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(processes, "PartialState", ask)
     monkeypatch.setattr(processes, "_group", None)
-    monkeypatch.setattr(processes, "_waiting_group", lambda: "joined")
+    monkeypatch.setattr(processes, "_gloo_group", lambda: "joined")
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -185,7 +185,7 @@ def test_an_lm_that_goes_on_takes_no_other_oracle(
     out, oracle = lm_of_own_oracle
     other = fitted(oracle_run(tmp_path / "other", data, "train.seed=1", "train.steps=3"))
     before = (out / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=f"oracle={other}: .* another; leave oracle={oracle} as it was"):
+    with pytest.raises(UserError, match=f"oracle={other}: .* a different one; leave oracle={oracle} as it was"):
         fitted(lm_run(out, other, "train.resume=auto"))
     assert (out / "config.yaml").read_bytes() == before
     # The same one under another name, and a name that leads nowhere.
@@ -216,7 +216,7 @@ def test_an_oracle_that_is_gone_or_another(tmp_path: Path, lm_of_own_oracle: tup
     shutil.rmtree(copy)
     shutil.rmtree(at(oracle, 6))
     for use in (lambda: load_checkpoint(out), lambda: lm_run(out, oracle, "train.resume=auto")):
-        with pytest.raises(UserError, match="lm/oracle is missing, .*; copy the LM's run directory whole"):
+        with pytest.raises(UserError, match="lm/oracle is missing, .*; copy the LM's whole run directory"):
             use()
 
 

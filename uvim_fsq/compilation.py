@@ -1,4 +1,4 @@
-"""`torch.compile` as this project uses it."""
+"""`torch.compile` with the settings that this package needs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 def require_compiler() -> None:
-    """Raises UserError without a C++ compiler."""
+    """Raises UserError if no C++ compiler is found ($CXX, or one of `COMPILERS` on the path)."""
     if "CXX" not in os.environ and not any(map(shutil.which, COMPILERS)):
         keys = "train.compile=false eval.compile=false eval.int8_cross_kv=false"
-        raise UserError(f"compiling needs a C++ compiler; install g++, or set {keys}")
+        raise UserError(f"compilation needs a C++ compiler; install g++, or set {keys}")
 
 
 def compiled(function: Compilable, **options: Any) -> Compilable:
-    """One graph per batch size, of which there are not many. `options` are those of `torch.compile`.
+    """`function` compiled with static shapes: one graph per batch size. `options` are passed to `torch.compile`.
 
-    Raises UserError without a C++ compiler, which torch would only find out in the first step.
+    Raises UserError if there is no C++ compiler. Torch itself would only notice in the first step.
     """
     require_compiler()
-    # Its splitting of the graph for DistributedDataParallel knows no recomputation, which the label head needs.
+    # The graph splitting for DistributedDataParallel does not support activation checkpointing (the label head).
     torch._dynamo.config.optimize_ddp = False
-    # Decoding has a graph for each batch size and part of the cache; eight, the default, are few.
+    # Decoding has one graph per batch size and cache length; the default limit of 8 is too low.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False, **options)  # type: ignore[return-value]

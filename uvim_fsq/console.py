@@ -1,6 +1,6 @@
-"""What a user sees while something goes on: lines that stay, and a bar with the time left. Knows nothing of the work.
+"""Progress output: permanent lines on standard output, and a progress bar with the time left on standard error.
 
-Only the first of several processes shows anything. No thread redraws: processes are forked meanwhile.
+Only the first of several processes prints. Bars are redrawn without a thread, because loaders fork processes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import os
 import sys
 import time
 
-#: Seconds between the lines that stay, and between two drawings of a bar.
+#: Seconds between progress lines (no terminal), and between two redraws of a bar (terminal).
 LINES, REDRAW = 15.0, 0.1
 WIDTH = 20
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks. As `processes.is_main`, but known before torch is imported."""
+    """Whether this is the process that prints. Like `processes.is_main`, but needs neither torch nor a group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -31,23 +31,26 @@ def clock(seconds: float) -> str:
 
 
 def clear() -> None:
-    """Wipes a bar off the terminal, so that something else may be printed there."""
+    """Erases the bar on the terminal, so that something else can be printed there."""
     if is_first() and on_terminal():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
-    """A line that stays, on standard output."""
+    """Prints a permanent line on standard output."""
     if is_first():
         clear()
         print(text, flush=True)
 
 
 class Bar:
-    """How far a job is, and when it will end: on a terminal one line of standard error, redrawn until the end;
-    elsewhere a plain line now and then.
+    """A progress bar with the time left: one redrawn line of standard error on a terminal, otherwise a plain line now
+    and then.
 
-    `total` may be told later, by `update`; `start` is what an earlier run had done; `every`: seconds between lines.
+    Args:
+        total: items in all; 0 while unknown, `update` can set it later.
+        start: items that an earlier run has done already; not counted in the speed.
+        every: seconds between plain lines.
     """
 
     def __init__(self, title: str, total: int = 0, start: int = 0, every: float = LINES) -> None:
@@ -56,7 +59,7 @@ class Bar:
         self.begin = self.last = time.monotonic()
 
     def update(self, done: int, total: int | None = None) -> None:
-        """Says that `done` of `total` are done. Costs nothing most of the time."""
+        """Reports that `done` of `total` items are done. Cheap enough to call for every item."""
         self.total = self.total if total is None else total
         now = time.monotonic()
         terminal = self.shown and on_terminal()
@@ -76,16 +79,16 @@ class Bar:
         return f"{self.title} {drawn}{done}/{self.total}  eta {self.eta(done)}"
 
     def eta(self, done: int) -> str:
-        """The time left if the rest goes as what was done."""
+        """The time left at the average speed so far, as h:mm:ss; "?" while unknown."""
         ahead = done - self.start
         return clock((self.total - done) * (time.monotonic() - self.begin) / ahead) if ahead > 0 else "?"
 
     def wait(self) -> None:
-        """Something else was said just now: the next line has time."""
+        """Delays the next progress line, because something else was just printed."""
         self.last = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Takes out time in which the job stood still."""
+        """Leaves `seconds` in which the job stood still out of the speed."""
         self.begin += seconds
 
     def __enter__(self) -> Bar:

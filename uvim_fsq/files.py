@@ -1,7 +1,4 @@
-"""Files that are written whole or not at all, and read with one clear line where they are damaged.
-
-Knows nothing of what the files mean.
-"""
+"""Atomic file writes, and reads that report damaged files in one line. Independent of what the files mean."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ from typing import Any
 
 from uvim_fsq.errors import UserError
 
-#: How libraries that swallow the error number say that the disk is full: Rust (safetensors), the C library (h5py),
-#: torch.save, and NumPy, which writes "1000 requested and 512 written" or asks beforehand.
-_FULL = (
+#: "Disk full" in the messages of libraries that drop the error number: Rust (safetensors), the C library (h5py),
+#: torch.save, and NumPy ("1000 requested and 512 written", or a check before it writes).
+_DISK_FULL = (
     "No space left",
     "Disk quota",
     "errno = 28",
@@ -30,25 +27,24 @@ _FULL = (
     " requested and ",
     "Not enough free space",
 )
-#: How a cell begins that spreadsheets take for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: First characters of a cell that spreadsheets take for a formula.
+_FORMULA_START = ("=", "+", "-", "@", "\t", "\r")
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error that a library raised while writing, or a UserError made of it, means that no space is left, or
-    none of the quota."""
+    """Whether an error from a library's write, or a UserError caused by one, means a full disk or an exceeded quota."""
     if isinstance(error, UserError):
         return error.__cause__ is not None and disk_is_full(error.__cause__)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # safetensors' own error, which derives from none of these, known by its name so that nothing is imported here.
-    swallowed = isinstance(error, (OSError, RuntimeError, ValueError)) or type(error).__name__ == "SafetensorError"
-    return swallowed and any(words in str(error) for words in _FULL)
+    # SafetensorError derives from none of these; it is matched by name to avoid the import.
+    candidate = isinstance(error, (OSError, RuntimeError, ValueError)) or type(error).__name__ == "SafetensorError"
+    return candidate and any(words in str(error) for words in _DISK_FULL)
 
 
 @contextmanager
 def writing(what: str | Path) -> Iterator[None]:
-    """Turns an error that the user can put right (full disk, a file where a folder should be, no permission) into a
+    """Converts write errors that the user can fix (full disk, no permission, a file where a folder should be) into a
     UserError that names `what`, a file or folder."""
     try:
         yield
@@ -56,23 +52,23 @@ def writing(what: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         if disk_is_full(error):
-            raise UserError(f"cannot write {what}: the disk is full; free space, or choose another place") from error
+            raise UserError(f"cannot write {what}: the disk is full; free space, or choose another path") from error
         if isinstance(error, OSError):
             reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(f"cannot write {what}: {reason}; choose another place") from error
+            raise UserError(f"cannot write {what}: {reason}; choose another path") from error
         raise
 
 
 def check_folder(folder: Path, what: Path | None = None) -> None:
-    """Raises UserError, naming `what` or the folder, unless files can be made in `folder`, which need not exist.
+    """Raises UserError, naming `what` or the folder, unless files can be created in `folder`, which need not exist yet.
 
-    For the start of a command: better now than after hours of work.
+    Called when a command starts, so that a bad path does not surface after hours of work.
     """
     with writing(what or folder):
         place = folder
         while not place.exists():
             place = place.parent
-        # Made, not asked about: a superuser is told that everything is allowed, under /proc too.
+        # Try it: for a superuser, os.access allows everything, even under /proc.
         os.rmdir(tempfile.mkdtemp(prefix=".uvim_fsq_", dir=place))
 
 
@@ -80,21 +76,21 @@ def check_file(file: Path) -> None:
     """Raises UserError unless `file` can be written or replaced."""
     with writing(file):
         if file.is_dir():
-            raise UserError(f"cannot write {file}: it is a folder; name a file in it")
+            raise UserError(f"cannot write {file}: it is a folder; give the path of a file")
         special = _is_special(file)
     if not special:
         check_folder(file.parent, file)
 
 
 def _is_special(file: Path) -> bool:
-    """Whether a path is a device or a pipe, such as /dev/stdout, which is written as it is and never replaced."""
+    """Whether a path is a device or a pipe, such as /dev/stdout, which is written in place and never replaced."""
     if file.is_symlink() and file.absolute().parts[1:2] not in (("dev",), ("proc",)):
-        return False  # somebody's link to a disk, say; it is replaced
+        return False  # a link elsewhere to a device (a disk, say): the link is replaced
     return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def sync(path: Path) -> None:
-    """Has the kernel put a file, or the names in a folder, onto the disk."""
+    """Flushes a file, or the entries of a folder, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,11 +99,15 @@ def sync(path: Path) -> None:
 
 
 def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Makes a file whole or not at all: `write(path)` gets another name beside it. Folders are made.
+    """Writes a file atomically: `write(path)` fills a temporary file next to it, which then replaces it.
 
-    `durable=False` spares the wait for the disk: for the many files of a cache, which can be made again.
+    Parent folders are created. Devices and pipes are written directly.
 
-    Raises UserError naming the file when the disk is full or the place cannot be written.
+    Args:
+        write: writes the content to the path it is given.
+        durable: wait until the file is on disk. False is faster, for files that can be recomputed (caches).
+
+    Raises UserError naming the file when the disk is full or the path is not writable.
     """
     if _is_special(file):
         with writing(file):
@@ -117,7 +117,7 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
     with writing(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)  # it may be a link that somebody put there
+            partial.unlink(missing_ok=True)  # never write through a link that somebody planted under this name
             write(partial)
             if durable:
                 sync(partial)
@@ -125,48 +125,48 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
             if durable:
                 sync(file.parent)
         finally:
-            # A folder on the way may be a file, or not writable: the error under way says so.
+            # If a parent is a file or not writable, the original error says so.
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
-    """`write_whole` for text, in UTF-8."""
+    """Writes text atomically, in UTF-8."""
     write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
-    """`write_whole` for what `json` can write."""
+    """Writes a JSON value atomically."""
     write_text(file, json.dumps(value, indent=indent) + "\n")
 
 
 def write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """`write_whole` for a table. Text that a spreadsheet would run as a formula gets an apostrophe; numbers stay."""
+    """Writes a table atomically. Text that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     for row in rows:
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in row])
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA_START else cell for cell in row])
     write_whole(file, lambda path: path.write_bytes(text.getvalue().encode(errors="surrogateescape")))
 
 
 def _refuse_outside(folder: Path, link: Path, target: str) -> None:
     real = os.path.realpath(folder)
     if os.path.commonpath([real, target]) != real:
-        raise UserError(f"{link} is a link that leads out of {folder}, to {target}; remove it, or copy that here")
+        raise UserError(f"{link} is a link that leads out of {folder}, to {target}; replace it with a copy")
 
 
 def inside(folder: Path, file: Path) -> Path:
-    """`file`, if its folder lies in `folder` also when all links on the way are followed.
+    """Returns `file` if its parent, with all links resolved, lies in `folder`.
 
-    For writing at places that somebody else may have prepared. Raises UserError naming the link's target.
+    For writing in folders that somebody else may have prepared. Raises UserError naming the link's target.
     """
     _refuse_outside(folder, file.parent, os.path.realpath(file.parent))
     return file
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError for a link anywhere in `folder` that leads out of it: what is written or deleted there may be
-    somebody's own."""
+    """Raises UserError if any link in `folder` leads out of it: writing or deleting through it could touch other
+    people's files."""
     for place, folders, files in os.walk(folder):
         for entry in (Path(place, name) for name in (*folders, *files)):
             if entry.is_symlink():
@@ -174,10 +174,10 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file that this package wrote.
+    """Reads the object in a JSON file that this package wrote.
 
-    Raises UserError, ending with `remedy`, for a file that is damaged or holds anything but an object, and
-    FileNotFoundError where there is none.
+    Raises UserError, ending with `remedy`, if the file is damaged or holds anything but an object, and
+    FileNotFoundError if there is no such file.
     """
     try:
         value = json.loads(file.read_bytes())
@@ -186,16 +186,16 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged (it holds no object); {remedy}")
+        raise UserError(f"{file} is damaged (not a JSON object); {remedy}")
     return value
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file that holds one a line; none if there is no such file.
+    """Reads a file of one JSON object per line; an empty list if there is no such file.
 
-    Damaged lines are left out with a warning; a last line that a kill cut off, without a word.
+    Damaged lines are skipped with a warning. A truncated last line, left by a killed process, is skipped silently.
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError if the file cannot be read.
     """
     try:
         lines = file.read_bytes().split(b"\n")
@@ -206,7 +206,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     found = [_object(line) for line in lines]
     damaged = [number for number, value in enumerate(found[:-1], 1) if value is None and lines[number - 1].strip()]
     if damaged:
-        warnings.warn(f"{file}: {len(damaged)} damaged line(s) left out, the first is {damaged[0]}", stacklevel=2)
+        warnings.warn(f"{file}: skipped {len(damaged)} damaged line(s), the first is line {damaged[0]}", stacklevel=2)
     return [value for value in found if value is not None]
 
 

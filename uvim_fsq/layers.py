@@ -1,6 +1,8 @@
-"""Transformer pieces shared by the oracle and the LM. Knows nothing of tasks or training.
+"""Transformer layers shared by the oracle and the language model. Independent of tasks and training.
 
-B batch, N tokens, M memory tokens, D width, H heads, g grid side, p patch side, C channels.
+Defaults follow the UViM reference code (big_vision, JAX), called "the reference" below.
+
+Shapes: B batch, N tokens, M memory tokens, D width, H heads, S image side, p patch side, C channels.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ LN_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections; `bias` is that of all four (UViM's LM decoder has none)."""
+    """Multi-head attention with four separate linear layers: query, key, value, out.
+
+    `bias` applies to all four (UViM's LM decoder has none). `memory_dim` is the width of what is attended to, by
+    default `dim`.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True, memory_dim: int | None = None) -> None:
         super().__init__()
@@ -27,7 +33,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=bias)
 
     def heads(self, x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-        """(B, N, D) -> (B, H, N, D / H) by one of the projections."""
+        """Projects (B, N, D) with `projection` and splits it into heads: (B, H, N, D / H)."""
         return projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(
@@ -39,19 +45,19 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Attention of (B, H, N, d) queries over (B, H, M, d) keys and values -> (B, N, D), output map included."""
+        """(B, H, N, D / H) queries over (B, H, M, D / H) keys and values -> (B, N, D), after the output projection."""
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out(x.transpose(1, 2).flatten(2))
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, *, is_causal: bool = False) -> torch.Tensor:
-        """(B, N, D) attends to `memory` (B, M, memory_dim), or to itself."""
+        """Attention of (B, N, D) to `memory` (B, M, memory_dim), or to itself without `memory`; (B, N, D)."""
         source = x if memory is None else memory
         q, k, v = self.heads(x, self.query), self.heads(source, self.key), self.heads(source, self.value)
         return self.attend(q, k, v, is_causal=is_causal)
 
 
 class MLP(nn.Module):
-    """Two linear maps with the tanh approximation of GELU between them (the reference's)."""
+    """Linear, GELU (tanh approximation, as in the reference), linear."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -63,7 +69,10 @@ class MLP(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The reference's VALID patch convolution of the image, as reshape + linear: (B, 3, S, S) -> (B, N, D)."""
+    """Non-overlapping patch embedding as a reshape and a linear layer: (B, 3, S, S) -> (B, N, D), N = (S / p)^2.
+
+    Equal to the reference's convolution with stride p and VALID padding.
+    """
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
@@ -75,7 +84,7 @@ class PatchEmbed(nn.Module):
 
 
 def init_transformer_(module: nn.Module) -> None:
-    """Xavier-uniform attention and MLP kernels, attention biases 0, MLP biases normal(1e-6), as UViM."""
+    """UViM's initialization, in place: Xavier-uniform weights, attention biases 0, MLP biases normal(std 1e-6)."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -88,35 +97,35 @@ def init_transformer_(module: nn.Module) -> None:
 
 
 def position_embedding(length: int, dim: int) -> nn.Parameter:
-    """Learned positions (1, length, dim), normal with deviation 1/sqrt(dim)."""
+    """A learned position embedding (1, length, dim), initialized from a normal with std 1/sqrt(dim)."""
     return nn.Parameter(torch.randn(1, length, dim) / math.sqrt(dim))
 
 
 def signed_pixels(x: torch.Tensor) -> torch.Tensor:
-    """8-bit pixels of any shape -> float32, 0 to 255 as -1 to 1. Floating numbers are in that range already."""
+    """uint8 pixels of any shape, 0 to 255 -> float32 in [-1, 1]. A floating-point tensor is returned unchanged."""
     return x if x.is_floating_point() else x.float() / 127.5 - 1
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, S, S) or (B, S, S, C) -> (B, N, p*p) or (B, N, p*p, C), patches and pixels row by row."""
+    """(B, S, S) or (B, S, S, C) -> (B, N, p*p) or (B, N, p*p, C); patches and pixels in row-major order."""
     return rearrange(x, "b (h p) (w q) ... -> b (h w) (p q) ...", p=patch, q=patch)
 
 
 def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, N, p*p, C) -> (B, S, S, C) for a square grid."""
+    """(B, N, p*p, C) -> (B, S, S, C) for a square grid of patches; inverts `patchify`."""
     side = math.isqrt(x.shape[1])
     return rearrange(x, "b (h w) (p q) ... -> b (h p) (w q) ...", h=side, w=side, p=patch, q=patch)
 
 
 def resize_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Linear resize of a square token grid (B, N, D) -> (B, length, D).
+    """Bilinear resize of a square token grid: (B, N, D) -> (B, length, D), same dtype.
 
-    Half-pixel centres, antialiased on the way down, as the reference resizes its bottleneck.
+    Half-pixel centers, antialiased when downsampling, as the reference resizes its bottleneck.
     """
     if x.shape[1] == length:
         return x
     old, new = math.isqrt(x.shape[1]), math.isqrt(length)
     grid = rearrange(x, "b (h w) d -> b d h w", h=old)
-    # The antialiased kernel exists in float32 on every device, not in bf16.
+    # The antialiased kernel supports float32 on every device, but not bfloat16.
     grid = F.interpolate(grid.float(), size=(new, new), mode="bilinear", antialias=True, align_corners=False)
     return rearrange(grid, "b d h w -> b (h w) d").to(x.dtype)

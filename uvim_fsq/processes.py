@@ -1,6 +1,6 @@
-"""The processes of a run, one or many: how many there are, where each computes, and how they wait for each other.
+"""The processes of a distributed run: their number, their devices, and how they communicate.
 
-The one place that makes Accelerate's state. Knows nothing of training.
+The only module that creates Accelerate's state. Independent of training.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from accelerate.utils import parse_flag_from_env
 
 from uvim_fsq.errors import UserError
 
-#: How long a process waits for the others inside a training step. Longer than a batch may take (data/loader.py), so
-#: that the process that is stuck speaks first.
+#: How long a process waits for the others within a training step. Longer than the loader's timeout for a batch
+#: (data/loader.py), so that the process that is stuck reports first.
 STEP_TIMEOUT = timedelta(minutes=15)
-#: How long it waits where one process works and the others have nothing to do: evaluation, checkpoints, pictures.
+#: How long it waits while only one process works: evaluation, checkpoints, figures.
 WAIT_TIMEOUT = timedelta(hours=4)
-#: What Accelerate would switch on by itself, from the variables that `accelerate launch` sets.
+#: Parallelism that Accelerate would enable by itself from variables that `accelerate launch` sets, but that this
+#: package does not support.
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -40,54 +41,56 @@ _group: dist.ProcessGroup | None = None
 
 
 def state() -> PartialState:
-    """How many processes there are, which one this is, and its device. The first call joins them, so all must make it.
+    """Accelerate's state: the number of processes, this one's rank and its device.
 
-    Raises UserError for ways of training that Accelerate has and this project has not, and where several processes
-    cannot join or a launcher does not say how.
+    The first call joins the processes, so every process must make it.
+
+    Raises UserError if a launcher asks for unsupported parallelism (`UNSUPPORTED`), if the processes cannot connect, or
+    if the launcher's environment variables are incomplete.
     """
     global _group
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise UserError(
-                f"{variable}=true: {name} is not supported, each process holds the whole model (DDP); "
+                f"{variable}=true: {name} is not supported, every process holds the whole model (DDP); "
                 "run `accelerate config` again without it, or unset the variable"
             )
     try:
-        with _signals_kill():
+        with _default_signal_handlers():
             found = PartialState(cpu=_on_cpu(), timeout=STEP_TIMEOUT)
             if found.num_processes > 1 and _group is None:
-                _group = _waiting_group()
+                _group = _gloo_group()
     except RuntimeError as error:
-        if _announced() == 1:
+        if _world_size() == 1:
             raise
         raise UserError(
-            f"the {_announced()} processes cannot join each other ({str(error).splitlines()[0]}); where machines have "
-            "several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            f"the {_world_size()} processes cannot connect to each other ({str(error).splitlines()[0]}); if machines "
+            "have several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
     except ValueError as error:
-        # Some of a launcher's variables without the others, e.g. left in the shell.
-        if _announced() == 1 and "LOCAL_RANK" not in os.environ:
+        # Only some of a launcher's variables are set, e.g. left over in the shell.
+        if _world_size() == 1 and "LOCAL_RANK" not in os.environ:
             raise
         raise UserError(
-            f"WORLD_SIZE or LOCAL_RANK is set, but not all that a launcher sets ({str(error).splitlines()[0]}); start "
-            "with `accelerate launch` or `torchrun`, or unset both"
+            f"WORLD_SIZE or LOCAL_RANK is set, but other launcher variables are missing "
+            f"({str(error).splitlines()[0]}); start with `accelerate launch` or `torchrun`, or unset both"
         ) from error
-    if found.num_processes != _announced():
+    if found.num_processes != _world_size():
         raise UserError(
-            f"WORLD_SIZE={_announced()}, but this process finds {found.num_processes}; start with `accelerate launch` "
+            f"WORLD_SIZE={_world_size()}, but this process finds {found.num_processes}; start with `accelerate launch` "
             "or `torchrun`, which set LOCAL_RANK, or unset WORLD_SIZE"
         )
     return found
 
 
 @contextmanager
-def _signals_kill() -> Iterator[None]:
-    """Inside, both signals kill at once: while processes wait to be joined, Python's own handlers are never run.
+def _default_signal_handlers() -> Iterator[None]:
+    """While the processes connect, SIGINT and SIGTERM kill at once: Python's handlers would never get to run.
 
-    Not once they are joined: training asks again and again, and a signal must not cost what it has learned.
+    Once they are connected, handlers stay: training calls `state` often, and a signal must not lose its progress.
     """
-    waits = _announced() > 1 and _group is None and threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if waits else ()
+    connecting = _world_size() > 1 and _group is None and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if connecting else ()
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield
@@ -96,23 +99,23 @@ def _signals_kill() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _waiting_group() -> dist.ProcessGroup:
-    """Gloo on any device: it waits on the host, and it notices at once when another process has ended."""
+def _gloo_group() -> dist.ProcessGroup:
+    """A Gloo group, on any device: it waits on the host, and notices at once when another process has exited."""
     group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
-def _announced() -> int:
-    """How many processes the launcher says there are. Raises UserError for what is no number."""
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if not said.isdecimal():
-        raise UserError(f"WORLD_SIZE={said} is no number of processes; unset it, or start with a launcher")
-    return int(said)
+def _world_size() -> int:
+    """$WORLD_SIZE, by default 1. Raises UserError if it is not a number."""
+    value = os.environ.get("WORLD_SIZE") or "1"
+    if not value.isdecimal():
+        raise UserError(f"WORLD_SIZE={value} is not a number of processes; unset it, or start with a launcher")
+    return int(value)
 
 
 def _on_cpu() -> bool:
-    """Accelerate counts processes that share no accelerator only if it is told that they are on CPUs."""
+    """Whether to pass cpu=True to Accelerate. Without it, it ignores a launcher's processes on a CPU-only machine."""
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return True
     if "LOCAL_RANK" not in os.environ:
@@ -122,7 +125,7 @@ def _on_cpu() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device of this process."""
     return torch.device(state().device or "cpu")
 
 
@@ -132,7 +135,7 @@ def is_main() -> bool:
 
 
 def gather(value: T) -> list[T]:
-    """The `value` of every process, in their order, on every process. Waits for the slowest."""
+    """The `value` of every process, in rank order, on every process. `value` must be picklable."""
     count = state().num_processes
     if count == 1:
         return [value]
@@ -147,78 +150,78 @@ def broadcast(value: T) -> T:
 
 
 def same(value: object, place: object) -> None:
-    """Raises UserError where `value`, e.g. the hash of what was loaded from `place`, differs between processes."""
-    everyone = gather(value)
-    if everyone.count(everyone[0]) != len(everyone):
+    """Raises UserError if `value`, e.g. the hash of what was loaded from `place`, differs between processes."""
+    values = gather(value)
+    if values.count(values[0]) != len(values):
         raise UserError(
-            f"the processes loaded different checkpoints from {place}; the run directory and the oracle's must be ones "
-            "that all machines share"
+            f"the processes loaded different checkpoints from {place}; put the run directory and the oracle's on a "
+            "file system that all machines share"
         )
 
 
 def wait() -> None:
-    """Waits until every process is here. Never in a `finally`: a process under an exception must end."""
+    """A barrier. Never call it in a `finally`: a process that raises must exit, not wait."""
     if state().num_processes > 1:
         dist.barrier(group=_group)
 
 
 class Agreement:
-    """Whether any process says yes, asked after every step and answered one step later, so that nobody waits."""
+    """A logical OR over the processes, asked after every step and answered one step later, so that none waits."""
 
     def __init__(self) -> None:
         self.alone = state().num_processes == 1
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
-    def ask(self, *mine: bool) -> list[bool]:
-        """For each question whether any process said yes at the call before this one; alone: at this one.
+    def ask(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process set it in the previous call; in this call if there is only one process.
 
-        All processes must call it equally often; all get the same answer.
+        All processes must call it equally often, and all get the same answer.
         """
         if self.alone:
-            return list(mine)
-        answer = [False] * len(mine)
+            return list(flags)
+        answer = [False] * len(flags)
         if self._asked is not None:
-            work, flags = self._asked
+            work, reduced = self._asked
             work.wait()
-            answer = flags.bool().tolist()
-        flags = torch.tensor(mine, dtype=torch.int32)
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=_group, async_op=True)
+            answer = reduced.bool().tolist()
+        reduced = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(reduced, dist.ReduceOp.MAX, group=_group, async_op=True)
         assert work is not None
-        self._asked = work, flags
+        self._asked = work, reduced
         return answer
 
 
-def _other_failed(error: BaseException) -> str | None:
-    """What to say of an error that only means that another process has ended or hangs; None for any other error."""
-    words = str(error)
+def _peer_failure(error: BaseException) -> str | None:
+    """The message for an error that only means that another process has exited or hangs; None for any other error."""
+    text = str(error)
     if not isinstance(error, dist.DistError) and not (
-        isinstance(error, RuntimeError) and any(name in words for name in ("gloo", "NCCL", "Connection closed by peer"))
+        isinstance(error, RuntimeError) and any(name in text for name in ("gloo", "NCCL", "Connection closed by peer"))
     ):
         return None
-    if "imed out" in words or "timeout" in words:
-        return "another process does not answer; its own message, if any, says why"
-    return "another process has ended; its own message says why"
+    if "imed out" in text or "timeout" in text:
+        return "another process does not respond; see its own message, if any"
+    return "another process has exited; see its own message"
 
 
 def part() -> None:
-    """Leaves the others in good order, and all at one time, as NCCL wants it."""
+    """Leaves the process group, all processes at the same time, as NCCL requires."""
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
 
 
 def end_at_once(error: BaseException) -> None:
-    """Ends this process after an error if it is one of several: an orderly end would wait for the others.
+    """Exits at once after an error if this is one of several processes: a normal exit would wait for the others.
 
-    The launcher then ends the others. One of them that fails only because this one has gone says so in one line.
+    The launcher then stops the others. A process that fails only because this one is gone prints one line.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     code = 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif (other := _other_failed(error)) is not None:
-        print(f"stopped: {other}", file=sys.stderr)
+    elif (message := _peer_failure(error)) is not None:
+        print(f"stopped: {message}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()

@@ -1,3 +1,3 @@
-"""The version of the package, named by every result."""
+"""The version of the package. Every result records it."""
 
 __version__ = "0.1.0"

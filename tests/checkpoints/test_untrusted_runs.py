@@ -49,7 +49,7 @@ def test_a_runs_configuration_refers_to_nothing_else(
     (tmp_path / "secret.yaml").write_text("password hunter2: 3\n")
     change_config(run, extends=str(tmp_path / "secret.yaml"))
     said = failure(capsys, "evaluate", run)
-    assert "says `extends`" in said and "hunter2" not in said
+    assert "contains `extends`" in said and "hunter2" not in said
     # The user's own words are the user's.
     monkeypatch.setenv("MY_SPLIT", "val")
     main(["evaluate", str(oracle_dir), "data.train_split=${oc.env:MY_SPLIT}", "--json", str(tmp_path / "result.json")])

@@ -15,7 +15,7 @@ def test_settings_that_contradict_the_trained_model_are_refused(
     oracle_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = failure(capsys, "evaluate", oracle_dir, "task.num_bins=8")
-    assert "task.num_bins=8 (trained with 16)" in said and "cannot follow" in said
+    assert "task.num_bins=8 (trained with 16)" in said and "cannot change" in said
 
 
 def test_wrong_arguments_are_one_line(

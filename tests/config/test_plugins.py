@@ -19,7 +19,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plugin_given_as_a_file_name_is_refused(photos: Path) -> None:
     for name in ("plug/my_task.py", "./plug/my_task.py"):
-        with pytest.raises(UserError, match=f"plugin '{name}' is the name of a file; give the module's, plug.my_task$"):
+        with pytest.raises(UserError, match=f"plugin '{name}' is a file name; give the module name, plug.my_task$"):
             import_plugin(name)
     with pytest.raises(UserError, match=r"unknown task 'xyz'; one of your own needs plugins=\[MODULE\], and @register"):
         check_data("xyz", str(photos), [])

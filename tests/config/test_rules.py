@@ -33,7 +33,7 @@ from uvim_fsq.tasks.configuration import load_run
         ("data.workers=-1", "must not be negative"),
         ("train.seed=-1", "must not be negative"),
         ("eval.top_p=2", "at most 1"),
-        ("optim.betas=[1.5,2]", "from 0 to below 1"),
+        ("optim.betas=[1.5,2]", "at least 0 and below 1"),
     ],
 )
 def test_an_impossible_value_is_refused(override: str, message: str) -> None:
@@ -49,8 +49,8 @@ def test_seeds_have_a_range(oracle_dir: Path, capsys: pytest.CaptureFixture[str]
             (2**32, f"{key}={2**32}: must be below 2^32"),
             (2**62, f"{key}={2**62}: must be below 2^32"),
             (-1, f"{key}=-1: must not be negative"),
-            (2**63, f"{key}={2**63}: must fit into 64 bits"),
-            (-(2**64), f"{key}=-{2**64}: must fit into 64 bits"),
+            (2**63, f"{key}={2**63}: must fit in 64 bits"),
+            (-(2**64), f"{key}=-{2**64}: must fit in 64 bits"),
         ):
             with pytest.raises(UserError) as caught:
                 validate(load_run(ORACLE, ["train.out=x", f"{key}={seed}"]))

@@ -13,7 +13,7 @@ from uvim_fsq.tasks.configuration import load_run
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: a.yaml", "goes round in a circle"),
+        ("extends: a.yaml", "forms a cycle"),
         ("extends: b.yaml", "b.yaml: no such configuration file"),
         ("extends: [b.yaml]", "must be the path of one file"),
         ("train: {steps: 3}\ntrain: {seed: 3}", "duplicate key train"),

@@ -92,10 +92,10 @@ def test_too_little_memory_for_an_image_is_one_line(tmp_path: Path, monkeypatch:
         raise MemoryError
 
     monkeypatch.setattr(images, "to_rgb", full)
-    with pytest.raises(UserError, match="a.png: there is too little memory for 40 x 30 pixels"):
+    with pytest.raises(UserError, match="a.png: not enough memory for 40 x 30 pixels"):
         read_image(file)
     monkeypatch.setattr(cv2, "imdecode", full)
-    with pytest.raises(UserError, match="ids cannot be decoded: there is too little memory for 40 x 30 pixels"):
+    with pytest.raises(UserError, match="ids cannot be decoded: not enough memory for 40 x 30 pixels"):
         decode_png(file.read_bytes(), "ids")
 
 

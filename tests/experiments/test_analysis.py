@@ -120,7 +120,7 @@ def test_wrong_arguments_of_analyze_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], oracle_dir: Path
 ) -> None:
     assert "no such run" in failure(capsys, "analyze", tmp_path / "nowhere")
-    assert "holds no checkpoint" in failure(capsys, "analyze", tmp_path)
+    assert "contains no checkpoint" in failure(capsys, "analyze", tmp_path)
     assert "unknown key eval.sed" in failure(capsys, "analyze", oracle_dir, "eval.sed=1")
     for limit in ("1", "0", "-2"):
         assert "at least 2" in failure(capsys, "analyze", oracle_dir, "--limit", limit)

@@ -18,7 +18,9 @@ from uvim_fsq.lm.image_encoder import build_image_encoder
     ("name", "kind"), [("resnet18", "resnet"), ("convnext_atto", "convnext"), ("swin_tiny_patch4_window7_224", "swin")]
 )
 def test_an_image_encoder_that_is_not_a_vit_is_refused(name: str, kind: str, tmp_path: Path, oracle_dir: Path) -> None:
-    with pytest.raises(UserError, match=f"model.encoder.name={name} is no vision transformer .timm's {kind}") as caught:
+    with pytest.raises(
+        UserError, match=f"model.encoder.name={name} is not a vision transformer .timm's {kind}"
+    ) as caught:
         build_image_encoder(EncoderConfig(name=name), 224)
     assert "__init__" not in str(caught.value) and "choose e.g. vit_base_patch16_224" in str(caught.value)
 
@@ -44,14 +46,14 @@ def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest
 
     assert "no such file; give none, hub or a local weights file" in message(tmp_path / "none.safetensors")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
-    assert f"is no file of weights of model.encoder.name={name} (its arrays are another model's)" in message(
+    assert f"does not contain weights of model.encoder.name={name} (its arrays belong to a different" in message(
         tmp_path / "other.pth"
     )
     torch.save({"a": Code(tmp_path / "mark")}, tmp_path / "code.pth")
-    assert "holds pickled Python objects, which are never loaded" in message(tmp_path / "code.pth")
+    assert "contains pickled Python objects, which are never loaded" in message(tmp_path / "code.pth")
     assert not (tmp_path / "mark").exists()
     (tmp_path / "text.npz").write_text("no zip")
-    assert "text.npz is truncated or no .npz" in message(tmp_path / "text.npz")
+    assert "text.npz is truncated or not an .npz" in message(tmp_path / "text.npz")
     np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(30_000_000, np.float32))
     assert "would unpack to 120000" in message(tmp_path / "bomb.npz")
 

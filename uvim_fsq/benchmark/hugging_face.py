@@ -86,7 +86,7 @@ def hugging_face_decoders(
     cache = hf.EncoderDecoderCache(own, cross)
 
     def work(static: bool) -> torch.Tensor:
-        pixels = lm.normalised(images)
+        pixels = lm.normalize(images)
         config, more = hf.GenerationConfig(**settings), {}
         if static:
             cache.reset()

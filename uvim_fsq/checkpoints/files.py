@@ -1,6 +1,7 @@
-"""Checkpoint directories: written whole and read strictly, safetensors for weights. Knows nothing of tasks or stages.
+"""Writes checkpoint directories atomically and reads them strictly. Weights are stored as safetensors.
 
-Which files they hold, and which checkpoint of a run is used, is run_dirs.py's.
+The module is independent of tasks and stages. The names of the files, and the choice of a run's checkpoint, are in
+`run_directory`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from uvim_fsq.checkpoints.run_directory import (
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import disk_is_full, sync, write_json, writing
 
-#: Where the newer checkpoints go when training goes on from an older one.
+#: Where newer checkpoints are moved when training resumes from an older one.
 SET_ASIDE = "set_aside"
 
 
@@ -45,11 +46,18 @@ def save_checkpoint(
     state: dict[str, Any],
     oracle_sha256: str | None = None,
 ) -> Path:
-    """Writes one checkpoint to a temporary name and renames it, so that no reader ever sees half of one.
+    """Writes a checkpoint under a temporary name and renames it, so that readers never see an incomplete one.
 
-    `oracle_sha256`: of the weights of the oracle that an LM is trained on.
+    Args:
+        run_dir: the run directory.
+        step: optimizer steps taken.
+        config: the resolved configuration as YAML.
+        weights: the model's state dict.
+        state: the trainer's state; must load with `weights_only=True`.
+        oracle_sha256: SHA-256 of the weights of the oracle that an LM is trained on.
 
-    Raises UserError when the disk is full; the temporary directory is removed and earlier checkpoints stay as they are.
+    Returns the checkpoint directory. Raises UserError if writing fails, for example because the disk is full. The
+    temporary directory is then removed, and earlier checkpoints are unchanged.
     """
     parent = run_dir / "checkpoints"
     final, temporary = parent / step_name(step), parent / f".tmp_{step_name(step)}"
@@ -72,7 +80,7 @@ def save_checkpoint(
         reason = "the disk is full" if disk_is_full(error) else next(iter(str(error).splitlines()), repr(error))
         raise UserError(
             f"cannot save {final}: {reason}; earlier checkpoints are intact. "
-            "Free space and go on with train.resume=auto"
+            "Free space and continue with train.resume=auto"
         ) from error
     return final
 
@@ -82,9 +90,9 @@ def _write_sums(folder: Path, sums: dict[str, str]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copies configuration and weights (no trainer state) of a checkpoint to `target`, whole or not at all.
+    """Atomically copies the configuration and weights of a checkpoint, without the trainer state, to `target`.
 
-    Raises UserError for a damaged source and a full disk.
+    Does nothing if `target` is already an identical copy. Raises UserError for a damaged source or a full disk.
     """
     wanted = {name: checked_hash(source, name) for name in (CONFIG, WEIGHTS)}
     if all((target / name).is_file() and file_hash(target / name) == wanted[name] for name in wanted):
@@ -104,12 +112,12 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def write_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
-    """Records that training has evaluated a checkpoint, and what came out."""
-    write_json(checkpoint / FIGURES, {**asdict(evaluation.watch), "figures": evaluation.figures})
+    """Records the results of training's own evaluation of a checkpoint."""
+    write_json(checkpoint / FIGURES, {**asdict(evaluation.selection), "figures": evaluation.figures})
 
 
 def remove(path: Path) -> None:
-    """Deletes a directory so that a kill in between leaves no half of it under its name."""
+    """Deletes a directory atomically: if the process is killed, no partial directory keeps its name."""
     if not path.exists():
         return
     trash = path.with_name(f".trash_{path.name}")
@@ -119,7 +127,7 @@ def remove(path: Path) -> None:
 
 
 def clean_leftovers(run_dir: Path) -> None:
-    """Removes what a killed process left half written or half deleted."""
+    """Removes files and directories that a killed process left partially written or deleted."""
     folder = run_dir / "checkpoints"
     for place in (run_dir, folder):
         for leftover in (*place.glob(".tmp_*"), *place.glob(".trash_*")):
@@ -140,9 +148,9 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
-    """Moves the checkpoints past `step` to RUN/set_aside, where no resumption finds them; returns their new places.
+    """Moves checkpoints after `step` to RUN/set_aside, where resuming ignores them, and returns their new paths.
 
-    The pictures past it are deleted.
+    Panels after `step` are deleted.
     """
     moved: list[Path] = []
     for newer in checkpoints(run_dir):
@@ -161,16 +169,16 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
 
 
 def load_model_weights(model: nn.Module, checkpoint: Path) -> str:
-    """Loads model.safetensors strictly: every name, every shape; returns its SHA-256.
+    """Loads model.safetensors into `model`, requiring all names and shapes to match. Returns its SHA-256.
 
-    Raises UserError naming the file and what differs.
+    Raises UserError, naming the file and the differences, if the file is damaged or does not match the model.
     """
     file = checkpoint / WEIGHTS
     digest = checked_hash(checkpoint, WEIGHTS)
     try:
         state = safetensors.torch.load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or no safetensors file ({error}); use another checkpoint") from error
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); use another checkpoint") from error
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
@@ -187,12 +195,12 @@ def load_model_weights(model: nn.Module, checkpoint: Path) -> str:
 
 
 def load_trainer_state(checkpoint: Path) -> tuple[dict[str, Any], str]:
-    """Optimizer and counters of a checkpoint, never unpickling code, and the file's SHA-256.
+    """Returns the trainer state of a checkpoint and the file's SHA-256. Never unpickles code.
 
-    Raises UserError when missing or broken.
+    Raises UserError if the file is missing or damaged.
     """
     digest = checked_hash(checkpoint, STATE)
     try:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True), digest
-    except Exception as error:  # torch raises many kinds for a truncated file
+    except Exception as error:  # torch raises many types for a truncated file
         raise UserError(f"{checkpoint / STATE} is broken; resume from another checkpoint") from error

@@ -1,7 +1,7 @@
-"""What a trained run is: which settings it keeps on resume, which may change when asked, and which are free.
+"""Which settings of a trained run are fixed, which may change on request, and which may change freely.
 
-Settings are compared key by key after both sides were read with today's defaults, so a key that an older version did
-not know counts as its default. Knows nothing of torch or of how checkpoints are stored.
+Settings are compared key by key after both configurations were read with the current defaults. A key that an older
+version did not have therefore counts as its default. The module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import changeable
 
-#: How fast or on what machine predictions are made, not which.
+#: Settings that affect the speed of predictions or the hardware they need, but not the predictions themselves.
 SPEED = frozenset(
     {
         "data.workers",
         "data.cache",
-        "data.max_bad_samples",  # decides when to give up, not what is learned
+        "data.max_bad_samples",  # decides when training gives up, not what it learns
         "data.max_pixels",
         "eval.batch_size",
         "eval.workers",
         "eval.compile",
     }
 )
-#: What a resumed run may change without being asked: no sample, gradient, figure or choice of checkpoint depends on it.
+#: Settings that may change freely on resume, because no sample, gradient, metric or checkpoint choice depends on them.
 FREE = SPEED | {
-    "oracle",  # a run trains on with the copy that it carries
-    "train.out",  # a checkpoint may be continued elsewhere
+    "oracle",  # a resumed run uses its own copy of the oracle
+    "train.out",  # a checkpoint may be continued in a different run directory
     "train.resume",
     "train.resume_changes",
     "train.log_every",
@@ -39,21 +39,21 @@ FREE = SPEED | {
     "train.keep",
     "train.wandb",
     "train.compile",
-    "train.accumulate",  # the same batch in other pieces, to fit another device
+    "train.accumulate",  # splits the same batch differently, to fit another device
 }
 
 Differences = Mapping[str, tuple[Any, Any]]
 
 
 def differences(trained: Run, asked: Run) -> dict[str, tuple[Any, Any]]:
-    """Key -> (trained value, asked value) of every setting in which two resolved configurations differ."""
+    """Key -> (trained value, requested value) for every setting in which two resolved configurations differ."""
     before, after = flatten(trained), flatten(asked)
     keys = dict.fromkeys((*before, *after))
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """A configuration as dotted key -> plain value; presets of levels are written out."""
+    """Flattens a configuration into dotted key -> plain value. Level presets are expanded."""
     inner = f"{key}." if key else ""
     if isinstance(value, TaskSection):
         return {f"{inner}name": value.name, **flatten(value.options, key)}
@@ -66,7 +66,7 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def is_fixed(key: str, task: TaskSection) -> bool:
-    """Whether a key defines the model or the meaning of its labels, so that no trained run can follow a change."""
+    """Whether a key defines the model or the meaning of its labels, so that it cannot change after training."""
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.partition(".")[0] not in changeable(task)
@@ -74,15 +74,15 @@ def is_fixed(key: str, task: TaskSection) -> bool:
 
 
 def check_resume(asked: Run, trained: Run) -> None:
-    """Refuses to go on with other settings than those of the checkpoint.
+    """Checks that training may resume from a checkpoint with the requested settings.
 
-    Raises UserError naming every key with both values: for model, labels and optimizer always, for what else changes
-    the result unless `train.resume_changes` is set.
+    Raises UserError, naming every key with both values, if settings of the model, the labels or the optimizer differ.
+    Other settings that change the result may differ only if `train.resume_changes` is set.
     """
     changed = {key: values for key, values in differences(trained, asked).items() if key not in FREE}
     if "data.root" in changed and _same_folder(*changed["data.root"]):
         del changed["data.root"]
-    # The initial weights are gone; but what the run's configuration says of them shall not change by accident.
+    # The initial weights no longer matter, but their entry in the configuration should not change by accident.
     initial = "model.encoder.weights"
     fixed = {
         key: values
@@ -92,29 +92,29 @@ def check_resume(asked: Run, trained: Run) -> None:
     if fixed:
         raise UserError(
             f"{describe(fixed)}: a run keeps its model, labels and optimizer; "
-            "leave these settings as they were, or start another run with another train.out"
+            "leave these settings as they were, or start a new run with another train.out"
         )
     if changed and not asked.train.resume_changes:
         raise UserError(
-            f"these settings are not the checkpoint's: {describe(changed, 'was')}; "
-            "leave them as they were, or go on with the new ones by train.resume_changes=true"
+            f"these settings differ from the checkpoint's: {describe(changed, 'was')}; "
+            "leave them as they were, or continue with the new ones by setting train.resume_changes=true"
         )
 
 
 def check_overrides(asked: Run, trained: Run) -> dict[str, list[Any]]:
-    """Key -> [trained value, asked value] of what `key=value` changed of a trained run, for its results to name.
+    """Key -> [trained value, requested value] for the settings that overrides changed; results list them.
 
-    Raises UserError, naming the keys with both values, for what defines the model or its labels.
+    Raises UserError, naming the keys with both values, for settings that define the model or its labels.
     """
     changed = differences(trained, asked)
     fixed = {key: values for key, values in changed.items() if is_fixed(key, trained.task)}
     if fixed:
-        raise UserError(f"{describe(fixed)}: a trained model cannot follow; leave these settings out")
+        raise UserError(f"{describe(fixed)}: a trained model cannot change these; leave these settings out")
     return {key: list(values) for key, values in changed.items()}
 
 
 def describe(changed: Mapping[str, Any], verb: str = "trained with") -> str:
-    """Changed settings as text, e.g. "eval.temperature=0.7 (trained with 0.0)". Values are pairs (trained, asked)."""
+    """Formats changed settings, given as (trained, requested) pairs, e.g. "eval.temperature=0.7 (trained with 0.0)"."""
     return ", ".join(f"{key}={_text(after)} ({verb} {_text(before)})" for key, (before, after) in changed.items())
 
 

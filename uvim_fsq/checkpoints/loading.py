@@ -1,4 +1,4 @@
-"""From configurations and checkpoint directories to tasks and models: the only place that knows how both are named."""
+"""Builds tasks and models from configurations, and loads them from checkpoint directories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from uvim_fsq.tasks.registry import load_plugins, task_class
 
 
 def build_task(run: Run) -> Task:
-    """The task of a resolved configuration."""
+    """Builds the task of a resolved configuration."""
     load_plugins(run.plugins)
     limit_pixels(run.data.max_pixels)
     with plugin_code(f"task {run.task.name}, its start"):
@@ -37,14 +37,14 @@ def build_task(run: Run) -> Task:
 
 
 def build_oracle(run: OracleRun, task: Task) -> Oracle:
-    """A freshly initialised oracle for the task's label channels."""
+    """Builds a freshly initialized oracle for the task's label channels."""
     return Oracle(run.model, task.label_channels, run.data.image_size)
 
 
 def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> TokenModel:
-    """A freshly initialised LM; vocabulary and length are the oracle's.
+    """Builds a freshly initialized LM with the vocabulary and code length of the oracle.
 
-    `published=False` leaves out the image encoder's published weights, for a checkpoint that brings its own.
+    `published=False` skips the published weights of the image encoder, because a checkpoint will replace them.
     """
     model = run.model if published else replace(run.model, encoder=replace(run.model.encoder, weights="none"))
     return build_token_model(
@@ -56,9 +56,9 @@ def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> TokenMode
 
 
 def resolve_task(run: Run) -> Run:
-    """Fills in what only the data can say of an oracle's task, e.g. the categories (`Task.resolve_config`).
+    """Completes an oracle's task options from the data, e.g. with the categories (`Task.resolve_config`).
 
-    An LM takes it over from its oracle.
+    An LM is returned unchanged, because it inherits its task from the oracle.
     """
     if isinstance(run, LMRun):
         return run
@@ -69,13 +69,18 @@ def resolve_task(run: Run) -> Run:
 
 
 def resolve(run: Run) -> Run:
-    """Fills an LM's configuration from its oracle's checkpoint, an oracle's from the data, and refuses impossible
-    combinations."""
+    """Completes an LM's configuration from its oracle's checkpoint, and an oracle's from the data.
+
+    Raises UserError for invalid combinations.
+    """
     return resolve_task(inherit(run))
 
 
 def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:
-    """The frozen oracle of a checkpoint, in evaluation mode, and its task (with the LM's decoding keys, if given)."""
+    """Loads the oracle of a run or checkpoint directory, frozen and in evaluation mode, and its task.
+
+    If `run` is given and resolved, the task is built from its options, so that the LM's decoding options apply.
+    """
     oracle_run, checkpoint = read_oracle_config(path)
     task = build_task(run if run is not None and run.task is not None else oracle_run)
     oracle = build_oracle(oracle_run, task)
@@ -85,10 +90,16 @@ def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Tas
 
 @dataclass
 class LoadedRun:
-    """A checkpoint ready for use. `lm` is None for an oracle's checkpoint.
+    """A checkpoint ready for use.
 
-    `overrides`: key -> [trained value, present value] of the settings that were changed.
-    `chosen` says how it was: the one `given`, the `last` of its run, or by what it is the best.
+    Attributes:
+        run: its configuration, with overrides applied.
+        task: the task of the labels.
+        oracle: the oracle; for an LM's checkpoint, the one it was trained on.
+        lm: the token model; None for an oracle's checkpoint.
+        checkpoint: the checkpoint directory.
+        chosen: how the checkpoint was chosen: "given", "last", or a description of the metric it is the best by.
+        overrides: key -> [trained value, current value] of the changed settings.
     """
 
     run: Run
@@ -101,10 +112,18 @@ class LoadedRun:
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> LoadedRun:
-    """Everything behind a run or checkpoint directory of either stage: of a run its best checkpoint where one was to be
-    chosen, by another split than `overrides` ask for and by the metric that they report, else its last.
+    """Loads the models and task of a run or checkpoint directory of either stage.
 
-    An LM's run carries its oracle in `oracle/`, so that it can be moved alone.
+    Of a run, this is the best checkpoint if training selected one by the metric that is reported now, and on a split
+    other than the one evaluated now. Otherwise it is the last checkpoint. An LM's run contains a copy of its oracle, so
+    it can be moved on its own.
+
+    Args:
+        path: the run or checkpoint directory.
+        overrides: `key=value` strings.
+        device: where to put the models.
+
+    Raises UserError for anything missing, damaged or inconsistent.
     """
     with enough_memory(f"{path} needs a machine with more"):
         return _load(path, overrides, device)
@@ -119,7 +138,9 @@ def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device
         return LoadedRun(run, task, oracle.eval().to(device), None, checkpoint, chosen, changed)
     place = find_oracle(checkpoint, run)
     if "oracle" in changed and place != Path(run.oracle):
-        raise UserError(f"oracle={run.oracle}: this run carries its own oracle, {place}; a trained LM cannot follow")
+        raise UserError(
+            f"oracle={run.oracle}: this run has its own oracle, {place}; a trained LM cannot change it, leave it out"
+        )
     oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
@@ -127,12 +148,12 @@ def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device
 
 
 def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]]]:
-    checkpoint, watch = choose(path)
+    checkpoint, selection = choose(path)
     run, changed = read_overridden(checkpoint, overrides)
-    if watch is None:
+    if selection is None:
         return checkpoint, "given" if checkpoint == Path(path) else "last", run, changed
-    if watch.split == run.data.eval_split or watch.metric != build_task(run).choosing_metric:
-        # What is reported must not have chosen.
+    if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:
+        # The reported results must not have selected the checkpoint.
         checkpoint = resolve_checkpoint(path, prefer="last")
         return checkpoint, "last", *read_overridden(checkpoint, overrides)
-    return checkpoint, watch.describe(), run, changed
+    return checkpoint, selection.describe(), run, changed

@@ -1,7 +1,8 @@
-"""Run directories: which checkpoints they hold, which of them is used, and the configuration inside. Knows no torch.
+"""The layout of run directories: their checkpoints, the choice among them and the configuration they contain.
 
-RUN/checkpoints/step_00001000/{config.yaml, model.safetensors, trainer/state.pt, sha256.json}, and evaluation.json once
-training has evaluated it; what is in them is training/checkpoint.py's.
+A checkpoint is a directory RUN/checkpoints/step_00001000 with config.yaml, model.safetensors, trainer/state.pt and
+sha256.json, and with evaluation.json once training has evaluated it. `files` reads and writes weights and state. This
+module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 STATE = "trainer/state.pt"
 SUMS = "sha256.json"
-#: The figures of training's own evaluation; a checkpoint without them was not evaluated.
+#: The results of training's own evaluation; a checkpoint without this file was not evaluated.
 FIGURES = "evaluation.json"
-#: Settings that earlier versions wrote into checkpoints, and that mean nothing any more.
+#: Settings that earlier versions wrote into checkpoints and that are now ignored.
 RETIRED = (("model", "head_chunks"),)
 
 
@@ -43,67 +44,77 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What training's own evaluations are about; figures of unequal ones are never compared."""
+class Selection:
+    """How training's own evaluation selects the best checkpoint. Results are compared only if this is equal.
+
+    Attributes:
+        split: the split that training evaluates on.
+        images: how many of its images.
+        protocol: the evaluation protocol.
+        metric: the metric that selects the best checkpoint. If empty, nothing is selected and the last checkpoint is
+            the run's result.
+        smaller_is_better: of the metric.
+    """
 
     split: str
     images: int
     protocol: str
     metric: str
-    """The figure that picks the best checkpoint; empty: none does, the last checkpoint is the run's result."""
     smaller_is_better: bool
 
     def describe(self) -> str:
-        """How a checkpoint was chosen, for results."""
+        """How a checkpoint was chosen, as text for results."""
         return f"best {self.metric} on {self.split}, {self.images} images"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a checkpoint by training's own evaluation."""
+    """Results of training's own evaluation of a checkpoint: `figures` is metric -> value."""
 
-    watch: Watch
+    selection: Selection
     figures: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def read_evaluation(checkpoint: Path) -> Evaluation | None:
-    """What `write_evaluation` recorded, if anything. Raises UserError for a damaged file."""
+    """What `write_evaluation` recorded, or None. Raises UserError for a damaged file."""
     file = checkpoint / FIGURES
     remedy = "remove it; its checkpoint then counts as not evaluated"
     try:
         record = read_json(file, remedy)
     except FileNotFoundError:
         return None
-    hints = get_type_hints(Watch)
+    hints = get_type_hints(Selection)
     sound = all(type(record.get(name)) is kind for name, kind in hints.items())
     figures = record.get("figures")
     if not sound or not isinstance(figures, dict) or not all(type(value) is float for value in figures.values()):
-        raise UserError(f"{file} is damaged (keys are missing or of another type); {remedy}")
+        raise UserError(f"{file} is damaged (keys are missing or of the wrong type); {remedy}")
     if record["metric"] and record["metric"] not in figures:
-        raise UserError(f"{file} is damaged (it holds no {record['metric']}); {remedy}")
-    return Evaluation(Watch(**{name: record[name] for name in hints}), figures)
+        raise UserError(f"{file} is damaged (it has no {record['metric']}); {remedy}")
+    return Evaluation(Selection(**{name: record[name] for name in hints}), figures)
 
 
-def best(run_dir: Path) -> tuple[Path, Watch] | None:
-    """The checkpoint that is best by the newest evaluation's measure, and that; None where none is to be chosen."""
+def best(run_dir: Path) -> tuple[Path, Selection] | None:
+    """The best checkpoint by the criterion of the newest evaluation, and that criterion; None if there is none."""
     found = [(path, evaluation) for path in checkpoints(run_dir) if (evaluation := read_evaluation(path)) is not None]
-    if not found or not found[-1][1].watch.metric:
+    if not found or not found[-1][1].selection.metric:
         return None
-    watch = found[-1][1].watch
-    values = {path: evaluation.figures[watch.metric] for path, evaluation in found if evaluation.watch == watch}
+    selection = found[-1][1].selection
+    comparable = [(path, evaluation) for path, evaluation in found if evaluation.selection == selection]
+    values = {path: evaluation.figures[selection.metric] for path, evaluation in comparable}
     finite = [path for path in values if math.isfinite(values[path])]
     if not finite:
         return None
-    # Of equals the first.
-    return min(finite, key=lambda path: values[path] if watch.smaller_is_better else -values[path]), watch
+    # The earliest in case of a tie.
+    return min(finite, key=lambda path: values[path] if selection.smaller_is_better else -values[path]), selection
 
 
-def choose(path: str | Path) -> tuple[Path, Watch | None]:
-    """A run directory or a checkpoint directory -> the checkpoint to use, and what it is best by.
+def choose(path: str | Path) -> tuple[Path, Selection | None]:
+    """The checkpoint to use for a run or checkpoint directory, and how it was selected.
 
-    That is the given one, the run's best where one was to be chosen, or the last: None.
+    A checkpoint directory stands for itself. A run stands for its best checkpoint if its evaluations select one, else
+    for its last. The second value is None unless the checkpoint was selected as the best.
 
-    Raises UserError for a missing path or a directory that holds no checkpoint.
+    Raises UserError for a missing path or a directory without checkpoints.
     """
     path = Path(path)
     if not path.exists():
@@ -114,20 +125,24 @@ def choose(path: str | Path) -> tuple[Path, Watch | None]:
     if not found:
         inside = [str(folder) for folder in sorted(path.glob("*/")) if checkpoints(folder)]
         remedy = f"did you mean {' or '.join(inside[:3])}?" if inside else "give a run directory of training"
-        raise UserError(f"{path} holds no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); {remedy}")
+        raise UserError(f"{path} contains no checkpoint (neither {WEIGHTS} nor checkpoints/step_*); {remedy}")
     return best(path) or (found[-1], None)
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """`choose` without the reason; `prefer="last"`: a run's newest checkpoint."""
+    """The checkpoint that `choose` finds or, with `prefer="last"`, the newest one of a run."""
     chosen = choose(path)[0]
     return chosen if prefer == "best" or chosen == Path(path) else checkpoints(Path(path))[-1]
 
 
 def resume_from(run_dir: Path, how: str) -> Path | None:
-    """The checkpoint that `train.resume` means for a run directory; None: training starts anew.
+    """The checkpoint that training resumes from, or None to start from scratch.
 
-    Raises UserError where a run would be overwritten or two would be mixed.
+    Args:
+        run_dir: the run directory, which need not exist.
+        how: `train.resume`: "no", "auto" or a path.
+
+    Raises UserError if an existing run would be overwritten or mixed with another one.
     """
     existing = checkpoints(run_dir)
     if how == "auto":
@@ -140,7 +155,9 @@ def resume_from(run_dir: Path, how: str) -> Path | None:
         return None
     path = resolve_checkpoint(how, prefer="last")
     if existing and path.resolve() not in [place.resolve() for place in existing]:
-        raise UserError(f"{run_dir} already holds checkpoints, and {path} is none of them; choose another train.out")
+        raise UserError(
+            f"{run_dir} already holds checkpoints, and {path} is not one of them; choose another train.out"
+        )
     return path
 
 
@@ -154,11 +171,11 @@ def file_hash(path: Path) -> str:
 
 
 def recorded_hashes(checkpoint: Path) -> dict[str, str]:
-    """File -> SHA-256 when it was saved, and `oracle` -> that of an LM's oracle's weights; empty for older checkpoints.
+    """File name -> SHA-256 as saved. For an LM also "oracle" -> SHA-256 of the weights of its oracle.
 
-    Raises UserError for a damaged record.
+    Empty for a checkpoint without sha256.json. Raises UserError for a damaged record.
     """
-    remedy = "use another checkpoint, or remove the file to do without the check"
+    remedy = "use another checkpoint, or remove the file to skip the check"
     try:
         record = read_json(checkpoint / SUMS, remedy)
     except FileNotFoundError:
@@ -171,7 +188,7 @@ def recorded_hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def checked_hash(checkpoint: Path, name: str) -> str:
-    """SHA-256 of a checkpoint's file. Raises UserError if it is missing or not as it was saved."""
+    """SHA-256 of a file of a checkpoint. Raises UserError if the file is missing or has changed since it was saved."""
     file = checkpoint / name
     try:
         found = file_hash(file)
@@ -184,20 +201,25 @@ def checked_hash(checkpoint: Path, name: str) -> str:
 
 
 def read_config(checkpoint: Path) -> Run:
-    """The configuration a checkpoint directory carries. Raises UserError if it holds none or a damaged one."""
+    """The configuration of a checkpoint directory. Raises UserError if it is missing or damaged."""
     return read_overridden(checkpoint)[0]
 
 
 def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, list[Any]]]:
-    """The configuration a checkpoint directory carries, with `key=value` overrides, and what these changed:
-    key -> [trained value, present value].
+    """The configuration of a checkpoint directory with overrides applied.
 
-    Raises UserError if it holds none or a damaged one, and for overrides that are misspelt or impossible, or that would
-    make another model of it.
+    Args:
+        checkpoint: the checkpoint directory.
+        overrides: `key=value` strings.
+
+    Returns the configuration and the changed settings: key -> [trained value, current value].
+
+    Raises UserError if the configuration is missing or damaged, and for overrides that are misspelled or invalid or
+    that would change the model.
     """
     file = checkpoint / CONFIG
     if not file.is_file():
-        raise UserError(f"{checkpoint} holds no config.yaml; give a run directory or one of its checkpoints")
+        raise UserError(f"{checkpoint} contains no config.yaml; give a run directory or one of its checkpoints")
     checked_hash(checkpoint, CONFIG)
     tree = read_tree(file)
     for section, key in RETIRED:
@@ -207,7 +229,7 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
     if not overrides:
         validate(run, run)
         return run, {}
-    # The plugins that the user names stand in for those of the run.
+    # Plugins given by the user replace those of the run.
     named = [override for override in overrides if override.startswith("plugins=")]
     trained = load_run(tree, named, found_in=file)
     changed = check_overrides(run, replace(trained, plugins=tuple(tree.get("plugins") or ())))
@@ -216,16 +238,19 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
 
 
 def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
-    """The oracle configuration behind a run or checkpoint directory, and that checkpoint."""
+    """The configuration of an oracle's run or checkpoint directory, and the checkpoint it comes from.
+
+    Raises UserError if it is not a stage I checkpoint.
+    """
     checkpoint = resolve_checkpoint(path)
     run = read_config(checkpoint)
     if not isinstance(run, OracleRun):
-        raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not of an oracle; point `oracle=` at stage I")
+        raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not an oracle; point `oracle=` at stage I")
     return run, checkpoint
 
 
 def inherit(run: Run) -> Run:
-    """Fills an LM's configuration from its oracle's checkpoint. Raises UserError for impossible combinations."""
+    """Completes an LM's configuration from its oracle's checkpoint. Raises UserError for invalid combinations."""
     if isinstance(run, LMRun):
         run = resolve_lm(run, read_oracle_config(oracle_to_train_on(run))[0])
     validate(run)
@@ -233,14 +258,14 @@ def inherit(run: Run) -> Run:
 
 
 def weights_hash(checkpoint: Path) -> str:
-    """SHA-256 of a checkpoint's weights when they were saved; of older checkpoints, as they are."""
+    """SHA-256 of a checkpoint's weights: the recorded one, else computed from the file."""
     return recorded_hashes(checkpoint).get(WEIGHTS) or file_hash(checkpoint / WEIGHTS)
 
 
 def find_oracle(checkpoint: Path, run: LMRun) -> Path:
-    """The oracle's checkpoint that an LM's was trained on: the copy inside its run directory, else the original.
+    """The oracle checkpoint that an LM was trained on: the copy inside the LM's run directory, else the original.
 
-    Raises UserError where neither has the weights that the LM was trained on.
+    Raises UserError if neither has the weights that the LM was trained on.
     """
     wanted = recorded_hashes(checkpoint).get("oracle")
     copy = checkpoint.parent.parent / "oracle"
@@ -248,64 +273,64 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
         if (place / WEIGHTS).is_file():
             if wanted not in (None, weights_hash(place)):
                 raise UserError(
-                    f"{place} is not the oracle that {checkpoint} was trained on (another SHA-256); put that one back"
+                    f"{place} is not the oracle that {checkpoint} was trained on (SHA-256 differs); put that one back"
                 )
             return place
     original = Path(run.oracle)
     if wanted is None and original.exists():
         return original
-    if wanted is not None and (found := _holder(original, wanted)) is not None:
+    if wanted is not None and (found := _find_weights(original, wanted)) is not None:
         return found
     raise UserError(
-        f"{copy} is missing, and {original} does not hold the oracle that {checkpoint} was trained on; "
-        "copy the LM's run directory whole, its folder oracle/ included"
+        f"{copy} is missing, and {original} does not contain the oracle that {checkpoint} was trained on; "
+        "copy the LM's whole run directory, including its folder oracle/"
     )
 
 
-def _holder(place: Path, weights: str) -> Path | None:
-    """The checkpoint with these weights (SHA-256), if `place` is it or is its run."""
+def _find_weights(place: Path, sha256: str) -> Path | None:
+    """The checkpoint in the run or checkpoint directory `place` whose weights have this SHA-256, or None."""
     for found in (place, *checkpoints(place)):
-        if (found / WEIGHTS).is_file() and weights_hash(found) == weights:
+        if (found / WEIGHTS).is_file() and weights_hash(found) == sha256:
             return found
     return None
 
 
 def oracle_to_train_on(run: LMRun) -> Path:
-    """The oracle's checkpoint for an LM's training: what `oracle` names, or, when a run goes on, what it began with.
+    """The oracle checkpoint to train an LM on: the one that `oracle` names or, on resume, the one used so far.
 
-    Raises UserError where a run that goes on is given another oracle.
+    Raises UserError if a resumed run is given a different oracle.
     """
     if run.train.resume != "no":
         checkpoint = resume_from(Path(run.train.out), run.train.resume)
         if checkpoint is not None:
-            with offering_earlier(run, checkpoint):
+            with suggesting_earlier(run, checkpoint):
                 checked_hash(checkpoint, CONFIG)
             kept = resolve_checkpoint(find_oracle(checkpoint, run))
-            _refuse_another_oracle(run, checkpoint, kept)
+            _refuse_different_oracle(run, checkpoint, kept)
             return kept
     if not Path(run.oracle).exists():
         raise UserError(
-            f"oracle={run.oracle}: no such run or checkpoint directory; train the oracle first, or name another"
+            f"oracle={run.oracle}: no such run or checkpoint directory; train the oracle first, or give another one"
         )
     return resolve_checkpoint(run.oracle)
 
 
-def _refuse_another_oracle(run: LMRun, checkpoint: Path, kept: Path) -> None:
-    """`kept`: what the run in `checkpoint` was trained on. The oracle that it names may have moved on, or be gone."""
+def _refuse_different_oracle(run: LMRun, checkpoint: Path, kept: Path) -> None:
+    """`kept`: the oracle that `checkpoint` was trained on. Its run may have been trained further or deleted since."""
     trained, asked = read_config(checkpoint), Path(run.oracle)
-    if not isinstance(trained, LMRun) or not asked.exists() or _holder(asked, weights_hash(kept)) is not None:
+    if not isinstance(trained, LMRun) or not asked.exists() or _find_weights(asked, weights_hash(kept)) is not None:
         return
     before = Path(trained.oracle)
     if not (before == asked or (before.exists() and before.samefile(asked))):
         raise UserError(
-            f"oracle={asked}: this run goes on with its own oracle, {kept}, which is another; "
-            f"leave oracle={before} as it was, or start another run with another train.out"
+            f"oracle={asked}: this run continues with its own oracle, {kept}, which is a different one; "
+            f"leave oracle={before} as it was, or start a new run with another train.out"
         )
 
 
 @contextmanager
-def offering_earlier(run: Run, checkpoint: Path) -> Iterator[None]:
-    """Around loading the checkpoint that `train.resume=auto` means: adds to an error which one is the one before."""
+def suggesting_earlier(run: Run, checkpoint: Path) -> Iterator[None]:
+    """Errors raised inside, while loading `checkpoint` for `train.resume=auto`, also name the checkpoint before it."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""YAML and `key=value` text to frozen dataclasses, and back. Knows no task and no torch."""
+"""Converts YAML and `key=value` text to frozen dataclasses, and back. Independent of tasks and torch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from uvim_fsq.config.shipped import find_config, shipped_names
 from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 
-#: Keys of `data` that an LM takes over from its oracle unless they are given.
+#: Keys of `data` that an LM inherits from its oracle unless they are set.
 INHERITED = ("root", "image_size", "train_split", "eval_split", "selection_split", "crop", "crop_area", "hflip")
 
 
 def merge(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, found_in: Path | None = None
 ) -> tuple[Tree, set[str]]:
-    """A configuration file or parsed tree with `key=value` overrides merged in, and the overrides' top-level keys.
+    """Merges `key=value` overrides into a configuration file or parsed tree.
 
     Args:
-        found_in: the file of a trained run that `source` was read from. It may be anybody's, so it must not refer to
-            anything outside itself.
+        source: the path of a YAML file, or its parsed tree.
+        overrides: dotted keys with YAML values, e.g. "train.steps=100".
+        found_in: the file of a trained run that `source` was read from. It may come from anybody, so it must not refer
+            to anything outside itself.
+
+    Returns:
+        The merged tree, and the top-level keys of the overrides.
 
     Raises UserError for overrides that cannot be parsed.
     """
@@ -49,14 +54,14 @@ def merge(
         merged = OmegaConf.merge(OmegaConf.create(tree), given)
         resolved = OmegaConf.to_container(merged, resolve=True)
     except yaml.YAMLError as error:
-        shown = short(" ".join(overrides))
-        raise UserError(f"one of the overrides {shown} is not valid YAML: {_one_line(error)[:300]}") from error
+        text = short(" ".join(overrides))
+        raise UserError(f"one of the overrides {text} is not valid YAML: {_one_line(error)[:300]}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0][:300]}") from error
     except RecursionError as error:
         raise UserError(f"one of the overrides {short(' '.join(overrides))} is nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"one of the overrides {short(' '.join(overrides))} holds too long a number") from error
+        raise UserError(f"one of the overrides {short(' '.join(overrides))} has a number that is too long") from error
     return typing.cast(Tree, resolved), {str(key) for key in given}
 
 
@@ -65,18 +70,18 @@ def _one_line(error: Exception) -> str:
 
 
 def short(value: Any) -> str:
-    """`value` as Python writes it, cut where it is long, for messages."""
+    """`repr(value)` for messages, truncated to 200 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _refuse_references(tree: Tree, file: Path) -> None:
-    """`extends` and ${...} would put what lies on this machine into the run's results."""
+    """Refuses `extends` and ${...}, which could copy local files or environment variables into the run's results."""
     if "extends" in tree:
-        raise UserError(f"{file} says `extends`; a run's configuration is whole, remove that line")
+        raise UserError(f"{file} contains `extends`; the configuration of a run must be complete, remove that line")
     todo: list[Any] = [tree]
     while todo:
         value = todo.pop()
@@ -85,13 +90,16 @@ def _refuse_references(tree: Tree, file: Path) -> None:
         elif isinstance(value, list):
             todo += typing.cast(list[Any], value)
         elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{file} holds ${{...}}, which a run's configuration may not; write the value itself there")
+            raise UserError(f"{file} contains ${{...}}, which a run's configuration may not; write the value itself")
 
 
 def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
-    """A configuration file as a tree, what it extends included. Raises UserError for anything but keys and values."""
+    """Reads a configuration file as a tree, merged onto the file that it extends, if any.
+
+    `children`: the files that led here through `extends`. Raises UserError for anything but keys and values.
+    """
     if path.resolve() in children:
-        raise UserError(f"{path}: `extends` goes round in a circle; remove it from one of the files")
+        raise UserError(f"{path}: `extends` forms a cycle; remove it from one of the files")
     tree = read_tree(path)
     parent = tree.pop("extends", None)
     if parent is None:
@@ -103,7 +111,7 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Tree:
         file = find_config(parent)
     base = read_yaml(file, (*children, path.resolve()))
     if _task_name(tree) not in (None, _task_name(base)):
-        # Another task has other keys.
+        # The base file configures a different task, whose keys do not apply.
         base.pop("task", None)
     try:
         return typing.cast(Tree, OmegaConf.to_container(OmegaConf.merge(base, tree), resolve=False))
@@ -117,7 +125,10 @@ def _task_name(tree: Tree) -> Any:
 
 
 def build(cls: type, tree: Any, prefix: str) -> Any:
-    """Converts a parsed tree into the frozen dataclass `cls`; `prefix` is the dotted path for messages."""
+    """Converts a parsed tree into the frozen dataclass `cls`; `prefix` is the dotted path for messages.
+
+    Raises UserError for unknown keys (with a suggestion), missing keys and wrong types.
+    """
     if not isinstance(tree, dict):
         raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys and values, got {short(tree)}")
     hints = typing.get_type_hints(cls)
@@ -129,7 +140,7 @@ def build(cls: type, tree: Any, prefix: str) -> Any:
         values[key] = convert(hints[key], value, f"{prefix}{key}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{prefix}{name} is missing; give it in the file or as {prefix}{name}=...")
+            raise UserError(f"{prefix}{name} is missing; set it in the file or as {prefix}{name}=...")
     return cls(**values)
 
 
@@ -139,8 +150,8 @@ def settings_of(cls: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _word(key: Any) -> str:
-    """A key for a message; text that is none may be a line of some other file, which is nobody's business."""
-    return str(key) if re.fullmatch(r"[\w.-]{1,40}", str(key)) else "(text that is no key's name)"
+    """A key for a message. Text that does not look like a key is not quoted: it may be a line of some other file."""
+    return str(key) if re.fullmatch(r"[\w.-]{1,40}", str(key)) else "(not a valid key name)"
 
 
 def _did_you_mean(key: Any, fields: Mapping[str, Any], prefix: str) -> str:
@@ -149,7 +160,7 @@ def _did_you_mean(key: Any, fields: Mapping[str, Any], prefix: str) -> str:
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`; ints pass for floats, lists for tuples."""
+    """Converts `value` to the type `hint`; ints are accepted as floats, and lists as tuples. Raises UserError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -157,7 +168,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return _convert_union(args, value, key, hint)
     if origin is Literal:
         if value is False and "no" in args:
-            return "no"  # YAML's reading of an unquoted no
+            return "no"  # YAML reads an unquoted no as false
         if value in args and not isinstance(value, bool):
             return value
         raise UserError(f"{key}={short(value)}: must be one of {', '.join(map(str, args))}")
@@ -173,17 +184,17 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) < 1 << 63:
             return value
-        raise UserError(f"{key}={short(value)}: must fit into 64 bits")
+        raise UserError(f"{key}={short(value)}: must fit in 64 bits")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and value is None:
         return ""  # `key=` on the command line
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_truth(value)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_boolean_hint(value)}")
 
 
-def _truth(value: Any) -> str:
+def _boolean_hint(value: Any) -> str:
     return " (YAML reads yes and on as true, no and off as false)" if isinstance(value, bool) else ""
 
 
@@ -197,7 +208,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> An
             return convert(option, value, key)
         except UserError:
             continue
-    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_truth(value)}")
+    raise UserError(f"{key}={short(value)}: must be {_type_name(hint)}{_boolean_hint(value)}")
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
@@ -226,7 +237,7 @@ def _type_name(hint: Any) -> str:
 
 
 def explicit_data_keys(run: LMRun) -> set[str]:
-    """The inherited keys of `data` that the LM's own configuration sets."""
+    """The keys in `INHERITED` that the LM's own configuration sets."""
     defaults = DataConfig()
     return {key for key in INHERITED if key in run.given or getattr(run.data, key) != getattr(defaults, key)}
 
@@ -234,7 +245,7 @@ def explicit_data_keys(run: LMRun) -> set[str]:
 def to_dict(run: Any) -> Tree:
     """The whole configuration as plain lists and dicts; `load_run(to_dict(run)) == run`.
 
-    What an LM has yet to inherit from its oracle is left out.
+    Keys that an LM will inherit from its oracle are left out.
     """
     tree: Tree = {}
     for field in settings_of(run):
@@ -246,6 +257,7 @@ def to_dict(run: Any) -> Tree:
 
 
 def to_plain(value: Any) -> Any:
+    """One value of a configuration as plain lists and dicts."""
     if isinstance(value, TaskSection):
         return {"name": value.name, **to_dict(value.options)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -261,7 +273,7 @@ def dump_yaml(run: Run) -> str:
 
 
 def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(key, type, default, documentation) of every field of a configuration dataclass, nested ones flattened."""
+    """(key, type, default, documentation) of every field of a configuration dataclass, nested sections included."""
     docs = field_docs(cls)
     hints = typing.get_type_hints(cls)
     rows: list[tuple[str, str, str, str]] = []
@@ -277,7 +289,7 @@ def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str, str]
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the string that stands under it in the class body."""
+    """Maps each field to the documentation string under it in the class body."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs: dict[str, str] = {}
     for node, below in zip(body, body[1:], strict=False):

@@ -1,7 +1,7 @@
-"""Modules that a configuration names under `plugins:`: which of them may be imported, and from where.
+"""The modules listed under `plugins:`: which of them may be imported, and how they are imported.
 
-To import a module is to run it. A user's own configuration may name what it likes; that of a trained run, which may be
-anybody's, only what the user trusts. Knows nothing of tasks.
+Importing a module runs its code. A user's own configuration may list any module. The configuration of a trained run may
+come from anybody, so its plugins are imported only if the user trusts them. Independent of tasks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 from uvim_fsq.errors import UserError
 
-#: The group of entry points under which installed packages offer tasks.
+#: The entry point group through which installed packages provide tasks.
 GROUP = "uvim_fsq.tasks"
-#: What the user named in this process: on the command line, in a configuration file of theirs, in Python.
+#: Modules that the user has named in this process: on the command line, in their own configuration file, or in Python.
 _named: set[str] = set()
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 @contextmanager
 def trusting(trust: bool = True) -> Generator[None]:
-    """Inside, the plugins of any run may be imported; UVIM_FSQ_TRUST=1 says so for the whole process."""
+    """In the block, the plugins of any run may be imported. UVIM_FSQ_TRUST=1 allows it for the whole process."""
     before = _trusting.set(trust or _trusting.get())
     try:
         yield
@@ -36,15 +36,16 @@ def trusting(trust: bool = True) -> Generator[None]:
 
 
 def name_plugins(modules: Iterable[str]) -> None:
-    """Takes note of modules that the user has named, which is to trust them."""
+    """Records modules that the user has named, and so trusts."""
     _named.update(modules)
 
 
 def refuse_strangers(modules: Iterable[str], file: Path) -> None:
-    """Raises UserError for the first plugin of a trained run that the user has not named, installed or trusted.
+    """Raises UserError for the first plugin of a trained run that the user has neither named, installed nor trusted.
 
     Args:
-        file: the run's configuration, for the message.
+        modules: the run's plugins.
+        file: the run's configuration file, for the message.
     """
     if _trusting.get() or os.environ.get("UVIM_FSQ_TRUST") == "1":
         return
@@ -55,20 +56,20 @@ def refuse_strangers(modules: Iterable[str], file: Path) -> None:
                 f"{file} asks to import the plugin {module!r}, which runs its code ({_place(module)}); "
                 f"if you trust it, add --trust (Python: trust=True; or set UVIM_FSQ_TRUST=1), or plugins=[{module}]"
                 if module.replace(".", "").isidentifier()
-                else f"{file} asks to import the plugin {module!r}, which is no module's name; remove it"
+                else f"{file} asks to import the plugin {module!r}, which is not a module name; remove it"
             )
 
 
 def import_plugin(module: str) -> None:
-    """Imports a module that was found to be trusted; the current folder is searched last of all.
+    """Imports a trusted module. The working directory is searched last.
 
-    Raises UserError when it cannot be imported.
+    Raises UserError if it cannot be imported.
     """
     if module in sys.modules:
         return
     if "/" in module or module.endswith(".py"):
         name = module.removesuffix(".py").strip("./").replace("/", ".")
-        raise UserError(f"plugin {module!r} is the name of a file; give the module's, {name}")
+        raise UserError(f"plugin {module!r} is a file name; give the module name, {name}")
     folder = os.getcwd()
     try:
         try:
@@ -76,13 +77,13 @@ def import_plugin(module: str) -> None:
         except ModuleNotFoundError as error:
             if folder in sys.path or not f"{module}.".startswith(f"{error.name}."):
                 raise
-            # It stays on the path: the plugin may import what lies beside it later.
+            # The folder stays on the path: the plugin may later import modules next to it.
             sys.path.append(folder)
             importlib.invalidate_caches()
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"plugin {module!r} cannot be imported ({error}); is it installed, or its folder on PYTHONPATH?"
+            f"plugin {module!r} cannot be imported ({error}); install it, or add its folder to PYTHONPATH"
         ) from error
     except Exception as error:
         raise UserError(f"plugin {module!r} cannot be imported: {describe(error)}") from error
@@ -90,7 +91,7 @@ def import_plugin(module: str) -> None:
 
 @contextmanager
 def plugin_code(what: str) -> Generator[None]:
-    """Around calling the code of a plugin: its exceptions become a UserError of one line that begins with `what`."""
+    """Runs plugin code: converts its exceptions into a one-line UserError that begins with `what`."""
     try:
         yield
     except UserError:
@@ -100,26 +101,26 @@ def plugin_code(what: str) -> Generator[None]:
 
 
 def describe(error: Exception) -> str:
-    """What a plugin's code did wrong, and in which line."""
+    """A plugin's exception in one line, with the file and line of its code."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    # A library's lines, or ours, tell the author of a plugin less than the line that called them.
-    others = ("site-packages", "<frozen ", os.path.dirname(__file__))
-    places = [
-        place
-        for place in traceback.extract_tb(error.__traceback__)
-        if not any(other in place.filename for other in others)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # The plugin's own line is more useful to its author than the line in a library or in this package that raised.
+    skipped = ("site-packages", "<frozen ", os.path.dirname(os.path.dirname(__file__)))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in skipped)
     ]
-    return f"{said} ({places[-1].filename}, line {places[-1].lineno})" if places else said
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
 def _place(module: str) -> str:
-    """Where `module` would be imported from, found without running anything."""
+    """Where `module` would be imported from, found without running any of its code."""
     base = module.replace(".", os.sep)
     for folder in (*sys.path, os.getcwd()):
         for file in (f"{base}.py", os.path.join(base, "__init__.py")):
             found = os.path.abspath(os.path.join(folder, file))
             if os.path.isfile(found):
                 return f"from {found}"
-    return "no file of that name is found here"
+    return "no file of that name was found"

@@ -1,30 +1,32 @@
-"""Impossible configurations, refused before anything is built. Knows nothing of files or torch."""
+"""Validation of a whole configuration before anything is built. Does not touch files or import torch."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, OracleRun, Run
+from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, TOKEN_MODELS, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
 def validate(run: Run, trained: Run | None = None) -> None:
-    """Refuses impossible combinations before anything is built. Raises UserError with the remedy.
+    """Checks value ranges and combinations of settings. Raises UserError for the first problem, with the remedy.
 
-    `trained`: the configuration of a trained model, which `run` is or overrides. Its training is past: what would be
-    refused of that today stays allowed.
+    Args:
+        trained: the configuration of a trained model, which `run` equals or overrides. Problems in its training
+            settings are ignored, because that training is over.
     """
-    past = set(_training_problems(trained)) if trained is not None else set[str]()
+    ignored = set(_training_problems(trained)) if trained is not None else set[str]()
     for problem in itertools.chain(_training_problems(run), _problems(run)):
-        if problem not in past:
+        if problem not in ignored:
             raise UserError(problem)
 
 
 def check_warmup(run: Run, total: int) -> None:
-    """Refuses a warm-up that the run's `total` steps do not outlast; its rate would never fall. Raises UserError."""
+    """Raises UserError if the warm-up is not shorter than the run's `total` steps: the rate would never decay."""
     for problem in _warmup_problems(run, total):
         raise UserError(problem)
 
@@ -37,23 +39,23 @@ def _warmup_problems(run: Run, total: int) -> Iterator[str]:
 
 
 def check_patches(image_size: int, patch_size: int) -> None:
-    """Raises UserError for an image side that patches do not tile."""
+    """Raises UserError if the patch size does not divide the image side (both in pixels)."""
     if image_size % patch_size:
         raise UserError(f"data.image_size={image_size} is not divisible by model.patch_size={patch_size}")
 
 
 def check_code_length(code_length: int) -> None:
-    """Raises UserError for a code length that is no square grid."""
+    """Raises UserError if the code length is not a square number."""
     if math.isqrt(code_length) ** 2 != code_length:
         raise UserError(f"model.code_length={code_length} is not a square number (e.g. 16, 64, 256)")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, prefix: str = "") -> None:
-    """Raises UserError for impossible sampling settings; `prefix` is put in front of their names."""
+    """Raises UserError for invalid sampling settings; `prefix` is prepended to their names in the message."""
     if temperature < 0:
         raise UserError(f"{prefix}temperature={temperature} is negative; 0 is greedy")
     if top_k is not None and top_p is not None:
-        raise UserError(f"{prefix}top_k and {prefix}top_p exclude each other; give one of them")
+        raise UserError(f"{prefix}top_k and {prefix}top_p are mutually exclusive; set one of them")
     if top_k is not None and top_k < 1:
         raise UserError(f"{prefix}top_k={top_k}: keep at least one token")
     if top_p is not None and not 0 < top_p <= 1:
@@ -61,10 +63,10 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, p
 
 
 def resolve_levels(levels: Sequence[int] | str, shift: str = "published", prefix: str = "") -> tuple[int, ...]:
-    """FSQ's levels per channel, from a sequence or a preset's name ("2^12").
+    """FSQ's levels per channel, from a sequence or the name of a preset ("2^12").
 
-    Raises UserError for unknown names, fewer than 2 levels, too many codes, and a shift that is undefined for 2 levels;
-    `prefix` is put in front of the names of the settings.
+    Raises UserError for an unknown preset, fewer than 2 levels, 2^31 or more codes, and for shift "centered" with 2
+    levels. `prefix` is prepended to the setting names in the message.
     """
     if isinstance(levels, str):
         if levels not in LEVEL_PRESETS:
@@ -115,7 +117,7 @@ def _out_of_range(run: Run, sections: tuple[str, ...]) -> Iterator[str]:
                 continue
             value: Any = run
             for name in key.split("."):
-                value = getattr(value, name, None)  # some keys belong to one stage only
+                value = getattr(value, name, None)  # some keys exist in one stage only
             if value is not None and not fits(value):
                 yield f"{key}={value}: {rule}"
 
@@ -128,7 +130,7 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield "give exactly one of train.epochs and train.steps"
     yield from _out_of_range(run, ("train", "optim"))
     if not all(0 <= beta < 1 for beta in run.optim.betas):
-        yield f"optim.betas={list(run.optim.betas)}: must be two numbers from 0 to below 1"
+        yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:
         yield from _warmup_problems(run, train.steps)
     if train.ema is not None and not 0 < train.ema < 1:
@@ -136,16 +138,18 @@ def _training_problems(run: Run) -> Iterator[str]:
 
 
 def _problems(run: Run) -> Iterator[str]:
-    """Those of data, model and evaluation, which a trained run has as well."""
+    """Problems in the data, model and evaluation settings, which matter for a trained run as well."""
     evaluation, model = run.eval, run.model
     yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
-        yield f"data.crop_area={list(run.data.crop_area)}: must be two rising shares of the area in (0, 1]"
+        yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
     yield from _problems_of(lambda: check_sampling(evaluation.temperature, evaluation.top_k, evaluation.top_p, "eval."))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
+    else:
+        yield from _unknown_kind("model.kind", run.model.kind, TOKEN_MODELS, run)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -158,9 +162,13 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
             "lower it, or the patch size"
         )
     quantizer = model.quantizer
-    if quantizer.kind not in QUANTIZERS and not run.plugins:
-        yield (
-            f"model.quantizer.kind={quantizer.kind}: must be one of {', '.join(QUANTIZERS)}, or be registered by a "
-            "module in `plugins`"
-        )
+    yield from _unknown_kind("model.quantizer.kind", quantizer.kind, QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:
+    # Plugins may register others; they are not imported here.
+    if kind not in known and not run.plugins:
+        close = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "one of your own must be registered by a module in `plugins`"
+        yield f"{key}={kind}: must be one of {', '.join(known)}; {hint}"

@@ -1,8 +1,9 @@
-"""The configuration schema: frozen dataclasses, the string under a field is its documentation (shown by --help).
+"""The configuration schema: frozen dataclasses. The string under a field documents it and is shown by --help.
 
-YAML files and `key=value` overrides are merged by OmegaConf and turned into these plain dataclasses at the border
-(config_io.py). Stage II (`LMRun`) never retypes stage I: task, levels and architecture are read from the oracle's
-checkpoint. Knows nothing of torch.
+OmegaConf merges YAML files and `key=value` overrides; `config.parse` converts the result into these dataclasses. Stage
+II (`LMRun`) repeats nothing of stage I: task, levels and architecture are read from the oracle's checkpoint.
+
+"The reference" below is the UViM reference code (big_vision, JAX). Does not import torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-#: Level presets of the FSQ paper (section 4), by the exponent of the codebook size they stand for.
+#: Level presets of the FSQ paper (arXiv 2309.15505, section 4), by approximate codebook size.
 LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
     "2^8": (8, 6, 5),
     "2^10": (8, 5, 5, 5),
@@ -19,7 +20,7 @@ LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
     "2^16": (8, 8, 8, 5, 5, 5),
 }
 
-#: The quantizers and token models of this package; plugins may register others.
+#: Built-in quantizers and token models; plugins may register others.
 QUANTIZERS = ("fsq", "vq")
 TOKEN_MODELS = ("autoregressive",)
 
@@ -27,28 +28,28 @@ TOKEN_MODELS = ("autoregressive",)
 @dataclass(frozen=True)
 class DataConfig:
     root: str = ""
-    """Folder of the data set; relative paths are looked up under $UVIM_FSQ_DATA (default: datasets/), then here."""
+    """Data set folder; relative paths are looked up in $UVIM_FSQ_DATA (default: datasets/), then in the current one."""
     image_size: int = 512
-    """Side in pixels of the square image and label map that the models see."""
+    """Side in pixels of the square images and label maps that the models see."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
     """Split to evaluate on."""
     selection_split: str = ""
-    """Split that training evaluates on; empty: eval_split. Any other picks the best checkpoint, by the task's main
-    metric where the protocol reports that; else the last checkpoint is the run's result."""
+    """Split that training evaluates on; empty: eval_split. A split other than eval_split selects the best checkpoint,
+    by the task's main metric if the protocol reports it; otherwise the last checkpoint is the run's result."""
     crop: Literal["inception", "none"] = "inception"
-    """Training crop: inception (random area and aspect) or none (the whole image resized)."""
+    """Training crop: inception (random area and aspect ratio) or none (resize the whole image)."""
     crop_area: tuple[float, float] = (0.05, 1.0)
-    """Smallest and largest share of the image's area that the inception crop keeps."""
+    """Smallest and largest fraction of the image area that the inception crop keeps."""
     hflip: bool = True
-    """Mirror half of the training samples."""
+    """Flip training samples horizontally with probability 0.5."""
     workers: int = 4
-    """Loader processes per training process; 0 loads in the main process."""
+    """Loader processes per training process; 0 loads in the training process."""
     cache: bool = False
     """Keep decoded samples in memory (small data sets; with workers > 0 each worker keeps its own)."""
     max_pixels: int = 250_000_000
-    """Pixels of the largest picture or label map that is decoded; larger ones are refused by their headers."""
+    """Largest image or label map to decode, in pixels; larger ones are refused once the header is read."""
     max_bad_samples: int = 0
     """Unreadable training samples to skip and count before giving up; evaluation never skips."""
 
@@ -56,21 +57,21 @@ class DataConfig:
 @dataclass(frozen=True)
 class QuantizerConfig:
     kind: str = "fsq"
-    """Quantizer of the bottleneck: fsq, vq (the baseline it replaces), or one that a plugin registers."""
+    """Quantizer of the bottleneck: fsq, vq (the baseline that FSQ replaces), or one registered by a plugin."""
     levels: tuple[int, ...] | Literal["2^8", "2^10", "2^12", "2^14", "2^16"] = (7, 5, 5, 5, 5)
     """FSQ levels per channel, or a preset: 2^8, 2^10, 2^12, 2^14, 2^16."""
     shift: Literal["published", "centered"] = "published"
-    """Offset inside FSQ's tanh for even levels: as published (tan), or centered (atanh, bound(0) = 0)."""
+    """FSQ: offset inside the tanh for even levels: published (tan) or centered (atanh, so that bound(0) = 0)."""
     codebook_size: int = 4096
-    """VQ: number of codewords; FSQ's is the product of its levels."""
+    """VQ: number of codewords (for FSQ, the product of the levels)."""
     codeword_dim: int = 768
-    """VQ: channels of a codeword; FSQ's is the number of its levels."""
+    """VQ: channels of a codeword (for FSQ, the number of levels)."""
     momentum: float = 0.995
-    """VQ: of the running counts and sums behind the codewords."""
+    """VQ: momentum of the running counts and sums that define the codewords."""
     split: bool = True
-    """VQ: codebook splitting, rare codewords are replaced by halves of the most frequent."""
+    """VQ: codebook splitting: rare codewords are replaced by halves of the most frequent ones."""
     commitment: float = 0.0
-    """VQ: weight of the mean squared distance between the encoder's output and its codeword, in the loss."""
+    """VQ: weight of the commitment loss, the mean squared distance between encoder output and codeword."""
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,30 @@ class OracleModelConfig:
     context: Literal["both", "encoder", "decoder", "none"] = "both"
     """Which halves of the oracle see the RGB image."""
     code_length: int = 256
-    """Number of tokens, a square number."""
+    """Number of tokens per image, a square number."""
     code_dropout: Literal["none", "random", "ordered"] = "random"
-    """Codes zeroed in training: a random share of them, in random order, or always from the last on."""
+    """Zero a random number of codes in training: at random positions (random) or always the last ones (ordered)."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     name: str = "vit_large_patch16_224"
-    """Any timm ViT; its class token is left out and its size follows data.image_size."""
+    """Name of a timm ViT; the class token is dropped and the input size follows data.image_size."""
     weights: str = "none"
-    """none, hub (timm's published weights, downloaded), or the path of a local .safetensors / .npz / .pth file."""
+    """none, hub (download timm's published weights), or the path of a local .safetensors / .npz / .pth file."""
     act_layer: Literal["default", "gelu", "gelu_tanh"] = "default"
-    """Activation of the MLPs; gelu_tanh is the reference's."""
+    """Activation of the MLPs; the reference uses gelu_tanh."""
     patch_size: int | None = None
-    """Overrides the named model's patch size."""
+    """Overrides the patch size of the named model."""
     width: int | None = None
-    """Overrides the named model's width."""
+    """Overrides the width of the named model."""
     depth: int | None = None
-    """Overrides the named model's depth."""
+    """Overrides the depth of the named model."""
     num_heads: int | None = None
-    """Overrides the named model's attention heads."""
+    """Overrides the attention heads of the named model."""
     mlp_dim: int | None = None
-    """Overrides the named model's MLP width."""
+    """Overrides the MLP width of the named model."""
 
 
 @dataclass(frozen=True)
@@ -128,29 +129,29 @@ class LMModelConfig:
     mlp_dim: int = 4096
     """Hidden width of the token decoder's MLP."""
     dropout: float = 0.0
-    """Dropout on the residual branches and token embeddings of the decoder in training."""
+    """Dropout rate on the decoder's residual branches and token embeddings in training."""
     kind: str = "autoregressive"
-    """Token model: autoregressive (the papers' encoder-decoder), or one that a plugin registers."""
+    """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adafactor", "adamw"] = "adafactor"
-    """adafactor (the reference's) or adamw (torch's)."""
+    """adafactor (as in the reference) or adamw (torch's)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay of kernels (matrices): times the schedule (adafactor), times the rate (adamw)."""
+    """Decoupled weight decay of weight matrices, scaled by the schedule (adafactor) or the learning rate (adamw)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Momentum and (largest) second-moment decay."""
+    """Momentum and second-moment decay (adafactor: its upper bound)."""
     warmup_steps: int = 4000
-    """Steps of linear warm-up from rate 0 before the cosine; fewer than the run has."""
+    """Steps of linear warm-up from 0 before the cosine decay; must be below the run's number of steps."""
     final_lr_ratio: float = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     clip_norm: float | None = 1.0
-    """Global gradient norm to clip at; null for none."""
+    """Clip the global gradient norm to this value; null: no clipping."""
     encoder_lr_ratio: float = 1.0
-    """Rate multiplier of the LM's image encoder (the reference: 0.1); no effect in stage I."""
+    """Learning rate multiplier of the LM's image encoder (reference: 0.1); no effect in stage I."""
 
 
 @dataclass(frozen=True)
@@ -158,67 +159,67 @@ class TrainConfig:
     out: str = ""
     """Run directory."""
     batch_size: int = 1024
-    """Global batch over all processes and accumulation steps."""
+    """Global batch size, over all processes and accumulation steps."""
     epochs: float | None = None
-    """Length of training in epochs; give this or steps."""
+    """Length of training in epochs; set this or steps."""
     steps: int | None = None
     """Length of training in optimizer steps."""
     seed: int = 0
-    """Seed of initialisation, data order, augmentation and dropout."""
+    """Seed of initialization, data order, augmentation and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward and backward pass; master weights stay float32."""
+    """Precision of the forward and backward pass; master weights stay float32."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process. They need not be of equal size."""
+    """Micro-batches per optimizer step and process; their sizes may differ by one."""
     compile: bool = False
-    """torch.compile the model and, in stage II, the oracle that makes its tokens."""
+    """Use torch.compile for the model and, in stage II, for the oracle that computes the target tokens."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, used for evaluation and saved; null for none."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved; null: none."""
     log_every: int = 50
     """Steps between log lines."""
     eval_every: int | None = None
     """Steps between evaluations; null: only at the end."""
     eval_limit: int | None = None
-    """Images per evaluation in training; null: the whole split. The run's result is of all of eval_split."""
+    """Images per evaluation in training; null: the whole split. The run's result always covers all of eval_split."""
     save_every: int | None = None
     """Steps between checkpoints; null: only at the end and on interruption."""
     keep: int = 2
-    """Latest checkpoints kept, beside the best where one is picked (data.selection_split)."""
+    """Number of latest checkpoints to keep, in addition to the best one if one is selected (data.selection_split)."""
     resume: Literal["no", "auto"] | str = "no"
-    """no (refuse a run directory with checkpoints), auto (continue if there is one) or a checkpoint's path; newer
-    checkpoints of that run are then moved to its folder set_aside/."""
+    """no (refuse a run directory that has checkpoints), auto (continue from the latest, if any) or the path of a
+    checkpoint; newer checkpoints of that run are then moved to its folder set_aside/."""
     resume_changes: bool = False
-    """On resume, go on with settings that differ from the checkpoint's; without it they are listed and refused."""
+    """Allow resuming with settings that differ from the checkpoint's; otherwise they are listed and refused."""
     wandb: bool = False
-    """Log to Weights & Biases too (needs the wandb package)."""
+    """Also log to Weights & Biases (needs the wandb package)."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     batch_size: int = 32
-    """Images per step and process; figures do not depend on it."""
+    """Images per batch and process; metrics do not depend on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of predictions; bf16 is several times faster on a GPU and changes a few tokens."""
+    """Precision of predictions; bf16 is several times faster on a GPU and changes a few tokens."""
     int8_cross_kv: bool = False
-    """Decode with the cross-attention's keys and values in 8 bits: faster for large batches, changes a few tokens."""
+    """Keep the cross-attention keys and values in 8 bits: faster for large batches, changes a few tokens."""
     compile: bool = False
-    """torch.compile the LM's decoding step; it takes minutes at full size, so for many thousands of images."""
+    """Use torch.compile for decoding; at full size this takes minutes, so it pays off for thousands of images."""
     workers: int = 2
-    """Loader processes."""
+    """Loader processes per process."""
     limit: int | None = None
-    """Evaluate the first N images only; named in the result."""
+    """Evaluate only the first N images; recorded in the result."""
     temperature: float = 0.0
-    """Sampling temperature of the LM; 0 is greedy."""
+    """Sampling temperature of the LM; 0 is greedy decoding."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample from the k most likely tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that hold this probability."""
+    """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
     seed: int = 0
-    """Seed of sampling; each image draws from its own stream."""
+    """Seed of sampling; each image has its own random stream."""
 
 
 @dataclass(frozen=True)
 class TaskSection:
-    """The `task:` section: the registry's name and the task's own frozen dataclass."""
+    """The `task:` section: the task's registered name and its own frozen dataclass."""
 
     name: str
     options: Any
@@ -226,19 +227,19 @@ class TaskSection:
 
 @dataclass(frozen=True)
 class OracleRun:
-    """Stage I: train a task's oracle."""
+    """Stage I: train the oracle of a task."""
 
     task: Any
     """The task: `name` and the task's own keys."""
     plugins: tuple[str, ...] = ()
-    """Python modules to import first; they register tasks of your own."""
+    """Python modules to import first; they can register your own tasks, quantizers and token models."""
     data: DataConfig = field(default_factory=DataConfig)
     model: OracleModelConfig = field(default_factory=OracleModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     stage: Literal["oracle"] = "oracle"
-    """Which of the two stages this file is about."""
+    """The stage that this file configures."""
 
 
 @dataclass(frozen=True)
@@ -246,20 +247,20 @@ class LMRun:
     """Stage II: train the language model on a frozen oracle's tokens."""
 
     oracle: str
-    """Run or checkpoint directory of the oracle; task, levels, patch and token count are read from it."""
+    """Run or checkpoint directory of the oracle; task, levels, patch size and token count are read from it."""
     task: Any = None
-    """Filled from the oracle's checkpoint; keys that only concern decoding and protocol may be overridden."""
+    """Read from the oracle's checkpoint; only keys of decoding and evaluation protocol may be overridden."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first; the oracle's are added, and must be named here too unless they are trusted (--trust)."""
+    """Modules to import first. The oracle's are added, but must be listed here too unless trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     stage: Literal["lm"] = "lm"
-    """Which of the two stages this file is about."""
+    """The stage that this file configures."""
     given: tuple[str, ...] = field(default=(), compare=False, metadata={"internal": True})
-    """Keys of `data` that were given and so are not inherited from the oracle; kept by the loader, no setting."""
+    """Internal, not a setting: keys of `data` that were set explicitly and so are not inherited from the oracle."""
 
 
 Run = OracleRun | LMRun

@@ -1,6 +1,6 @@
-"""YAML files as plain trees, read within bounds of size, depth and aliases. Knows no keys.
+"""Reads YAML files into plain trees, with limits on size, depth and aliases. Independent of the schema.
 
-What a file holds never stands in a message: it may be a link to somebody's password.
+Error messages never quote a file's content: the path may be a link to a file of secrets.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from uvim_fsq.errors import UserError
 Tree = dict[str, Any]
 
 MAX_BYTES = 1_000_000
-#: Levels of lists and mappings. Readers are recursive, also those in C, which crash.
+#: Nested lists and mappings. YAML readers are recursive; the one in C crashes when nested too deeply.
 MAX_DEPTH = 50
-#: Entries with all aliases written out.
+#: Entries after all aliases are expanded.
 MAX_ENTRIES = 100_000
 
 
 def read_tree(path: Path) -> Tree:
-    """The keys and values of a YAML file. Raises UserError naming the file and the line for anything else."""
+    """The keys and values of a YAML file. Raises UserError naming the file (and the line, if known) otherwise."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
@@ -36,11 +36,11 @@ def read_tree(path: Path) -> Tree:
         if len(text) > MAX_BYTES:
             raise UserError(f"{path} is longer than {MAX_BYTES} bytes; it cannot be a configuration")
         _check_shape(path, text)
-        # OmegaConf's reader, unlike yaml's own, refuses a key that stands there twice, and reads 1e-3 as a number.
+        # Unlike yaml.safe_load, OmegaConf's loader refuses duplicate keys and reads 1e-3 as a number.
         loaded = OmegaConf.load(io.StringIO(text.decode()), max_yaml_expanded_nodes=MAX_ENTRIES)
         tree = OmegaConf.to_container(loaded, resolve=False)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or 'it is no text'}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or 'it is not a text file'}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
@@ -55,7 +55,7 @@ def read_tree(path: Path) -> Tree:
 
 
 def _check_shape(path: Path, text: bytes) -> None:
-    """Refuses what is no mapping and what is nested too deeply, event by event, without any recursion."""
+    """Refuses anything but a mapping, and deep nesting, from the event stream, without recursion."""
     depth = 0
     started = False
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -72,7 +72,7 @@ def _check_shape(path: Path, text: bytes) -> None:
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong, without the file's own words (a key that stands there twice is named if it is one word)."""
+    """The parser's message without quotes from the file (only a duplicate key is named, if it is a single word)."""
     problem = " ".join(str(error.problem or error.context or "broken").split()).split(". ")[0]
     problem = re.sub(r"'[^']*\w[^']*'", "'...'", problem)
     return (

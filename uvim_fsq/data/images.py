@@ -67,7 +67,7 @@ def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
             "make it smaller, or set data.max_pixels"
         ) from error
     except MemoryError as error:
-        raise UserError(f"{path}: there is too little memory for {size} pixels; make it smaller") from error
+        raise UserError(f"{path}: not enough memory for {size} pixels; make it smaller") from error
 
 
 def decode_png(data: bytes, name: str | Path) -> np.ndarray | None:
@@ -83,9 +83,7 @@ def decode_png(data: bytes, name: str | Path) -> np.ndarray | None:
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except (MemoryError, cv2.error) as error:
-        raise UserError(
-            f"{name} cannot be decoded: there is too little memory for {width} x {height} pixels"
-        ) from error
+        raise UserError(f"{name} cannot be decoded: not enough memory for {width} x {height} pixels") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,6 +1,10 @@
-"""The language model (UViM, stage II): image -> memory -> tokens, one at a time. Knows nothing of labels or tasks.
+"""The language model (UViM, stage II), an encoder-decoder that predicts an image's tokens one at a time.
 
-B batch, S image side, M memory tokens (patches), L code length, V vocabulary, D decoder width, H heads, hd head size.
+The image encoder turns the image into M memory tokens, which the decoder attends to. The model is independent of tasks
+and labels.
+
+B batch, S image side, M memory tokens (patches), E encoder width, L code length, V vocabulary, D decoder width,
+H heads, hd head size.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from uvim_fsq.performance.memory import autoregressive_activations
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm causal self-attention, cross-attention on the memory, MLP. Attention projections have no bias."""
+    """Pre-norm block of causal self-attention, cross-attention and MLP. Attention projections have no bias."""
 
     def __init__(self, config: LMModelConfig, memory_dim: int) -> None:
         super().__init__()
@@ -37,13 +41,13 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced pass over all positions: (B, L, D)."""
+        """Teacher-forced pass over all positions: (B, L, D), memory (B, M, E) -> (B, L, D)."""
         x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=True))
         x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
         return x + self.dropout(self.mlp(self.norm3(x)))
 
     def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One position: (B, 1, D). It attends to the buffer's first positions, to which `mask` (1, span) is added."""
+        """One position: (B, 1, D) -> (B, 1, D). It attends to the first `span` positions under the mask (1, span)."""
         attn, cross = self.self_attn, self.cross_attn
         y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
         y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
@@ -57,9 +61,10 @@ class DecoderBlock(nn.Module):
 
 @register_token_model("autoregressive")
 class AutoregressiveLM(TokenModel):
-    """Encoder-decoder over an image. The start symbol is a vector, no vocabulary entry: every output is a valid code.
+    """An encoder-decoder transformer.
 
-    The image size must be a multiple of the encoder's patch.
+    The start symbol is a vector outside the vocabulary, so every output is a valid code. The image size must be a
+    multiple of the encoder's patch size.
     """
 
     has_cached_decoding = True
@@ -69,7 +74,7 @@ class AutoregressiveLM(TokenModel):
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
         super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
         self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
-        # Part of the checkpoint: they belong to the encoder's weights.
+        # Saved in the checkpoint, because they belong to the encoder's weights.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         dim = config.width
@@ -85,15 +90,15 @@ class AutoregressiveLM(TokenModel):
         nn.init.zeros_(self.head.bias)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8, or floating in [-1, 1] -> memory (B, M, encoder width)."""
-        return self.encoder.forward_features(self.normalised(image))
+        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
+        return self.encoder.forward_features(self.normalize(image))
 
-    def normalised(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8, or floating in [-1, 1] -> as the encoder's weights expect it, of their type."""
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> encoder input in the weights' dtype."""
         return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.start.dtype)
 
     def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Logits of all positions at once, teacher-forced: targets (B, L) int64, shifted right inside -> (B, L, V)."""
+        """Teacher-forced logits of all positions: targets (B, L) int64, shifted right inside -> (B, L, V)."""
         embedded = self.token_embedding(tokens)
         start = self.start.to(embedded.dtype).expand(len(tokens), -1, -1)
         x = torch.cat([start, embedded[:, :-1]], dim=1) + self.positions[:, : tokens.shape[1]]
@@ -103,20 +108,23 @@ class AutoregressiveLM(TokenModel):
         return self.head(self.norm(x))
 
     def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor:
-        """Logits (B, V) of the token at `cache.position`; `previous` (B, 1) int64 is ignored at position 0.
+        """Logits (B, V) of the token at `cache.position`.
 
-        The logits are of the weights' type, also inside autocast: in bf16 the largest two are often equal.
+        The logits have the dtype of the weights, even inside autocast, because in bf16 the two largest are often equal.
+        The step fills the cache at its position; the caller advances the position. Everything that depends on the
+        position is a tensor operation, so that a step can be captured as a CUDA graph.
 
-        Fills the cache at that position and leaves it to the caller to move on. Everything that depends on the
-        position is a tensor operation, so that one step can be captured as a graph; only the first `span` positions of
-        the buffers are read (default all), and the position must be one of them.
+        Args:
+            previous: (B, 1) int64, the previous token; ignored at position 0.
+            cache: from `new_cache`.
+            span: how many positions of the buffers to read (default: all). The current position must be among them.
         """
         position = cache.position
         embedded = self.token_embedding(previous)
         x = torch.where(position == 0, self.start.to(embedded.dtype), embedded)
         x = x + self.positions.index_select(1, position)
         later = torch.arange(span or self.length, device=position.device) > position
-        # Added, not boolean: each attention would make numbers of it anew.
+        # An additive mask, because every attention call would convert a boolean one again.
         mask = torch.zeros_like(later, dtype=cache.layers[0].own.dtype).masked_fill(later, -torch.inf)[None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
@@ -124,8 +132,8 @@ class AutoregressiveLM(TokenModel):
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.norm(x))[:, 0]
 
-    def _fixed(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """What stays the same from step to step, of each block: own projections in one, cross keys and values."""
+    def _step_constants(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per block, the tensors that all steps share: the merged projection, cross-attention keys and values."""
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
             own, cross = block.self_attn, block.cross_attn
@@ -133,25 +141,25 @@ class AutoregressiveLM(TokenModel):
             yield projection, cross.heads(memory, cross.key), cross.heads(memory, cross.value)
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
-        """Empty buffers for `memory` (B, M, E); its cross-attention keys and values are computed here, once.
+        """Creates the cache for `memory` (B, M, E), and computes its cross-attention keys and values.
 
-        `int8` keeps those in 8 bits: half of the bytes that a decoding step reads, or nearly.
+        `int8` stores them in 8 bits, which nearly halves the bytes that a decoding step reads.
         """
-        layers = [LayerCache.create(*fixed, self.length, int8=int8) for fixed in self._fixed(memory)]
+        layers = [LayerCache.create(*constants, self.length, int8=int8) for constants in self._step_constants(memory)]
         return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
 
     def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
-        """Makes the buffers ready for other images, in place; what own keys and values they hold is masked."""
-        for layer, fixed in zip(cache.layers, self._fixed(memory), strict=True):
-            layer.refill(*fixed)
+        """Prepares the cache for new images in place. Old self-attention keys and values remain, but are masked."""
+        for layer, constants in zip(cache.layers, self._step_constants(memory), strict=True):
+            layer.refill(*constants)
         cache.position.zero_()
 
     def logits(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced pass over images (B, 3, S, S) and targets (B, L) -> logits (B, L, V)."""
+        """Teacher-forced logits (B, L, V) for images (B, 3, S, S) and targets (B, L) int64."""
         return self.decode(tokens, self.encode(image))
 
     def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy, the mean over an example's tokens; logs the share of tokens whose argmax is right."""
+        """Cross-entropy, averaged over the tokens of each example; logs the accuracy of the most likely token."""
         logits = self.logits(image, tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
         return loss.view(tokens.shape).mean(1), {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
@@ -179,7 +187,7 @@ class AutoregressiveLM(TokenModel):
         compile: bool = False,
         probabilities: bool = False,
     ) -> Generator:
-        """A `TokenGenerator`, which keeps static buffers, and on a GPU captured steps, for each batch size."""
+        """A `TokenGenerator`, which keeps static buffers for each batch size and, on a GPU, captured steps."""
         return TokenGenerator(
             self,
             sampling,
@@ -191,7 +199,7 @@ class AutoregressiveLM(TokenModel):
 
     @property
     def encoder_size(self) -> EncoderSize:
-        """The image encoder's sizes."""
+        """The dimensions of the image encoder."""
         encoder = self.encoder
         blocks = list(encoder.blocks.children())
         return EncoderSize(
@@ -211,5 +219,5 @@ class AutoregressiveLM(TokenModel):
         )
 
     def randomize_head_(self) -> None:
-        # The head starts at 0, and every token would be code 0.
+        # The head is initialized to 0, so every token would be code 0.
         nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
-"""The contract of token models (stage II), and the registry that finds them by name.
+"""The interface of token models (stage II) and the registry that finds them by name.
 
-A token model predicts the oracle's tokens from the image. Training, evaluation, prediction and the benchmark know only
-this contract; they know nothing of how a model orders or masks its tokens.
+A token model predicts the oracle's tokens from the image. Training, evaluation, prediction and the benchmark use only
+this interface. They do not depend on how a model orders or masks its tokens.
 
 B batch, S image side, L code length, V vocabulary (the oracle's codebook size).
 """
@@ -28,8 +28,8 @@ class Generated:
 
     Attributes:
         tokens: (B, L) int64 in [0, V).
-        probabilities: (B, L, V) float32, the distribution that each token was chosen from, before temperature and
-            filters; None unless asked for.
+        probabilities: (B, L, V) float32, the distribution of each token before temperature and top-k or top-p
+            filtering; None unless requested.
     """
 
     tokens: torch.Tensor
@@ -41,7 +41,7 @@ Generator = Callable[[torch.Tensor, "torch.Tensor | None"], Generated]
 
 
 class TokenModel(nn.Module, ABC):
-    """Predicts L tokens in [0, V) from an image. Images are (B, 3, S, S) uint8, or floating in [-1, 1].
+    """Predicts L tokens in [0, V) from an image. Images are (B, 3, S, S), either uint8 or floating point in [-1, 1].
 
     Args:
         config: the architecture.
@@ -59,7 +59,7 @@ class TokenModel(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss against the true tokens (B, L): (B,) float32 per example, and logs: name -> (B,)."""
+        """The training loss against the true tokens (B, L) int64: (B,) float32 per example, and logs name -> (B,)."""
 
     @abstractmethod
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,21 +74,22 @@ class TokenModel(nn.Module, ABC):
         *,
         probabilities: bool = False,
     ) -> Generated:
-        """Predicts the tokens. Results do not depend on the batch.
+        """Predicts the tokens of a batch of images. The tokens of an image do not depend on the rest of the batch.
 
         Args:
+            image: (B, 3, S, S).
             sampling: how tokens are chosen; greedy by default.
-            seeds: (B,) int64, one random stream per image; by default 0 to B - 1.
+            seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused by greedy decoding.
             probabilities: also return the distribution of each token.
         """
 
     @abstractmethod
     def cost(self) -> TokenModelCost:
-        """What training and generation cost, for the benchmark and for the MFU that training prints."""
+        """Floating-point operations of training and generation, for the benchmark and for the MFU in training logs."""
 
     @abstractmethod
     def activation_bytes(self, number_bytes: int) -> float:
-        """Bytes per image kept for the backward pass, with numbers of that many bytes in the forward pass."""
+        """Bytes of activations per image kept for the backward pass, at `number_bytes` bytes per forward activation."""
 
     def generator(
         self,
@@ -99,15 +100,16 @@ class TokenModel(nn.Module, ABC):
         compile: bool = False,
         probabilities: bool = False,
     ) -> Generator:
-        """`generate` for many batches; a model may keep buffers, casts and compiled graphs between them.
+        """Returns a function like `generate` for many batches, which may reuse buffers, casts and compiled graphs.
 
         Args:
+            sampling: how tokens are chosen; greedy by default.
             precision: "fp32" or "bf16".
-            int8_cross_kv: keep the cross-attention's keys and values in 8 bits.
-            compile: compile what runs per batch.
+            int8_cross_kv: keep the keys and values of cross-attention in 8 bits.
+            compile: use torch.compile.
             probabilities: also return the distribution of each token.
 
-        Raises UserError for what the model does not support.
+        Raises UserError for options that the model does not support.
         """
         if int8_cross_kv or compile:
             key = "int8_cross_kv" if int8_cross_kv else "compile"
@@ -121,10 +123,10 @@ class TokenModel(nn.Module, ABC):
         return run
 
     def randomize_head_(self) -> None:
-        """Gives an untrained model predictions that differ, for benchmarks; does nothing if they already do."""
+        """Makes an untrained model predict varied tokens, for benchmarks; by default does nothing."""
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`loss`, under the name through which a wrapped module (DistributedDataParallel, compiled) must be called."""
+        """Calls `loss`. Wrappers such as DistributedDataParallel and torch.compile require calls through `forward`."""
         return self.loss(image, tokens)
 
 
@@ -133,9 +135,12 @@ M = TypeVar("M", bound=type[TokenModel])
 
 
 def register_token_model(name: str) -> Callable[[M], M]:
-    """Class decorator that adds a TokenModel under the name `model.kind`.
+    """Class decorator that registers a TokenModel.
 
-    Raises ValueError if another class already has that name.
+    Args:
+        name: the value of `model.kind` that selects it.
+
+    Raises ValueError if another class is already registered under that name.
     """
 
     def register(cls: M) -> M:
@@ -149,7 +154,7 @@ def register_token_model(name: str) -> Callable[[M], M]:
 
 
 def build_token_model(config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> TokenModel:
-    """A freshly initialized model of `model.kind`. Raises UserError for an unknown kind."""
+    """Builds the freshly initialized token model that `model.kind` selects. Raises UserError for an unknown kind."""
     if config.kind not in TOKEN_MODELS:
         raise UserError(
             f"model.kind={config.kind}: known token models are {', '.join(sorted(TOKEN_MODELS))}; "

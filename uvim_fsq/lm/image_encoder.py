@@ -1,4 +1,7 @@
-"""The LM's image encoder: any timm ViT by name, without class token, with published weights if asked for."""
+"""The LM's image encoder: any plain ViT of timm without its class token, optionally with published weights.
+
+B batch, S image side, p patch side, D width.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.errors import UserError
 
-# timm takes seconds to import, and with it come all of torchvision and the compiler.
+# timm takes seconds to import, because it imports torchvision and the compiler.
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -25,14 +28,14 @@ OVERRIDES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth",
 
 
 class GELUTanh(nn.GELU):
-    """GELU in the tanh approximation, the reference's; timm calls it with an `inplace` argument."""
+    """GELU in the tanh approximation, as in the UViM reference code. timm passes an `inplace` argument."""
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__(approximate="tanh")
 
 
 class PatchLinear(nn.Module):
-    """A patch convolution as reshape + linear, which is faster; it takes over the convolution's parameters."""
+    """A patch convolution computed as reshape and linear, which is faster. It reuses the convolution's parameters."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class PatchLinear(nn.Module):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-#: timm's modules of plain ViTs and of those with a small CNN before them.
+#: timm's modules that define plain ViTs and ViTs with a small CNN stem.
 VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
 ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
 
@@ -53,12 +56,12 @@ Triple = tuple[float, float, float]
 
 
 def build_image_encoder(config: EncoderConfig, image_size: int) -> tuple[VisionTransformer, Triple, Triple]:
-    """A timm ViT without class token for (B, 3, S, S) images: `forward_features` gives (B, patches, width).
+    """Builds a timm ViT without class token. Its `forward_features` maps images (B, 3, S, S) to (B, patches, width).
 
-    Returns the encoder and the per-channel mean and deviation its weights expect, for images in [0, 1].
+    Returns the encoder, and the per-channel mean and standard deviation that its weights expect of images in [0, 1].
 
-    Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patch does not divide,
-    architecture overrides together with weights, and weights that do not fit.
+    Raises UserError for an unknown name, a model that is not a plain ViT, an image size that is not a multiple of the
+    patch size, architecture overrides combined with weights, and weights that do not fit.
     """
     import timm
 
@@ -98,10 +101,10 @@ def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTran
         encoder = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
         if not timm.models.is_model_in_modules(name, VIT_MODULES):
-            raise _no_vit(name) from error
+            raise _not_a_vit(name) from error
         raise UserError(f"timm model {name!r} cannot be the image encoder ({error}); choose a plain ViT") from error
     if not isinstance(encoder, VisionTransformer):
-        raise _no_vit(name)
+        raise _not_a_vit(name)
     patch, conv = encoder.patch_embed.patch_size[0], encoder.patch_embed.proj
     if image_size % patch:
         raise UserError(
@@ -112,18 +115,18 @@ def _create(name: str, image_size: int, overrides: dict[str, Any]) -> VisionTran
     return encoder
 
 
-def _no_vit(name: str) -> UserError:
+def _not_a_vit(name: str) -> UserError:
     import timm
 
     kind = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     return UserError(
-        f"model.encoder.name={name} is no vision transformer (timm's {kind}), which the image encoder must be; "
+        f"model.encoder.name={name} is not a vision transformer (timm's {kind}), as the image encoder must be; "
         "choose e.g. vit_base_patch16_224"
     )
 
 
 def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[Triple, Triple]:
-    """Copies the named model's published weights; its class token, prefix positions and head are left out."""
+    """Loads the published weights without class token, prefix positions and head; returns their mean and deviation."""
     import timm
     from timm.layers.pos_embed import resample_abs_pos_embed
     from timm.models.vision_transformer import VisionTransformer
@@ -134,13 +137,13 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
         if not file.is_file():
             raise UserError(f"model.encoder.weights={file}: no such file; give none, hub or a local weights file")
         if file.suffix == ".npz":
-            _refuse_bad_npz(file)
-        # timm's own loader of the .npz files in which ViTs were first published.
+            _check_npz(file)
+        # `custom_load` selects timm's loader for the .npz files in which ViTs were first published.
         arguments["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": file.suffix == ".npz"}
     try:
         published = timm.create_model(config.name, **arguments)
-    except Exception as error:  # timm, the hub client and three file formats raise many kinds
-        raise UserError(_why_no_weights(config, error)) from error
+    except Exception as error:  # timm, the hub client and three file formats raise many types
+        raise UserError(_describe_load_error(config, error)) from error
     assert isinstance(published, VisionTransformer)
     state: dict[str, Any] = {
         name: value for name, value in published.state_dict().items() if not name.startswith(("head", "cls_token"))
@@ -157,17 +160,19 @@ def _load_published(encoder: VisionTransformer, config: EncoderConfig) -> tuple[
     return mean, std
 
 
-def _refuse_bad_npz(file: Path) -> None:
+def _check_npz(file: Path) -> None:
     try:
         check_npz(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.encoder.weights={file} is truncated or no .npz ({error}); fetch it again") from error
+        raise UserError(
+            f"model.encoder.weights={file} is truncated or not an .npz file ({error}); fetch it again"
+        ) from error
 
 
-def _why_no_weights(config: EncoderConfig, error: Exception) -> str:
-    """One line for what timm, the hub's client or a file's reader raised."""
+def _describe_load_error(config: EncoderConfig, error: Exception) -> str:
+    """One line for an error raised by timm, the hub client or a file reader."""
     cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     if config.weights == "hub":
         return (
@@ -175,10 +180,10 @@ def _why_no_weights(config: EncoderConfig, error: Exception) -> str:
             f"fetched ({cause}); go online once, or give the path of a file with them, or weights=none"
         )
     if "loading state_dict" in cause or isinstance(error, KeyError):
-        cause = "its arrays are another model's"
+        cause = "its arrays belong to a different model"
     elif "weights_only" in cause:
-        cause = "it holds pickled Python objects, which are never loaded; have it saved as .safetensors"
+        cause = "it contains pickled Python objects, which are never loaded; save it as .safetensors"
     return (
-        f"model.encoder.weights={config.weights} is no file of weights of model.encoder.name={config.name} ({cause}); "
-        "give the file that belongs to this name"
+        f"model.encoder.weights={config.weights} does not contain weights of model.encoder.name={config.name} "
+        f"({cause}); give the file that belongs to this name"
     )

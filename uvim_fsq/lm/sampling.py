@@ -1,4 +1,4 @@
-"""How a token is drawn from its logits, reproducibly and independent of the batch.
+"""Sampling of tokens from logits, reproducible and independent of the batch.
 
 B batch, L code length, V vocabulary.
 """
@@ -17,11 +17,11 @@ class Sampling:
     """How a token is chosen from its logits.
 
     Attributes:
-        temperature: 0 takes the argmax; above 0 samples.
-        top_k: sample among the k likeliest tokens. Not together with top_p.
-        top_p: sample among the fewest likeliest tokens that hold this much probability.
+        temperature: 0 takes the argmax; larger values sample.
+        top_k: sample among the k most likely tokens. Cannot be combined with top_p.
+        top_p: sample among the smallest set of most likely tokens whose total probability reaches top_p.
 
-    Raises UserError for impossible settings.
+    Raises UserError for invalid settings.
     """
 
     temperature: float = 0.0
@@ -36,7 +36,7 @@ GREEDY = Sampling()
 
 
 def example_uniforms(seeds: torch.Tensor, length: int) -> torch.Tensor:
-    """(B,) int64 seeds -> (B, L) float64 in [0, 1), each row drawn from its own generator, whatever the batch."""
+    """(B,) int64 seeds -> (B, L) float64 in [0, 1). Each row has its own generator."""
     rows = [
         torch.rand(length, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64) for seed in seeds
     ]
@@ -44,10 +44,10 @@ def example_uniforms(seeds: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Inverse-CDF draw from float32 logits (B, V) with uniforms (B, 1) float64 -> (B, 1) int64.
+    """Inverse-CDF sampling from float32 logits (B, V) with uniforms (B, 1) float64 -> tokens (B, 1) int64.
 
-    The CDF runs in the vocabulary's order, not in that of the probabilities: rounding could swap two nearly equal ones.
-    A token of probability 0, or one that a filter cut, is never chosen.
+    The CDF follows the order of the vocabulary. In the order of the probabilities, rounding could swap two nearly equal
+    ones. A token that has probability 0 or was filtered out is never chosen.
     """
     probabilities = logits.double().softmax(1)
     if top_k is not None:
@@ -55,7 +55,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, top_k: int | None, top_p
         probabilities = probabilities * (probabilities >= smallest)
     if top_p is not None:
         ordered = probabilities.sort(dim=1, descending=True).values
-        # A token stays if those before it hold less than top_p; the likeliest always stays.
+        # A token is kept if the more likely ones sum to less than top_p. The most likely one is always kept.
         smallest = ordered.masked_fill(ordered.cumsum(1) - ordered >= top_p, 1.0).amin(1, keepdim=True)
         probabilities = probabilities * (probabilities >= smallest)
     cumulative = probabilities.cumsum(1)

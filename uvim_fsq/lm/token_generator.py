@@ -1,7 +1,8 @@
-"""Decoding: image -> tokens, one position at a time with a cache. No host synchronization inside the loop. Results do
-not depend on the batch an image was decoded in.
+"""Cached autoregressive decoding of tokens, without host synchronization inside the loop.
 
-B batch, L code length, V vocabulary.
+The tokens of an image do not depend on the other images of its batch.
+
+B batch, S image side, M memory tokens, E encoder width, L code length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from uvim_fsq.lm.base import Generated
 from uvim_fsq.lm.kv_cache import DecoderCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling, example_uniforms, sample
 
-#: A step reads the cache up to the next multiple of this. Each one is a graph of its own, which takes long to compile.
+#: A step reads the cache up to the next multiple of this. Each multiple needs its own graph, which is slow to compile.
 CACHE_BLOCK, COMPILED_CACHE_BLOCK = 64, 128
 
 
-#: A batch may be padded to at most this many times its size, to use the buffers and graphs of an earlier batch.
+#: A batch may be padded to at most this many times its size to reuse the buffers and graphs of an earlier batch.
 MAX_PADDING = 4
 
 
 class CachedDecoder(Protocol):
-    """What step-by-step generation needs of a token model: `uvim_fsq.lm.autoregressive.AutoregressiveLM`."""
+    """The part of `AutoregressiveLM` that step-by-step generation uses."""
 
     length: int
     vocab_size: int
@@ -50,15 +51,15 @@ class CachedDecoder(Protocol):
 
 @dataclass
 class DecodingBuffers:
-    """What generating the tokens of one batch size needs; on a GPU with the captured steps.
+    """The buffers, and on a GPU the captured steps, for one batch size.
 
     Attributes:
         cache: keys and values, and the position.
         tokens: (B, L) int64, filled position by position.
         previous: (B, 1) int64, the last token.
-        uniforms: (B, L) float64 random numbers; unused when greedy.
-        probabilities: (B, L, V) float32 where they are asked for.
-        graphs: captured steps, by the number of positions that a step reads.
+        uniforms: (B, L) float64 in [0, 1), for sampling; unused by greedy decoding.
+        probabilities: (B, L, V) float32 if requested, else None.
+        graphs: captured steps by the number of cache positions that they read.
     """
 
     cache: DecoderCache
@@ -70,7 +71,7 @@ class DecodingBuffers:
 
     @classmethod
     def create(cls, model: CachedDecoder, memory: torch.Tensor, *, int8: bool, probabilities: bool) -> DecodingBuffers:
-        """Buffers for `memory` (B, M, E)."""
+        """Allocates buffers for `memory` (B, M, E)."""
         shape, device = (len(memory), model.length), memory.device
         tokens = torch.zeros(shape, dtype=torch.long, device=device)
         return cls(
@@ -83,9 +84,10 @@ class DecodingBuffers:
 
 
 class BufferPool:
-    """The buffers of a few batch sizes, all together below 4/3 of the largest.
+    """The buffers of a few batch sizes, which together take less than 4/3 of the memory of the largest.
 
-    `compiled`: whether steps are compiled; then a larger batch costs less than a new size.
+    Args:
+        compiled: whether steps are compiled. If so, any amount of padding costs less than compiling a new batch size.
     """
 
     def __init__(self, compiled: bool) -> None:
@@ -93,9 +95,9 @@ class BufferPool:
         self.by_size: dict[int, DecodingBuffers] = {}
 
     def batch_size(self, batch: int, device: torch.device) -> int:
-        """How many images are decoded together for a batch: on a GPU as many as an earlier batch had, if not too many.
+        """The size that a batch is decoded at: its own or, on a GPU, the larger size of an earlier batch.
 
-        Drops the buffers that a new size replaces.
+        Frees the buffers that a new size replaces.
         """
         if batch in self.by_size:
             return batch
@@ -109,18 +111,20 @@ class BufferPool:
 
 
 class TokenGenerator:
-    """Decodes batches of images with one LM; keeps static buffers, and on a GPU a captured step, for each batch size.
+    """Decodes batches of images with one LM. Keeps static buffers for each batch size and, on a GPU, captured steps.
 
-    The LM's weights are taken as they are when the decoder is made if `precision` is bf16, else as they are when used.
+    With `precision="bf16"` the weights are copied at construction, so later changes to the model have no effect.
 
     Args:
         model: in evaluation mode.
         sampling: how tokens are chosen.
-        precision: "fp32" or "bf16", of products and cache; norms, residuals and logits stay float32.
-        int8: cross-attention keys and values in 8 bits. They are most of what a step reads from memory; the tokens may
-            change.
-        compile: torch.compile the step (at full size the first use takes minutes for each batch size).
+        precision: "fp32" or "bf16", for matrix products and the cache; norms, residuals and logits stay in float32.
+        int8: store cross-attention keys and values in 8 bits. They are most of what a step reads from memory. Tokens
+            may change.
+        compile: torch.compile the step. At full size the first call takes minutes for each batch size.
         probabilities: also return the distribution of each token.
+
+    Raises UserError if `int8` is set for a model on a GPU and there is no working compiler.
     """
 
     def __init__(
@@ -137,24 +141,26 @@ class TokenGenerator:
             require_compiler()
         self.sampling, self.int8, self.precision, self.probabilities = sampling, int8, precision, probabilities
         self.model = _with_bf16_weights(model) if precision == "bf16" else model
-        # Functions, not bound methods: a decoder that held itself would keep its buffers until Python looks for cycles.
+        # Functions instead of bound methods: a reference cycle would keep the buffers alive until garbage collection.
         self._next = compiled(TokenGenerator._next_tokens, fullgraph=True) if compile else TokenGenerator._next_tokens
         self.compiled, self.span = compile, COMPILED_CACHE_BLOCK if compile else CACHE_BLOCK
         self._pool = BufferPool(compile)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Generated:
-        """(B, 3, S, S) images, uint8 or floating in [-1, 1] -> tokens (B, L) int64 in [0, V).
+        """Generates tokens.
 
-        `seeds`: (B,) int64, one stream of random numbers per example; default 0..B-1. Unused when greedy.
+        Args:
+            images: (B, 3, S, S), uint8 or floating point in [-1, 1].
+            seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused by greedy decoding.
         """
         batch = len(images)
         size = self._pool.batch_size(batch, images.device)
         if size > batch:
-            # A captured step has one batch size: a smaller batch repeats its last image.
+            # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
             images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
-        with self._on(images.device):
-            buffers = self._ready(self.model.encode(images))
+        with self._decoding_context(images.device):
+            buffers = self._prepare_buffers(self.model.encode(images))
             if self.sampling.temperature > 0:
                 seeds = torch.arange(batch) if seeds is None else seeds
                 uniforms = example_uniforms(seeds, self.model.length)
@@ -169,15 +175,15 @@ class TokenGenerator:
         return Generated(buffers.tokens[:batch].clone(), probabilities)
 
     @contextlib.contextmanager
-    def _on(self, device: torch.device) -> Iterator[None]:
-        """The decoder's arithmetic, and streams and graphs on the images' GPU, which need not be the current one."""
-        place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        # Weights are bf16 already; autocast's cache of casts would end up inside the graph.
+    def _decoding_context(self, device: torch.device) -> Iterator[None]:
+        """Autocast, with streams and graphs on the GPU of the images, which need not be the current one."""
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        # No cache of casts: it would become part of the graph, and the weights are in bf16 already.
         bf16 = self.precision == "bf16"
-        with place, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with on_device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             yield
 
-    def _ready(self, memory: torch.Tensor) -> DecodingBuffers:
+    def _prepare_buffers(self, memory: torch.Tensor) -> DecodingBuffers:
         batch, device = len(memory), memory.device
         if batch in self._pool.by_size:
             buffers = self._pool.by_size[batch]
@@ -192,22 +198,22 @@ class TokenGenerator:
         return buffers
 
     def _capture(self, buffers: DecodingBuffers, span: int) -> None:
-        # Lazy initialisation of libraries, and compilation, may not happen while a graph is captured.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # Warm up first: lazy initialization and compilation are not allowed while a graph is being captured.
+        warmup = torch.cuda.Stream()
+        warmup.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warmup):
             for _ in range(2):
                 self._step(buffers, span)
                 buffers.cache.position.zero_()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warmup)
         graph = buffers.graphs[span] = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: the loader's pins memory.
+        # Thread-local, because the loader's thread may pin memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(buffers, span)
         buffers.cache.position.zero_()
 
     def _step(self, buffers: DecodingBuffers, span: int) -> None:
-        """Chooses the next token of every image, writes it down and moves on by one."""
+        """Chooses and stores the next token of every image, and advances the position."""
         position = buffers.cache.position
         chosen, probabilities = self._next(self, buffers.previous, buffers.cache, buffers.uniforms, span)
         buffers.tokens.index_copy_(1, position, chosen)
@@ -229,7 +235,7 @@ class TokenGenerator:
 
 
 def _with_bf16_weights(model: CachedDecoder) -> CachedDecoder:
-    """A copy whose matrices are bf16; embeddings, norms, the image's normalisation and the head stay float32."""
+    """A copy with its matrices in bf16. Embeddings, norms, image normalization and the head stay in float32."""
     model = copy.deepcopy(model)
     for part in model.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)) and part is not model.head:

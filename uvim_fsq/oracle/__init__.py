@@ -1,1 +1,1 @@
-"""Stage I: quantizers, label embedding and heads, the oracle autoencoder. Knows nothing of the LM or of files."""
+"""Stage I: the oracle autoencoder with its quantizers, label embeddings and label heads. Independent of the LM."""

@@ -1,4 +1,7 @@
-"""Which codes a quantizer uses: usage, perplexity and a histogram per level. State is counts, summed over processes."""
+"""Statistics of the codes that a quantizer uses: usage, perplexity and level histograms.
+
+The state consists of counts, so it can be summed over processes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from uvim_fsq.oracle.quantizers.base import Quantizer
 
 
 class CodeStatistics:
-    """Counts code indices. Usage is the share of codes used at least once (FSQ paper, Table 2)."""
+    """Counts code indices. Usage is the fraction of codes used at least once (FSQ paper, Table 2)."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -29,7 +32,7 @@ class CodeStatistics:
         self.counts = state["code_counts"].astype(np.int64)
 
     def level_histogram(self) -> list[list[int]]:
-        """Per channel, how often each level was taken: d lists of L_i counts; none for quantizers without levels."""
+        """How often each level occurred, per channel: d lists of L_i counts; empty for quantizers without levels."""
         if not self.quantizer.levels:
             return []
         codes = torch.arange(self.quantizer.codebook_size, device=self.quantizer.device)

@@ -1,6 +1,6 @@
-"""The oracle's input: label maps to token embeddings.
+"""The oracle's input layer, which embeds patches of label maps.
 
-B batch, N patches, p patch side, C classes or channels, D width.
+B batch, S image side, N patches, p patch side, C classes or channels, D width.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from uvim_fsq.tasks.base import Categorical, LabelChannel
 
 
 class ChunkedOneHotLinear(torch.autograd.Function):
-    """(B, N, p*p) integer classes times (p*p * C, D) weight -> (B, N, D), one-hot labels made piece by piece, twice.
+    """One-hot labels times a weight matrix: (B, N, p*p) integer classes, (p*p * C, D) weight -> (B, N, D).
 
-    The product runs in autocast's precision; the weight's gradient is summed over the pieces in float32.
+    The one-hot labels are built chunk by chunk, once in the forward and once in the backward pass, so that they are
+    never all in memory. The product runs in autocast's precision; the gradient of the weight is summed over the chunks
+    in float32.
     """
 
     @staticmethod
-    def _pieces(patches: torch.Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _one_hots(patches: torch.Tensor, classes: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         flat = patches.flatten(0, 1)
-        # Of the labels' own type, which is the fastest to compare with, if it holds the last class; else it would wrap.
-        holds = classes - 1 <= torch.iinfo(patches.dtype).max
-        known = torch.arange(classes, device=patches.device, dtype=patches.dtype if holds else torch.int32)
+        # Comparing within the labels' own dtype is fastest, but the last class must fit into it or it would wrap.
+        fits = classes - 1 <= torch.iinfo(patches.dtype).max
+        class_ids = torch.arange(classes, device=patches.device, dtype=patches.dtype if fits else torch.int32)
         step = max(1, MAX_LOGITS // (flat.shape[1] * classes))
         for first in range(0, len(flat), step):
             rows = slice(first, first + step)
-            # No class equals -1, whose one-hot is all zero.
-            yield rows, (flat[rows].unsqueeze(-1) == known).flatten(1).to(dtype)
+            # A label of -1 matches no class, so its one-hot vector is all zero.
+            yield rows, (flat[rows].unsqueeze(-1) == class_ids).flatten(1).to(dtype)
 
     @staticmethod
     def forward(ctx: Any, patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -42,7 +44,7 @@ class ChunkedOneHotLinear(torch.autograd.Function):
         ctx.classes = len(weight) // patches.shape[2]
         ctx.save_for_backward(patches)
         table = weight.to(ctx.dtype)
-        products = [one_hot @ table for _, one_hot in ChunkedOneHotLinear._pieces(patches, ctx.classes, ctx.dtype)]
+        products = [one_hot @ table for _, one_hot in ChunkedOneHotLinear._one_hots(patches, ctx.classes, ctx.dtype)]
         return torch.cat(products).view(*patches.shape[:2], -1)
 
     @staticmethod
@@ -50,14 +52,14 @@ class ChunkedOneHotLinear(torch.autograd.Function):
         (patches,) = ctx.saved_tensors
         flat = gradient.flatten(0, 1).to(ctx.dtype)
         total = flat.new_zeros(patches.shape[2] * ctx.classes, flat.shape[1], dtype=torch.float32)
-        # As another type: the compiler would else see that these are the forward pass's pieces, and keep all of those.
-        for rows, one_hot in ChunkedOneHotLinear._pieces(patches.int(), ctx.classes, ctx.dtype):
+        # The cast keeps torch.compile from recognizing the chunks of the forward pass and saving all of them.
+        for rows, one_hot in ChunkedOneHotLinear._one_hots(patches.int(), ctx.classes, ctx.dtype):
             total += one_hot.T @ flat[rows]
         return None, total
 
 
 def embedding_bag_linear(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same as a sum of table rows: (B, N, p*p) and (p*p * C, D) -> (B, N, D)."""
+    """Same as `ChunkedOneHotLinear`, computed as a sum of weight rows: (B, N, p*p), (p*p * C, D) -> (B, N, D)."""
     b, n, pixels = patches.shape
     classes = patches.long()
     rows = classes.clamp_min(0) + torch.arange(pixels, device=patches.device) * (len(weight) // pixels)
@@ -67,17 +69,17 @@ def embedding_bag_linear(patches: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 
 class CategoricalEmbed(nn.Module):
-    """Linear map of a patch's one-hot labels. A label of -1 adds nothing, as an all-zero one-hot would."""
+    """Linear map of a patch's one-hot labels. A label of -1 contributes nothing, like an all-zero one-hot vector."""
 
     def __init__(self, num_classes: int, pixels: int, dim: int) -> None:
         super().__init__()
-        # Row (pixel * classes + class); the deviation is that of a linear map with pixels * classes inputs.
+        # Row (pixel * classes + class). The standard deviation is that of a linear map with pixels * classes inputs.
         self.weight = nn.Parameter(torch.randn(pixels * num_classes, dim) * (pixels * num_classes) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(B, N, p*p) integer classes -> (B, N, D)."""
-        # Measured by tools/label_embeddings.py.
+        # The faster implementation on each device, as measured by tools/label_embeddings.py.
         product = ChunkedOneHotLinear.apply if patches.is_cuda else embedding_bag_linear
         return product(patches, self.weight) + self.bias
 
@@ -94,7 +96,7 @@ class RealEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """Sum over label channels of each channel's embedding: labels at (B, S, S[, C]) -> (B, N, D)."""
+    """Sum of the embeddings of all label channels: channel -> (B, S, S[, C]) labels, to (B, N, D)."""
 
     def __init__(self, channels: Mapping[str, LabelChannel], patch: int, dim: int) -> None:
         super().__init__()

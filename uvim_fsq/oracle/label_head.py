@@ -1,4 +1,4 @@
-"""The oracle's output: hidden states to label logits, and the task loss computed in chunks.
+"""The oracle's output layer, which maps hidden states to label logits, and the task loss computed in chunks.
 
 B batch, N patches, p patch side, C classes or channels, D width. Logits are channel-last: (B, N, p*p, C).
 """
@@ -18,14 +18,14 @@ Loss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], tuple[
 
 
 class LabelHead(nn.Module):
-    """One zero-initialised linear map per label channel: (B, N, D) -> channel -> (B, N, p*p, C)."""
+    """One zero-initialized linear map per label channel: (B, N, D) -> channel -> (B, N, p*p, C)."""
 
     def __init__(self, channels: Mapping[str, LabelChannel], patch: int, dim: int) -> None:
         super().__init__()
         self.pixels = patch * patch
         self.heads = nn.ModuleDict()
         sizes = {name: c.channels if isinstance(c, Real) else c.num_classes for name, c in channels.items()}
-        #: Numbers that one patch gets from all channels.
+        #: Logits per patch, over all channels.
         self.logits = self.pixels * sum(sizes.values())
         for name, size in sizes.items():
             head = nn.Linear(dim, self.pixels * size)
@@ -41,14 +41,18 @@ class LabelHead(nn.Module):
 def chunked_label_loss(
     head: LabelHead, hidden: torch.Tensor, labels: Mapping[str, torch.Tensor], loss: Loss
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Task loss of hidden states (B, N, D) against patchified labels, in pieces of at most `BUDGET` logits.
+    """Task loss of hidden states against patchified labels, in chunks of at most `MAX_LOGITS` logits.
 
-    A piece is some examples, or some patches of one example. With several pieces each one's logits are thrown away
-    and recomputed in the backward pass, so that peak memory does not grow with classes x pixels x batch. The loss of an
-    example is a mean over its pixels, hence the mean of its pieces' means weighted by their size.
+    A chunk consists of several examples, or of several patches of one example. If there is more than one chunk, the
+    logits are discarded and recomputed in the backward pass, so that peak memory does not grow with
+    classes x pixels x batch. The loss of an example is a mean over its pixels. It therefore equals the mean of the
+    losses of its chunks, weighted by chunk size.
 
     Args:
+        head: the output layer.
+        hidden: (B, N, D).
         labels: channel -> (B, N, p*p) or (B, N, p*p, C).
+        loss: `Task.loss`.
 
     Returns:
         (B,) float32 loss and the task's logs, each (B,).
@@ -57,8 +61,8 @@ def chunked_label_loss(
     device = hidden.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def piece(h: torch.Tensor, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # One cast of the weights that all pieces share would add up their gradients in its own low precision.
+    def chunk_loss(h: torch.Tensor, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # A cached cast of the weights, shared by all chunks, would accumulate their gradients in low precision.
         with torch.autocast(device, dtype, enabled, cache_enabled=False):
             logits = {name: x.float().flatten(1, 2) for name, x in head(h).items()}
         return loss(logits, {name: x.flatten(1, 2) for name, x in part.items()})
@@ -66,14 +70,15 @@ def chunked_label_loss(
     b, n, _ = hidden.shape
     examples, patches = chunk_slices(b, n * head.logits), chunk_slices(n, head.logits)
     if len(examples) * len(patches) == 1:
-        return piece(hidden, dict(labels))
+        return chunk_loss(hidden, dict(labels))
     rows: list[dict[str, torch.Tensor]] = []
-    for some in examples:
+    for batch_slice in examples:
         row: dict[str, torch.Tensor] = {}
-        for few in patches:
-            part = {name: x[some, few] for name, x in labels.items()}
-            value, logs = checkpoint(piece, hidden[some, few], part, use_reentrant=False)  # type: ignore[misc]
-            weight = (few.stop - few.start) / n
+        for patch_slice in patches:
+            part = {name: x[batch_slice, patch_slice] for name, x in labels.items()}
+            chunk = hidden[batch_slice, patch_slice]
+            value, logs = checkpoint(chunk_loss, chunk, part, use_reentrant=False)  # type: ignore[misc]
+            weight = (patch_slice.stop - patch_slice.start) / n
             for name, x in {"": value, **logs}.items():
                 row[name] = row[name] + x * weight if name in row else x * weight
         rows.append(row)

@@ -1,7 +1,10 @@
-"""The oracle (UViM, arXiv 2205.10337, stage I): labels -> 256 discrete tokens -> labels, optionally seeing the image.
+"""The oracle (UViM, arXiv 2205.10337, stage I): an autoencoder of label maps with a discrete bottleneck.
 
-B batch, S image side, N patches, L code length, d code channels, D width. Images are (B, 3, S, S) uint8, or floating
-in [-1, 1].
+The encoder compresses the labels into L tokens and the decoder reconstructs the labels from them. Both may also see
+the image, which is then called context.
+
+B batch, S image side, N patches, L code length, d code channels, D width, C classes or channels of a label map.
+Images are (B, 3, S, S), either uint8 or floating point in [-1, 1].
 """
 
 from __future__ import annotations
@@ -34,9 +37,13 @@ from uvim_fsq.tasks.base import LabelChannel
 
 @dataclass
 class OracleOutput:
-    """A training pass: `loss` (B,) float32, `logs` name -> (B,), `tokens` (B, L) int64 before code dropout.
+    """The result of one reconstruction pass.
 
-    `bottleneck` (B, L, d) is what the quantizer was given.
+    Attributes:
+        loss: (B,) float32.
+        logs: name -> (B,) tensor.
+        tokens: (B, L) int64, taken before code dropout.
+        bottleneck: (B, L, d), the detached input of the quantizer.
     """
 
     loss: torch.Tensor
@@ -46,12 +53,13 @@ class OracleOutput:
 
 
 def drop_codes(codes: torch.Tensor, kind: str) -> torch.Tensor:
-    """Code dropout (training only): zeroes the codes whose importance is at most a threshold u ~ U[0, 1] per example.
+    """Code dropout (UViM): zeroes the codes whose importance is at most a threshold u ~ U[0, 1] per example.
 
     Args:
-        codes: (B, L, d) quantized codes; tokens are always taken before this.
-        kind: "none"; "random" permutes the importances per example (the reference's); "ordered" keeps them falling
-            with the position, so that the first codes carry most.
+        codes: (B, L, d) quantized codes. Tokens are always taken before code dropout.
+        kind: "none" returns the codes unchanged. "random" assigns the importances to positions by a random permutation
+            per example, as the UViM reference code (big_vision, JAX) does. "ordered" lets the importance decrease with
+            the position, so that the first codes learn to carry the most information.
     """
     if kind == "none":
         return codes
@@ -65,14 +73,14 @@ def drop_codes(codes: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class Oracle(nn.Module):
-    """Stage I autoencoder. Without context it never receives the image.
+    """The stage I autoencoder. With `context="none"` it never sees the image.
 
     Args:
         config: the architecture.
-        channels: the task's label channels.
+        channels: the task's label channels by name.
         image_size: S.
 
-    Raises UserError when S is not a multiple of the patch or the code length is no square.
+    Raises UserError if S is not a multiple of the patch size or the code length is not a square number.
     """
 
     def __init__(self, config: OracleModelConfig, channels: Mapping[str, LabelChannel], image_size: int) -> None:
@@ -103,7 +111,7 @@ class Oracle(nn.Module):
         return self.config.code_length
 
     def cost(self) -> OracleCost:
-        """Floating-point operations of its parts, per image."""
+        """Floating-point operations per image, by part."""
         logits = self.label_head.logits // self.config.patch_size**2
         return oracle_cost(self.config, logits, self.image_size, self.quantizer.dim)
 
@@ -115,14 +123,14 @@ class Oracle(nn.Module):
         return embed(signed_pixels(image))
 
     def encode(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
-        """Labels (B, S, S[, C]) and image -> z (B, L, d), real, before the quantizer."""
+        """Labels (B, S, S[, C]) and image -> continuous z (B, L, d), the input of the quantizer."""
         x = self.label_embed(labels) + self._context(self.encoder_context, image) + self.encoder_positions
         return self.encoder_head(resize_tokens(self.encoder(x), self.code_length))
 
     def tokenize(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
         """Labels and image -> tokens (B, L) int64.
 
-        In float32, also inside autocast: what an LM is trained on is what evaluation holds against it.
+        Always computed in float32, even inside autocast, so that an LM is trained and evaluated on the same tokens.
         """
         with torch.autocast(self.encoder_positions.device.type, enabled=False):
             return self.quantizer(self.encode(labels, image)).indices
@@ -133,7 +141,7 @@ class Oracle(nn.Module):
         return self.decoder(x + self._context(self.decoder_context, image) + self.decoder_positions)
 
     def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zero codes: the context alone."""
+        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zeros leave only the context."""
         return self.logits(self.decode_hidden(codes, image))
 
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -141,7 +149,7 @@ class Oracle(nn.Module):
         return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
 
     def iter_logits(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
-        """As `decode`, for a few images at a time in their order, so that few logits exist at once."""
+        """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
         hidden = self.decode_hidden(codes, image)
         for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
             yield self.logits(hidden[rows])
@@ -157,11 +165,13 @@ class Oracle(nn.Module):
         loss: Loss,
         image_loss: Loss | None = None,
     ) -> OracleOutput:
-        """One reconstruction pass; code dropout in training mode only.
+        """One reconstruction pass. Code dropout applies in training mode only.
 
         Args:
-            loss: `Task.loss`, computed in chunks of pixels.
-            image_loss: `Task.image_loss`, added to it; it needs the logits of whole label maps at once.
+            labels: channel -> (B, S, S[, C]).
+            image: the context; may be None for an oracle without context.
+            loss: `Task.loss`, computed in chunks of examples and patches.
+            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
         """
         bottleneck = self.encode(labels, image)
         quantized = self.quantizer(bottleneck)

@@ -1,10 +1,11 @@
-"""A vectorised ray caster of furnished rooms: pictures whose depth and segments are exact by construction.
+"""A vectorized ray caster for furnished rooms: images with exact depth and segments.
 
-The same (seed, index) is the same room at every picture size. Knows nothing of files, data sets or models.
+The same (seed, index) gives the same room at every image size. Independent of files, data sets and models.
 
-World axes: x to the right, y forward, z up, metres; the camera stands above the origin. Depth is z-depth (distance
-along the optical axis, as NYU Depth v2 records it), not distance along the ray.
-Letters: H, W picture; S rays a pixel (its centre, and its lower right corner where colour is anti-aliased);
+World axes: x right, y forward, z up, in meters; the camera is above the origin. Depth is z-depth (distance along the
+optical axis, as in NYU Depth v2), not distance along the ray.
+
+Shapes: H, W image size; S rays per pixel (its center, and its lower right corner if the image is anti-aliased);
 N = S * H * W.
 """
 
@@ -42,7 +43,7 @@ from uvim_fsq.synthetic.rooms import (
 __all__ = ["CATEGORIES", "CATEGORY_IDS", "STUFF", "THINGS", "Camera", "Scene", "render"]
 
 Window = tuple[slice, slice, slice]
-SMOOTHED_SIDE = 64  # pictures whose longer side is at most this are anti-aliased
+SMOOTHED_SIDE = 64  # images are anti-aliased up to this longer side
 _CURVED = 3  # face code of a curved surface; 0, 1, 2 are flat faces across local x, y, z
 
 
@@ -52,10 +53,10 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        depth: (H, W) float32 z-depth in metres at the pixel centres, within (0.3, 9.9), no holes.
-        segments: (H, W) int32 ids 1..K at the pixel centres; every id has at least one pixel.
-        segments_info: K dicts with `id`, `category_id` (see `CATEGORIES`) and `name`, in the order of the ids.
-        camera: where the picture was taken from.
+        depth: (H, W) float32 z-depth in meters at the pixel centers, within (0.3, 9.9), without holes.
+        segments: (H, W) int32 ids 1..K at the pixel centers; every id has at least one pixel.
+        segments_info: K dicts with `id`, `category_id` (see `CATEGORIES`) and `name`, ordered by id.
+        camera: the camera that took the image.
     """
 
     image: np.ndarray
@@ -66,31 +67,31 @@ class Scene:
 
 
 def render(seed: int, index: int, size: int | tuple[int, int], difficulty: str = "varied") -> Scene:
-    """Renders room `index` of the endless series `seed`.
+    """Renders room `index` of the infinite series `seed`.
 
     Args:
-        seed, index: non-negative; the room depends on nothing else.
-        size: side of a square picture, or (height, width); sides of at least 8, the width at most 1.5 heights.
+        seed, index: non-negative integers; with `difficulty`, they determine the room.
+        size: side of a square image, or (height, width); each at least 8, the width at most 1.5 times the height.
         difficulty: "varied": camera height, angles, focal length, room and texture sizes all vary.
-            "plain": fixed camera height, focal length and texture scale, so that size in the picture says distance.
+            "plain": fixed camera height, focal length and texture scale, so that apparent size reveals distance.
 
     Raises:
-        ValueError: unknown difficulty, or a size that is too small or too wide.
+        ValueError: unknown difficulty, or an image size that is too small or too wide.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 8 or width > 1.5 * height:
-        raise ValueError(f"size {size}: need sides of 8 pixels or more and a width of at most 1.5 heights")
+        raise ValueError(f"size {size}: sides must be at least 8 pixels, and the width at most 1.5 times the height")
     if difficulty not in ("varied", "plain"):
         raise ValueError(f'difficulty "{difficulty}" is unknown: use "varied" or "plain"')
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     room = furnish(Dice(rng), plain=difficulty == "plain")
     samples = 2 if max(height, width) <= SMOOTHED_SIDE else 1
-    with np.errstate(all="ignore"):  # rays that miss divide by zero; comparisons with nan say "no hit", as wanted
+    with np.errstate(all="ignore"):  # rays that miss divide by zero; comparisons with nan then mean "no hit"
         rays = _rays(room.camera, height, width, samples)
         bodies, shadows = _windows(room, (height, width))
         depth, surface, face = _cast(room, rays, bodies)
         colour = _shade(room, rays, depth, surface, face, shadows)
-    colour = _quincunx(colour) if samples == 2 else colour[:, 0]
+    colour = _anti_aliased(colour) if samples == 2 else colour[:, 0]
     depth, surface = depth[0], surface[0]
     grain = rng.standard_normal((3, height, width), dtype=np.float32)
     grain *= 255 * room.noise
@@ -101,7 +102,7 @@ def render(seed: int, index: int, size: int | tuple[int, int], difficulty: str =
 
 @lru_cache(maxsize=1)
 def _noise_tables() -> tuple[np.ndarray, np.ndarray]:
-    """A (65536,) smooth tileable 256x256 noise and a (1024,) white one, float32 in [0, 1]; the same for all rooms."""
+    """(65536,) smooth tileable noise (256 x 256) and (1024,) white noise, float32 in [0, 1]; the same in all rooms."""
     rng = np.random.Generator(np.random.PCG64(7))
     rate = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None]) * 256
     spectrum = np.fft.rfft2(rng.standard_normal((256, 256))) / np.maximum(rate, 2.0) ** 1.3
@@ -114,7 +115,7 @@ def _noise_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rays(camera: Camera, height: int, width: int, samples: int) -> np.ndarray:
-    """(3, S, H, W) float32 directions with unit component along the optical axis: hit parameter = z-depth."""
+    """(3, S, H, W) float32 ray directions of unit length along the optical axis, so that hit parameter = z-depth."""
     focal = camera.focal * height
     shift = np.array([0.5, 1.0])[:samples, None]
     u = (np.arange(width) + shift - width / 2)[:, None, :] / focal
@@ -123,8 +124,8 @@ def _rays(camera: Camera, height: int, width: int, samples: int) -> np.ndarray:
     return (forward + up * v).astype(np.float32) + (right * u).astype(np.float32)
 
 
-def _quincunx(colour: np.ndarray) -> np.ndarray:
-    """(3, 2, H, W) -> (3, H, W): half the centre, an eighth of each corner. Cheap, symmetric anti-aliasing."""
+def _anti_aliased(colour: np.ndarray) -> np.ndarray:
+    """(3, 2, H, W) -> (3, H, W): half the center sample plus an eighth of each corner sample (quincunx filter)."""
     corner = np.concatenate([colour[:, 1, :1], colour[:, 1]], axis=1)
     corner = corner[:, 1:] + corner[:, :-1]
     corner = np.concatenate([corner[:, :, :1], corner], axis=2)
@@ -132,7 +133,7 @@ def _quincunx(colour: np.ndarray) -> np.ndarray:
 
 
 def _cast(room: Room, rays: np.ndarray, windows: list[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest hits: depth (S, H, W) float32, surface (S, H, W) intp row of the table, face (S, H, W) int8."""
+    """Nearest hits: depth (S, H, W) float32, surface (S, H, W) intp column of the table, face (S, H, W) int8."""
     inverse = 1 / rays
     low, high = ((corner - room.camera.origin).astype(np.float32) for corner in (room.low, room.high))
     exits = np.maximum(low[:, None, None, None] * inverse, high[:, None, None, None] * inverse)
@@ -150,9 +151,9 @@ def _cast(room: Room, rays: np.ndarray, windows: list[Window]) -> tuple[np.ndarr
 
 
 def _corners(solids: tuple[Solid, ...]) -> np.ndarray:
-    """(solids, 8, 3) corners of the solids' upright bounding boxes."""
+    """(solids, 8, 3) corners of the solids' bounding boxes, which are rotated about the vertical only."""
     rows = [(s.x, s.y, s.base + s.half[2], *s.half, math.cos(s.yaw), math.sin(s.yaw)) for s in solids]
-    numbers = np.array(rows).reshape(-1, 8)  # a room may, rarely, stay empty
+    numbers = np.array(rows).reshape(-1, 8)  # a few rooms have no solids
     offset = _SIGNS * numbers[:, None, 3:6]
     cos, sin = numbers[:, 6:7], numbers[:, 7:8]
     turned = (cos * offset[..., 0] - sin * offset[..., 1], sin * offset[..., 0] + cos * offset[..., 1], offset[..., 2])
@@ -163,16 +164,16 @@ _SIGNS = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in 
 
 
 def _windows(room: Room, size: tuple[int, int]) -> tuple[list[Window], list[Window]]:
-    """Where in the picture each solid, and each solid with its shadow, can be: (all samples, rows, columns)."""
+    """Image windows that contain each solid, and each solid with its shadow: (all samples, rows, columns)."""
     corners = _corners(room.solids)
     stretch = room.light[2] / (room.light[2] - corners[..., 2:])
-    ends = room.light + (corners - room.light) * stretch  # where the shadow's edges would meet the floor
+    ends = room.light + (corners - room.light) * stretch  # the corners' shadows on the floor
     points = np.concatenate([corners, ends], axis=1) - room.camera.origin
     right, up, forward = (points @ room.camera.basis.T).transpose(2, 0, 1)
     height, width = size
     scale = room.camera.focal * height / forward
     columns, rows = width / 2 + right * scale, height / 2 - up * scale
-    behind = forward.min(axis=1) < 0.05  # a shadow may reach behind the camera: look everywhere
+    behind = forward.min(axis=1) < 0.05  # the shadow reaches behind the camera: use the whole image
     bodies = _bounds(rows[:, :8], columns[:, :8], size)
     shadows = _bounds(rows, columns, size)
     everywhere = (slice(None), slice(0, height), slice(0, width))
@@ -180,7 +181,7 @@ def _windows(room: Room, size: tuple[int, int]) -> tuple[list[Window], list[Wind
 
 
 def _bounds(rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> list[Window]:
-    """The windows around (solids, n) picture coordinates, a pixel wider for the corner samples."""
+    """Windows around (solids, n) image coordinates, one pixel larger because of the corner samples."""
     edges = np.array([rows.min(1) - 1, rows.max(1) + 2, columns.min(1) - 1, columns.max(1) + 2])
     limits = np.array(size).repeat(2)[:, None]
     edges = np.minimum(np.maximum(edges, 0), limits).astype(int).T.tolist()
@@ -188,9 +189,11 @@ def _bounds(rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> lis
 
 
 def _hit(solid: Solid, origin: np.ndarray, rays: np.ndarray, planar: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
-    """Hit parameters (inf where missed) and face codes of (3, S, h, w) rays from a point outside and not below.
+    """Hit parameters (inf for a miss) and face codes of (3, S, h, w) rays.
 
-    `planar`: (S, h, w) squared horizontal length of the rays.
+    Args:
+        origin: (3,) start of the rays, outside the solid and not below it.
+        planar: (S, h, w) squared horizontal length of the rays.
     """
     x, y, z = (origin - (solid.x, solid.y, solid.base)).tolist()
     if solid.kind == "box":
@@ -230,7 +233,10 @@ def _hit_sphere(origin: tuple, rays: np.ndarray, planar: np.ndarray, radius: flo
 def _hit_round(
     origin: tuple, rays: np.ndarray, planar: np.ndarray, radius: float, height: float, slope: float
 ) -> tuple[np.ndarray, np.ndarray | int]:
-    """Cylinder (slope 0, with its top) or cone (both roots: the nearer may lie on the mirror cone above the tip)."""
+    """Hits of a cylinder (slope 0, with its top face) or a cone.
+
+    For a cone both roots are tried, since the nearer one may lie on the mirrored cone above the tip.
+    """
     x, y, z = origin
     dx, dy, dz = rays
     wide = radius - slope * z
@@ -260,7 +266,7 @@ def _shade(
     room: Room, rays: np.ndarray, depth: np.ndarray, surface: np.ndarray, face: np.ndarray,
     shadows: list[Window],
 ) -> np.ndarray:  # fmt: skip
-    """(3, S, H, W) float32 display colours, about [0, 1]. One pass for all surfaces: no loop over objects."""
+    """(3, S, H, W) float32 display colors, roughly in [0, 1], for all surfaces at once."""
     rows = room.table.take(surface.reshape(-1), axis=1)
     points = (rays * depth).reshape(3, -1) + room.camera.origin.astype(np.float32)[:, None]
     local = _to_local(points - rows[CENTRE], rows[TURN])
@@ -284,7 +290,7 @@ def _shade(
 
 
 def _to_local(vectors: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Turns (3, N) world vectors about the vertical into each pixel's own object frame."""
+    """Rotates (3, N) world vectors about the vertical into the frame of each pixel's object."""
     result = np.empty_like(vectors)
     result[0] = turn[0] * vectors[0] + turn[1] * vectors[1]
     result[1] = turn[0] * vectors[1] - turn[1] * vectors[0]
@@ -295,7 +301,7 @@ def _to_local(vectors: np.ndarray, turn: np.ndarray) -> np.ndarray:
 def _normals(
     local: np.ndarray, view: np.ndarray, flat: np.ndarray, curved: np.ndarray, bend: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(3, N) unit normals towards the viewer in object frames, and (N,) cosines to the (unnormalised) view ray."""
+    """(3, N) unit normals facing the viewer, in object frames, and (N,) absolute dot products with the view ray."""
     normal = flat.astype(np.float32)
     normal[:2] += curved * local[:2]
     normal[2] += curved * (bend[0] * local[2] + bend[1])
@@ -306,7 +312,7 @@ def _normals(
 
 
 def _unshadowed(room: Room, to_light: np.ndarray, windows: list[Window]) -> np.ndarray:
-    """(S, H, W) float32, 1 where the lamp is in sight. Rays run from the lamp, so the solids' own test serves."""
+    """(S, H, W) float32, 1 where the lamp is visible, else 0. Rays start at the lamp, so that `_hit` applies."""
     lit = np.ones(to_light.shape[1:], np.float32)
     rays = -to_light
     planar = rays[0] * rays[0] + rays[1] * rays[1]
@@ -317,11 +323,11 @@ def _unshadowed(room: Room, to_light: np.ndarray, windows: list[Window]) -> np.n
 
 
 def _texture(
-    local: np.ndarray, flat: np.ndarray, rows: np.ndarray, facing: np.ndarray, per_metre: np.ndarray
+    local: np.ndarray, flat: np.ndarray, rows: np.ndarray, facing: np.ndarray, density: np.ndarray
 ) -> np.ndarray:
     """(3, N) linear albedo of solid textures: cells in object coordinates with joints, shades and noise.
 
-    Patterns finer than a sample fade to their mean instead of aliasing; `per_metre` is samples per metre there.
+    Patterns finer than a sample fade to their mean instead of aliasing. `density`: (N,) samples per meter.
     """
     smooth, white = _noise_tables()
     place = local * rows[CELL] + rows[PHASE]
@@ -338,12 +344,12 @@ def _texture(
     parts, joints, shades, grains = rows[WEIGHTS]
     mix = parts * parity + joints * joint + shades * shade + grains * grain
     mean = np.float32(0.5) * (parts + shades + grains)
-    sharp = np.clip(per_metre * (facing + np.float32(0.05)) / rows[CELL].max(axis=0) - np.float32(0.8), 0, 1)
+    sharp = np.clip(density * (facing + np.float32(0.05)) / rows[CELL].max(axis=0) - np.float32(0.8), 0, 1)
     return rows[DARK] + rows[SPAN] * np.clip(mean + (mix - mean) * sharp, 0, 1)
 
 
 def _segments(room: Room, surface: np.ndarray) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
-    """Numbers the visible surfaces 1..K, stuff first, and lists them."""
+    """Numbers the visible surfaces 1..K, stuff first: (H, W) int32 ids and the K dicts of `Scene.segments_info`."""
     names = [*STUFF, *(solid.kind for solid in room.solids)]
     seen = np.bincount(surface.reshape(-1), minlength=len(names)) > 0
     ids = np.cumsum(seen).astype(np.int32)

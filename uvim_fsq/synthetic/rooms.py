@@ -1,6 +1,6 @@
-"""Chooses what stands in a synthetic room, where the camera is, and how the surfaces look. Knows nothing of pixels.
+"""Generates synthetic rooms: objects, camera, light and textures. Independent of the image size.
 
-World axes: x to the right, y forward, z up, metres; the camera stands above the origin.
+World axes: x right, y forward, z up, in meters; the camera is above the origin.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Camera:
     """Pinhole camera: a point p has camera coordinates basis @ (p - origin) = (right, up, forward).
 
     Attributes:
-        origin: (3,) float64, metres.
+        origin: (3,) float64, meters.
         basis: (3, 3) float64, rows right, up, forward.
-        focal: focal length in picture heights; the principal point is the picture's centre, pixels are square.
+        focal: focal length in image heights; the principal point is the image center, pixels are square.
     """
 
     origin: np.ndarray
@@ -51,7 +51,15 @@ class Camera:
 
 @dataclass(frozen=True)
 class Solid:
-    """One object. `base` is the height of its foot, `half` its half extents; for round ones half[0] is the radius."""
+    """One object, all lengths in meters.
+
+    Attributes:
+        kind: one of `THINGS`.
+        x, y: position of its vertical axis.
+        base: height of its lowest point.
+        half: half extents along its own x, y, z; half[0] is the radius of a round solid.
+        yaw: rotation about the vertical axis, radians.
+    """
 
     kind: str
     x: float
@@ -62,7 +70,7 @@ class Solid:
 
     @property
     def reach(self) -> float:
-        """Radius of the footprint's circumscribed circle, metres."""
+        """Radius of the footprint's circumscribed circle, meters."""
         return math.hypot(self.half[0], self.half[1]) if self.kind == "box" else self.half[0]
 
     @property
@@ -72,7 +80,18 @@ class Solid:
 
 @dataclass(frozen=True)
 class Room:
-    """Everything a picture needs, free of any picture size. `low`, `high`: (3,) corners of the room."""
+    """Everything that is needed to render a room at any image size.
+
+    Attributes:
+        camera: the camera.
+        low, high: (3,) opposite corners of the room, meters.
+        light: (3,) position of the lamp, meters.
+        power, ambient: strength of the lamp and of the ambient light.
+        noise: standard deviation of the sensor noise, as a fraction of the pixel range.
+        solids: the objects.
+        table: (24, surfaces) float32 surface parameters; rows as named by CENTRE to GLOSS below, columns the three
+            stuff surfaces and then the solids.
+    """
 
     camera: Camera
     low: np.ndarray
@@ -86,7 +105,7 @@ class Room:
 
 
 class Dice:
-    """A few hundred uniform numbers drawn at once: python floats are far cheaper than generator calls."""
+    """A source of 1200 uniform numbers drawn at once: Python floats are much cheaper than generator calls."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._next: Iterator[float] = iter(rng.random(1200).tolist())
@@ -99,7 +118,7 @@ class Dice:
 
 
 def slope_of(solid: Solid) -> float:
-    """How fast a round solid's radius falls with height: 0 for a cylinder."""
+    """Decrease of a round solid's radius per unit of height; 0 for a cylinder."""
     return solid.half[0] / (2 * solid.half[2]) if solid.kind == "cone" else 0.0
 
 
@@ -107,7 +126,10 @@ def slope_of(solid: Solid) -> float:
 
 
 def furnish(dice: Dice, plain: bool) -> Room:
-    """Chooses camera, room, light, solids and textures; the bounds keep every depth within (0.3, 9.9) m."""
+    """Draws camera, room, light, solids and textures. The ranges keep every depth within (0.3, 9.9) m.
+
+    `plain`: fixed camera height, focal length and texture scale (see `uvim_fsq.synthetic.render.render`).
+    """
     camera = _camera(dice, plain)
     low = np.array([-dice.uniform(1.4, 3.8), -dice.uniform(0.7, 1.5), 0.0])
     high = np.array([dice.uniform(1.4, 3.8), dice.uniform(3.2, 8.0), dice.uniform(2.4, 3.2)])
@@ -134,7 +156,7 @@ def _camera(dice: Dice, plain: bool) -> Camera:
 def _solids(
     dice: Dice, camera: Camera, low: np.ndarray, high: np.ndarray, ceiling: float, plain: bool
 ) -> tuple[Solid, ...]:
-    """Three to eight solids in view, none overlapping: on the floor, or smaller ones on top of boxes and cylinders."""
+    """Up to eight solids in view that do not overlap: on the floor, or smaller ones on top of boxes and cylinders."""
     wanted, solids = int(dice.uniform(3, 9)), []
     heading = math.atan2(camera.basis[2, 0], camera.basis[2, 1])
     spread = math.atan(0.5 / camera.focal)
@@ -155,7 +177,7 @@ def _solids(
 
 
 def _solid(dice: Dice, x: float, y: float, base: float, reach: float, ceiling: float, plain: bool) -> Solid:
-    """One solid whose footprint fits a circle of radius `reach`, so that what is stacked never overhangs."""
+    """One solid whose footprint fits in a circle of radius `reach`, so that stacked solids never overhang."""
     kind = dice.pick(("box", "box", "box", "sphere", "sphere", "cylinder", "cylinder", "cone", "cone"))
     radius = reach * (dice.uniform(0.75, 0.95) if plain or base else dice.uniform(0.35, 1.0))
     height = radius * (dice.uniform(1.2, 1.8) if plain else dice.uniform(0.8, 3.2))
@@ -164,7 +186,7 @@ def _solid(dice: Dice, x: float, y: float, base: float, reach: float, ceiling: f
         radius = min(radius, 0.4, height)
         return Solid(kind, x, y, base, (radius, radius, radius), dice.uniform(0, math.pi))
     if kind == "box":
-        turn = dice.uniform(0.5, 1.0)  # angle of the footprint's diagonal: how oblong it is
+        turn = dice.uniform(0.5, 1.0)  # angle of the footprint's diagonal, which sets the aspect ratio
         half = (radius * math.cos(turn), radius * math.sin(turn), height / 2)
         return Solid(kind, x, y, base, half, dice.uniform(0, math.pi))
     radius *= 0.75
@@ -173,10 +195,10 @@ def _solid(dice: Dice, x: float, y: float, base: float, reach: float, ceiling: f
 
 # ---------------------------------------------------------------- textures
 
-# Rows of the surface table, gathered for all pixels at once: shading then has no loop over objects.
+# Rows of the surface table. They are gathered for all pixels at once, so that shading needs no loop over objects.
 CENTRE, TURN, BEND, CELL, PHASE = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, 10), slice(10, 13)
 DARK, SPAN, WEIGHTS, GLOSS = slice(13, 16), slice(16, 19), slice(19, 23), 23
-# name -> cells a texture unit along x, y, z and the weights of (parity, joint, cell shade, noise)
+# name -> cells per texture unit along x, y, z, and the weights of (parity, joint, cell shade, noise)
 _PATTERNS = {
     "checker": ((1.0, 1.0, 1.0), (0.8, 0.0, 0.0, 0.2)),
     "rings": ((0.0, 0.0, 1.5), (0.8, 0.0, 0.0, 0.2)),
@@ -195,7 +217,7 @@ _SCALES = {"floor": (0.4, 0.6), "wall": (0.35, 0.6), "ceiling": (0.5, 0.7)}
 
 
 def _solid_row(dice: Dice, solid: Solid, plain: bool) -> list[float]:
-    """Surface parameters of one solid; a sphere's and a box's local origin is the centre, a round one's the foot."""
+    """Surface parameters of one solid. The local origin is the center of a sphere or box, the base of other solids."""
     lift = 0.0 if solid.kind in ("cylinder", "cone") else solid.half[2]
     bend = {"sphere": (1.0, 0.0), "cone": (-(slope_of(solid) ** 2), slope_of(solid) * solid.half[0])}
     across, offset = bend.get(solid.kind, (0.0, 0.0))
@@ -211,7 +233,7 @@ def _surface_row(
     low, high = _SCALES.get(name, (0.14, 0.3))
     scale = (low + high) / 2 if plain else dice.uniform(0.8 * low, 1.3 * high)
     cell = [d / scale for d in density]
-    phase = [dice.uniform(0.1, 0.9) if d else 0.5 for d in density]  # unused axes stay clear of the joints
+    phase = [dice.uniform(0.1, 0.9) if d else 0.5 for d in density]  # 0.5 keeps unused axes away from the joints
     dark, bright = _colours(dice, name)
     span = [b - d for b, d in zip(bright, dark, strict=True)]
     gloss = 0.0 if name in STUFF else dice.pick((0.0, 0.2, 0.5))
@@ -220,7 +242,7 @@ def _surface_row(
 
 
 def _colours(dice: Dice, name: str) -> tuple[list[float], list[float]]:
-    """Linear-light albedos of a texture's two ends."""
+    """The darkest and brightest (or brightest and darkest) linear albedo of a texture."""
     hue, strength = dice.uniform(0, 1), {"floor": 0.45, "wall": 0.28, "ceiling": 0.08}.get(name, 0.85)
     hue = dice.uniform(0.02, 0.16) if name == "floor" else hue
     value = {"floor": 0.75, "wall": 0.9, "ceiling": 0.97}.get(name, dice.uniform(0.7, 1.0))
@@ -232,6 +254,6 @@ def _colours(dice: Dice, name: str) -> tuple[list[float], list[float]]:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> list[float]:
-    """Linear-light RGB (display value squared) of a hue in turns."""
+    """Linear RGB (display value squared) of an HSV color; hue in turns."""
     ramps = [min(1.0, max(0.0, abs(((hue + shift) % 1.0) * 6 - 3) - 1)) for shift in (0.0, 2 / 3, 1 / 3)]
     return [(value * (1 - saturation * (1 - ramp))) ** 2 for ramp in ramps]

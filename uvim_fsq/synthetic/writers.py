@@ -1,7 +1,7 @@
 """Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet.
 
-Training picture i is room i of the series, validation picture i is room 10,000,000 + i. A set is written beside its
-final place and renamed when complete, so a half-written set is never seen. Knows nothing of tasks or models.
+Training image i is room i of the series, validation image i is room 10,000,000 + i. A data set is written to a
+temporary folder and renamed when complete, so that it is never seen half-written. Independent of tasks and models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from uvim_fsq.synthetic.render import CATEGORIES, Scene, render
 
 VAL_START = 10_000_000
 PER_FOLDER = 100
-FOCAL = 518.8579  # what the NYU file lists say of every picture; readers skip it
+FOCAL = 518.8579  # the focal length that the NYU file lists give for every image; readers skip it
 NYU_LAYOUTS = ("h5", "mat", "png")
 WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
 
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture to render and store under `root`; `number` counts within its split from 0."""
+    """One image to render and store under `root`; `number` counts from 0 within its split."""
 
     root: Path
     split: str
@@ -56,7 +56,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All pictures of a set, and how to render them."""
+    """All images of a data set, and how to render them."""
 
     num: int
     num_val: int
@@ -73,7 +73,7 @@ class _Plan:
 
     @contextmanager
     def run(self, function: Callable[[_Job], Any], root: Path) -> Iterator[Iterator[Any]]:
-        """What function(job) returns, in order. Beyond the block nobody works on it any more."""
+        """Yields the results of function(job), in order. All workers are gone when the block ends."""
         jobs = self.jobs(root)
         with closing(in_processes(function, jobs, self.workers or os.cpu_count() or 1)) as results:
             yield self._counted(results, len(jobs))
@@ -102,18 +102,19 @@ def write_dataset(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes `num` training and `num_val` validation pictures as "nyu", "coco_panoptic" or "imagenet".
+    """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic" or "imagenet".
 
     Args:
-        out: the new data set's folder; must not exist or be empty.
-        size: side of square pictures, or (height, width).
-        layout: for "nyu" only: "h5", "mat" or "png".
+        out: the new data set's folder; must be empty or not exist.
+        size: side of square images, or (height, width).
+        seed: seed of the series of rooms.
+        layout: "h5", "mat" or "png"; for "nyu" only.
         difficulty: see `uvim_fsq.synthetic.render.render`.
         workers: rendering processes; None: one per core; 1: in this process.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (images done, total).
 
     Raises:
-        UserError: a ValueError; `out` holds files already, or an unknown format, layout or number.
+        UserError: `out` is not an empty folder, or a format, layout or number is invalid.
     """
     options = {"difficulty": difficulty, "workers": workers, "progress": progress}
     if format == "nyu":
@@ -138,9 +139,9 @@ def write_nyu(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """NYU Depth v2: one .h5 a frame ("h5"), the labelled .mat with its splits ("mat"), or BTS's files ("png").
+    """NYU Depth v2: one .h5 per frame ("h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
 
-    Raises `UserError` as `write_dataset` does.
+    Arguments and errors as for `write_dataset`.
     """
     if layout not in NYU_LAYOUTS:
         raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(NYU_LAYOUTS)}')
@@ -160,7 +161,7 @@ def write_coco_panoptic(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """COCO panoptic 2017: pictures, id PNGs and the two JSON files. Raises `UserError` as `write_dataset` does."""
+    """COCO panoptic 2017: images, id PNGs and the two JSON files. Arguments and errors as for `write_dataset`."""
     plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
     with _fresh(out) as root:
         for split in ("train", "val"):
@@ -190,7 +191,7 @@ def write_imagenet(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """ImageNet-1k: class folders for training, a flat val/. The classes mean nothing. Raises as `write_dataset`."""
+    """ImageNet-1k: class folders for training, a flat val/; the classes are arbitrary. Errors as `write_dataset`."""
     plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
     with _fresh(out) as root:
         (root / "val").mkdir()
@@ -205,9 +206,9 @@ def write_imagenet(
 def _plan(
     num: int, num_val: int, size: Size, seed: int, difficulty: str, workers: int | None, progress: Progress | None
 ) -> _Plan:
-    """Checks what can be checked before anything is written."""
+    """Checks the arguments before anything is written. Raises UserError."""
     if not 1 <= num <= VAL_START or num_val < 0:
-        raise UserError(f"num = {num}, num_val = {num_val}: need 1 to {VAL_START} training and 0 or more val pictures")
+        raise UserError(f"num = {num}, num_val = {num_val}: need 1 to {VAL_START} training and 0 or more val images")
     if seed < 0 or (workers is not None and workers < 1):
         raise UserError(f"seed = {seed}, workers = {workers}: need a seed of 0 or more and at least one worker")
     try:
@@ -219,7 +220,7 @@ def _plan(
 
 @contextmanager
 def _fresh(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well and vanishes when it does not."""
+    """A temporary folder next to `out` that is renamed to `out` if the block succeeds and deleted if it fails."""
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: delete it or choose another name")
@@ -227,7 +228,7 @@ def _fresh(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            root.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+            root.chmod(0o755)  # mkdtemp creates folders that only their owner can read
             yield root
             if out.exists():
                 out.rmdir()
@@ -260,7 +261,7 @@ def _store_h5(job: _Job) -> None:
 
 
 def _png_names(job: _Job) -> tuple[str, str]:
-    """Picture's and depth map's paths below sync/ (train) or official_splits/test/ (val)."""
+    """Paths of image and depth map below sync/ (train) or official_splits/test/ (val)."""
     room, frame = divmod(job.number, PER_FOLDER)
     folder, number = ("room", job.number) if job.split == "val" else (f"room_{room + 1:04d}a", frame)
     return f"{folder}/rgb_{number:05d}.jpg", f"{folder}/sync_depth_{number:05d}.png"
@@ -292,7 +293,7 @@ def _jpeg(scene: Scene) -> bytes:
 
 
 def _nyu_mat(plan: _Plan, root: Path) -> None:
-    """The arrays are transposed as MATLAB's column order makes them appear in h5py: (N, 3, W, H) and (N, W, H)."""
+    """Writes the arrays as h5py sees MATLAB's column-major order: (N, 3, W, H) and (N, W, H)."""
     total = plan.num + plan.num_val
     height, width = (plan.size, plan.size) if isinstance(plan.size, int) else plan.size
     places = _interleaved(plan.num, plan.num_val)
@@ -302,7 +303,7 @@ def _nyu_mat(plan: _Plan, root: Path) -> None:
         "rawDepths": (total, width, height),
     }
     file = root / "nyu_depth_v2_labeled.mat"
-    starts = _make_room(file, shapes)
+    starts = _preallocate(file, shapes)
     with plan.run(_frame, root) as frames, file.open("r+b") as opened:
         for place, arrays in zip(places, frames, strict=True):
             for start, array in zip(starts, arrays, strict=True):
@@ -313,13 +314,13 @@ def _nyu_mat(plan: _Plan, root: Path) -> None:
     scipy.io.savemat(root / "splits.mat", splits)
 
 
-def _make_room(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[int]:
-    """An HDF5 file of arrays without values (uint8 of four dimensions, float32 of three); where each one begins.
+def _preallocate(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """Creates an HDF5 file of uninitialized arrays (4-D: uint8, 3-D: float32) and returns their byte offsets.
 
-    The values are then written as plain bytes, since HDF5 ends the process when the disk fills up.
+    The values are then written as plain bytes, because HDF5 aborts the process if the disk is full.
     """
     with file.open("wb") as opened:
-        opened.write(bytes(1 << 16))  # more than the structure takes
+        opened.write(bytes(1 << 16))  # more than the file's metadata takes
         opened.truncate(sum(math.prod(shape) * (1 if len(shape) == 4 else 4) for shape in shapes.values()) + (1 << 16))
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -332,7 +333,7 @@ def _make_room(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[int]:
 
 
 def _interleaved(num: int, num_val: int) -> list[int]:
-    """0-based places of the training pictures, then of the validation ones, mixed evenly as in the real file."""
+    """0-based positions of the training images, then of the validation images, interleaved as in the real file."""
     order = sorted(range(num + num_val), key=lambda i: (i + 0.5) / num if i < num else (i - num + 0.5) / num_val)
     places = [0] * len(order)
     for place, item in enumerate(order):
@@ -341,7 +342,7 @@ def _interleaved(num: int, num_val: int) -> list[int]:
 
 
 def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (H, W, 3), depth (H, W), and the depth with a few rectangular holes (0), as the sensor leaves them."""
+    """Image (H, W, 3), depth (H, W), and the depth with a few rectangular holes (0) like those of a real sensor."""
     scene = job.scene()
     rng = np.random.default_rng([job.seed, job.number, job.split == "val"])
     holed = scene.depth.copy()
@@ -356,7 +357,7 @@ def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _store_coco(job: _Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Stores picture and id map; returns the entries of `images` and `annotations`. Ids use all three channels."""
+    """Stores image and id map; returns their entries for `images` and `annotations`. Ids use all three channels."""
     scene = job.scene()
     number = job.number + 1 + (VAL_START if job.split == "val" else 0)
     name, folder = f"{number:012d}", f"{job.split}2017"
@@ -371,7 +372,7 @@ def _store_coco(job: _Job) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _panoptic_id(segment: int) -> int:
-    """Distinct ids beyond 65535, as COCO's are, so that a reader that drops a channel or overflows is found out."""
+    """Distinct ids beyond 65535, as in COCO, so that a reader that drops a channel or overflows fails."""
     return segment * 1_234_567 % (1 << 24)
 
 

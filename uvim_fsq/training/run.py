@@ -9,7 +9,7 @@ from uvim_fsq import processes
 from uvim_fsq.checkpoints.loading import build_task, resolve_task
 from uvim_fsq.checkpoints.run_directory import inherit
 from uvim_fsq.config.schema import Run
-from uvim_fsq.errors import TRAINING_REMEDY, enough_memory
+from uvim_fsq.errors import TRAINING_REMEDY, UserError, enough_memory
 from uvim_fsq.evaluation.results import result_file
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.files import write_json
@@ -30,8 +30,11 @@ def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
 
     Returns the run directory. Raises UserError for everything that the user can correct.
     """
-    run = load_run(config, overrides) if isinstance(config, (str, Path)) else config
-    return train_inherited(inherit(run))
+    if isinstance(config, (str, Path)):
+        config = load_run(config, overrides)
+    elif overrides:
+        raise UserError("train takes overrides only with a file or a name; a loaded run already has its settings")
+    return train_inherited(inherit(config))
 
 
 def train_inherited(run: Run) -> Path:

@@ -18,14 +18,14 @@ from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.identity import check_resume
 from uvim_fsq.checkpoints.run_directory import (
     Evaluation,
-    Watch,
+    Selection,
     best,
     checkpoints,
-    offering_earlier,
     read_config,
     read_evaluation,
     resume_from,
     step_name,
+    suggesting_earlier,
 )
 from uvim_fsq.config.parse import dump_yaml
 from uvim_fsq.config.rules import check_warmup
@@ -48,7 +48,7 @@ class Trainer:
         source = stage.task.source(run.data.root, run.data.train_split)
         # What evaluation lacks is reported now rather than after hours of training.
         stage.task.metric(stage.task.source(run.data.root, run.data.eval_split))
-        self.watch = self._watch()
+        self.selection = self._selection()
         state = processes.state()
         self.loader = TrainLoader(
             source,
@@ -77,13 +77,13 @@ class Trainer:
         """Optimizer steps taken."""
         return self.stepper.step
 
-    def _watch(self) -> Watch:
+    def _selection(self) -> Selection:
         task, data, train = self.stage.task, selection_data(self.run.data), self.run.train
         source = task.source(data.root, data.eval_split)
         limit = train.eval_limit if train.eval_limit is not None else self.run.eval.limit
         # A checkpoint must not be chosen by what is reported.
         chooses = data.eval_split != self.run.data.eval_split
-        return Watch(
+        return Selection(
             split=data.eval_split,
             images=len(source) if limit is None else min(limit, len(source)),
             protocol=task.metric(source).protocol,
@@ -124,13 +124,13 @@ class Trainer:
                 f"process {self.accelerator.process_index} has no {path}; the run directory must be one that all "
                 "machines share"
             )
-        with offering_earlier(self.run, path):
+        with suggesting_earlier(self.run, path):
             trained = read_config(path)
             state, state_hash = ckpt.load_trainer_state(path)
             if "optimizers" not in state:
                 raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
         check_resume(self.run, trained)
-        with offering_earlier(self.run, path):
+        with suggesting_earlier(self.run, path):
             weights_hash = ckpt.load_model_weights(self.stage.model, path)
         stepper = self.stepper
         if stepper.ema is not None:
@@ -193,7 +193,9 @@ class Trainer:
         processes.wait()
 
     def _refuse_to_save_nonsense(self) -> None:
-        tensors = [*self.stage.model.state_dict().values(), *(self.stepper.ema or {}).values()]
+        modules = (self.stage.model, *self.stage.auxiliary.values())
+        tensors = [x for module in modules for x in module.state_dict().values()]
+        tensors += (self.stepper.ema or {}).values()
         tensors += [
             value
             for optimizer in self.stepper.optimizers.values()
@@ -262,7 +264,7 @@ class Trainer:
             write_whole(place, lambda path: picture.save(path, format="PNG"))
         progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
         if processes.is_main():
-            ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.watch, figures))
+            ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.selection, figures))
 
     def write_run_files(self) -> None:
         """What lies in the run directory beside the checkpoints."""

@@ -1,4 +1,4 @@
-"""The transformer that the oracle's encoder and decoder are made of (UViM, appendix A).
+"""The transformer used as the oracle's encoder and decoder (UViM, appendix A).
 
 B batch, N tokens, D width.
 """
@@ -27,7 +27,7 @@ class EncoderBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` encoder blocks and the final LayerNorm: (B, N, D) -> (B, N, D)."""
+    """`depth` encoder blocks followed by a LayerNorm: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The contract of the bottleneck's quantizers, and the registry that finds them by name.
+"""The quantizer interface and the registry that finds quantizers by name.
 
 B batch, L code length, d channels, V codebook size.
 """
@@ -17,12 +17,12 @@ from uvim_fsq.errors import UserError
 
 
 class Quantized(NamedTuple):
-    """What a forward pass returns.
+    """The output of a quantizer.
 
     Attributes:
-        codes: (..., d) float32, with the gradient of the quantizer's choice (straight through for FSQ and VQ).
+        codes: (..., d) float32. The quantizer decides how gradients pass; FSQ and VQ use straight-through.
         indices: (...) int64 in [0, V).
-        loss: an auxiliary loss (B,) float32 that training adds to the task loss, already weighted; None for none.
+        loss: (B,) float32, an auxiliary loss that training adds to the task loss, already weighted; or None.
         logs: name -> (B,) tensors that training logs.
     """
 
@@ -35,20 +35,20 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module, ABC):
     """Maps real vectors to a finite set of codes.
 
-    Subclasses set `codebook_size` (V) and `dim` (d) and, if each channel has its own scalar levels, `levels`. They
-    compute in float32 inside any autocast. A quantizer that learns from statistics rather than gradients gathers them
-    in `accumulate` and applies them in `on_optimizer_step`, so that gradient accumulation and the number of processes
-    make no difference.
+    Subclasses set `codebook_size` (V) and `dim` (d), and also `levels` if they quantize each channel separately. They
+    compute in float32 even inside autocast. A quantizer that learns from statistics instead of gradients collects them
+    in `accumulate` and applies them in `on_optimizer_step`. Results then do not depend on gradient accumulation or the
+    number of processes.
     """
 
     codebook_size: int
     dim: int
-    #: Levels of each channel for scalar quantizers; empty for all others.
+    #: Number of levels of each channel for scalar quantizers; empty for all others.
     levels: tuple[int, ...] = ()
 
     @abstractmethod
     def forward(self, z: torch.Tensor) -> Quantized:
-        """Quantizes (..., d) reals; (B, L, d) where the auxiliary loss is per example."""
+        """Quantizes real vectors (..., d). An auxiliary loss per example requires the shape (B, L, d)."""
 
     @abstractmethod
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
@@ -59,32 +59,32 @@ class Quantizer(nn.Module, ABC):
         """(..., d) codes -> (...) int64 in [0, V)."""
 
     def codebook(self) -> torch.Tensor:
-        """(V, d) float32, all codes in the order of their indices."""
+        """All codes in index order: (V, d) float32."""
         return self.indices_to_codes(torch.arange(self.codebook_size, device=self.device))
 
     def expected_codes(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The mean code under (..., V) probabilities -> (..., d) float32: a soft code between the codebook's."""
+        """Soft codes: probabilities (..., V) -> the expected code (..., d) float32."""
         with torch.autocast(probabilities.device.type, enabled=False):
             return probabilities.float() @ self.codebook()
 
     def indices_to_digits(self, indices: torch.Tensor) -> torch.Tensor:
-        """(...) int64 -> (..., d) int64 level of each channel. Only for quantizers with `levels`."""
+        """(...) int64 -> the level of each channel, (..., d) int64. Only for quantizers with `levels`."""
         raise NotImplementedError(f"{type(self).__name__} has no levels")
 
     def accumulate(self, z: torch.Tensor, indices: torch.Tensor) -> None:
-        """Takes note of one micro batch in training: `z` (..., d) as `forward` got it, and its indices (...)."""
+        """Collects statistics of one micro batch: `z` (..., d), the input of `forward`, and its indices (...)."""
 
     def on_optimizer_step(self, reduce: Callable[[torch.Tensor], torch.Tensor], seed: int) -> None:
-        """Called once per optimizer step, in all processes.
+        """Called once per optimizer step, in every process.
 
         Args:
             reduce: sums a tensor over all processes.
-            seed: for random choices; the same in all processes, another at each step.
+            seed: for random choices; the same in all processes, different at each step.
         """
 
     @property
     def device(self) -> torch.device:
-        """Where the quantizer's tensors are."""
+        """The device of the quantizer's tensors."""
         return next((x.device for x in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
 
@@ -94,9 +94,12 @@ _QUANTIZERS: dict[str, Factory] = {}
 
 
 def register_quantizer(name: str) -> Callable[[F], F]:
-    """Decorator for a function that builds a quantizer from `model.quantizer`, under the name `model.quantizer.kind`.
+    """Decorator that registers a function building a quantizer from `model.quantizer`.
 
-    Raises ValueError if another function already has that name.
+    Args:
+        name: the value of `model.quantizer.kind` that selects it.
+
+    Raises ValueError if another function is already registered under that name.
     """
 
     def register(factory: F) -> F:
@@ -110,7 +113,7 @@ def register_quantizer(name: str) -> Callable[[F], F]:
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
-    """The quantizer that `model.quantizer` asks for. Raises UserError for an unknown kind."""
+    """Builds the quantizer that `model.quantizer` selects. Raises UserError for an unknown kind."""
     if config.kind not in _QUANTIZERS:
         raise UserError(
             f"model.quantizer.kind={config.kind}: known quantizers are {', '.join(sorted(_QUANTIZERS))}; "

@@ -1,6 +1,6 @@
 """Finite Scalar Quantization (arXiv 2309.15505, section 3): bound, round, mixed radix. No parameters.
 
-B, N any leading sizes; d channels; L_i levels of channel i. All arithmetic is float32, also inside autocast.
+d channels, L_i levels of channel i. All computation is in float32, even inside autocast.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ EPS = 1e-3
 
 
 class FSQ(Quantizer):
-    """Rounds each bounded channel to one of L_i values; gradients pass straight through the rounding.
+    """Rounds each bounded channel to one of L_i values, with a straight-through gradient.
 
     Args:
-        levels: L_i per channel, or a preset's name.
-        shift: "published" uses tan(offset / half_l) inside the tanh as the paper prints it; "centered" uses atanh,
-            which makes bound(0) = 0 for even levels (undefined for L = 2).
+        levels: L_i per channel, or the name of a preset such as "2^12".
+        shift: "published" uses tan(offset / half_l) inside the tanh, as printed in the paper. "centered" uses atanh,
+            which makes bound(0) = 0 for even L_i (undefined for L_i = 2).
+
+    Warns about levels below 5, which the paper advises against. Raises UserError for invalid levels.
     """
 
     def __init__(self, levels: Sequence[int] | str, *, shift: Literal["published", "centered"] = "published") -> None:
@@ -48,7 +50,7 @@ class FSQ(Quantizer):
             ("level", self.levels, torch.int64),
             ("basis", basis, torch.int64),
         ):
-            # Derived from `levels`, hence never in a checkpoint.
+            # Derived from `levels`, so not part of a checkpoint.
             self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
     half_l: torch.Tensor
@@ -60,7 +62,7 @@ class FSQ(Quantizer):
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """Quantizes (..., d) reals to codes (..., d) float32 in [-1, 1] and indices (...) int64."""
-        # Autocast leaves arithmetic by element in the type that it is given.
+        # Autocast does not change the dtype of elementwise operations.
         bounded = self.bound(z.float())
         rounded = bounded + (bounded.round() - bounded).detach()
         codes = rounded / self.half_width
@@ -76,11 +78,11 @@ class FSQ(Quantizer):
         return (digits * self.basis).sum(-1)
 
     def indices_to_digits(self, indices: torch.Tensor) -> torch.Tensor:
-        """(...) int64 -> (..., d) int64 level numbers, each in [0, L_i)."""
+        """(...) int64 -> the level of each channel, (..., d) int64 in [0, L_i)."""
         return (indices.unsqueeze(-1) // self.basis) % self.level
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        """(...) int64 -> (..., d) float32 codes, computed, without a stored codebook."""
+        """(...) int64 -> (..., d) float32 codes, computed without a stored codebook."""
         return (self.indices_to_digits(indices).float() - self.half_width) / self.half_width
 
     def extra_repr(self) -> str:
@@ -89,5 +91,5 @@ class FSQ(Quantizer):
 
 @register_quantizer("fsq")
 def build_fsq(config: QuantizerConfig) -> FSQ:
-    """FSQ with `model.quantizer.levels` and `shift`."""
+    """Builds FSQ from `model.quantizer.levels` and `shift`."""
     return FSQ(config.levels, shift=config.shift)

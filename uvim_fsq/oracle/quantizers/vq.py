@@ -1,6 +1,6 @@
-"""Vector quantization as UViM has it (arXiv 2205.10337, appendix A): the baseline that FSQ replaces.
+"""Vector quantization as in UViM (arXiv 2205.10337, appendix A): the baseline that FSQ replaces.
 
-B, N any leading sizes; d channels; K codewords. All arithmetic is float32, also inside autocast.
+B batch, d channels, K codewords. All computation is in float32, even inside autocast.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch.nn.functional as F
 from uvim_fsq.config.schema import QuantizerConfig
 from uvim_fsq.oracle.quantizers.base import Quantized, Quantizer, register_quantizer
 
-#: Inside the root of the standardisation.
+#: Added to the variance when standardizing.
 EPS = 1e-5
 #: Codebook splitting revives codewords whose running count falls below this.
 RARE = 0.1
-#: Unused codewords fade no further than this, so that they keep a direction where nothing revives them.
-FADED = 1e-12
+#: Running counts stop decaying at this value, so that an unused codeword keeps its direction if it is never revived.
+MIN_COUNT = 1e-12
 
 
 class VQ(Quantizer):
-    """Chooses the nearest of K unit codewords, learned as running sums of the vectors assigned to them.
+    """Assigns each vector to the nearest of K unit-length codewords, which are learned as running sums.
 
-    The codebook has no gradient. It changes only in `on_optimizer_step`, from what `accumulate` has gathered since the
-    last one.
+    The codebook has no gradient. It changes only in `on_optimizer_step`, from the statistics that `accumulate` has
+    collected since the previous step.
 
     Args:
         codebook_size: K.
         dim: d.
-        momentum: of the running counts and sums.
-        split: codebook splitting: the most frequent codeword is halved in favour of the rarest.
-        commitment: weight of the mean squared distance between the standardized z and its codeword, as the auxiliary
-            loss; 0 leaves it out.
+        momentum: decay of the running counts and sums.
+        split: codebook splitting, in which the most frequent codeword gives half of its count to the rarest.
+        commitment: weight of the auxiliary loss, the mean squared distance between the standardized z and its
+            codeword; 0 disables it.
     """
 
     def __init__(
@@ -50,38 +50,38 @@ class VQ(Quantizer):
         self.commitment = commitment
         self.register_buffer("counts", torch.ones(codebook_size))
         self.register_buffer("sums", torch.randn(codebook_size, dim) * codebook_size**-0.5)
-        # No buffers: DistributedDataParallel would overwrite them by those of the first process.
-        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Not buffers: DistributedDataParallel would overwrite them with those of the first process.
+        self._accumulated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     counts: torch.Tensor
     sums: torch.Tensor
 
     def codebook(self) -> torch.Tensor:
-        """(K, d) float32 of length 1."""
-        # The counts drop out: sum / count has the direction of the sum.
+        """All codewords, of unit length: (K, d) float32."""
+        # The counts cancel, because sum / count has the same direction as the sum.
         largest = self.sums.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return F.normalize(self.sums / largest, dim=1)
 
     @staticmethod
     def standardize(z: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> mean 0 and variance 1 over the channels, float32."""
-        # Autocast leaves this one in float32.
+        """(..., d) -> float32 with mean 0 and variance 1 over the channels."""
+        # Autocast runs layer_norm in float32.
         return F.layer_norm(z.float(), (z.shape[-1],), eps=EPS)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """Quantizes (..., d) reals to codewords (..., d) float32 and indices (...) int64.
 
-        The gradient passes straight through to the standardised z.
+        The straight-through gradient goes to the standardized z.
         """
         with torch.autocast(z.device.type, enabled=False):
             raw, z = z, self.standardize(z)
             words = self.codebook()
-            # Of unit vectors the nearest has the largest product.
+            # The nearest of several unit vectors has the largest dot product.
             indices = (z @ words.T).argmax(-1)
             codes = F.embedding(indices, words) + (z - z.detach())
             if not self.commitment:
                 return Quantized(codes, indices)
-            # Standardized again: the two losses' gradients then add up at the bottleneck itself.
+            # Standardized again, so that the gradients of the two losses are added at the bottleneck itself.
             distance = (self.standardize(raw) - codes.detach()).square().mean((1, 2))
             return Quantized(codes, indices, self.commitment * distance, {"commitment": distance.detach()})
 
@@ -95,33 +95,32 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def accumulate(self, z: torch.Tensor, indices: torch.Tensor) -> None:
-        """Gathers one micro batch: `z` (..., d) as it came to `forward`, and the indices (...) it gave."""
+        """Adds the counts and sums of one micro batch: `z` (..., d), the input of `forward`, and its indices (...)."""
         flat, rows = self.standardize(z).reshape(-1, self.dim), indices.reshape(-1)
         counts = torch.zeros_like(self.counts).index_add_(0, rows, flat.new_ones(len(rows)))
         sums = torch.zeros_like(self.sums).index_add_(0, rows, flat)
-        if self._seen is not None:
-            counts, sums = counts + self._seen[0], sums + self._seen[1]
-        self._seen = counts, sums
+        if self._accumulated is not None:
+            counts, sums = counts + self._accumulated[0], sums + self._accumulated[1]
+        self._accumulated = counts, sums
 
     def on_optimizer_step(self, reduce: Callable[[torch.Tensor], torch.Tensor], seed: int) -> None:
-        """`ema_update`."""
         self.ema_update(reduce, seed)
 
     @torch.no_grad()
     def ema_update(self, reduce: Callable[[torch.Tensor], torch.Tensor], seed: int) -> None:
-        """Moves the codebook's running means by everything accumulated since the last call.
+        """Updates the running counts and sums with everything accumulated since the last call.
 
         Args:
             reduce: sums a tensor over all processes.
-            seed: of the noise in splitting; the same in all processes.
+            seed: for the noise of codebook splitting; the same in all processes.
         """
-        if self._seen is None:
+        if self._accumulated is None:
             return
-        counts, sums = (reduce(x) for x in self._seen)
-        self._seen = None
-        fade = torch.where(self.counts > FADED, self.momentum, 1.0)
-        self.counts.mul_(fade).add_(counts)
-        self.sums.mul_(fade.unsqueeze(1)).add_(sums)
+        counts, sums = (reduce(x) for x in self._accumulated)
+        self._accumulated = None
+        decay = torch.where(self.counts > MIN_COUNT, self.momentum, 1.0)
+        self.counts.mul_(decay).add_(counts)
+        self.sums.mul_(decay.unsqueeze(1)).add_(sums)
         if self.split and bool(self.counts.min() < RARE):
             self._split(torch.Generator().manual_seed(seed))
 
@@ -131,7 +130,7 @@ class VQ(Quantizer):
         while counts[rarest] < RARE:
             most = int(counts.argmax())
             if counts[most] < 2 * RARE:
-                break  # too few tokens for so many codewords: halves would be rare again, without end
+                break  # too few tokens for this many codewords: both halves would be rare again, in an endless loop
             noise = torch.rand(self.dim, generator=generator) * 0.002 + 0.999
             counts[most] /= 2
             sums[most] /= 2
@@ -146,7 +145,7 @@ class VQ(Quantizer):
 
 @register_quantizer("vq")
 def build_vq(config: QuantizerConfig) -> VQ:
-    """VQ with the codebook of `model.quantizer`."""
+    """Builds VQ from the settings of `model.quantizer`."""
     return VQ(
         config.codebook_size,
         config.codeword_dim,
