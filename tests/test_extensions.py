@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.support.extensions import Binary, Parallel
+from examples.extensions.extensions import Binary, Parallel
 from tests.support.small import LM, ORACLE
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.cli import main
@@ -22,7 +22,7 @@ from uvim_fsq.lm.base import build_token_model
 from uvim_fsq.oracle.quantizers.base import build_quantizer, register_quantizer
 from uvim_fsq.tasks.configuration import load_run
 
-PLUGINS = "plugins=[tests.support.extensions]"
+PLUGINS = "plugins=[examples.extensions.extensions]"
 BINARY = ["model.quantizer.kind=binary", "model.quantizer.codeword_dim=5"]
 
 
@@ -112,7 +112,7 @@ def test_they_are_benchmarked(
     job: str, configs: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = {**ORACLE["model"], "quantizer": {"kind": "binary", "codeword_dim": 5}}
-    oracle = {**ORACLE, "model": model, "plugins": ["tests.support.extensions"]}
+    oracle = {**ORACLE, "model": model, "plugins": ["examples.extensions.extensions"]}
     (tmp_path / "oracle.yaml").write_text(yaml.safe_dump(oracle))
     (tmp_path / "lm.yaml").write_text((configs / "lm.yaml").read_text())
     file = "oracle" if job == "train-oracle" else "lm"
@@ -121,7 +121,7 @@ def test_they_are_benchmarked(
     main([*command, "--batch", "2", "--repeats", "1", "--json", str(tmp_path / "lines.json")])
     lines = json.loads((tmp_path / "lines.json").read_text())["measurements"]
     assert (job == "side-by-side") == (not lines)
-    assert all(line["floor"] is None or line["floor"] > 0 for line in lines)
+    assert all(line["roofline"] is None or line["roofline"] > 0 for line in lines)
     assert not any("8-bit" in line["name"] for line in lines), "the model has no such decoding"
 
 
@@ -130,7 +130,10 @@ def test_a_grid_plans_them(configs: Path, tmp_path: Path, capsys: pytest.Capture
         "oracle": str(configs / "oracle.yaml"),
         "lm": str(configs / "lm.yaml"),
         "synthetic": {"format": "nyu", "num": 8, "size": 16},
-        "set": {"oracle": {"plugins": ["tests.support.extensions"]}, "lm": {"plugins": ["tests.support.extensions"]}},
+        "set": {
+            "oracle": {"plugins": ["examples.extensions.extensions"]},
+            "lm": {"plugins": ["examples.extensions.extensions"]},
+        },
         "rows": {
             "fsq": {},
             "binary": {"oracle": {"model.quantizer.kind": "binary", "model.quantizer.codeword_dim": 5}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def room(module: str) -> str:
 
 def test_every_room_has_its_place_in_the_order() -> None:
     assert {room(module) for module in graph()} == set(ORDER)
+
+
+def test_the_documentation_shows_the_same_order() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    (block,) = re.findall(r"```order\n(.*?)```", page, re.DOTALL)
+    assert [line.partition(":")[0] for line in block.splitlines()] == ORDER[2:]
 
 
 def test_no_import_goes_upward() -> None:

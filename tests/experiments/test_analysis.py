@@ -66,8 +66,8 @@ def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
 def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = analysed(oracle_dir, tmp_path / "a")
     said = capsys.readouterr().out
-    assert list(found["figures"]) == list(found["ways"]) == ["oracle", "shuffled_codes", "context_only"]
-    assert "zero codes and context alone are one thing" in said and "code 12 of the codebook is zero, too" in said
+    assert list(found["figures"]) == list(found["descriptions"]) == ["oracle", "shuffled_codes", "context_only"]
+    assert "zero codes equal context alone" in said and "code 12 of the codebook is also zero" in said
     evaluated = evaluate(oracle_dir)
     for way in ("oracle", "context_only"):
         assert found["figures"][way] == evaluated["figures"][way]
@@ -88,7 +88,7 @@ def test_analysis_of_an_lm_also_counts_its_tokens(tmp_path: Path, lm_dir: Path, 
     main(["analyze", str(run), "--limit", "4"])  # into RUN/analysis
     found = json.loads((run / "analysis" / "analysis.json").read_text())
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
-    assert found["images"] == found["limit"] == 4 and "all 4 images" in found["ways"]["shuffled_codes"]
+    assert found["images"] == found["limit"] == 4 and "all 4 images" in found["descriptions"]["shuffled_codes"]
     assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
     assert found["oracle_sha256"] == evaluate(oracle_dir, limit=2)["checkpoint_sha256"]
     assert found["oracle_sha256"] != found["checkpoint_sha256"]
@@ -99,8 +99,9 @@ def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, mon
     run = train(oracle_run(tmp_path / "run", data, "model.context=none", "model.code_dropout=none", *VQ_KEYS))
     found = analyze_run(run, out=tmp_path / "out")
     assert list(found["figures"]) == ["oracle", "shuffled_codes", "zero_codes"]
-    assert "constant" in found["ways"]["zero_codes"] and "code dropout was off" in found["ways"]["zero_codes"]
-    assert "of the codebook" not in found["ways"]["zero_codes"] and "own image" not in found["ways"]["shuffled_codes"]
+    text = found["descriptions"]
+    assert "constant" in text["zero_codes"] and "without code dropout" in text["zero_codes"]
+    assert "also zero" not in text["zero_codes"] and "own image" not in text["shuffled_codes"]
     assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
     # Without context the image makes no difference: one row.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from uvim_fsq.experiments.code_pictures import code_colours, sample_marginals, stitch
+from uvim_fsq.experiments.code_pictures import code_colors, sample_marginals, stitch
 from uvim_fsq.oracle.quantizers.fsq import FSQ
 from uvim_fsq.oracle.quantizers.vq import VQ
 
@@ -29,10 +29,10 @@ def test_marginals_respect_the_counts() -> None:
     assert set(own[:, 0]) == {7} and abs((own[:, 1] == 2).mean() - (tokens[:, 1] == 2).mean()) < 0.03
 
 
-def test_code_colours_put_close_codes_together() -> None:
+def test_code_colors_put_close_codes_together() -> None:
     counts = np.ones(25)
-    colours = code_colours(FSQ((5, 5)), counts).astype(int)
-    assert colours.shape == (25, 3) and len(np.unique(colours, axis=0)) == 25 and (colours[:, 2] == 128).all()
+    colors = code_colors(FSQ((5, 5)), counts).astype(int)
+    assert colors.shape == (25, 3) and len(np.unique(colors, axis=0)) == 25 and (colors[:, 2] == 128).all()
     # Code 1 is one level from code 0, code 24 is the opposite corner.
-    assert np.abs(colours[1] - colours[0]).sum() < np.abs(colours[24] - colours[0]).sum()
-    assert code_colours(VQ(16, 8), np.eye(16)[3]).shape == (16, 3)
+    assert np.abs(colors[1] - colors[0]).sum() < np.abs(colors[24] - colors[0]).sum()
+    assert code_colors(VQ(16, 8), np.eye(16)[3]).shape == (16, 3)

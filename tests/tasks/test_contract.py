@@ -122,7 +122,11 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"label_channels": {"x": Real(1)}, "encode": lambda *_: {"x": np.full((32, 32, 1), np.nan, np.float32)}},
         "channel 'x' holds values from nan to nan",
     ),
-    ("exception", {"encode": lambda self, sample: {}["classes"]}, r"encode fails: KeyError: 'classes' \(.*test_contract"),
+    (
+        "exception",
+        {"encode": lambda self, sample: {}["classes"]},
+        r"encode fails: KeyError: .classes. \(.*test_contract",
+    ),
     (
         "scalar loss",
         {"loss": loss(lambda x, logs: (x.mean(), logs))},
@@ -143,7 +147,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         r"decode: a list of one item .* int64",
     ),
     ("one item", {"decode": lambda self, logits: [1]}, "decode: a list of one item per image expected, not list"),
-    ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*test_contract.py, line"),
+    ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*test_contract"),
     ("no row", {"metric": metric(update=lambda *_: None)}, "metric: update must return .* not NoneType"),
     ("row", {"metric": metric(update=lambda *_: {"a": "b"})}, "metric: update must return .* not dict"),
     ("state", {"metric": metric(state=lambda self: [1])}, "metric: state must return name -> NumPy array"),

@@ -155,9 +155,7 @@ def resume_from(run_dir: Path, how: str) -> Path | None:
         return None
     path = resolve_checkpoint(how, prefer="last")
     if existing and path.resolve() not in [place.resolve() for place in existing]:
-        raise UserError(
-            f"{run_dir} already holds checkpoints, and {path} is not one of them; choose another train.out"
-        )
+        raise UserError(f"{run_dir} already holds checkpoints, and {path} is not one of them; choose another train.out")
     return path
 
 

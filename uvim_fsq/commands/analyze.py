@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> None:
     if not processes.is_main():
         return
     print_result(result)
-    for way, text in result["ways"].items():
-        print(f"{way}: {text}")
+    for name, text in result["descriptions"].items():
+        print(f"{name}: {text}")
     print(f"written: {out / 'report.html'}, {out / 'analysis.json'} and the pictures")

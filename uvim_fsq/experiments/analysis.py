@@ -1,6 +1,7 @@
-"""What a run's codes are, and how much its predictions hang on them: figures and the page of `uvim-fsq analyze`.
+"""Analyzes what a run's codes encode and how much its predictions depend on them, for `uvim-fsq analyze`.
 
-Knows tasks by their interface only; the pictures are made in `code_pictures`. L code length, N evaluated images.
+Uses only the `Task` interface. `code_pictures` draws the pictures. L is the code length, N the number of evaluated
+images.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from uvim_fsq.tasks.base import Task
 
 
 def partners(count: int, seed: int) -> np.ndarray:
-    """(count,) int64: whose codes each image gets. One random cycle, hence a permutation without fixed points."""
+    """(count,) int64: for each image, the image whose codes it gets. One random cycle, so no image keeps its own."""
     order = np.random.default_rng(seed).permutation(count)
     partner = np.empty(count, np.int64)
     partner[order] = np.roll(order, 1)
@@ -47,7 +48,7 @@ def partners(count: int, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def collect_tokens(loaded: LoadedRun, limit: int | None, device: torch.device) -> np.ndarray:
-    """The oracle's tokens of the evaluation images, (N, L) int64 in the source's order, whole on every process."""
+    """The oracle's tokens of all evaluation images, (N, L) int64 in the source's order, on every process."""
     run, state = loaded.run, processes.state()
     source = loaded.task.source(run.data.root, run.data.eval_split)
     batches = eval_batches(
@@ -60,20 +61,20 @@ def collect_tokens(loaded: LoadedRun, limit: int | None, device: torch.device) -
         rank=state.process_index,
         world=state.num_processes,
     )
-    mine: dict[int, np.ndarray] = {}
+    local: dict[int, np.ndarray] = {}
     count = min(limit or len(source), len(source))
     with Bar("tokens", count) as bar:
         for batch, _ in batches:
-            bar.update(min(len(mine) * state.num_processes, count))
+            bar.update(min(len(local) * state.num_processes, count))
             batch = to_device(batch, device)
             tokens = loaded.oracle.tokenize(batch["labels"], batch["image"]).cpu().numpy()
-            mine |= zip(batch["index"].tolist(), tokens, strict=True)
-    everyone = {index: row for part in processes.gather(mine) for index, row in part.items()}
-    return np.stack([everyone[index] for index in sorted(everyone)])
+            local |= zip(batch["index"].tolist(), tokens, strict=True)
+    tokens_of = {index: row for part in processes.gather(local) for index, row in part.items()}
+    return np.stack([tokens_of[index] for index in sorted(tokens_of)])
 
 
 def shuffled_predictions(oracle: Oracle, task: Task, tokens: np.ndarray, partner: np.ndarray) -> PredictFn:
-    """The decoder with each image's own context but another image's codes, tokens[partner[i]]."""
+    """Predictions from each image's own context and the codes of another image, tokens[partner[i]]."""
 
     def predict(batch: Batch) -> Predictions:
         given = torch.from_numpy(tokens[partner[batch["index"].numpy()]]).to(batch["image"].device)
@@ -83,22 +84,22 @@ def shuffled_predictions(oracle: Oracle, task: Task, tokens: np.ndarray, partner
     return predict
 
 
-def describe_ways(oracle: Oracle, images: int) -> dict[str, str]:
-    """What each figure means. All codes zero and the context alone are one prediction, so only one name is there."""
+def describe_predictions(oracle: Oracle, images: int) -> dict[str, str]:
+    """Prediction name -> description. All-zero codes give the same prediction as the context alone, under one name."""
     quantizer, dropout = oracle.quantizer, oracle.config.code_dropout
     if sees_image(oracle):
-        name, zero = "context_only", "all codes zero, so the image alone: zero codes and context alone are one thing"
+        name, zero = "context_only", "all codes zero, so the image alone: zero codes equal context alone"
     else:
-        name, zero = "zero_codes", "all codes zero: the decoder sees no image either, so one constant prediction"
-    zero += f"; trained for by code dropout ({dropout})" if dropout != "none" else "; code dropout was off in training"
+        name, zero = "zero_codes", "all codes zero and no image for the decoder, so one constant prediction"
+    zero += f"; trained with code dropout ({dropout})" if dropout != "none" else "; trained without code dropout"
     zero_codes = torch.zeros(quantizer.dim, device=quantizer.device)
     code = int(quantizer.codes_to_indices(zero_codes))
     if not quantizer.codebook()[code].any():
-        zero += f"; code {code} of the codebook is zero, too"
-    own = "its own image with " if sees_image(oracle) else ""
+        zero += f"; code {code} of the codebook is also zero"
+    own = " with its own image" if sees_image(oracle) else ""
     return {
-        "oracle": "each image's own codes, made from its labels",
-        "shuffled_codes": f"{own}another image's codes: one random cycle through all {images} images",
+        "oracle": "each image's own codes, computed from its labels",
+        "shuffled_codes": f"another image's codes{own}: one random cycle through all {images} images",
         name: zero,
         "lm": "codes predicted by the language model",
     }
@@ -112,13 +113,13 @@ def _save_picture(picture: np.ndarray | Figure, file: Path) -> None:
 
 
 def write_pages(out: Path, loaded: LoadedRun, result: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
-    """analysis.json, report.html and the pictures as PNG files into `out`."""
+    """Writes analysis.json, report.html and the pictures as PNG files into the folder `out`."""
     write_json(out / "analysis.json", result)
     names = (loaded.task.main_metric, *loaded.task.secondary_metrics, "codebook_usage", "code_perplexity")
-    rows = [["", *names, "what it is"]]
-    for way, figures in result["figures"].items():
+    rows = [["", *names, "description"]]
+    for prediction, figures in result["figures"].items():
         values = [f"{figures[name]:.3f}" if name in figures else "" for name in names]
-        rows.append([way.replace("_", " "), *values, result["ways"][way]])
+        rows.append([prediction.replace("_", " "), *values, result["descriptions"][prediction]])
     facts = {
         "protocol": result["protocol"],
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
@@ -128,23 +129,27 @@ def write_pages(out: Path, loaded: LoadedRun, result: Mapping[str, Any], picture
         **{key: result[key][:16] for key in ("checkpoint_sha256", "oracle_sha256") if key in result},
     }
     lines = "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items())
-    sections = [("How much hangs on the codes", f"{html_table(rows)}<p>{lines}</p>")]
+    sections = [("How much predictions depend on the codes", f"{html_table(rows)}<p>{lines}</p>")]
     for item in pictures:
         write_whole(out / f"{item.name}.png", functools.partial(_save_picture, item.picture))
         sections.append((item.heading, f"<p>{html.escape(item.caption)}</p>{png_tag(item.picture, item.name)}"))
     legend = loaded.task.legend()
     if legend is not None:
-        sections.append(("Colours", png_tag(legend, "legend")))
-    write_report(out / "report.html", f"{loaded.task.name}: what the codes are", sections)
+        sections.append(("Colors", png_tag(legend, "legend")))
+    write_report(out / "report.html", f"{loaded.task.name}: what the codes encode", sections)
 
 
 def analyze_run(
     run_dir: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """Analyses the checkpoint of a run of either stage (or a given one) and writes it to `out` (RUN/analysis).
+    """Analyzes a run or checkpoint of either stage and writes the result to `out` (default: RUN/analysis).
 
-    Returns what analysis.json holds: `evaluate_loaded`'s result with the figures `shuffled_codes` and, where the
-    decoder sees no image, `zero_codes`; `ways` says what each is. Raises UserError for fewer than 2 evaluation images.
+    Returns:
+        The content of analysis.json: the result of `evaluate_loaded`, the additional figures `shuffled_codes` and, if
+        the decoder does not see the image, `zero_codes`, and `descriptions` of all predictions.
+
+    Raises:
+        UserError: there are fewer than 2 evaluation images.
     """
     out = out or Path(run_dir) / "analysis"
     check_folder(out)
@@ -157,20 +162,20 @@ def analyze_run(
     count = available if limit is None else min(limit, available)
     if count < 2:
         few = f"split {run.data.eval_split!r} has {available} image(s)" if available < 2 else f"limit={limit}"
-        raise UserError(f"{few}: codes can be shuffled and stitched between at least 2 images only")
+        raise UserError(f"{few}: shuffling and stitching codes takes at least 2 images")
     result = evaluate_loaded(loaded, limit=limit, device=device)
     tokens = collect_tokens(loaded, limit, device)
     evaluator = Evaluator(task, run.data, run.eval, limit=limit)
     figures, seed = result["figures"], run.eval.seed
-    more = {"shuffled_codes": shuffled_predictions(oracle, task, tokens, partners(count, seed))}
+    added = {"shuffled_codes": shuffled_predictions(oracle, task, tokens, partners(count, seed))}
     if not sees_image(oracle):
-        more["zero_codes"] = context_predictions(oracle, task)
-    figures |= {name: evaluator.run(predict, device, title=f"evaluating {name}") for name, predict in more.items()}
-    ways = {way: text for way, text in describe_ways(oracle, count).items() if way in figures}
-    result |= {"seed": seed, "ways": ways, "figures": {way: figures[way] for way in ways}}
+        added["zero_codes"] = context_predictions(oracle, task)
+    figures |= {name: evaluator.run(predict, device, title=f"evaluating {name}") for name, predict in added.items()}
+    descriptions = {name: text for name, text in describe_predictions(oracle, count).items() if name in figures}
+    result |= {"seed": seed, "descriptions": descriptions, "figures": {name: figures[name] for name in descriptions}}
     if isinstance(run, LMRun):
-        place = resolve_checkpoint(find_oracle(loaded.checkpoint, run))
-        result["oracle_sha256"] = file_hash(place / "model.safetensors")
+        checkpoint = resolve_checkpoint(find_oracle(loaded.checkpoint, run))
+        result["oracle_sha256"] = file_hash(checkpoint / "model.safetensors")
     if processes.is_main():
         write_pages(out, loaded, result, draw(loaded, result, tokens, device))
     return result

@@ -1,7 +1,7 @@
-"""Pictures of an oracle's codes: swapped, stitched, shared, drawn at random (FSQ, arXiv 2309.15505, figures 8 and 9).
+"""Pictures of an oracle's codes: swapped, stitched, repeated, randomly drawn (FSQ, arXiv 2309.15505, figures 8 and 9).
 
-Knows tasks by their interface only. B batch, L code length, n = sqrt(L) side of the token map, d code channels,
-K codebook size, N evaluated images.
+Uses only the `Task` interface. B batch, L code length, n = sqrt(L) side of the token map, d code channels, K codebook
+size, N evaluated images.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.reports.figures import usage_figure
 from uvim_fsq.reports.panels import as_picture, spread_samples, tile
 
-#: Images in the pictures, and the most code channels, shared codes and draws shown.
+#: Images per picture, and the largest numbers of code channels, repeated codes and random draws shown.
 IMAGES, CHANNELS, SHARED, DRAWS = 5, 8, 6, 3
 
 
 def sees_image(oracle: Oracle) -> bool:
-    """Whether the decoder has the image as context."""
+    """Whether the oracle's decoder gets the image as context."""
     return oracle.config.context in ("both", "decoder")
 
 
 def stitch(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Token maps (L,), (L,) -> (L,): the upper n // 2 rows of the first, the rest of the other."""
+    """Token maps (L,), (L,) -> (L,): the upper n // 2 rows of the first, the other rows of the second."""
     n = math.isqrt(len(upper))
     return np.concatenate([upper[: n // 2 * n], lower[n // 2 * n :]])
 
 
 def sample_marginals(tokens: np.ndarray, count: int, rng: np.random.Generator, *, own_position: bool) -> np.ndarray:
-    """Draws (count, L) tokens, all independent, from the counts of `tokens` (N, L): of all positions or of each own."""
+    """Draws (count, L) independent tokens from the marginals of `tokens` (N, L), of all positions or of each one."""
     images, length = tokens.shape
     rows = rng.integers(images, size=(count, length))
     columns = np.arange(length) if own_position else rng.integers(length, size=(count, length))
     return tokens[rows, columns]
 
 
-def code_colours(quantizer: Quantizer, counts: np.ndarray) -> np.ndarray:
-    """(K,) counts -> (K, 3) uint8: the used codes' three main directions as RGB, so that like codes look alike."""
+def code_colors(quantizer: Quantizer, counts: np.ndarray) -> np.ndarray:
+    """(K,) counts -> (K, 3) uint8: three principal components as RGB, so that similar codes look similar."""
     codes = quantizer.codebook().detach().cpu().double().numpy()
     weights = counts / counts.sum()
     codes = codes - weights @ codes
     axes = np.linalg.eigh((codes.T * weights) @ codes)[1][:, ::-1][:, :3]
-    # A direction's sign is arbitrary.
+    # The sign of an axis is arbitrary; fix it.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     shades = codes @ axes
     low, high = shades[counts > 0].min(0), shades[counts > 0].max(0)
-    colours = np.full((len(codes), 3), 128, np.uint8)
-    colours[:, : shades.shape[1]] = ((shades - low) / np.maximum(high - low, 1e-9) * 255).clip(0, 255)
-    return colours
+    colors = np.full((len(codes), 3), 128, np.uint8)
+    colors[:, : shades.shape[1]] = ((shades - low) / np.maximum(high - low, 1e-9) * 255).clip(0, 255)
+    return colors
 
 
 @dataclass
 class Picture:
-    """One picture of the report: file `name`.png, (H, W, 3) uint8 or a figure, with heading and caption."""
+    """A picture of the report, (H, W, 3) uint8 or a figure, with heading and caption; its file is `name`.png."""
 
     name: str
     heading: str
@@ -73,9 +73,11 @@ class Picture:
 
 
 class Painter:
-    """Decodes codes into pictures: over the photo that the decoder sees as context, over plain grey if it sees none.
+    """Decodes codes into pictures, drawn over the photo, or over plain gray if the decoder does not see the photo.
 
-    `tokens` (B, L) are the oracle's tokens of its few images, `lm_tokens` the LM's if there is one.
+    Attributes:
+        tokens: (B, L) int64, the oracle's tokens of the images that are shown.
+        lm_tokens: (B, L) int64, the LM's tokens, or None without an LM.
     """
 
     @torch.inference_mode()
@@ -92,7 +94,7 @@ class Painter:
 
     @torch.inference_mode()
     def predicted(self, tokens: np.ndarray | None, row: int) -> Any:
-        """An item of `Task.decode`: tokens (L,), None for zero codes, decoded for image `row`."""
+        """The prediction (an item of `Task.decode`) of tokens (L,), or of zero codes for None, for image `row`."""
         image = self.batch["image"][row : row + 1]
         codes = torch.zeros(1, self.oracle.code_length, self.oracle.quantizer.dim, device=image.device)
         if tokens is not None:
@@ -100,13 +102,13 @@ class Painter:
         return self.task.decode(self.oracle.decode(codes, image))[0]
 
     def decoded(self, tokens: np.ndarray | None, row: int) -> np.ndarray:
-        """The picture of `predicted`, on the scale of the image's truth."""
+        """The picture of `predicted`, on the scale of the image's ground truth."""
         sample = self.samples[row]
         canvas = sample.image if sees_image(self.oracle) else np.full_like(sample.image, 128)
         return self.task.render(canvas, self.task.to_size(self.predicted(tokens, row), canvas), sample)["prediction"]
 
     def truth(self, row: int) -> np.ndarray | None:
-        # Over the photo, always: in colorization the photo is the truth.
+        # Always over the photo: in colorization the photo is the ground truth.
         sample = self.samples[row]
         item = self.task.to_size(self.predicted(self.tokens[row], row), sample.image)
         return self.task.render(sample.image, item, sample).get("ground truth")
@@ -115,7 +117,7 @@ class Painter:
         return as_picture(self.task.model_image(self.samples[row]))
 
     def swaps(self) -> np.ndarray:
-        """Per image: own, another image's and zero codes, and the LM's."""
+        """One row per image: its own codes, another image's, zero codes, and the LM's if there is one."""
         rows, zero = [], "context alone" if sees_image(self.oracle) else "zero codes"
         for i, tokens in enumerate(self.tokens):
             row = {"image": self.photo(i), "ground truth": self.truth(i), "own codes": self.decoded(tokens, i)}
@@ -126,17 +128,17 @@ class Painter:
         return tile(rows)
 
     def maps(self, counts: np.ndarray) -> np.ndarray:
-        """Token maps in `code_colours`, for FSQ also each channel's levels from dark to light."""
+        """Token maps in the colors of `code_colors`, for FSQ also the levels of each channel from dark to light."""
         quantizer, n = self.oracle.quantizer, math.isqrt(self.oracle.code_length)
-        colours, rows = code_colours(quantizer, counts), []
+        colors, rows = code_colors(quantizer, counts), []
         for i, tokens in enumerate(self.tokens):
             row = {
                 "image": self.photo(i),
                 "own codes": self.decoded(tokens, i),
-                "tokens": colours[tokens].reshape(n, n, 3),
+                "tokens": colors[tokens].reshape(n, n, 3),
             }
             if self.lm_tokens is not None:
-                row["LM's tokens"] = colours[self.lm_tokens[i]].reshape(n, n, 3)
+                row["LM's tokens"] = colors[self.lm_tokens[i]].reshape(n, n, 3)
             if quantizer.levels:
                 digits = quantizer.indices_to_digits(torch.from_numpy(tokens).to(quantizer.device)).cpu().numpy()
                 for c, level in enumerate(quantizer.levels[:CHANNELS]):
@@ -146,7 +148,7 @@ class Painter:
         return tile(rows)
 
     def stitched(self) -> np.ndarray:
-        """Each image (A) over a distant one (B): neighbours may be frames of one film."""
+        """The codes of each image (A) stitched to those of a distant one (B); neighbors may be frames of one video."""
         rows, count = [], len(self.tokens)
         for a, b in ((i, (i + (count + 1) // 2) % count) for i in range(count)):
             tokens = stitch(self.tokens[a], self.tokens[b])
@@ -159,7 +161,7 @@ class Painter:
         return tile(rows)
 
     def given(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The same tokens (L,) for every image; without context the image makes no difference, so one row."""
+        """The same tokens (L,) for every image. Without context the image does not matter, so there is one row."""
         if not sees_image(self.oracle):
             return tile([{title: self.decoded(tokens, 0) for title, tokens in columns.items()}])
         return tile(
@@ -171,7 +173,7 @@ class Painter:
 
 
 def draw(loaded: LoadedRun, result: Mapping[str, Any], tokens: np.ndarray, device: torch.device) -> list[Picture]:
-    """All pictures of the report; `tokens` (N, L) are those of the evaluated images."""
+    """All pictures of the report. `tokens` (N, L) are the oracle's tokens of the evaluated images."""
     painter, counts = Painter(loaded, device), np.array(result["code_counts"]["oracle"])
     length, rng = loaded.oracle.code_length, np.random.default_rng(result["seed"])
     top = [int(code) for code in np.argsort(-counts, kind="stable")[:SHARED] if counts[code]]
@@ -180,24 +182,25 @@ def draw(loaded: LoadedRun, result: Mapping[str, Any], tokens: np.ndarray, devic
     for title, own_position in (("any position", False), ("own position", True)):
         drawn = sample_marginals(tokens, DRAWS, rng, own_position=own_position)
         draws |= {f"{title}, draw {k + 1}": row for k, row in enumerate(drawn)}
-    swapped = "The same decoder with each image's own codes, those of the next row's image, and zero codes."
-    channels = "Colours: codes that are close have similar ones; they mean nothing across runs."
+    swapped = "Each image decoded from its own codes, from those of the image in the next row, and from zero codes."
+    channels = "Nearby codes have similar colors. Colors cannot be compared between runs."
     if loaded.oracle.quantizer.levels:
-        channels += f" FSQ channels (at most {CHANNELS}): lowest level dark blue, highest yellow."
-    halves = "Upper token rows of A, lower ones of B, decoded" + (" with A's or B's image." * sees_image(loaded.oracle))
-    one = "Every position has the same code, with its share of all tokens: the most frequent ones."
-    chance = "Independent draws per position from the counts of all positions together, or of that position alone."
-    pictures = [Picture("swapped_codes", "Own, foreign and zero codes", swapped, painter.swaps())]
-    for way in ("oracle", "lm"):
-        if way in result["code_counts"]:
-            figure = usage_figure(result["code_counts"][way], result["level_histogram"][way])
-            whose = "the oracle" if way == "oracle" else "the language model"
-            note = f"Over {int(result['figures'][way]['tokens_counted'])} tokens of {result['images']} images."
-            pictures.append(Picture(f"usage_{way}", f"Codes used by {whose}", note, figure))
+        channels += f" FSQ channels (at most {CHANNELS}): dark blue is the lowest level, yellow the highest."
+    context = ", decoded with A's or B's image" if sees_image(loaded.oracle) else ""
+    halves = f"Upper token rows of A and lower ones of B{context}."
+    one = "The most frequent codes, each at every position, with their share of all tokens."
+    chance = "Each position drawn independently from the token counts of all positions, or of that position."
+    pictures = [Picture("swapped_codes", "Own, swapped and zero codes", swapped, painter.swaps())]
+    for name in ("oracle", "lm"):
+        if name in result["code_counts"]:
+            figure = usage_figure(result["code_counts"][name], result["level_histogram"][name])
+            whose = "the oracle" if name == "oracle" else "the language model"
+            note = f"Over {int(result['figures'][name]['tokens_counted'])} tokens of {result['images']} images."
+            pictures.append(Picture(f"usage_{name}", f"Codes used by {whose}", note, figure))
     return [
         *pictures,
         Picture("token_maps", "Token maps", channels, painter.maps(counts)),
         Picture("stitched", "Stitched codes", halves, painter.stitched()),
-        Picture("shared_codes", "One code everywhere", one, painter.given(shared)),
+        Picture("shared_codes", "One code at every position", one, painter.given(shared)),
         Picture("marginals", "Codes drawn from their marginals", chance, painter.given(draws)),
     ]

@@ -1,4 +1,4 @@
-"""The main job in small: make scenes, train an FSQ oracle and its LM, evaluate, draw one page."""
+"""The whole pipeline at a small scale: render scenes, train an FSQ oracle and its LM, evaluate, write a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the small job and the one for a GPU."""
+    """What differs between the quickstart and its larger version for a GPU."""
 
     configs: str
     num_train: int
@@ -48,7 +48,7 @@ GPU = Scale("quickstart_gpu", num_train=60_000, num_val=1_000, size=128, difficu
 
 @dataclass
 class Timer:
-    """Wall-clock seconds per stage of the job."""
+    """Measures the wall-clock seconds of each stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -67,22 +67,23 @@ def quickstart(
     scenes: int | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Runs the whole job for `task` into `out` and returns what it writes to `out`/summary.json.
+    """Runs the pipeline for `task` in the folder `out` and returns the content of `out`/summary.json.
 
-    Finished stages of an earlier call are kept: a second call costs nothing, an interrupted one goes on where it was.
+    Stages that an earlier call finished are not repeated, so an interrupted quickstart can be continued.
 
     Args:
-        gpu_scale: the same job with more and larger scenes and a larger model.
-        scenes: training scenes, in place of the job's own number; there are never more test scenes than these.
+        gpu_scale: use more and larger scenes and larger models.
+        scenes: number of training scenes; None means the default. There are at most as many test scenes.
         overrides: `key=value` settings of both stages.
 
-    Raises UserError for `gpu_scale` where there is no GPU, and for a task without synthetic data.
+    Raises:
+        UserError: `gpu_scale` without a GPU, or a task without synthetic data.
     """
     kind = task_class(task).synthetic
     if kind is None:
-        raise UserError(f"task {task} has no synthetic data; the quickstart needs them")
+        raise UserError(f"task {task} has no synthetic data, which the quickstart needs")
     if gpu_scale and not torch.cuda.is_available():
-        raise UserError("--gpu-scale needs a GPU and none is visible; run the small job without it")
+        raise UserError("--gpu-scale needs a GPU and none is visible; run without it at the small scale")
     console = Console()
     scale = GPU if gpu_scale else SMALL
     if scenes is not None:
@@ -108,7 +109,7 @@ def quickstart(
             console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
             timer(name, lambda run=run: train(run))
             _write_seconds(out, timer)
-    console.print("[bold]4/4[/] evaluate and draw")
+    console.print("[bold]4/4[/] evaluate and write the report")
     summary = timer("evaluate", lambda: _evaluate(out, runs))
     summary["seconds"] = {**timer.seconds, "total": round(sum(timer.seconds.values()), 1)}
     write_json(summary_file, summary)
@@ -143,7 +144,7 @@ def _seconds_file(out: Path) -> Path:
 
 
 def _read_seconds(out: Path) -> dict[str, float]:
-    """The times of earlier stages; those of a damaged file are lost, which is no reason to stop."""
+    """The times of finished stages; if the file is damaged, a warning and no times."""
     try:
         seconds = read_json(_seconds_file(out), "the times of finished stages are lost")
     except FileNotFoundError:
@@ -159,7 +160,7 @@ def _write_seconds(out: Path, timer: Timer) -> None:
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
-    """What a finished run wrote; None where there is nothing, or nothing whole, so that the last stage runs again."""
+    """The summary of a finished run. None if it is missing or damaged, so that the last stage runs again."""
     try:
         summary = read_json(file, "evaluating again")
     except FileNotFoundError:
@@ -179,7 +180,7 @@ def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     write_evaluation(out / "report.html", title, loaded, result, runs, device)
     figures, metric = result["figures"], loaded.task.main_metric
     return {
-        **{f"{way}_{metric}": figures[way][metric] for way in figures},
+        **{f"{name}_{metric}": figures[name][metric] for name in figures},
         "codebook_usage": figures["oracle"]["codebook_usage"],
         "table": result_table(loaded.task, result),
         **{key: result[key] for key in ("figures", "protocol", "baseline", "task_options", "data", "versions")},
@@ -188,7 +189,7 @@ def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
 
 def _print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
     rows = summary["table"]
-    table = Table(title=f"{summary['data'].get('count', '')} scenes never trained on ({summary['protocol']})")
+    table = Table(title=f"{summary['data'].get('count', '')} held-out scenes ({summary['protocol']})")
     for i, head in enumerate(rows[0]):
         table.add_column(head, justify="left" if i == 0 else "right")
     for row in rows[1:]:

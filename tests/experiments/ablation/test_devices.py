@@ -32,8 +32,8 @@ def test_cells_accumulate_to_fit_a_device(tmp_path: Path) -> None:
     assert oracle.of(2) > lm.of(2)
     tight = Devices(("0", "1"), oracle.of(2) / USABLE)
     assert accumulates(tight, jobs=2) == ["train.accumulate=4", "", "train.accumulate=4", ""]
-    assert len(lines) == 1 and lines[0].startswith("oracle: train.accumulate=4, as 8 images at once take")
-    assert lines[0].endswith("GB for it (A, seed 3 and 1 more)")
+    assert len(lines) == 1 and lines[0].startswith("oracle: train.accumulate=4, because 8 images at once take")
+    assert lines[0].endswith("GB available (A, seed 3 and 1 more)")
     # Two jobs on one device share it; what a grid asks for is the least.
     assert accumulates(Devices(("0",), 2 * oracle.of(2) / USABLE), jobs=2) == accumulates(tight, jobs=2)
     assert accumulates(tight, set={"oracle": {"train.accumulate": 4}}) == ["", "", "", ""]

@@ -1,4 +1,4 @@
-"""Where the cells of a grid train: one device each, and batches cut so that they fit into its memory."""
+"""Assigns the cells of a grid to devices, and splits batches so that they fit into a device's memory."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from dataclasses import dataclass, replace
 from uvim_fsq.errors import UserError
 from uvim_fsq.experiments.ablation.grid import Cell
 
-#: The share of a device's memory that training may plan with; the rest goes to fragments and peaks.
+#: The fraction of a device's memory that training may use; the rest is for fragmentation and peaks.
 USABLE = 0.92
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The user's GPUs; none on a CPU.
+    """The available GPUs.
 
     Attributes:
-        names: what CUDA_VISIBLE_DEVICES must be for a process to see one of them.
-        memory: bytes of the smallest.
+        names: for each GPU, the value of CUDA_VISIBLE_DEVICES with which a process sees only it.
+        memory: memory of the smallest GPU, in bytes.
     """
 
     names: tuple[str, ...] = ()
     memory: float = 0.0
 
     def share(self, jobs: int) -> float:
-        """Bytes that each of `jobs` processes at a time may plan with."""
+        """Bytes that each process may use while `jobs` processes run at a time."""
         return USABLE * self.memory / -(-jobs // len(self.names))
 
 
 def visible_devices(environment: Mapping[str, str], count: int) -> tuple[str, ...]:
-    """A name for each of the `count` devices that CUDA sees: the user's own, numbers or UUIDs, if any were given."""
+    """Names of the `count` devices that CUDA sees: the user's CUDA_VISIBLE_DEVICES (numbers or UUIDs), else numbers."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     names = map(str, range(count)) if given is None else [name.strip() for name in given.split(",")]
     return tuple(names)[:count]
 
 
 def find_devices() -> Devices:
-    """The GPUs of this process."""
+    """The GPUs that this process sees."""
     import torch
 
     count = torch.cuda.device_count()
@@ -49,9 +49,10 @@ def find_devices() -> Devices:
 
 
 def fit_cells(cells: Sequence[Cell], devices: Devices, jobs: int, say: Callable[[str], object]) -> list[Cell]:
-    """The cells with `train.accumulate` raised as far as it takes to fit into a device; says where.
+    """The cells, with `train.accumulate` raised where a batch does not fit into a device; `say` gets a line for each.
 
-    Raises UserError naming a cell that does not fit even with single images.
+    Raises:
+        UserError: a cell does not fit even with single images.
     """
     if not devices.names:
         return list(cells)
@@ -75,24 +76,24 @@ def fit_cells(cells: Sequence[Cell], devices: Devices, jobs: int, say: Callable[
 
 
 def _sizes(cell: Cell, stage: str) -> str:
-    """All that memory depends on, to count it once for cells that are alike."""
+    """Everything that memory depends on, so that it is estimated once for equal cells."""
     runs = (cell.oracle_run,) if stage == "oracle" else (cell.oracle_run, cell.lm_run)
     train = [(run.train.batch_size, run.train.accumulate, run.train.precision, run.train.ema) for run in runs]
     return repr([(run.model, run.task, run.data.image_size, run.optim.name) for run in runs] + train[-1:])
 
 
 def _accumulate(cell: Cell, stage: str, available: float) -> tuple[int, str]:
-    """The micro-batches that a cell's stage needs, and the line that says so."""
+    """The number of micro-batches that a cell's stage needs, and the reason as one line."""
     from uvim_fsq.benchmark.memory import memory_of
     from uvim_fsq.performance.memory import smallest_accumulate
 
     run = cell.oracle_run if stage == "oracle" else cell.lm_run
     memory = memory_of(cell.oracle_run, cell.lm_run if stage == "lm" else None)
     count = smallest_accumulate(memory, run.train, available)
-    room = f"a device has {available / 1e9:.3g} GB for it"
+    room = f"a device has {available / 1e9:.3g} GB available"
     if count is None:
         need = f"{memory.of(1) / 1e9:.3g} GB with one image at a time"
-        raise UserError(f"{cell.name}: the {stage} needs {need}, and {room}; use fewer --jobs or a larger device")
+        raise UserError(f"{cell.name}: the {stage} needs {need}, but {room}; use fewer --jobs or a larger device")
     images = run.train.batch_size // run.train.accumulate
     whole = f"{images} images at once take {memory.of(images) / 1e9:.3g} GB"
-    return count, f"{stage}: train.accumulate={count}, as {whole} and {room}"
+    return count, f"{stage}: train.accumulate={count}, because {whole}, but {room}"

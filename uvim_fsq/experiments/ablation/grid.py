@@ -1,8 +1,8 @@
-"""Ablation grids: a YAML file of configurations x seeds, and the cells it stands for.
+"""Ablation grids: a YAML file of configurations and seeds, and the cells that it describes.
 
-A grid names two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of keys with
-several values, and `seeds`. Oracles and LMs lie under names made from their whole configuration, so that cells share
-what is equal and nothing is trained twice.
+A grid file names two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of keys
+with several values, and `seeds`. The run directories of oracles and LMs are named by a hash of the configuration, so
+that cells share equal models and nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STAGES = ("oracle", "lm")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result: settings `key=value` of both stages, and what the paper reports for it."""
+    """One row of the result: `key=value` settings of both stages, and the value that the paper reports."""
 
     name: str
     oracle: tuple[str, ...]
@@ -43,10 +43,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file. `synthetic`: arguments of `write_dataset` for the scenes to make, None for data that are there.
+    """A grid file.
 
-    `paper_protocol`: the protocol whose results may stand beside the paper's. `figures`: names of further figures of
-    oracle and LM that get columns, e.g. FID-5k.
+    Attributes:
+        oracle, lm: configuration files of the two stages.
+        synthetic: arguments of `write_dataset` for the scenes to render; None if the data exist.
+        paper_protocol: the protocol under which results are comparable with the paper's.
+        figures: names of additional metrics of oracle and LM that get columns, e.g. FID-5k.
     """
 
     title: str
@@ -61,8 +64,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row with one seed: the two training commands (without the program), their configurations as far as they are
-    known before data are there, and the run directories."""
+    """One row with one seed: the arguments of the two training commands, their run directories, and their
+    configurations as far as they are known without data."""
 
     row: str
     seed: int
@@ -79,7 +82,7 @@ class Cell:
 
 
 def read_grid(file: Path) -> Grid:
-    """Raises UserError, naming the key, for anything but a grid file."""
+    """Reads a grid file. Raises UserError, naming the key, if it is not a valid one."""
     tree = read_tree(file)
     unknown = sorted(map(str, set(tree) - set(KEYS)))
     if unknown:
@@ -103,7 +106,7 @@ def read_grid(file: Path) -> Grid:
 
 
 def is_grid(file: Path) -> bool:
-    """Whether a file is a grid rather than a configuration. Raises UserError where it cannot be read."""
+    """Whether a file is a grid rather than a configuration. Raises UserError if it cannot be read."""
     tree = read_tree(file)
     return all(isinstance(tree.get(key), str) for key in STAGES)
 
@@ -114,7 +117,7 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
         raise UserError(f"{file}: `rows` and `grid` must be mappings")
     for key, values in grid.items():
         if key.partition(".")[0] not in STAGES or not isinstance(values, list) or not values:
-            raise UserError(f"{file}: grid.{key}: needs a key that begins with oracle. or lm., and a list of values")
+            raise UserError(f"{file}: grid.{key}: the key must begin with oracle. or lm., and its value must be a list")
     common = _settings(file, "set", tree.get("set") or {})
     rows = []
     for name, given in named.items():
@@ -131,17 +134,17 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
             rows.append(Row(", ".join(parts), oracle, lm, str((given or {}).get("paper", ""))))
     names = [row.name for row in rows]
     if len(set(names)) != len(names) or not all(names):
-        raise UserError(f"{file}: it has no rows, or two of one name")
+        raise UserError(f"{file}: there are no rows, or two rows of the same name")
     return tuple(rows)
 
 
 def _settings(file: Path, where: str, tree: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(tree, dict) or set(tree) - {*STAGES, "paper"}:
-        raise UserError(f"{file}: `{where}` may hold only oracle: and lm: (settings key: value) and paper:")
+        raise UserError(f"{file}: `{where}` may contain only oracle: and lm: (each a mapping of settings) and paper:")
     found = {stage: tree.get(stage) or {} for stage in STAGES}
     for stage, settings in found.items():
         if not isinstance(settings, dict):
-            raise UserError(f"{file}: `{where}.{stage}` must be settings key: value")
+            raise UserError(f"{file}: `{where}.{stage}` must be a mapping of settings")
     return found
 
 
@@ -150,10 +153,11 @@ def _text(value: Any) -> str:
 
 
 def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """All cells, each configuration checked; all rows of the first seed come first, so that a table that is under way
-    can be compared. `overrides` go to both stages of all cells.
+    """All cells, with validated configurations. All rows of the first seed come first, so that unfinished tables can
+    already be compared. `overrides` apply to both stages of all cells.
 
-    Raises UserError naming the cell for an unknown key or an impossible combination.
+    Raises:
+        UserError: a cell, which is named, has an unknown key or an invalid combination of settings.
     """
     data = [f"data.root={(out / 'data').resolve()}"] if grid.synthetic is not None else []
     cells = []
@@ -161,10 +165,10 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
         common = [f"train.seed={seed}", *overrides]
         try:
             settings = [*data, *row.oracle, *common]
-            # Without a look at the data, which may not be made yet.
+            # Without reading the data, which may not exist yet.
             run = load_run(grid.oracle, [*settings, f"train.out={out / 'planned'}"])
             if not isinstance(run, OracleRun):
-                raise UserError(f"{grid.oracle} is no configuration of stage oracle")
+                raise UserError(f"{grid.oracle} is not a configuration of stage oracle")
             validate(run)
             oracle_dir = out / "oracles" / _digest(run)
             target = [f"train.out={oracle_dir}", "train.resume=auto"]
@@ -172,9 +176,9 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             settings = [*row.lm, *common, f"oracle={oracle_dir}"]
             lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
             if not isinstance(lm_run, LMRun):
-                raise UserError(f"{grid.lm} is no configuration of stage lm")
+                raise UserError(f"{grid.lm} is not a configuration of stage lm")
             if run.plugins:
-                # A process of its own trusts only what its command or configuration names.
+                # A new process trusts only the plugins that its own command or configuration names.
                 settings.append(f"plugins=[{','.join(dict.fromkeys((*run.plugins, *lm_run.plugins)))}]")
             lm_run = resolve_lm(lm_run, run)
             validate(lm_run)
@@ -189,7 +193,7 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
 
 
 def _refuse_mixed(cells: Sequence[Cell]) -> None:
-    """Figures of different images or protocols cannot stand in one table."""
+    """Refuses cells that are evaluated on different images or by different protocols."""
     first = _measured_on(cells[0])
     for cell in cells[1:]:
         for key, value in _measured_on(cell).items():
@@ -212,7 +216,7 @@ def _measured_on(cell: Cell) -> dict[str, Any]:
 
 def _digest(run: Run) -> str:
     tree = to_dict(run)
-    # Where things lie, and how a run goes on, does not change what comes out.
+    # Paths and resuming do not affect the result.
     for key in ("out", "resume", "resume_changes"):
         tree["train"].pop(key, None)
     tree["data"].pop("root", None)
@@ -222,17 +226,17 @@ def _digest(run: Run) -> str:
 
 
 def command_line(command: Sequence[str]) -> str:
-    """As a user would type it."""
+    """The command as a user would type it."""
     return shlex.join(["uvim-fsq", *command])
 
 
 def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
-    """Makes the scenes of a synthetic grid, once."""
+    """Renders the scenes of a synthetic grid, unless they exist."""
     from uvim_fsq.synthetic.writers import write_dataset
 
     if grid.synthetic is None or (out / "data").exists():
         return
-    say(f"making scenes in {out / 'data'}")
+    say(f"rendering scenes into {out / 'data'}")
     arguments = dict(grid.synthetic)
     try:
         write_dataset(arguments.pop("format"), out / "data", arguments.pop("num"), arguments.pop("size"), **arguments)
@@ -241,13 +245,14 @@ def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
 
 
 def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
-    """Marks `out` as this grid's, whatever its seeds: further ones may be added later.
+    """Marks the folder `out` as belonging to this grid. Seeds do not count, since more may be added later.
 
-    Raises UserError if it is another's.
+    Raises:
+        UserError: the folder belongs to another grid.
     """
     mark, file = {"grid": to_dict_of(grid), "overrides": list(overrides)}, out / "grid.json"
     try:
-        found = read_json(file, "delete it if this folder is that of the same grid, or choose another --out")
+        found = read_json(file, "delete it if the folder belongs to the same grid, or choose another --out")
     except FileNotFoundError:
         write_json(file, mark)
         return
@@ -256,7 +261,7 @@ def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
 
 
 def to_dict_of(grid: Grid) -> dict[str, Any]:
-    """What makes a grid this grid, for the mark in its folder."""
+    """The content that identifies a grid, for the mark in its folder."""
     rows = {row.name: {"oracle": row.oracle, "lm": row.lm} for row in grid.rows}
     return {
         "oracle": grid.oracle.name,

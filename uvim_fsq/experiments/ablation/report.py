@@ -1,4 +1,4 @@
-"""The results of a grid: mean and deviation over seeds, as Markdown, CSV, JSON and one page with plots and panels."""
+"""Results of a grid, mean and standard deviation over seeds, as Markdown, CSV, JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from uvim_fsq.reports.panels import panel_rows, tile
 
 matplotlib.use("Agg")
 
-WAYS = {"LM": "lm", "oracle": "oracle", "context alone": "context_only"}
+#: Title in the table -> name of the prediction.
+PREDICTIONS = {"LM": "lm", "oracle": "oracle", "context alone": "context_only"}
 
 
-def columns(metric: str, further: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Title of a column -> where its figure lies in a cell's evaluation."""
-    measured = {f"{title} {name}": (way, name) for name in (metric, *further) for title, way in WAYS.items()}
+def columns(metric: str, additional: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Title of a column -> the prediction and the metric that it shows."""
+    names = (metric, *additional)
+    measured = {f"{title} {name}": (key, name) for name in names for title, key in PREDICTIONS.items()}
     return {
         **measured,
         "codebook usage (%)": ("oracle", "codebook_usage"),
@@ -38,9 +40,10 @@ def columns(metric: str, further: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that is finished. Rows: name, cells (seed, figures, checkpoint) and per column mean, std and n.
+    """The results of all finished cells. A row has its name, its cells, and mean, std and n of each column.
 
-    Raises UserError naming two cells whose results are not of the same images and protocol.
+    Raises:
+        UserError: two cells, which are named, were evaluated on different images or by different protocols.
     """
     results = [(cell, read_result(cell.lm_dir)) for cell in cells if finished(cell.lm_dir)]
     common = _measured_on(results)
@@ -59,7 +62,7 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
                 "paper": row.paper,
                 "settings": {"oracle": row.oracle, "lm": row.lm},
                 "cells": entries,
-                "columns": {title: _summary(entries, way, key) for title, (way, key) in titles.items()},
+                "columns": {title: _summary(entries, prediction, key) for title, (prediction, key) in titles.items()},
             }
         )
     return {
@@ -77,13 +80,14 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
 
 
 def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
-    """What all results are about: main_metric, protocol, images, limit and, as `data.NAME`, their data.
+    """What all results have in common: main_metric, protocol, images, limit and, as `data.NAME`, their data.
 
-    Raises UserError for two that differ.
+    Raises:
+        UserError: two results differ in one of these.
     """
     first: dict[str, Any] = {}
     for cell, result in results:
-        # A folder may be called anything, and the models of a grid may see images of different sizes.
+        # Folder names do not matter, and the models of a grid may use different image sizes.
         data = {f"data.{key}": value for key, value in result["data"].items() if key not in ("root", "image_size")}
         about = {**{key: result[key] for key in ("main_metric", "protocol", "images", "limit")}, **data}
         first = first or about
@@ -104,8 +108,8 @@ def _is_papers(grid: Grid, common: Mapping[str, Any]) -> bool:
     return whole and common["protocol"] == grid.paper_protocol
 
 
-def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[str, Any] | None:
-    values = [entry["figures"][way][key] for entry in entries if key in entry["figures"].get(way, {})]
+def _summary(entries: Sequence[Mapping[str, Any]], prediction: str, key: str) -> dict[str, Any] | None:
+    values = [entry["figures"][prediction][key] for entry in entries if key in entry["figures"].get(prediction, {})]
     if key == "codebook_usage":
         values = [100 * value for value in values]
     if not values:
@@ -115,7 +119,7 @@ def _summary(entries: Sequence[Mapping[str, Any]], way: str, key: str) -> dict[s
 
 
 def table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Header and rows as text; columns without any figure are left out."""
+    """Header and rows as text, without empty columns."""
     rows = results["rows"]
     titles = _titles(results)
     paper = results["same_protocol_as_the_paper"] and any(row["paper"] for row in rows)
@@ -127,7 +131,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _titles(results: Mapping[str, Any]) -> list[str]:
-    """The columns that hold anything."""
+    """The columns that are not empty."""
     rows = results["rows"]
     return [title for title in rows[0]["columns"] if any(row["columns"][title] for row in rows)]
 
@@ -141,7 +145,7 @@ def _format(summary: Mapping[str, Any] | None) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, and what it is about."""
+    """The table in Markdown, below a line about protocol, images and seeds."""
     head, *body = table(results)
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     lines += [f"| {' | '.join(row)} |" for row in body]
@@ -152,7 +156,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def plots(results: Mapping[str, Any]) -> Figure:
-    """One axis per column: the rows as points with error bars."""
+    """One plot per column, with the rows as points with error bars."""
     rows = results["rows"]
     titles = _titles(results)
     figure = Figure(figsize=(3.2 * len(titles), 1.2 + 0.35 * len(rows)))
@@ -171,21 +175,21 @@ def plots(results: Mapping[str, Any]) -> Figure:
 
 
 def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]:
-    """(row name, picture) for every row: the first image once per finished cell, oracle and LM beside the truth."""
+    """(row name, picture as an HTML tag) for each row: ground truth, oracle and LM of the first image in each cell."""
     found: dict[str, list[Mapping[str, np.ndarray]]] = {}
     for cell in cells:
         if not finished(cell.lm_dir):
             continue
         loaded = load_checkpoint(cell.lm_dir, device=device)
-        ways = predict_functions(loaded)
-        named = {title: ways[way] for way, title in (("oracle", "oracle"), ("lm", "LM")) if way in ways}
+        functions = predict_functions(loaded)
+        named = {title: functions[name] for name, title in (("oracle", "oracle"), ("lm", "LM")) if name in functions}
         rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)
         found.setdefault(cell.row, []).extend(rows)
     return [(name, png_tag(tile(rows), name)) for name, rows in found.items()]
 
 
 def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Any]:
-    """table.md, table.csv and results.json in `out`, of all that is finished; returns the results."""
+    """Writes table.md, table.csv and results.json of all finished cells into `out`; returns the results."""
     results = collect(grid, cells, failures)
     write_json(out / "results.json", results, indent=1)
     write_text(out / "table.md", markdown(results))
@@ -200,13 +204,13 @@ def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping
 
 
 def write_results(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> list[list[str]]:
-    """The tables and report.html in `out`; returns the table."""
+    """Writes the tables and report.html into `out`; returns the table."""
     results = write_tables(out, grid, cells, failures)
     lines = table(results)
     pictures = panels(cells, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    sections = [("Results", html_table(lines)), ("Plots", png_tag(plots(results), "figures of all rows"))]
+    sections = [("Results", html_table(lines)), ("Plots", png_tag(plots(results), "metrics of all rows"))]
     if failures:
-        sections.append(("Failed", html_table([["cell", "why"], *([name, why] for name, why in failures.items())])))
+        sections.append(("Failed", html_table([["cell", "reason"], *([name, why] for name, why in failures.items())])))
     sections += [(f"Panels: {name}, one row per seed", picture) for name, picture in pictures]
     write_report(out / "report.html", grid.title, sections)
     return lines

@@ -1,4 +1,4 @@
-"""Trains the cells of a grid, one per device at a time, each stage in a process of its own; restartable."""
+"""Trains the cells of a grid in parallel, each stage in its own process. An interrupted grid can be continued."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 class Runner:
-    """Trains cells, one per device at a time, each stage in a process of its own.
+    """Trains cells, `jobs` at a time, each stage in its own process.
 
     Attributes:
-        failures: cell name -> the last line that its process wrote.
+        failures: cell name -> the last line of its process's output.
     """
 
     def __init__(
@@ -37,9 +37,13 @@ class Runner:
         say: Callable[[str], None],
         after_cell: Callable[[Mapping[str, str]], object] = lambda failures: None,
     ) -> None:
-        """`jobs`: cells at a time, in turn on the `devices` (values of CUDA_VISIBLE_DEVICES), if there are any.
-
-        `after_cell` gets `failures` after each cell.
+        """
+        Args:
+            out: folder of the grid; logs are written to its subfolder "logs".
+            jobs: number of cells trained at a time.
+            devices: values of CUDA_VISIBLE_DEVICES, assigned to the jobs in turn; may be empty.
+            say: gets a line for each event.
+            after_cell: gets `failures` after each cell.
         """
         self.out, self.say, self.jobs = out, say, jobs
         self.failures: dict[str, str] = {}
@@ -52,14 +56,14 @@ class Runner:
         self._running: set[subprocess.Popen[bytes]] = set()
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Trains what is not finished; a cell that fails does not stop the others.
+        """Trains all unfinished cells. A cell that fails does not stop the others.
 
-        On Ctrl-C and SIGTERM the running processes save and end too, and no further one is started.
+        On Ctrl-C or SIGTERM the running processes save a checkpoint and exit, and no new ones are started.
         """
         for cell in cells:
             for path in (cell.oracle_dir, cell.lm_dir):
                 self._locks.setdefault(path, threading.Lock())
-        # Also where a shell has made its background jobs deaf to Ctrl-C.
+        # Set SIGINT too: shells let background jobs ignore it.
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
@@ -79,7 +83,7 @@ class Runner:
             return
         stages = (("oracle", cell.oracle_dir, cell.oracle_command), ("lm", cell.lm_dir, cell.lm_command))
         for stage, path, command in stages:
-            # Cells share oracles: the first one trains, the others wait.
+            # Cells share oracles: the first one trains it, the others wait.
             with self._locks[path]:
                 if finished(path):
                     continue
@@ -97,7 +101,7 @@ class Runner:
             try:
                 self._after_cell(self.failures)
             except UserError as error:
-                # Tables can be made again; what is being trained goes on.
+                # The tables can be written later; training continues.
                 self.say(f"no table: {error}")
 
     def _train(self, command: Sequence[str], run_dir: Path) -> str | None:

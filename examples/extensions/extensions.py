@@ -1,4 +1,4 @@
-"""A quantizer and a token model of somebody else's, registered as a plugin would: the contracts' second users.
+"""A quantizer and a token model of your own; docs/extending.md explains them.
 
 B batch, L code length, V codes, d channels, D width, S image side.
 """
@@ -21,14 +21,12 @@ from uvim_fsq.performance.flops import TokenModelCost
 
 
 class Binary(Quantizer):
-    """The signs of d channels: 2^d codes, channel 0 the lowest bit, with a loss that draws z to its code."""
+    """The signs of d channels: 2^d codes, channel 0 the lowest bit, with a loss that pulls z towards its code."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim, self.codebook_size = dim, 2**dim
         self.register_buffer("bits", 2 ** torch.arange(dim), persistent=False)
-        #: Calls that training made, and the sum over processes of all indices that it has seen.
-        self.steps, self.seen = 0, torch.zeros(())
 
     bits: torch.Tensor
 
@@ -45,21 +43,16 @@ class Binary(Quantizer):
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         return ((codes > 0).long() * self.bits).sum(-1)
 
-    def accumulate(self, z: torch.Tensor, indices: torch.Tensor) -> None:
-        self.seen = self.seen + indices.sum()
-
-    def on_optimizer_step(self, reduce, seed: int) -> None:
-        self.steps, self.seen = self.steps + 1, reduce(self.seen)
-
 
 @register_quantizer("binary")
 def build_binary(config: QuantizerConfig) -> Binary:
+    """`model.quantizer.codeword_dim` is the number of bits."""
     return Binary(config.codeword_dim)
 
 
 @dataclass(frozen=True)
 class ParallelCost(TokenModelCost):
-    """Two matrix products per image."""
+    """The cost of `forward` FLOP per image, in one step."""
 
     forward: float
 
@@ -76,7 +69,7 @@ class ParallelCost(TokenModelCost):
 
 @register_token_model("parallel")
 class Parallel(TokenModel):
-    """Every position by itself, from one vector of the whole image."""
+    """Predicts every position independently, from one vector of the whole image."""
 
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
         super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
