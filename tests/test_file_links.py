@@ -43,7 +43,7 @@ def test_links_that_lead_out_of_a_folder_are_refused(tmp_path: Path) -> None:
     refuse_links(run)
     refuse_links(tmp_path / "nowhere")
     (run / "a" / "out").symlink_to(other)
-    with pytest.raises(UserError, match="a/out is a link that leads out of .*run, to .*run_2; remove it"):
+    with pytest.raises(UserError, match="a/out is a link that leads out of .*run, to .*run_2; replace it with a copy"):
         refuse_links(run)
     with pytest.raises(UserError, match="leads out of"):
         inside(run, run / "a/out/x")
