@@ -43,7 +43,7 @@ def test_a_runs_configuration_refers_to_nothing_else(
         shutil.copytree(oracle_dir, run)
         change_config(run, **changes)
         said = failure(capsys, "evaluate", run)
-        assert "holds ${...}, which a run's configuration may not" in said and "hunter2" not in said
+        assert "contains ${...}, which a run's configuration may not" in said and "hunter2" not in said
     run = tmp_path / "extends"
     shutil.copytree(oracle_dir, run)
     (tmp_path / "secret.yaml").write_text("password hunter2: 3\n")

@@ -116,7 +116,7 @@ def test_official_scores_are_added_to_our_metrics(random_lm: LoadedRun) -> None:
     evaluator, official = Evaluator(random_lm.task, random_lm.run.data, random_lm.run.eval), Official()
     figures = evaluator.run(constant(), CPU, official)
     assert figures["official/score"] == 0.5 and official.finished == [[row["id"] for row in evaluator.rows]]
-    with pytest.warns(UserWarning, match="no official figures: it is not installed"):
+    with pytest.warns(UserWarning, match="no official scores: it is not installed"):
         without = evaluator.run(constant(), CPU, Official(refuses=True))
     del figures["official/score"]
     assert without == figures

@@ -10,7 +10,7 @@ import pytest
 
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation.results import beside, finished, read_result
+from uvim_fsq.evaluation.results import finished, read_result, variant_path
 
 
 @pytest.fixture()
@@ -39,14 +39,14 @@ def test_a_partial_evaluation_does_not_replace_the_full_one(run_dir: Path) -> No
 
 def test_result_files_are_named_after_their_settings() -> None:
     path = Path("run/evaluation.json")
-    assert beside(path, {}) == path
-    assert beside(path, {"eval.batch_size": [4, 2], "optim.lr": [1, 2], "train.seed": [0, 1]}) == path
-    assert beside(path, {"eval.temperature": [0.0, 0.7]}).name == "evaluation_temperature-0.7.json"
-    assert beside(Path("run/official"), {"eval.limit": [None, 5]}) == Path("run/official_limit-5")
-    one, two = (beside(path, {"data.root": ["x", root]}).name for root in ("/a/b", "/a-b"))
+    assert variant_path(path, {}) == path
+    assert variant_path(path, {"eval.batch_size": [4, 2], "optim.lr": [1, 2], "train.seed": [0, 1]}) == path
+    assert variant_path(path, {"eval.temperature": [0.0, 0.7]}).name == "evaluation_temperature-0.7.json"
+    assert variant_path(Path("run/official"), {"eval.limit": [None, 5]}) == Path("run/official_limit-5")
+    one, two = (variant_path(path, {"data.root": ["x", root]}).name for root in ("/a/b", "/a-b"))
     assert one != two and one.startswith("evaluation_root-") and "/" not in one
-    long = beside(path, {"data.root": ["x", "/long" * 100]}).name
-    assert len(long) < 100 and long != beside(path, {"data.root": ["x", "/long" * 101]}).name
+    long = variant_path(path, {"data.root": ["x", "/long" * 100]}).name
+    assert len(long) < 100 and long != variant_path(path, {"data.root": ["x", "/long" * 101]}).name
 
 
 @pytest.mark.parametrize(

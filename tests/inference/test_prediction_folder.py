@@ -55,7 +55,7 @@ def test_only_results_are_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.
     out.mkdir()
     (out / "one.npy").write_text("the user's")
     (line,) = refused(capsys, lm_dir, one, "--out", out)
-    assert "one.npy is there already and no result of an earlier predict" in line
+    assert "one.npy already exists and is not a result of an earlier predict" in line
     assert content(out) == {"one.npy": b"the user's"}
     (out / "one.npy").unlink()
     for pictures in ([one], [two], [one, two]):
@@ -166,7 +166,7 @@ def test_undeclared_result_files_replace_nothing(tmp_path: Path, lm_dir: Path, m
     monkeypatch.setattr(predictor.task, "save_prediction", talkative)
     monkeypatch.setattr(Predictor, "from_run", lambda *_: predictor)
     first, second = predict_files(lm_dir, [str(one), str(two)], out)
-    assert "one_notes.txt is there already" in first["error"] and second["notes"] == str(out / "two_notes.txt")
+    assert "one_notes.txt already exists" in first["error"] and second["notes"] == str(out / "two_notes.txt")
     assert content(out).keys() == {"one_notes.txt", "two_notes.txt", "predictions.json"}
     assert (out / "one_notes.txt").read_text() == "the user's"
 

@@ -33,7 +33,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON
 STEPS = ["train.steps=8", "train.eval_every=2", "train.save_every=1", "train.keep=1", "train.ema=0.5"]
 
 
-def fitted(run: Run) -> Path:
+def fit_run(run: Run) -> Path:
     return fit(build_stage(run), run)
 
 
@@ -49,6 +49,22 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError):
         found["result"] = json.loads((run_dir / "evaluation.json").read_text())["figures"]
     return found
+
+
+def training_lines(run_dir: Path, key: str = "loss") -> list[dict[str, float]]:
+    """The log lines that have `key`, without the measured speeds."""
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines if key in line]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The logged training losses."""
+    return [line["loss"] for line in training_lines(run_dir)]
+
+
+def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights of the newest checkpoint."""
+    return weights(checkpoints(run_dir)[-1])
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -26,16 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates, prints a table and writes JSON."""
-    from uvim_fsq.evaluation.results import beside, result_file
+    from uvim_fsq.evaluation.results import result_file, variant_path
 
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
     changed = check_run(args.run, [*args.overrides, *limited])
     # The result of a part, and its official files, must not take the place of the whole.
-    official = beside(Path(args.run) / "official", changed) if args.official else None
+    official = variant_path(Path(args.run) / "official", changed) if args.official else None
     if official:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
-    file = args.json or beside(result_file(Path(args.run)), changed)
+    file = args.json or variant_path(result_file(Path(args.run)), changed)
     check_places([file, args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes

@@ -37,10 +37,22 @@ def _resize(values: np.ndarray, size: tuple[int, int], interpolation: int) -> np
         return values
     if values.ndim == 2:
         return cv2.resize(values, (size[1], size[0]), interpolation=interpolation)
-    # OpenCV takes at most 4 channels at a time in some of its kernels, and drops a last axis of 1.
-    parts = [values[..., first : first + 4] for first in range(0, values.shape[2], 4)]
-    done = [cv2.resize(part, (size[1], size[0]), interpolation=interpolation) for part in parts]
-    return done[0].reshape(*size, -1) if len(done) == 1 else np.concatenate([x.reshape(*size, -1) for x in done], -1)
+    parts = [
+        cv2.resize(values[..., chunk], (size[1], size[0]), interpolation=interpolation) for chunk in _chunks(values)
+    ]
+    # OpenCV drops a last axis of 1.
+    whole = [part.reshape(*size, -1) for part in parts]
+    return whole[0] if len(whole) == 1 else np.concatenate(whole, axis=-1)
+
+
+def _chunks(values: np.ndarray) -> list[slice]:
+    """Channels that OpenCV resizes together. The same as Albumentations' in training, since the last bit of bilinear
+    resizing depends on them: up to 4 channels at once, more of them in fours, and a remainder of 2 one by one."""
+    channels = values.shape[2]
+    starts = list(range(0, channels, 4))
+    if channels > 4 and channels % 4 == 2:
+        starts.append(channels - 1)
+    return [slice(first, last) for first, last in zip(starts, [*starts[1:], channels], strict=True)]
 
 
 def resize_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

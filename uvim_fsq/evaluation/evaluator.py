@@ -1,12 +1,13 @@
-"""Runs predictions over a split and accumulates the task's metric, as training and `uvim-fsq evaluate` both do.
+"""Evaluates a predict function on a split. Used by training and by `uvim-fsq evaluate`.
 
-Figures do not depend on batch size or process count: metrics add up sums and counts, and each process sees its own
-share of the images.
+Results do not depend on the batch size or the number of processes: each process evaluates its share of the images, and
+metrics are computed from sums and counts over all processes.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,27 @@ from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
-from uvim_fsq.inference.predictions import PredictFn, eval_autocast
+from uvim_fsq.inference.predictions import PredictFn, Predictions, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
 
 
 class Evaluator:
-    """Runs predictions over the evaluation split and gathers the task's figures over all processes.
+    """Evaluates predict functions on the evaluation split, and gathers the task's metrics over all processes.
 
-    After `run`, `rows` holds each image's own figures (this process's images), `statistics` the token counts.
+    Args:
+        task: the task.
+        data: where the images are; `eval_split` is evaluated.
+        config: batch size, workers and precision.
+        limit: evaluate only the first images; None means `eval.limit`.
+        quantizer: if given, also count the codes it uses.
+
+    Attributes:
+        source: the samples of the split.
+        protocol: the evaluation protocol, set by `run`.
+        rows: metrics of each image of this process, set by `run`.
+        statistics: code counts over all processes, or None.
     """
 
     def __init__(
@@ -55,19 +67,46 @@ class Evaluator:
         official: OfficialResults | None = None,
         title: str = "evaluating",
     ) -> dict[str, float]:
-        """The figures over the split (or its first `limit` images), the same on every process.
+        """Evaluates the split, or its first `limit` images, and returns the metrics. They are equal in all processes.
 
-        For an LM also the cross-entropy of the true tokens, in bits per token and per image (FSQ paper, Figure 3).
+        For an LM they include the cross-entropy of the true tokens, in bits per token and per image (FSQ paper,
+        Figure 3).
 
-        With `official` also those of the benchmark's own program, as `official/NAME`, on the main process. `title`
-        stands in front of the bar.
+        Args:
+            predict: the predict function.
+            device: where it runs.
+            official: a writer of the benchmark's own result files. Its scores are added as "official/NAME", in the main
+                process only.
+            title: label of the progress bar.
         """
-        state = processes.state()
         metric = self.task.metric(self.source)
         self.protocol = metric.protocol
         self.rows = []
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
+        for predicted, samples in self._predicted(predict, device, title):
+            for item, sample in zip(predicted.items, samples, strict=True):
+                self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                if official is not None:
+                    entries.append(official.add(item, sample))
+            if predicted.bits is not None and predicted.tokens is not None:
+                bits = predicted.bits.double().cpu().numpy()
+                cost += [bits.sum(), len(bits), predicted.tokens.numel()]
+            if self.statistics is not None and predicted.tokens is not None:
+                self.statistics.update(predicted.tokens)
+        metric.load_state(_sum_over_processes(metric.state()))
+        figures = metric.compute() | self._code_figures(cost)
+        if official is not None:
+            entries = [entry for part in processes.gather(entries) for entry in part]
+            scores = _official_scores(official, entries) if processes.is_main() else {}
+            figures |= {f"official/{name}": value for name, value in scores.items()}
+        return figures
+
+    def _predicted(
+        self, predict: PredictFn, device: torch.device, title: str
+    ) -> Iterator[tuple[Predictions, list[Sample]]]:
+        """Each batch of this process's images: predictions, and the samples at native size."""
+        state = processes.state()
         count = len(self.source) if self.limit is None else min(self.limit, len(self.source))
         batches = eval_batches(
             self.source,
@@ -84,33 +123,23 @@ class Evaluator:
                 bar.update(min(len(self.rows) * state.num_processes, count))
                 with eval_autocast(self.config, device):
                     predicted = predict(to_device(batch, device))
-                for item, sample in zip(predicted.items, samples, strict=True):
-                    self.rows.append({"id": sample.id, **metric.update(item, sample)})
-                    if official is not None:
-                        entries.append(official.add(item, sample))
-                if predicted.bits is not None and predicted.tokens is not None:
-                    bits = predicted.bits.double().cpu().numpy()
-                    cost += [bits.sum(), len(bits), predicted.tokens.numel()]
-                if self.statistics is not None and predicted.tokens is not None:
-                    self.statistics.update(predicted.tokens)
-        metric.load_state(_summed(metric.state()))
-        figures = metric.compute()
+                yield predicted, samples
+
+    def _code_figures(self, cost: np.ndarray) -> dict[str, float]:
+        """Code usage and bits of the true tokens over all processes; `cost`: this one's bits, images and tokens."""
+        figures: dict[str, float] = {}
         if self.statistics is not None:
-            self.statistics.load_state(_summed(self.statistics.state()))
+            self.statistics.load_state(_sum_over_processes(self.statistics.state()))
             if self.statistics.counts.any():
                 figures |= self.statistics.compute()
-        bits, images, tokens = _summed({"cost": cost})["cost"]
+        bits, images, tokens = _sum_over_processes({"cost": cost})["cost"]
         if images:
             figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
-        if official is not None:
-            entries = [entry for part in processes.gather(entries) for entry in part]
-            theirs = _score(official, entries) if processes.is_main() else {}
-            figures |= {f"official/{name}": value for name, value in theirs.items()}
         return figures
 
 
-class _Shown:
-    """A source with a bar of the samples taken from it in their order."""
+class _WithProgress:
+    """A sample source that updates a progress bar as its samples are read in order."""
 
     def __init__(self, source: SampleSource, bar: Bar) -> None:
         self.source, self.bar = source, bar
@@ -127,22 +156,22 @@ class _Shown:
 
 
 def make_baseline(task: Task, run: Run) -> Baseline | None:
-    """The task's trivial prediction, from the training split."""
+    """Builds the task's trivial baseline from the training split; None if the task has none."""
     with Bar("baseline: reading the training split") as bar:
-        source: Any = _Shown(task.source(run.data.root, run.data.train_split), bar)
+        source: Any = _WithProgress(task.source(run.data.root, run.data.train_split), bar)
         return task.baseline(source, run.data.image_size)
 
 
-def _score(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
-    """The official figures; that program's refusal must not cost our own."""
+def _official_scores(official: OfficialResults, entries: list[Any]) -> dict[str, float]:
+    """The scores of the benchmark's program. If it fails, warns instead of losing our own results."""
     try:
         return official.finish(entries)
     except UserError as error:
-        warnings.warn(f"no official figures: {error}", stacklevel=2)
+        warnings.warn(f"no official scores: {error}", stacklevel=2)
         return {}
 
 
-def _summed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sums of every array over all processes."""
+def _sum_over_processes(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums each array over all processes."""
     states = processes.gather(state)
     return {name: np.sum([other[name] for other in states], axis=0) for name in state}

@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint: figures of oracle, context alone and language model, with their provenance."""
+"""Evaluates a checkpoint: metrics of the oracle, the context alone and the language model, with their provenance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uvim_fsq.inference.predictions import baseline_predictions, predict_functio
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
 
-#: What of `eval.` may change the figures; named by each result.
+#: The keys of `eval` that may change the results; recorded with each result.
 DECODING_KEYS = ("temperature", "top_k", "top_p", "seed", "precision", "int8_cross_kv")
 
 
@@ -33,13 +33,19 @@ def evaluate_loaded(
     baseline: bool = False,
     official: Path | None = None,
 ) -> dict[str, Any]:
-    """Oracle, context alone and (for an LM's checkpoint) LM, with protocol, split, counts and checkpoint.
+    """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM.
 
     Args:
-        limit: the first images only; None: as the configuration says.
-        csv_file: where each image's own figures go.
-        baseline: also the task's trivial baseline, made from the training split.
-        official: folder for the benchmark's own result files, one sub-folder a way; scored where possible.
+        loaded: the checkpoint.
+        device: where to run the models.
+        limit: evaluate only the first images; None means `eval.limit`.
+        csv_file: if given, write the metrics of each image to this file.
+        baseline: also evaluate the task's trivial baseline, built from the training split.
+        official: folder for result files in the benchmark's own format, one subfolder per predict function. They are
+            also scored if the benchmark's program is available.
+
+    Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `images`,
+    `limit`, `baseline`, `checkpoint_sha256`, and `code_counts` and `level_histogram` by name.
     """
     checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
     processes.same(checkpoint_sha256, loaded.checkpoint)
@@ -47,23 +53,21 @@ def evaluate_loaded(
     if loaded.lm is not None:
         loaded.lm.to(device)
     limit = limit if limit is not None else run.eval.limit
-    ways = predict_functions(loaded)
+    predict_fns = predict_functions(loaded)
     trivial = make_baseline(task, run) if baseline else None
     if trivial is not None:
-        ways = {"baseline": baseline_predictions(trivial), **ways}
-    figures: dict[str, dict[str, float]] = {}
-    levels: dict[str, list[list[int]]] = {}
-    counts: dict[str, list[int]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+        predict_fns = {"baseline": baseline_predictions(trivial), **predict_fns}
     evaluator = Evaluator(task, run.data, run.eval, limit=limit)
-    for name, predict in ways.items():
+    figures: dict[str, dict[str, float]] = {}
+    codes: dict[str, CodeStatistics] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, predict in predict_fns.items():
         evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         if evaluator.statistics is not None:
-            levels[name] = evaluator.statistics.level_histogram()
-            counts[name] = [int(count) for count in evaluator.statistics.counts]
+            codes[name] = evaluator.statistics
     if csv_file is not None and processes.is_main():
         write_csv(csv_file, rows)
     return {
@@ -73,13 +77,13 @@ def evaluate_loaded(
         "limit": limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
-        "code_counts": counts,
-        "level_histogram": levels,
+        "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
+        "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
     }
 
 
 def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
-    """What figures were obtained with: without it they mean nothing."""
+    """How results were obtained: task, protocol, data, decoding settings, checkpoint and versions."""
     run, task = loaded.run, loaded.task
     return {
         "task": task.name,
@@ -101,8 +105,8 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
 
 
 def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """One line per way and image: way, id and that image's figures."""
-    flat = [{"way": way, **row} for way, items in rows.items() for row in items]
+    """Writes one line per predict function and image: the function's name, the image's id and its metrics."""
+    flat = [{"way": name, **row} for name, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))
     files.write_csv(path, [keys, *([row.get(key, "") for key in keys] for row in flat)])
 
@@ -116,11 +120,18 @@ def evaluate(
     baseline: bool = False,
     official: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run's checkpoint (see `load_checkpoint`; or a given one) by its task's protocol.
+    """Evaluates a run or checkpoint directory according to its task's protocol.
 
-    Refuses an unreadable image.
+    Args:
+        run_dir: a run, whose checkpoint is chosen as in `load_checkpoint`, or a checkpoint directory.
+        overrides: `key=value` strings.
+        limit: evaluate only the first images; sets `eval.limit`.
+        csv: if given, write the metrics of each image to this file.
+        baseline: also evaluate the task's trivial baseline.
+        official: folder for result files in the benchmark's own format.
 
-    `csv`, `baseline` and `official` are those of `evaluate_loaded`.
+    Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded and for unreadable
+    images.
     """
     device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]

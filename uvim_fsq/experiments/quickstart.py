@@ -82,12 +82,7 @@ def quickstart(
     kind = task_class(task).synthetic
     if kind is None:
         raise UserError(f"task {task} has no synthetic data, which the quickstart needs")
-    if gpu_scale and not torch.cuda.is_available():
-        raise UserError("--gpu-scale needs a GPU and none is visible; run without it at the small scale")
-    console = Console()
-    scale = GPU if gpu_scale else SMALL
-    if scenes is not None:
-        scale = replace(scale, num_train=scenes, num_val=min(scale.num_val, scenes))
+    scale, console = _choose_scale(gpu_scale, scenes), Console()
     summary_file = out / "summary.json"
     summary = _read_summary(summary_file)
     if summary is not None:
@@ -115,6 +110,17 @@ def quickstart(
     write_json(summary_file, summary)
     _print_table(console, summary, out)
     return summary
+
+
+def _choose_scale(gpu_scale: bool, scenes: int | None) -> Scale:
+    if gpu_scale and not torch.cuda.is_available():
+        raise UserError("--gpu-scale needs a GPU and none is visible; run without it at the small scale")
+    scale = GPU if gpu_scale else SMALL
+    if scenes is None:
+        return scale
+    if scenes < 1:
+        raise UserError(f"--scenes {scenes}: at least one scene is needed")
+    return replace(scale, num_train=scenes, num_val=min(scale.num_val, scenes))
 
 
 def _make_data(scale: Scale, out: Path, kind: str) -> None:

@@ -1,6 +1,6 @@
-"""The folder that `uvim-fsq predict` fills: who is written where, planned before anything is predicted, and the index.
+"""The output folder of `uvim-fsq predict`: file names, planned before anything is predicted, and the index.
 
-Nothing but results of an earlier call is ever replaced, and least of all a picture that is to be predicted.
+Only results of earlier calls are ever replaced, never other files or the images to be predicted.
 """
 
 from __future__ import annotations
@@ -19,54 +19,58 @@ from uvim_fsq.tasks.base import Task
 
 INDEX = "predictions.json"
 
-#: A picture of the index: `image`, the kinds of files written or `error`, and what the prediction was made with.
+#: An image in the index: `image`; the path of each written file by its kind, or `error`; `checkpoint`; `overrides`.
 Entry = dict[str, str]
 NO_FILES = ("image", "error", "checkpoint", "overrides")
 
 
-def _same_name(name: str) -> str:
-    """Two names with the same value are one file on some file system."""
+def _canonical(name: str) -> str:
+    """Equal for names that some file systems treat as the same file."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _identity(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         found = path.lstat()
     return found.st_dev, found.st_ino
 
 
 class PredictionFolder:
-    """`out` as it is and as it will be.
+    """The existing contents of `out` and the planned results.
 
     Args:
-        out: need not exist.
-        task: says by `prediction_files` what it will write.
-        files: the pictures to predict. Results that an earlier call wrote into `out` are left out, unless they are
-            among those `named` by the user: they only happen to lie in a folder that was named.
+        out: the folder; it need not exist.
+        task: its `prediction_files` gives the names of the files to be written.
+        files: the images to predict. Results of earlier calls in `out` are skipped, unless they are in `named`.
+        named: paths that the user gave explicitly, as opposed to files found in a folder.
 
-    `files` are those left, each once. Raises UserError where a result would replace anything but an earlier result.
+    Attributes:
+        files: the images that remain, without duplicates.
+        stems: image -> file name of its results, without suffix.
+
+    Raises UserError if a result would replace a file that is not an earlier result.
     """
 
     def __init__(self, out: Path, task: Task, files: Iterable[Path], named: Collection[Path]) -> None:
         self.out, self.task = out, task
         check_folder(out)
         self.index = _read_index(out / INDEX)
-        self.earlier = {name for entry in self.index for name in _names(entry)}
+        self.earlier = {name for entry in self.index for name in _file_names(entry)}
         results = {_identity(out / name) for name in self.earlier if (out / name).exists()}
         kept = [file for file in files if file in named or _identity(file) not in results]
         if not kept:
-            raise UserError(f"nothing but results of an earlier predict in {out}; name other pictures")
+            raise UserError(f"the pictures are all results of an earlier predict in {out}; give other pictures")
         self._inputs = {_identity(file): file for file in reversed(kept)}
         self.files = [file for file in dict.fromkeys(kept) if self._inputs[_identity(file)] == file]
-        self._taken = {_same_name(INDEX)}
-        self.stems = {file: self._plan(file) for file in self.files}
+        self._taken = {_canonical(INDEX)}
+        self.stems = {file: self._choose_stem(file) for file in self.files}
 
-    def _plan(self, file: Path) -> str:
-        for stem in _stems(file):
+    def _choose_stem(self, file: Path) -> str:
+        for stem in _candidate_stems(file):
             names = self._planned(stem)
-            if self._taken.isdisjoint(map(_same_name, names)):
+            if self._taken.isdisjoint(map(_canonical, names)):
                 break
         for name in names:
             self._claim(name)
@@ -76,31 +80,32 @@ class PredictionFolder:
         return [Path(path).name for path in self.task.prediction_files(stem).values()]
 
     def _claim(self, name: str) -> None:
-        """Takes a name for this call, once and for all."""
+        """Reserves a file name for this call. Raises UserError if it is not available."""
         target = self.out / name
-        if _same_name(name) in self._taken:
+        if _canonical(name) in self._taken:
             raise UserError(f"{target} would be written twice; predict these pictures into different folders")
         if target.exists():
             if _identity(target) in self._inputs:
                 raise UserError(f"a result would replace {target}, a picture to predict; choose another --out")
             if name not in self.earlier:
                 raise UserError(
-                    f"{target} is there already and no result of an earlier predict; choose another --out or move it"
+                    f"{target} already exists and is not a result of an earlier predict; "
+                    "choose another --out or move it"
                 )
-        self._taken.add(_same_name(name))
+        self._taken.add(_canonical(name))
 
     def save(self, file: Path, prediction: Any, image: Array) -> Entry:
-        """Writes all results of one picture, or none. Raises UserError where that fails."""
+        """Writes all results of one image, or none of them. Raises UserError if writing fails."""
         stem = self.stems[file]
         planned = set(self._planned(stem))
         with writing(self.out / stem):
             self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".predict-", dir=self.out) as fresh:
+            with tempfile.TemporaryDirectory(prefix=".predict-", dir=self.out) as temporary:
                 try:
-                    paths = self.task.save_prediction(prediction, image, str(Path(fresh) / stem))
+                    paths = self.task.save_prediction(prediction, image, str(Path(temporary) / stem))
                 except UserError as error:
-                    raise UserError(str(error).replace(fresh, str(self.out))) from error
-                written = sorted(Path(fresh).iterdir())
+                    raise UserError(str(error).replace(temporary, str(self.out))) from error
+                written = sorted(Path(temporary).iterdir())
                 for path in written:
                     if path.name not in planned:
                         self._claim(path.name)
@@ -109,17 +114,17 @@ class PredictionFolder:
         return {"image": str(file), **{kind: str(self.out / Path(path).name) for kind, path in paths.items()}}
 
     def write_index(self, entries: Sequence[Entry]) -> None:
-        """Lists `entries`, and what earlier calls wrote and is still there. Raises UserError where that fails."""
-        new = {_same_name(name) for entry in entries for name in _names(entry)}
-        kept = [entry for entry in self.index if (names := _names(entry)) and self._kept(names, new)]
+        """Writes the index: `entries` and results of earlier calls that still exist. Raises UserError if that fails."""
+        new = {_canonical(name) for entry in entries for name in _file_names(entry)}
+        kept = [entry for entry in self.index if (names := _file_names(entry)) and self._still_valid(names, new)]
         write_json(self.out / INDEX, [*kept, *entries])
 
-    def _kept(self, names: list[str], new: set[str]) -> bool:
-        return all((self.out / name).is_file() and _same_name(name) not in new for name in names)
+    def _still_valid(self, names: list[str], new: set[str]) -> bool:
+        return all((self.out / name).is_file() and _canonical(name) not in new for name in names)
 
 
-def _stems(file: Path) -> Iterator[str]:
-    """Names for a picture's results, the first that is free is taken: its own, its folder's in front, numbers."""
+def _candidate_stems(file: Path) -> Iterator[str]:
+    """Names for an image's results, in order of preference: its own, prefixed with its folder's, then numbered."""
     yield file.stem
     stem = f"{file.absolute().parent.name}_{file.stem}"
     yield stem
@@ -129,7 +134,7 @@ def _stems(file: Path) -> Iterator[str]:
         number += 1
 
 
-def _names(entry: Entry) -> list[str]:
+def _file_names(entry: Entry) -> list[str]:
     return [Path(path).name for kind, path in entry.items() if kind not in NO_FILES]
 
 
@@ -142,4 +147,4 @@ def _read_index(file: Path) -> list[Entry]:
             return list(entries)
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         pass
-    raise UserError(f"{file} is damaged or no list of predictions; choose another --out or remove it")
+    raise UserError(f"{file} is damaged or not a list of predictions; choose another --out or remove it")

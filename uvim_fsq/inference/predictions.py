@@ -1,4 +1,7 @@
-"""Ways from a batch to predictions: the oracle, its decoder with zeroed codes, the language model, a baseline."""
+"""Functions that predict a batch: the oracle, its decoder with zeroed codes, the language model, or a baseline.
+
+B batch, L code length, d code channels.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,12 @@ from uvim_fsq.tasks.base import Baseline, Task
 
 @dataclass
 class Predictions:
-    """Predictions of one batch, one item per image as `Task.decode` gives them, and the tokens behind them (B, L).
+    """Predictions of one batch.
 
-    `bits` (B,): what the true tokens cost under an LM.
+    Attributes:
+        items: one prediction per image, as returned by `Task.decode`.
+        tokens: (B, L) int64, the tokens they were decoded from; None if there are none.
+        bits: (B,) float32, the cross-entropy of the true tokens under an LM in bits per image; None without an LM.
     """
 
     items: list[Any]
@@ -34,7 +40,7 @@ PredictFn = Callable[[Batch], Predictions]
 
 
 def label_maps(oracle: Oracle, task: Task, codes: torch.Tensor, image: torch.Tensor) -> list[Any]:
-    """Codes (B, L, d) and images -> one prediction each, as `Task.decode` gives them."""
+    """Decodes codes (B, L, d) and images (B, 3, S, S) to one prediction per image, as returned by `Task.decode`."""
     return [item for logits in oracle.iter_logits(codes, image) for item in task.decode(logits)]
 
 
@@ -50,7 +56,7 @@ def oracle_predictions(oracle: Oracle, task: Task) -> PredictFn:
 
 
 def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
-    """The oracle's decoder with every code zeroed: what the image alone gives away (PITFALLS: context leak)."""
+    """The oracle's decoder with all codes set to zero, which shows how much it predicts from the image alone."""
 
     def predict(batch: Batch) -> Predictions:
         image = batch["image"]
@@ -61,7 +67,7 @@ def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
 
 
 def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
-    """The generation that `eval.` asks for. Raises UserError for what the token model does not support."""
+    """Builds the LM's generator from the `eval` settings. Raises UserError if the token model does not support them."""
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     return lm.generator(
         sampling, precision=config.precision, int8_cross_kv=config.int8_cross_kv, compile=config.compile
@@ -69,12 +75,15 @@ def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
 
 
 def eval_autocast(config: EvalConfig, device: torch.device) -> torch.autocast:
-    """The context in which predictions are made: `eval.precision`."""
+    """The autocast context for predictions, according to `eval.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> PredictFn:
-    """The whole system: image -> LM tokens -> oracle decoder. Each image samples from its own random stream."""
+    """The complete model: the LM predicts tokens from the image and the oracle decodes them.
+
+    Each image has its own random stream, seeded by `eval.seed` and its index.
+    """
     generator = build_generator(lm, config)
 
     def predict(batch: Batch) -> Predictions:
@@ -99,11 +108,14 @@ def baseline_predictions(baseline: Baseline) -> PredictFn:
 
 
 def predict_functions(loaded: LoadedRun) -> dict[str, PredictFn]:
-    """Oracle, context alone (where the decoder has context) and, for an LM's checkpoint, the LM."""
+    """Name -> predict function for a checkpoint.
+
+    The names are "oracle"; "context_only" if the oracle's decoder sees the image; and "lm" for an LM's checkpoint.
+    """
     task, oracle = loaded.task, loaded.oracle
-    ways: dict[str, PredictFn] = {"oracle": oracle_predictions(oracle, task)}
+    predict_fns: dict[str, PredictFn] = {"oracle": oracle_predictions(oracle, task)}
     if oracle.config.context in ("both", "decoder"):
-        ways["context_only"] = context_predictions(oracle, task)
+        predict_fns["context_only"] = context_predictions(oracle, task)
     if loaded.lm is not None:
-        ways["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval)
-    return ways
+        predict_fns["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval)
+    return predict_fns

@@ -1,4 +1,7 @@
-"""Predictions for any picture: the models work on tensors, the Predictor owns reading, resizing and writing."""
+"""Predictions for arbitrary images. The models work on tensors; `Predictor` reads, resizes and writes images.
+
+H, W height and width of an image; S the models' image side.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,16 @@ from uvim_fsq.files import disk_is_full
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
 from uvim_fsq.inference.predictions import build_generator, eval_autocast, label_maps
 
-#: A file's name, its content, the open file; a picture of PIL; (H, W, 3) RGB or (H, W) grey uint8.
+#: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
 Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 PICTURES = "a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) or (H, W) uint8 array"
 
 
 class Predictor:
-    """A trained LM with its oracle, ready to predict. `Predictor.from_run(path).predict(image)`."""
+    """A trained LM with its oracle, ready to predict: `Predictor.from_run(path).predict(image)`.
+
+    Raises UserError for an oracle's checkpoint, because an oracle needs labels to predict.
+    """
 
     def __init__(self, loaded: LoadedRun, device: str | torch.device) -> None:
         if loaded.lm is None:
@@ -43,8 +49,8 @@ class Predictor:
         self.transform = JointTransform(self.run.data, self.task, train=False)
         self.generator = build_generator(self.lm, self.run.eval)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
-        #: What predictions are made with, for their index: the checkpoint, and `overrides` if there are any.
-        self.made_with = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
+        #: Provenance of the predictions, for their index: the checkpoint, and the overrides if there are any.
+        self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
 
     @classmethod
     def from_run(
@@ -55,55 +61,60 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads an LM's run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
+        """Loads an LM from a run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
 
-        `overrides` are `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
-        `trust`: import the plugins that the run names, which runs their code; else they must be named in `overrides`.
+        Args:
+            path: the run or checkpoint directory.
+            overrides: `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
+            device: a torch device; by default a GPU if there is one.
+            trust: import the plugins that the run names, which executes their code. Otherwise they must be named in
+                `overrides`.
 
-        Raises UserError for a run that cannot be loaded, and for a device that is not there.
+        Raises UserError for a run that cannot be loaded and for an unavailable device.
         """
         device = _device(device) if device is not None else processes.device()
         with trusting(trust):
             return cls(load_checkpoint(path, overrides, device), device)
 
     def predict(self, image: Picture) -> Any:
-        """One picture of any size -> the task's prediction at that picture's own size.
-
-        Depth: (H, W) float32 metres. Panoptic: `Segments`. Colour: (H, W, 3) float32 in [-1, 1].
+        """Predicts one image of any size. The prediction has the size of the image.
 
         Args:
-            image: a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) RGB or (H, W) grey
-                uint8 array.
+            image: a path, the content of a file as bytes, a binary file object, a PIL image, or an (H, W, 3) RGB or
+                (H, W) grayscale uint8 array.
 
-        Raises UserError for anything else.
+        Returns the task's prediction. Depth: (H, W) float32 in meters. Panoptic segmentation: `Segments`.
+        Colorization: (H, W, 3) float32 in [-1, 1].
+
+        Raises UserError for any other input and for unreadable images.
         """
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[Picture]) -> list[Any]:
-        """`predict` for several pictures, of any sizes, at once: much faster on a GPU, with the same results.
+        """Predicts several images of any sizes as one batch: much faster on a GPU, with the same results as `predict`.
 
-        Pictures that are no arrays are decoded twice, so that no more than one is held at full size.
+        Images that are not arrays are decoded twice, so that only one at a time is in memory at full size.
         """
         single = (str, Path, bytes, bytearray, memoryview, io.IOBase, Image.Image, np.ndarray)
         if isinstance(images, single) or not isinstance(images, Iterable):
             raise UserError("predict_batch takes a list of pictures; use predict for one")
-        limit_pixels(self.run.data.max_pixels)  # another run may have set its own since
+        limit_pixels(self.run.data.max_pixels)  # a global limit, which another run may have changed
         kept = [_content(image) for image in images]
-        items = self.predict_small([self.small(_pixels(image)) for image in kept])
+        items = self.predict_prepared([self.prepare(_pixels(image)) for image in kept])
         return [self.task.to_size(item, _pixels(image)) for item, image in zip(items, kept, strict=True)]
 
-    def small(self, image: Array) -> Array:
-        """(H, W, 3) uint8 -> what the models see of it, at their size (3, S, S)."""
+    def prepare(self, image: Array) -> Array:
+        """(H, W, 3) uint8 -> the models' input (3, S, S)."""
         return self.transform.picture(image)
 
     @torch.inference_mode()
-    def predict_small(self, images: Sequence[Array]) -> list[Any]:
-        """What `small` gave -> one item each as `Task.decode` gives them, at the models' size."""
+    def predict_prepared(self, images: Sequence[Array]) -> list[Any]:
+        """Predicts images returned by `prepare`. Returns one item per image, as `Task.decode` does, at size S."""
         if not images:
             return []
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
             tensor = torch.from_numpy(np.stack(images)).to(self.device)
-            # Each picture draws from the same stream as when it is alone.
+            # All images share one seed, so each samples the same tokens as when it is predicted alone.
             tokens = self.generator(tensor, torch.full((len(images),), self.run.eval.seed)).tokens
             return label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
 
@@ -112,30 +123,30 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
-    except Exception as error:  # torch raises many kinds
-        # The first sentence; one of torch's lines goes on for two thousand characters.
+    except Exception as error:  # torch raises many types
+        # Only the first sentence, because some of torch's messages are thousands of characters long.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"device={str(device)!r} cannot be used ({reason}); give cpu, or cuda for a GPU") from error
     return found
 
 
 def _content(image: Any) -> Any:
-    """What an open file holds, which can be read once only; any other picture as it is."""
+    """The content of an open file, because it can be read only once. Any other input is returned unchanged."""
     if isinstance(image, Image.Image) or not hasattr(image, "read"):
         return image
     if isinstance(image, io.TextIOBase):
-        raise UserError("the picture's file gives text; open it in binary mode")
+        raise UserError("the picture's file is open in text mode; open it in binary mode")
     try:
         content = image.read()
     except (OSError, ValueError) as error:
         raise UserError(f"the picture cannot be read from the open file ({error})") from error
     if not isinstance(content, bytes):
-        raise UserError(f"the picture's file gives {type(content).__name__}; open it in binary mode")
+        raise UserError(f"the picture's file returns {type(content).__name__}; open it in binary mode")
     return content
 
 
 def _pixels(image: Any) -> Array:
-    """Any picture but an open file -> (H, W, 3) uint8. Raises UserError for what is none."""
+    """Converts any input except an open file to (H, W, 3) uint8. Raises UserError if it is not an image."""
     if isinstance(image, (str, Path, bytes)):
         return read_image(image)
     if isinstance(image, (bytearray, memoryview)):
@@ -151,7 +162,7 @@ def _pixels(image: Any) -> Array:
         image = np.repeat(image[..., None], 3, axis=-1)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         scale = "; scale it to 0..255 and make it uint8" if image.dtype.kind == "f" else ""
-        raise UserError(f"expected an (H, W, 3) RGB or (H, W) grey uint8 array, got {image.dtype} {image.shape}{scale}")
+        raise UserError(f"expected an (H, W, 3) RGB or (H, W) gray uint8 array, got {image.dtype} {image.shape}{scale}")
     if not image.size:
         raise UserError(f"the picture has no pixels: {image.shape}")
     return image
@@ -160,14 +171,22 @@ def _pixels(image: Any) -> Array:
 def predict_files(
     run_dir: str | Path, inputs: Sequence[str], out: str | Path, overrides: Sequence[str] = ()
 ) -> list[Entry]:
-    """Predicts every picture of `inputs` (files or folders) and writes the results into `out`.
+    """Predicts all images of `inputs` (files or folders) and writes the results to the folder `out`.
 
-    Returns one dict per picture, in their order: `image`, the kinds of files written or `error`, `checkpoint`, and
-    `overrides` if there are any. They also stand in `out`/predictions.json, with what earlier calls wrote into the same
-    folder. Two pictures of the same name get their folder's name in front, or a number behind.
+    The index `out`/predictions.json lists these results along with those of earlier calls. If two images have the same
+    name, their results are prefixed with the folder's name, or suffixed with a number.
 
-    Raises UserError, before anything is predicted, where a result would replace a picture or anything else but an
-    earlier result; and when the disk is full, with all whole results listed.
+    Args:
+        run_dir: an LM's run or checkpoint directory.
+        inputs: image files and folders of images.
+        out: the output folder; created if needed.
+        overrides: `key=value` strings.
+
+    Returns one dict per image, in order: `image`; the path of each written file by its kind, or `error`; `checkpoint`;
+    and `overrides` if there are any.
+
+    Raises UserError before predicting anything if a result would replace a file that is not an earlier result. Raises
+    UserError if the disk is full; the index then lists all complete results.
     """
     files = list_images(list(inputs))
     predictor = Predictor.from_run(run_dir, overrides)
@@ -176,11 +195,11 @@ def predict_files(
     last = time.monotonic()
     try:
         with Bar(f"predicting into {out}", len(folder.files)) as bar:
-            for entry in _predicted(predictor, folder):
-                entries.append({**entry, **predictor.made_with})
+            for entry in _predict_folder(predictor, folder):
+                entries.append({**entry, **predictor.provenance})
                 bar.update(len(entries))
                 if time.monotonic() - last > LINES:
-                    # What a kill would leave is known as results to the next call.
+                    # If this process is killed, the next call still recognizes these files as results.
                     folder.write_index(entries)
                     last = time.monotonic()
     finally:
@@ -188,19 +207,19 @@ def predict_files(
     return entries
 
 
-def _predicted(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry]:
-    """One entry per picture. Of a batch only what the models see is held; each picture is read again when written."""
+def _predict_folder(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry]:
+    """Yields one entry per image. Only the models' inputs are kept for a batch; images are read again for writing."""
     size = predictor.run.eval.batch_size
     for start in range(0, len(folder.files), size):
         batch = folder.files[start : start + size]
-        small: dict[Path, Array] = {}
+        prepared: dict[Path, Array] = {}
         errors: dict[Path, str] = {}
         for file in batch:
             try:
-                small[file] = predictor.small(read_image(file))
+                prepared[file] = predictor.prepare(read_image(file))
             except UserError as error:
                 errors[file] = str(error)
-        items = dict(zip(small, predictor.predict_small(list(small.values())), strict=True))
+        items = dict(zip(prepared, predictor.predict_prepared(list(prepared.values())), strict=True))
         for file in batch:
             if file in errors:
                 yield {"image": str(file), "error": errors[file]}
@@ -211,6 +230,6 @@ def _predicted(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry
                     entry = folder.save(file, predictor.task.to_size(items[file], image), image)
             except UserError as error:
                 if disk_is_full(error):
-                    raise UserError(f"{error}; {folder.out / INDEX} lists what is whole") from error
+                    raise UserError(f"{error}; {folder.out / INDEX} lists the complete results") from error
                 entry = {"image": str(file), "error": str(error)}
             yield entry

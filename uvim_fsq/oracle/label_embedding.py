@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.layers import patchify
-from uvim_fsq.oracle.chunking import MAX_LOGITS
+from uvim_fsq.oracle import chunking
 from uvim_fsq.tasks.base import Categorical, LabelChannel
 
 
@@ -31,7 +31,7 @@ class ChunkedOneHotLinear(torch.autograd.Function):
         # Comparing within the labels' own dtype is fastest, but the last class must fit into it or it would wrap.
         fits = classes - 1 <= torch.iinfo(patches.dtype).max
         class_ids = torch.arange(classes, device=patches.device, dtype=patches.dtype if fits else torch.int32)
-        step = max(1, MAX_LOGITS // (flat.shape[1] * classes))
+        step = max(1, chunking.MAX_LOGITS // (flat.shape[1] * classes))
         for first in range(0, len(flat), step):
             rows = slice(first, first + step)
             # A label of -1 matches no class, so its one-hot vector is all zero.

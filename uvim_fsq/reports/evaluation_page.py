@@ -1,11 +1,11 @@
-"""The HTML page of one evaluation."""
+"""The HTML report of one evaluation."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,14 +13,10 @@ from uvim_fsq import processes
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.inference.predictions import predict_functions
-from uvim_fsq.tasks.base import Task
-
-# Imported where something is drawn: it takes half a second.
-if TYPE_CHECKING:
-    pass
 from uvim_fsq.reports.figures import curve_figure, read_metrics, usage_figure
 from uvim_fsq.reports.html import html_table, png_tag, write_report
 from uvim_fsq.reports.panels import panel_rows, tile
+from uvim_fsq.tasks.base import Task
 
 NAMES = {
     "context_only": "oracle, all codes zeroed (context alone)",
@@ -30,7 +26,7 @@ NAMES = {
 
 
 def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
-    """The task's main figures, the header first; errors also as a share of the baseline's."""
+    """The table of the main metrics, header first. Errors are also given relative to the baseline's."""
     figures, metric = result["figures"], task.main_metric
     base = figures.get("baseline", {}).get(metric)
     share = ["of the baseline"] if task.smaller_is_better and base is not None else []
@@ -61,10 +57,19 @@ def _facts(result: Mapping[str, Any]) -> str:
 def write_evaluation(
     path: Path, title: str, loaded: LoadedRun, result: Mapping[str, Any], runs: Mapping[str, Path], device: torch.device
 ) -> None:
-    """The page of one evaluation: figures, panels of eight images, training curves of `runs`, use of the codes."""
-    task, ways = loaded.task, predict_functions(loaded)
-    names = {"oracle": "oracle", "context_only": "context alone", "lm": "LM"}
-    named = {title: ways[way] for way, title in names.items() if way in ways}
+    """Writes the report of one evaluation: metrics, panels of eight images, training curves and code usage.
+
+    Args:
+        path: the HTML file.
+        title: its heading.
+        loaded: the evaluated checkpoint, for the panels.
+        result: from `evaluate_loaded`.
+        runs: title -> run directory, for the training curves.
+        device: where to run the models.
+    """
+    task, predict_fns = loaded.task, predict_functions(loaded)
+    titles = {"oracle": "oracle", "context_only": "context alone", "lm": "LM"}
+    named = {title: predict_fns[name] for name, title in titles.items() if name in predict_fns}
     wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error")
     rows = panel_rows(task, loaded.run.data, named, device, count=8)
     panels = png_tag(tile([{key: row[key] for key in wanted if key in row} for row in rows]), ", ".join(wanted))
@@ -80,7 +85,7 @@ def write_evaluation(
 
 
 def write_run_page(path: Path, run_dir: str | Path, overrides: Sequence[str], result: Mapping[str, Any]) -> None:
-    """`write_evaluation` for the `result` of `evaluate(run_dir, overrides)`."""
+    """Writes the report for `result`, the return value of `evaluate(run_dir, overrides)`."""
     device = processes.device()
     loaded = load_checkpoint(run_dir, overrides, device)
     runs = {loaded.run.stage: loaded.checkpoint.parent.parent}

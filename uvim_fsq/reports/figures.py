@@ -1,4 +1,4 @@
-"""Plots: training curves and code usage."""
+"""Plots of training curves and code usage."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from uvim_fsq.files import read_json_lines
 
-# Imported where something is drawn: it takes half a second.
+# Imported only when something is drawn, because it takes half a second.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl; empty if there is no such file."""
     return read_json_lines(run_dir / "metrics.jsonl")
 
 
 def curve_figure(runs: Mapping[str, Path]) -> Figure:
-    """Training loss over steps, one axis per run."""
+    """Plots the training loss over steps, with one axis per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(runs), 3.2))
@@ -38,7 +38,7 @@ def curve_figure(runs: Mapping[str, Path]) -> Figure:
 
 
 def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figure:
-    """Code counts, sorted, and each FSQ channel's level histogram."""
+    """Plots the sorted code counts and, if given, the level histogram of each channel (`CodeStatistics`)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2))
@@ -56,7 +56,7 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
 def _draw_levels(axis: Axes, levels: Sequence[Sequence[int]]) -> None:
     for i, histogram in enumerate(levels):
         total, half = max(sum(histogram), 1), len(histogram) // 2
-        # FSQ's values: an even number of levels is not symmetric about 0.
+        # The code values of FSQ, which are not symmetric about 0 for an even number of levels.
         values = (np.arange(len(histogram)) - half) / half
         axis.plot(values, [count / total for count in histogram], "o-", label=f"channel {i}")
     axis.set_title("share of each level per channel")

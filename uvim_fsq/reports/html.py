@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: tables, embedded pictures, sections."""
+"""Self-contained HTML pages with tables and embedded images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 from uvim_fsq.files import write_text
 
-# Imported where something is drawn: it takes half a second.
+# Imported only when something is drawn, because it takes half a second.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def png_tag(picture: np.ndarray | Figure, alt: str) -> str:
-    """An <img> with the picture inside, so that the page needs no other file."""
+    """An <img> tag with the image embedded as base64, so that the page needs no other files."""
     buffer = io.BytesIO()
     if isinstance(picture, np.ndarray):
         Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
@@ -31,7 +31,7 @@ def png_tag(picture: np.ndarray | Figure, alt: str) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header."""
+    """An HTML table whose first row is the header."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
@@ -46,7 +46,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%;display:block;m
 
 
 def write_report(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """One self-contained page; `sections` are (heading, HTML)."""
+    """Writes a self-contained page. `sections` are pairs of heading and HTML."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

@@ -1,9 +1,9 @@
-"""Panels: input, prediction, ground truth and error side by side. Knows tasks by their `render` only."""
+"""Panels that show input, prediction, ground truth and error side by side, as rendered by the task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +14,13 @@ from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.tasks.base import Task
 
-# Imported where something is drawn: it takes half a second.
-if TYPE_CHECKING:
-    pass
-
-
+#: Side of a cell and height of the title row, in pixels.
 CELL = 160
-
-
 TITLE = 16
 
 
 def tile(rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Rows of title -> (H, W, 3) uint8 pictures -> one (H', W', 3) uint8 sheet; titles stand above the first row."""
+    """Arranges rows of title -> (H, W, 3) uint8 images in one (H', W', 3) uint8 image, with the titles above."""
     titles = list(dict.fromkeys(title for row in rows for title in row))
     sheet = Image.new("RGB", (len(titles) * (CELL + 4), len(rows) * (CELL + 4) + TITLE), "white")
     draw = ImageDraw.Draw(sheet)
@@ -42,7 +36,7 @@ def tile(rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 class _Spread:
-    """`count` samples of a source, evenly spread: neighbours are often frames of one film."""
+    """`count` evenly spaced samples of a source. Adjacent samples are often frames of the same video."""
 
     def __init__(self, source: SampleSource, count: int) -> None:
         self.source, self.info = source, source.info
@@ -56,7 +50,7 @@ class _Spread:
 
 
 def spread_samples(task: Task, data: DataConfig, count: int) -> tuple[Batch, list[Sample]]:
-    """`count` evaluation images as one batch, with their native samples."""
+    """`count` evenly spaced evaluation images as one batch, with their samples at native size."""
     source = _Spread(task.source(data.root, data.eval_split), count)
     return next(iter(eval_batches(source, task, data, batch_size=count, workers=0, rank=0, world=1)))
 
@@ -65,7 +59,15 @@ def spread_samples(task: Task, data: DataConfig, count: int) -> tuple[Batch, lis
 def panel_rows(
     task: Task, data: DataConfig, predictors: Mapping[str, Any], device: torch.device, count: int = 6
 ) -> list[dict[str, np.ndarray]]:
-    """Per image: the image, the truth and, for each named way of predicting, prediction and error."""
+    """One row per image: the image, the ground truth, and the prediction and error of each predict function.
+
+    Args:
+        task: the task, which renders predictions.
+        data: where the evaluation images are.
+        predictors: name -> predict function.
+        device: where these run.
+        count: number of images.
+    """
     from uvim_fsq.data.batch import to_device
 
     batch, samples = spread_samples(task, data, count)
@@ -83,10 +85,10 @@ def panel_rows(
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:
-    """What models see, (H, W, 3) uint8 or float32 in [-1, 1] -> uint8."""
+    """A model's input image (H, W, 3), uint8 or float32 in [-1, 1] -> uint8."""
     return image if image.dtype == np.uint8 else ((image + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 
 
 def panel_picture(task: Task, data: DataConfig, predict: Any, device: torch.device, count: int = 6) -> np.ndarray:
-    """The sheet that training writes beside its curves."""
+    """The panel (H, W, 3) uint8 that training saves after each evaluation."""
     return tile(panel_rows(task, data, {"prediction": predict}, device, count))

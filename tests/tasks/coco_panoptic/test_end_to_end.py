@@ -65,7 +65,7 @@ def test_our_metrics_survive_a_failure_of_the_official_program(
         raise UserError("panopticapi cannot score it")
 
     monkeypatch.setattr(results_module, "run_panopticapi", refuse)
-    with pytest.warns(UserWarning, match="no official figures: panopticapi cannot score it"):
+    with pytest.warns(UserWarning, match="no official scores: panopticapi cannot score it"):
         main(["evaluate", str(panoptic_lm), "--official"])
     assert "pq_stuff" in capsys.readouterr().out
 

@@ -1,0 +1,135 @@
+"""Counted training memory, against the tensors that autograd keeps and the hardware that shipped recipes name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from tests.support.fake_cuda import CUDA, allow_cuda_autocast, on_cuda
+from tests.support.paths import CONFIGS
+from tests.support.small import TASKS, random_batch
+from uvim_fsq.benchmark.memory import (
+    lm_memory,
+    memory_of,
+    oracle_memory,
+)
+from uvim_fsq.benchmark.setup import read_sizes
+from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
+from uvim_fsq.experiments.ablation.devices import USABLE
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.oracle import chunking
+from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.performance.memory import OVERHEAD, smallest_accumulate
+
+RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **given: Any) -> torch.Tensor:
+    """What a GPU uses; without one torch would take the plain product, which keeps all scores."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, given.get("is_causal", False))[0]
+
+
+@pytest.fixture()
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    allow_cuda_autocast(monkeypatch)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    monkeypatch.setattr(chunking, "MAX_LOGITS", 2**16)  # the label head keeps nothing
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def kept(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps from `forward` on, parameters and their copies in low precision left out."""
+    shapes = {shape for p in module.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+    storages: dict[int, tuple[Any, int]] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) not in shapes:
+            storage = x.untyped_storage()
+            storages[storage._cdata] = storage, storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cuda", torch.bfloat16):
+        forward()
+    return sum(size for _, size in storages.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> None:
+    batch = 5
+    config = OracleModelConfig(8, 192, 2, 3, 3, 800, code_length=64)
+    with unset_fake_temporarily():
+        oracle = Oracle(config, TASKS[task].label_channels, 128)
+        labels, image = random_batch(TASKS[task], batch, 128)
+    oracle = on_cuda(oracle).train()
+    labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
+    image = fake.from_tensor(image).to(CUDA)
+    found = kept(oracle, lambda: oracle(labels, image, TASKS[task].loss))
+    assert found == pytest.approx(batch * oracle_memory(oracle, RUN).image, rel=0.04)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> None:
+    batch = 5
+    encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
+    with unset_fake_temporarily():
+        lm = AutoregressiveLM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
+        oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
+        tokens, image = torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128, dtype=torch.uint8)
+    lm = on_cuda(lm).train()
+    tokens, image = fake.from_tensor(tokens).to(CUDA), fake.from_tensor(image).to(CUDA)
+
+    assert kept(lm, lambda: lm(image, tokens)) == pytest.approx(batch * lm_memory(lm, oracle, RUN).image, rel=0.04)
+
+
+def header(file: Path) -> tuple[int, float] | None:
+    """(processes, bytes of each one's GPU) that a shipped file says it needs; None for a CPU or any GPU."""
+    found = re.search(r"^# hardware: (\d+)(?: or more)? GPUs? of (\d+) GB", file.read_text(), flags=re.MULTILINE)
+    return (int(found[1]), USABLE * 1e9 * int(found[2])) if found else None
+
+
+SHIPPED = [file for file in sorted(CONFIGS.rglob("*.yaml")) if file.parent.name != "ablations" and header(file)]
+
+
+def test_twelve_recipes_name_their_hardware() -> None:
+    assert len(SHIPPED) == 12 and {header(file) for file in SHIPPED} == {(8, 0.92 * 80e9), (1, 0.92 * 80e9)}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_recipes_fit_the_hardware_they_name(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = header(file)
+    assert asked is not None
+    processes, available = asked
+    sizes = read_sizes(file)
+    train = sizes.run.train
+    memory = memory_of(sizes.oracle, sizes.lm, processes)
+    assert memory.of(train.batch_size // train.accumulate // processes) <= available
+    assert smallest_accumulate(memory, train, available, processes) == train.accumulate
+    # No recipe accumulates more than necessary.
+    whole = replace(train, accumulate=1)
+    assert smallest_accumulate(memory, whole, available, processes) == train.accumulate
+
+
+def test_bytes_per_parameter_follow_precision_optimizer_and_processes() -> None:
+    def fixed(optim: str = "adamw", processes: int = 1, **train: Any) -> float:
+        run = replace(RUN, train=TrainConfig(**train), optim=OptimConfig(name=optim))  # type: ignore[arg-type]
+        with torch.device("meta"):
+            oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
+        count = sum(p.numel() for p in oracle.parameters())
+        return (oracle_memory(oracle, run, processes).fixed - OVERHEAD) / count
+
+    assert fixed(precision="fp32") == 16 and fixed() == 18 and fixed("adafactor") == 14
+    assert fixed(processes=2) == 22 and fixed(ema=0.9) == 22

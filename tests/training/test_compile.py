@@ -1,0 +1,73 @@
+"""Training with torch.compile: equal losses, resumption, ordinary checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.compiler import needs_compiler
+from tests.support.runs import last_weights, losses
+from tests.support.small import lm_run, oracle_run
+from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.training import stages, step
+from uvim_fsq.training.loop import fit
+from uvim_fsq.training.stages import build_stage
+
+#: Dynamo and autograd's tracing without the C++ compiler, which takes a minute a model; a graph break is an error.
+one_graph = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run_of(stage: str, out: Path, data: Path, oracle_dir: Path, *keys: str) -> Any:
+    return oracle_run(out, data, *keys) if stage == "oracle" else lm_run(out, oracle_dir, *keys)
+
+
+def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, precision: str) -> None:
+    """Losses as without, plain names, resumption, evaluation and averaged weights."""
+    keys = [f"train.precision={precision}", "train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
+    keys += ["model.code_dropout=none"] if stage == "oracle" else []
+    plain, whole, halves = (run_of(stage, tmp_path / n, data, oracle_dir, *keys) for n in ("plain", "whole", "halves"))
+    fit(build_stage(plain), plain)
+    for run in (whole, halves):
+        run = replace(run, train=replace(run.train, compile=True))
+        fit(build_stage(run), run)
+    for late in ckpt.checkpoints(tmp_path / "halves")[1:]:
+        late.rename(tmp_path / late.name)
+    again = replace(halves, train=replace(halves.train, compile=True, resume="auto"))
+    fit(build_stage(again), again)
+    far = 1e-5 if precision == "fp32" else 2e-2
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), abs=far)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    one, two = last_weights(tmp_path / "whole"), last_weights(tmp_path / "halves")
+    assert one.keys() == last_weights(tmp_path / "plain").keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    load_checkpoint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["oracle", "lm"])
+def test_training_in_one_graph(
+    stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (step, stages):
+        monkeypatch.setattr(module, "compiled", one_graph)
+    _train_compiled(stage, tmp_path, data, oracle_dir, "fp32")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("stage", ["oracle", "lm"])
+def test_training_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+    _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")

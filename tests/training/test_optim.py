@@ -1,0 +1,136 @@
+""""""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.support.runs import fit_run, losses
+from tests.support.small import oracle_run
+from uvim_fsq.config.schema import OptimConfig
+from uvim_fsq.errors import UserError
+from uvim_fsq.training.adafactor import Adafactor
+from uvim_fsq.training.optim import (
+    build_optimizer,
+    decays,
+    learning_rate,
+    load_optimizers,
+    parameter_groups,
+    schedule,
+    set_rates,
+)
+
+OPTIM = OptimConfig(lr=2e-3, weight_decay=0.5, warmup_steps=4, final_lr_ratio=0.1, encoder_lr_ratio=0.25)
+
+
+class Model(nn.Module):
+    """Named as an LM: kernels, biases, a norm, positions, a table and a start vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+        self.token_embedding = nn.Embedding(5, 3)
+        self.positions = nn.Parameter(torch.ones(1, 4, 3))
+        self.start = nn.Parameter(torch.ones(1, 1, 3))
+        self.start_normals = nn.Linear(3, 2)
+        self.frozen = nn.Linear(3, 2).requires_grad_(False)
+
+
+def test_the_schedule_warms_up_linearly_and_decays_by_a_cosine() -> None:
+    found = [schedule(step, 12, OPTIM) for step in range(14)]
+    assert found[:5] == [0, 0.25, 0.5, 0.75, 1]
+    assert found[8] == pytest.approx(0.55) and found[6] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5**1.5))
+    assert found[12] == found[13] == pytest.approx(0.1)
+    assert learning_rate(2, 12, OPTIM) == 1e-3
+    assert schedule(0, 12, replace(OPTIM, warmup_steps=0)) == 1
+    short = replace(OPTIM, warmup_steps=3)
+    assert schedule(3, 4, short) == 1 and schedule(4, 4, short) == pytest.approx(0.1)
+
+
+def test_only_kernels_decay() -> None:
+    """Norms, tables and positions do not, as in the reference."""
+    found = {name for name, p in Model().named_parameters() if decays(name, p)}
+    assert found == {"encoder.0.weight", "start_normals.weight", "frozen.weight"}
+
+
+@pytest.mark.parametrize("stage", ["lm", "oracle"])
+def test_parameter_groups_have_their_decay_and_rate(stage: str) -> None:
+    model, slow = Model(), 0.25 if stage == "lm" else 1.0
+    names = {p: name for name, p in model.named_parameters()}
+    found = {
+        names[p]: (group["weight_decay"], group["lr_ratio"])
+        for group in parameter_groups(model.named_parameters(), OPTIM, stage)
+        for p in group["params"]
+    }
+    assert found == {
+        "encoder.0.weight": (0.5, slow),
+        **dict.fromkeys(("encoder.0.bias", "encoder.1.weight", "encoder.1.bias"), (0.0, slow)),
+        "start_normals.weight": (0.5, 1.0),
+        **dict.fromkeys(("token_embedding.weight", "positions", "start", "start_normals.bias"), (0.0, 1.0)),
+    }
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_updates_follow_rate_and_decay_from_the_first_step(name: str) -> None:
+    """The first has rate 0, the second the first share of the warm-up; the decay of adamw is times the rate."""
+    model = Model()
+    optim = replace(OPTIM, name=name)
+    optimizer = build_optimizer(model, optim, "lm")
+    assert isinstance(optimizer, Adafactor if name == "adafactor" else torch.optim.AdamW)
+    assert name == "adafactor" or optimizer.defaults["fused"]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for step in range(2):
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        set_rates(optimizer, optim.lr, schedule(step, 12, optim))
+        optimizer.step()
+    # The normalized update of a constant gradient is 1; Adafactor's momentum has no bias correction.
+    moved = 1.0 if name == "adamw" else 0.19
+    share = 0.25 if name == "adafactor" else 0.25 * 2e-3
+    for n, p in model.named_parameters():
+        rate = 0.0 if n.startswith("frozen") else 0.25 * 2e-3 * (0.25 if n.startswith("encoder.") else 1.0)
+        factor = share * (0.25 if name == "adamw" and n.startswith("encoder.") else 1.0)
+        decay = 0.5 * factor if n in ("encoder.0.weight", "start_normals.weight") else 0.0
+        torch.testing.assert_close(p.detach(), before[n] * (1 - decay) - rate * moved, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_a_loaded_state_keeps_the_configured_rates_and_decay(name: str) -> None:
+    model = Model()
+    first = build_optimizer(model, replace(OPTIM, name=name), "lm")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    other = replace(OPTIM, name=name, weight_decay=0.25, encoder_lr_ratio=1.0, lr=1.0)
+    second = build_optimizer(model, other, "lm")
+    load_optimizers({"model": second}, {"model": first.state_dict()})
+    assert {(group["weight_decay"], group["lr_ratio"]) for group in second.param_groups} == {(0.25, 1.0), (0.0, 1.0)}
+    for p in (p for p in model.parameters() if p.requires_grad):
+        assert second.state[p].keys() == first.state[p].keys()
+        for key, value in first.state[p].items():
+            assert torch.equal(torch.as_tensor(second.state[p][key]), torch.as_tensor(value))
+    with pytest.raises(UserError, match="of another model"):
+        load_optimizers({"model": build_optimizer(nn.Linear(2, 2), other, "lm")}, {"model": first.state_dict()})
+    with pytest.raises(UserError, match="of another model"):
+        load_optimizers({"model": second, "other": second}, {"model": first.state_dict()})
+
+
+def test_a_warmup_that_is_as_long_as_the_run_is_refused(tmp_path: Path, data: Path) -> None:
+    """24 images in batches of 8 are 3 steps per epoch."""
+    keys = ["train.steps=null", "train.epochs=1.5", "train.log_every=1"]
+    with pytest.raises(UserError, match=r"^optim.warmup_steps=4 must be below train.epochs=1.5, 4 steps$"):
+        fit_run(oracle_run(tmp_path / "a", data, *keys, "optim.warmup_steps=4"))
+    assert not (tmp_path / "a").exists()
+    assert len(losses(fit_run(oracle_run(tmp_path / "b", data, *keys, "optim.warmup_steps=3")))) == 4
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_both_optimizers_reduce_the_loss_in_bf16(tmp_path: Path, data: Path, name: str) -> None:
+    curve = losses(fit_run(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))
+    assert np.isfinite(curve).all() and curve[-1] < curve[0]
