@@ -60,7 +60,7 @@ def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures that jump up and down with the weights, and a picture of them, in no time."""
+    """Replaces evaluation and panels by a number that depends erratically on the weights."""
 
     def evaluate(
         self: OracleStage, model: torch.nn.Module, limit: int | None, device: torch.device

@@ -21,7 +21,7 @@ def test_writing_replaces_a_link(tmp_path: Path) -> None:
     (file.parent / f".a.json.{os.getpid()}.partial").symlink_to(precious)
     files.write_json(file, {"a": 1})
     assert precious.read_text() == "mine" and json.loads(file.read_text()) == {"a": 1} and not file.is_symlink()
-    # A device behind a link is not written, what /dev itself links to is.
+    # A device is not written through a link, but paths in /dev are.
     file.unlink()
     file.symlink_to("/dev/full")
     files.write_text(file, "x")

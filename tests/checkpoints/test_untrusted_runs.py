@@ -50,7 +50,7 @@ def test_a_runs_configuration_refers_to_nothing_else(
     change_config(run, extends=str(tmp_path / "secret.yaml"))
     said = failure(capsys, "evaluate", run)
     assert "contains `extends`" in said and "hunter2" not in said
-    # The user's own words are the user's.
+    # The user's own overrides may use interpolation.
     monkeypatch.setenv("MY_SPLIT", "val")
     main(["evaluate", str(oracle_dir), "data.train_split=${oc.env:MY_SPLIT}", "--json", str(tmp_path / "result.json")])
     assert load_run({"task": {"name": "nyu_depth"}, "data": {"root": "${oc.env:MY_SECRET}"}}).data.root == "hunter2"
@@ -77,7 +77,7 @@ def test_impossible_settings_of_a_run_are_one_line(
         forget_sums(run)
         change_config(run / "oracle" if place == "oracle" else run, **change)
         assert said in failure(capsys, "predict", run, photo, "--out", tmp_path / "out"), change
-    # How it was trained is past.
+    # Training settings no longer matter.
     run = tmp_path / "odd"
     shutil.copytree(lm_dir, run)
     change_config(run, optim__warmup_steps=50, train__keep=0)

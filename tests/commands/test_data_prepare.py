@@ -13,7 +13,7 @@ from uvim_fsq.synthetic.writers import write_dataset
 
 @pytest.mark.parametrize(("kind", "task"), [("nyu", "nyu_depth"), ("coco_panoptic", "coco_panoptic")])
 def test_preparation_continues_after_a_full_disk(tmp_path: Path, kind: str, task: str) -> None:
-    """What was made before stays, and the rest is made when there is room."""
+    """Finished files are kept; the rest is written once there is space."""
     write_dataset(kind, tmp_path / "set", 3, (24, 32), num_val=1, layout="png", workers=1)
     prepare = ["data", "prepare", str(tmp_path / "set"), "--task", task]
     for limit, code, message in ((100, 2, "error: cannot write"), (None, 0, "")):

@@ -61,7 +61,7 @@ def test_a_real_terminal_keeps_a_readable_history(tmp_path: Path, data: Path) ->
         os.close(end)
         raw = everything(main_end)
     assert process.returncode == 0, raw
-    # What stays of a line is what stands behind the last return to its beginning.
+    # What remains visible of a line follows its last carriage return.
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rpartition("\r")[2]) for line in raw.split("\r\n")]
     assert "[#" in raw and not any("[#" in line for line in lines)
     kept = [line for line in lines if line.startswith("oracle ")]

@@ -18,7 +18,7 @@ def test_predict_reads_images_of_every_mode(tmp_path: Path, lm_dir: Path) -> Non
     folder.mkdir()
     rgb = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(rgb).save(folder / "turned.jpg", exif=exif)
     Image.fromarray(rgb).convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(rgb).convert("L").save(folder / "grey.png")
@@ -43,5 +43,5 @@ def test_an_lm_run_can_be_moved_without_its_oracle(tmp_path: Path, lm_dir: Path)
     config = next((tmp_path / "moved" / "checkpoints").glob("step_*")) / "config.yaml"
     tree = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**tree, "oracle": str(tmp_path / "gone")}))
-    config.with_name("sha256.json").unlink()  # of the file as it was
+    config.with_name("sha256.json").unlink()  # the checksum of the original file
     assert Predictor.from_run(tmp_path / "moved").predict(np.zeros((9, 9, 3), np.uint8)).shape == (9, 9)

@@ -26,7 +26,7 @@ from uvim_fsq.tasks.configuration import load_run
 pytestmark = pytest.mark.usefixtures("no_trusted_plugins")
 
 
-#: Registers a task like depth's, so that a run of it works with the weights of one of depth.
+#: Registers a task derived from depth's, so that it can use the weights of a depth run.
 PLUGIN = """
 from pathlib import Path
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth
@@ -41,7 +41,7 @@ class Stranger(NYUDepth):
 
 
 def stranger(folder: Path, run: Path, name: str, where: Path) -> tuple[Path, Path]:
-    """A copy of `run` that names a plugin in the folder `where`, and the file that the plugin touches when it runs."""
+    """A copy of `run` that names a plugin in the folder `where`, and the file that the plugin creates when imported."""
     copy, mark = folder / "downloaded", folder / "executed"
     shutil.copytree(run, copy)
     forget_sums(copy)
@@ -108,7 +108,7 @@ def test_a_trusted_plugin_is_imported(tmp_path: Path, lm_dir: Path, monkeypatch:
         monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
         load_checkpoint(run)
     assert mark.exists()
-    # Trust in one run is not trust in the next.
+    # Trusting one run does not extend to the next.
     if way in ("flag", "override"):
         other, _ = stranger(tmp_path / "second", lm_dir, f"other_{way}", tmp_path)
         with pytest.raises(UserError, match=f"other_{way}"):
@@ -116,7 +116,7 @@ def test_a_trusted_plugin_is_imported(tmp_path: Path, lm_dir: Path, monkeypatch:
 
 
 def test_files_in_the_current_folder_shadow_no_package(tmp_path: Path) -> None:
-    """Stray files beside the user, named as packages that the command imports, by module and by script."""
+    """Stray files in the current folder have the names of packages that the command imports."""
     for name in ("timm", "omegaconf", "h5py", "wandb", "cv2"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the stray {name}.py ran')\n")
     (tmp_path / "beside_me.py").write_text("import beside_me_too\n")

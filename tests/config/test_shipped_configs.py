@@ -15,7 +15,7 @@ from uvim_fsq.config.schema import OracleRun
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.tasks.configuration import load_run
 
-# Grids are no configurations; test_ablation looks after them.
+# tests/experiments/ablation covers the grids.
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "ablations")
 
 

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def test_8_bit_real_labels_are_scaled_on_the_device() -> None:
-    """Real labels of 8 bits become -1 to 1; classes, real labels that are floating, and the image stay."""
+    """8-bit real labels are scaled to [-1, 1]; classes, floating-point labels and the image are unchanged."""
     bytes_, reals = torch.tensor([0, 51, 255]).to(torch.uint8).view(1, 1, 1, 3), torch.rand(1, 1, 1, 3)
     classes = torch.tensor([[[7, 255]]]).to(torch.uint8)
     batch = Batch(

@@ -29,7 +29,7 @@ def test_the_cache_is_private_to_the_user(tmp_path: Path, monkeypatch: pytest.Mo
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o077 == 0
     user = cache._user()
-    monkeypatch.setattr(cache, "_user", lambda: user + 1)  # everything there is another's now
+    monkeypatch.setattr(cache, "_user", lambda: user + 1)  # every file now belongs to another user
     with pytest.warns(UserWarning, match="belongs to another user"):
         assert [read(), read()] == [2, 3]
     assert list(folder.iterdir()) == [file]
@@ -37,7 +37,7 @@ def test_the_cache_is_private_to_the_user(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_file_of_another_user_in_the_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def foreign(path: Path) -> Callable[..., os.stat_result]:
-        """Path.lstat and Path.stat, where `path` belongs to somebody else."""
+        """Path.lstat and Path.stat, with `path` owned by another user."""
         real = Path.stat
 
         def stat(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("default_pixel_limit")
 
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of 300 million pixels, in files below 2 MB."""
+    """Images of 300 million pixels in files of less than 5 MB."""
     folder = tmp_path_factory.mktemp("bombs")
     (folder / "rgb.png").write_bytes(png(20_000, 15_000))
     (folder / "grey.png").write_bytes(png(20_000, 15_000, colours=0))
@@ -65,13 +65,13 @@ def test_each_run_has_its_own_pixel_limit(tmp_path: Path, lm_dir: Path, oracle_d
         with pytest.raises(UserError, match="40 x 30"):
             read_image(file)
     assert not warned, "Pillow's warning beside our line"
-    # Far above the limit Pillow itself refuses.
+    # Pillow itself refuses images far above the limit.
     limit_pixels(100)
     with pytest.raises(UserError, match="more than twice the 0.0001 million pixels that data.max_pixels allows"):
         read_image(file)
     limit_pixels(1200)
     assert read_image(file).shape == (30, 40, 3)
-    # Another run's limit holds again as soon as it is used.
+    # The first run's limit applies again as soon as it is used.
     with pytest.raises(UserError, match="data.max_pixels=1200"):
         predictor.predict(file)
 

@@ -53,7 +53,7 @@ def test_exif_rotation_is_applied() -> None:
 
 
 def test_unsupported_formats_are_refused(tmp_path: Path) -> None:
-    """EPS would start Ghostscript; an id map that is no PNG is none."""
+    """EPS would start Ghostscript; id maps must be PNGs."""
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match="cannot be read as an image .it is none of JPEG, PNG"):
         read_image(tmp_path / "a.jpg")

@@ -27,7 +27,7 @@ def jpeg(mode: str, **options: object) -> bytes:
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_jpegs_decode_as_in_pillow(tmp_path: Path, mode: str, progressive: bool, subsampling: int) -> None:
-    file = tmp_path / "a.png"  # its name says nothing
+    file = tmp_path / "a.png"  # the suffix does not decide the format
     file.write_bytes(jpeg(mode, quality=80, progressive=progressive, subsampling=subsampling) + b"rest of another file")
     with Image.open(file) as image:
         expected = to_rgb(image)
@@ -47,7 +47,7 @@ def test_broken_jpegs_are_refused(tmp_path: Path) -> None:
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match="short.jpg cannot be read as an image"):
             read_image(file)
-    # A second start of frame, of a kind that the decoder does not know; not every reader minds.
+    # A second start of frame, of a kind that the decoder does not support; some readers ignore it.
     start = whole.index(b"\xff\xda")
     (tmp_path / "twice.jpg").write_bytes(whole[:start] + b"\xff\xf3\x00\x04ab" + whole[start:])
     with pytest.raises(UserError, match="twice.jpg cannot be read as an image"):

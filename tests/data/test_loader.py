@@ -79,7 +79,7 @@ def test_unreadable_samples_are_counted_with_any_number_of_workers(tmp_path: Pat
         assert [len(batch["id"]) for batch in loader.batches(0, stop)] == [8] * stop
         return loader
 
-    # Three epochs meet each of them three times.
+    # Three epochs read each of them three times.
     loader = load(2, 9)
     assert dict(sorted(loader.bad.items())) == {3: "number 3 is broken", 4: "number 4 is broken"} and loader.news
     with pytest.raises(UserError, match="number . is broken .2 unreadable training samples, data.max_bad_samples=1"):
@@ -99,7 +99,7 @@ def test_unreadable_samples_of_other_processes_count_once(data: Path) -> None:
 
 
 class Stuck:
-    """A source one of whose samples does to its loader process what a test wants."""
+    """A source that calls `act` in the loader process before each sample."""
 
     def __init__(self, source, act) -> None:
         self.source, self.act, self.info = source, act, source.info

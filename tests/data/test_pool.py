@@ -40,7 +40,7 @@ def test_results_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_killed_worker_is_an_error() -> None:
-    """The pool of before waited for ever."""
+    """A pool of the standard library would wait forever."""
     results, got = in_processes(killed_at_20, range(1000), 2), []
     with pytest.raises(UserError, match=r"a worker process died \(signal 9\).*fewer workers"):
         got += results

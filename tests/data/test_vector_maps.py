@@ -12,7 +12,7 @@ from uvim_fsq.data.transforms import JointTransform
 
 
 class Flow(CamvidSegmentation):
-    """Its maps are a flow, and the row and the column that a pixel came from."""
+    """Its maps are a flow, and the row and column of the pixel each value came from."""
 
     def adjust(
         self, maps: dict[str, np.ndarray], scale: tuple[float, float], *, mirrored: bool
@@ -24,7 +24,7 @@ class Flow(CamvidSegmentation):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("crop", ["none", "inception"])
 def test_vectors_follow_their_pixels(crop: str, linear: bool) -> None:
-    """A flip mirrored a field of vectors without turning them, and a resize left their length as it was."""
+    """A flip must also negate the vectors, and a resize must scale them."""
     rows, columns = np.mgrid[:48, :64].astype(np.float32)
     flow = np.stack([np.full((48, 64), 3.0), np.full((48, 64), 5.0)], -1).astype(np.float32)
     sample = Sample("x", np.zeros((48, 64, 3), np.uint8), {"flow": flow, "columns": columns, "rows": rows})

@@ -25,7 +25,7 @@ IMAGES = 6
 
 
 def constant(bits: list[float] | None = None, tokens: int = 4) -> Any:
-    """1 m everywhere; the tokens of image i are all i."""
+    """Predicts 1 m everywhere; all tokens of image i are i."""
 
     def predict(batch: Batch) -> Predictions:
         index = batch["index"]
@@ -41,7 +41,7 @@ def test_metrics_are_means_over_all_images(random_lm: LoadedRun, batch_size: int
     config = replace(run.eval, batch_size=batch_size)
     evaluator = Evaluator(random_lm.task, run.data, config, quantizer=random_lm.oracle.quantizer)
     assert evaluator.protocol == "" and evaluator.rows == []
-    for _ in range(2):  # rows are of the last time
+    for _ in range(2):  # a second run replaces the rows
         evaluator.statistics = evaluation.CodeStatistics(random_lm.oracle.quantizer)
         figures = evaluator.run(constant([3.0, 5.0, 1.0, 2.0, 4.0, 6.5]), CPU)
         depths = [evaluator.source[i].maps["depth"] for i in range(IMAGES)]
@@ -60,7 +60,7 @@ def test_metrics_are_means_over_all_images(random_lm: LoadedRun, batch_size: int
 
 
 def test_metrics_add_up_over_processes(random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of two processes that saw the same images."""
+    """Simulates two processes that evaluated the same images."""
     evaluator = Evaluator(random_lm.task, random_lm.run.data, random_lm.run.eval, quantizer=random_lm.oracle.quantizer)
     alone = evaluator.run(constant([3.0, 5.0, 1.0, 2.0, 4.0, 6.5]), CPU)
     monkeypatch.setattr(evaluation.processes, "gather", lambda mine: [mine, mine])
@@ -74,7 +74,7 @@ def test_metrics_add_up_over_processes(random_lm: LoadedRun, monkeypatch: pytest
 
 
 def test_the_limit_argument_overrides_the_configuration(random_lm: LoadedRun) -> None:
-    """The argument before the key; more than there are is all."""
+    """A limit above the number of images means all of them."""
     data = random_lm.run.data
     for given, key, images in ((None, None, 6), (None, 5, 5), (2, 5, 2), (2, None, 2), (99, None, 6)):
         evaluator = Evaluator(random_lm.task, data, replace(random_lm.run.eval, limit=key), limit=given)

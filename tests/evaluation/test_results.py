@@ -15,7 +15,7 @@ from uvim_fsq.evaluation.results import finished, read_result, variant_path
 
 @pytest.fixture()
 def run_dir(tmp_path: Path, lm_dir: Path) -> Path:
-    # Other tests evaluate the same run.
+    # Other tests leave results in the shared run.
     return shutil.copytree(lm_dir, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation_*"))
 
 
@@ -29,7 +29,7 @@ def test_a_partial_evaluation_does_not_replace_the_full_one(run_dir: Path) -> No
         main(["evaluate", str(run_dir), *settings])
         assert (run_dir / "evaluation.json").read_bytes() == before
         assert json.loads((run_dir / name).read_text())["overrides"]
-    # What only says how fast is the same evaluation.
+    # Settings that affect only speed do not change the name.
     (run_dir / "evaluation.json").unlink()
     main(["evaluate", str(run_dir), "eval.batch_size=3", "eval.workers=0", "eval.limit=null"])
     again, first = json.loads((run_dir / "evaluation.json").read_text()), json.loads(before)

@@ -28,7 +28,6 @@ IMAGES = 6
 def test_a_result_holds_metrics_code_counts_and_provenance(
     random_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Figures of every way, counts of codes, each image's own figures, and all that they were obtained with."""
     given = []
     monkeypatch.setattr("uvim_fsq.tasks.nyu_depth.task.NYUDepth.official", lambda self, out, source: given.append(out))
     file = tmp_path / "deep" / "rows.csv"

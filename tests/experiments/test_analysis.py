@@ -42,7 +42,7 @@ def test_partners_form_one_cycle(count: int) -> None:
 
 def test_shuffled_predictions_decode_the_partners_tokens(oracle_dir: Path) -> None:
     loaded = load_checkpoint(oracle_dir)
-    # A trained model's codes must tell images apart here, whatever six steps have learned.
+    # Random tokens, because six training steps may not distinguish images.
     tokens = np.random.default_rng(0).integers(25, size=(6, 4))
     batch, _ = spread_samples(loaded.task, loaded.run.data, 6)
     partner = partners(6, 0)
@@ -59,7 +59,7 @@ def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
     tokens = collect_tokens(few, None, CPU)
     assert tokens.shape == (6, 4) and np.array_equal(tokens, collect_tokens(load_checkpoint(oracle_dir), None, CPU))
     assert np.array_equal(collect_tokens(few, 3, CPU), tokens[:3])
-    # Six images are all that the pictures' spread can take: the same images, the same tokens.
+    # The pictures show the same images, so they have the same tokens.
     assert np.array_equal(Painter(few, CPU).tokens, tokens[np.linspace(0, 5, 5).astype(int)])
 
 
@@ -104,13 +104,13 @@ def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, mon
     assert "also zero" not in text["zero_codes"] and "own image" not in text["shuffled_codes"]
     assert found["level_histogram"]["oracle"] == [] and len(found["code_counts"]["oracle"]) == 16
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == PICTURES
-    # Without context the image makes no difference: one row.
+    # Without context the image has no influence: one row.
     with Image.open(tmp_path / "out" / "marginals.png") as sheet:
         assert sheet.size[1] < 200
     painter = Painter(load_checkpoint(run), CPU)
     first, second = (painter.oracle.decode(torch.zeros(1, 4, 8), painter.batch["image"][i : i + 1]) for i in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    # Where the photo is the truth (colorization), the grey ground of the decoded codes must not replace it.
+    # Where the photo is the ground truth (colorization), the grey background of decoded codes must not replace it.
     monkeypatch.setattr(painter.task, "render", lambda image, item, truth: {"ground truth": image, "prediction": image})
     truth = painter.truth(1)
     assert truth is not None and np.array_equal(truth, painter.samples[1].image)

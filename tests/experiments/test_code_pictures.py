@@ -13,7 +13,7 @@ def test_stitched_tokens_are_the_halves() -> None:
     upper, lower = np.arange(36), np.arange(100, 136)
     both = stitch(upper, lower)
     assert np.array_equal(both[:18], upper[:18]) and np.array_equal(both[18:], lower[18:])
-    # An odd side is cut between rows, never inside one.
+    # An odd side is split between rows, never within one.
     both = stitch(np.arange(9), np.arange(100, 109))
     assert both.tolist() == [0, 1, 2, 103, 104, 105, 106, 107, 108]
 

@@ -78,7 +78,7 @@ def test_results_inside_the_input_folder_are_not_inputs(tmp_path: Path, lm_dir: 
 
 def test_no_two_images_share_a_result_file(tmp_path: Path, lm_dir: Path) -> None:
     names = ["pic.png", "pic_color.png", "a/pic.jpg", "b/pic.jpg", "b/c/pic.jpg", "x/b/pic.jpg", "PIC.png", "Ö.png"]
-    names.append("d/O\u0308.png")  # the same name in two spellings, one file on some systems
+    names.append("d/O\u0308.png")  # the same name in another Unicode normalization, one file on some systems
     photos = {str(photo(tmp_path / "in" / name, seed)) for seed, name in enumerate(names)}
     written = predict_files(lm_dir, [str(tmp_path / "in")], tmp_path / "out")
     assert {entry["image"] for entry in written} == photos

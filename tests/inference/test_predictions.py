@@ -87,7 +87,6 @@ def test_the_generator_follows_the_configuration(random_lm: LoadedRun, monkeypat
 def test_context_alone_needs_a_decoder_that_sees_the_image(
     random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Context alone where the decoder sees the image; an LM where there is one."""
     for context, ways in (("both", ["oracle", "context_only"]), ("decoder", ["oracle", "context_only"])):
         config = replace(random_lm.oracle.config, context=context)
         monkeypatch.setattr(random_lm.oracle, "config", config)

@@ -26,7 +26,7 @@ def test_an_image_encoder_that_is_not_a_vit_is_refused(name: str, kind: str, tmp
 
 
 class Code:
-    """Runs a command when it is unpickled."""
+    """An object whose unpickling runs a shell command."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -17,7 +17,7 @@ def command(*arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
     def start() -> None:
         os.setsid()
         if limit is not None:
-            # The one way to a full disk that needs no file system of one's own; the error has another number.
+            # Simulates a full disk without a file system of its own; only the error number differs.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 

@@ -14,7 +14,7 @@ from uvim_fsq.errors import UserError
 
 
 def png(width: int, height: int, depth: int = 8, colours: int = 2) -> bytes:
-    """A PNG of zeros whose pixels are there in truth: their rows compress a thousandfold."""
+    """A valid PNG of zeros, which compresses a thousandfold."""
     channels = {0: 1, 2: 3}[colours]
     row = b"\0" * (1 + width * channels * depth // 8)
     packer = zlib.compressobj(1)
@@ -40,6 +40,6 @@ def peak(work: Callable[[], object]) -> float:
 
 
 def claim(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
-    """The header of a .npy that holds nothing."""
+    """The header of a .npy file without its data."""
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()

@@ -17,7 +17,7 @@ from uvim_fsq.inference.predictions import (
 
 
 def shake(model: nn.Module) -> None:
-    """Random weights everywhere: heads start at zero."""
+    """Sets all weights at random, because heads start at zero."""
     torch.manual_seed(1)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)

@@ -9,7 +9,7 @@ from uvim_fsq.tasks.imagenet_color.fid import DIM
 
 
 class FakeInception:
-    """Coarse colours instead of features: as many numbers, and as sensitive to every step before the network."""
+    """Coarse colours instead of features: as many numbers, and sensitive to every preprocessing step."""
 
     sha256 = "fake"
     calls: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Shared by the panoptic tests: the task for a data set, and changes to its annotation file."""
+"""Helpers of the panoptic tests: the task of a data set, changes to its annotations, random segments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES = [(kind, seed) for kind in KINDS for seed in range(4 if kind == "many" el
 
 
 def segments(ids: Any, *rows: tuple[int, int, bool]) -> Segments:
-    """Of pixels and (id, class, crowd)."""
+    """Segments of a map of ids and rows (id, class, crowd)."""
     table = np.array(rows, np.int64).reshape(-1, 3)
     return Segments(np.array(ids, np.int32), table[:, 0], table[:, 1].astype(np.int32), table[:, 2].astype(bool))
 

@@ -92,6 +92,6 @@ def another_process(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def forget_sums(run: Path) -> None:
-    """What a stranger changes has no sums, or ones to match."""
+    """Deletes the checksums of a run, which an attacker could also recompute."""
     for sums in run.rglob("sha256.json"):
         sums.unlink()

@@ -20,7 +20,7 @@ def synth(out: Path, *arguments: str, limit: int | None = None, workers: int = 2
 
 
 def group_is_gone(process: subprocess.Popen[str]) -> bool:
-    """Within a minute, as orphans notice that nobody reads their results."""
+    """Whether all processes of the group end within a minute."""
     for _ in range(600):
         try:
             os.killpg(process.pid, 0)
@@ -34,7 +34,7 @@ def group_is_gone(process: subprocess.Popen[str]) -> bool:
 def test_a_signal_ends_all_processes_and_removes_partial_files(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Sent to the whole group, as a terminal and `timeout` do, while pictures are made; SIGKILL to the parent alone."""
+    """Signals go to the whole group, as from a terminal or `timeout`; SIGKILL goes to the parent only."""
     process = synth(tmp_path / "set", "--format", "imagenet", "--num", "1000000")
     while not list(tmp_path.glob(".set.*/train/*/*.JPEG")):
         assert process.poll() is None, process.communicate()
@@ -59,7 +59,7 @@ def test_a_signal_ends_all_processes_and_removes_partial_files(
 def test_a_write_error_is_one_line_and_leaves_nothing_behind(
     tmp_path: Path, kind: str, layout: str, limit: int, workers: int
 ) -> None:
-    """HDF5 ended the process with a segmentation fault, and Pillow left half pictures in silence."""
+    """HDF5 can crash in this case, and Pillow can leave truncated images without an error."""
     arguments = ["--format", kind, "--layout", layout, "--num", "40"]
     process = synth(tmp_path / "set", *arguments, limit=limit, workers=workers)
     _, said = process.communicate(timeout=300)

@@ -54,7 +54,7 @@ def test_nyu_mat_holds_the_scenes_transposed_with_one_based_splits(tmp_path):
     assert train.shape == (5, 1) and test.shape == (2, 1) and train.dtype == np.uint16
     assert sorted([*train[:, 0], *test[:, 0]]) == list(range(1, 8)) and test.max() > train.min() < test.min()
     with h5py.File(out / "nyu_depth_v2_labeled.mat") as file:
-        assert file["images"].shape == (7, 3, 32, 24) and file["images"].chunks is None  # a row is one piece
+        assert file["images"].shape == (7, 3, 32, 24) and file["images"].chunks is None  # contiguous
         for split, indices in (("train", train), ("val", test)):
             for number, place in enumerate(indices[:, 0].astype(int) - 1):
                 scene, raw = scene_of(number, split, (24, 32)), file["rawDepths"][place].T

@@ -23,7 +23,7 @@ def test_an_lm_inherits_only_what_was_not_given() -> None:
     assert isinstance(oracle, OracleRun)
     run = resolve_lm(small_lm(), oracle)
     assert (run.data.root, run.data.hflip, run.data.crop, run.data.image_size) == ("rooms", False, "none", 16)
-    # Given values count, also where they are the schema's defaults, and whether or not the run went through a file.
+    # Given values are kept, even if they equal the schema's defaults, and also after a round trip through YAML.
     for given in (small_lm("data.hflip=true"), load_run(to_dict(small_lm("data.hflip=true")))):
         assert isinstance(given, LMRun)
         run = resolve_lm(given, oracle)

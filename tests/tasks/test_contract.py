@@ -52,7 +52,7 @@ def summed(self: Any, logits: Any, labels: Any) -> Any:
 
 
 class BadPhotos:
-    """A source whose only sample is wrong."""
+    """A source with a single, faulty sample."""
 
     def __init__(self, **change: Any) -> None:
         good = {"id": "x", "image": np.zeros((24, 32, 3), np.uint8), "maps": {"classes": np.zeros((24, 32), np.int32)}}

@@ -32,7 +32,7 @@ def test_training_prints_a_line_every_fifteen_seconds(
     assert [int(line.split("/")[0].split()[-1]) for line in lines] == [1, 16, 31, 46, 61, 76, 91, 100, 100]
     assert lines[1] == "oracle 16/100  eta 0:01:24  8 images/s  loss 0.0625  data 0%"
     assert lines[-1] == "oracle 100/100  evaluation: rmse 0.5"
-    # The bar has nothing to add where a line has just been said.
+    # The bar is silent where a line has just been printed.
     assert captured.err == ""
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [*range(1, 101), 100]

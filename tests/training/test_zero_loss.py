@@ -17,7 +17,6 @@ from uvim_fsq.training.run import train
 def test_training_without_any_label_stops_early(
     own_depth_folder: Path, tmp_path: Path, steps: int, quantizer: str
 ) -> None:
-    """Training ran to its end with a loss of 0."""
     for file in own_depth_folder.glob("*/depth/*.npy"):
         np.save(file, np.zeros((24, 32), np.float32))
     kind = [] if quantizer == "fsq" else ["model.quantizer.kind=vq", "model.quantizer.codebook_size=16"]

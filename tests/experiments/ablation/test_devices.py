@@ -34,7 +34,7 @@ def test_cells_accumulate_to_fit_a_device(tmp_path: Path) -> None:
     assert accumulates(tight, jobs=2) == ["train.accumulate=4", "", "train.accumulate=4", ""]
     assert len(lines) == 1 and lines[0].startswith("oracle: train.accumulate=4, because 8 images at once take")
     assert lines[0].endswith("GB available (A, seed 3 and 1 more)")
-    # Two jobs on one device share it; what a grid asks for is the least.
+    # Two jobs on one device share its memory; the grid's own setting is a lower bound.
     assert accumulates(Devices(("0",), 2 * oracle.of(2) / USABLE), jobs=2) == accumulates(tight, jobs=2)
     assert accumulates(tight, set={"oracle": {"train.accumulate": 4}}) == ["", "", "", ""]
     assert accumulates(tight, set={"oracle": {"train.accumulate": 8}}) == ["", "", "", ""]

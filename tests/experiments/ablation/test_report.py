@@ -45,7 +45,7 @@ def test_a_damaged_result_is_left_out_of_the_table(tmp_path: Path, lm_dir: Path)
 
 
 def with_results(out: Path, grid: Grid, source: Path, *changes: dict[str, Any]) -> list[Cell]:
-    """The cells of a grid, each finished with `source`'s result and what `changes` say of it."""
+    """The cells of a grid, each finished with the result of `source`, changed by its entry of `changes`."""
     cells = plan(grid, out)
     result = json.loads((source / "evaluation.json").read_text())
     for cell, change in zip(cells, changes, strict=True):

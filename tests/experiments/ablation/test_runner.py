@@ -45,7 +45,7 @@ def test_a_grid_trains_its_cells_and_writes_tables(tmp_path: Path, capsys: pytes
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "Failed" in page
 
-    # Finished cells are not run again; a chosen row leaves the others as they are.
+    # Finished cells are not run again; --only leaves other rows unchanged.
     main(["ablate", str(file), "--out", str(out), "--only", "FSQ", "--only", "FSQ, small LM"])
     assert "training the" not in capsys.readouterr().out
     further = write_grid(tmp_path, seeds=[3, 4])
@@ -61,7 +61,6 @@ def test_a_stopped_grid_ends_its_processes_and_keeps_checkpoints(tmp_path: Path)
     file, out = write_grid(tmp_path, rows={"FSQ": {"oracle": {"train.steps": 100000}}}), tmp_path / "out"
     command = [sys.executable, "-m", "uvim_fsq", "ablate", str(file), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    # As long as it takes: the machine may be busy with other things.
     while not any("images/s" in log.read_text() for log in out.glob("logs/*.log")) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -89,7 +88,9 @@ def test_every_cell_gets_one_of_the_users_devices(tmp_path: Path, monkeypatch: p
     assert visible_devices({}, 2) == ("0", "1")
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "5, 2"}, 2) == ("5", "2")
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "GPU-8f3a,MIG-77"}, 2) == ("GPU-8f3a", "MIG-77")
-    assert visible_devices({"CUDA_VISIBLE_DEVICES": "3,-1,4"}, 1) == ("3",)  # CUDA stops at the first that is none
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "3,-1,4"}, 1) == (
+        "3",
+    )  # CUDA ignores everything after an invalid entry
     assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}, 0) == ()
     rows = {str(i): {"oracle": {"optim.lr": 0.001 * (i + 1)}} for i in range(4)}
     cells = plan(read_grid(write_grid(tmp_path, rows=rows)), tmp_path / "out")

@@ -24,7 +24,7 @@ def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch:
                 int(command[-1].removeprefix("train.accumulate=")) for command in (cell.oracle_command, cell.lm_command)
             ]
             assert counts == [16, 16], file
-        # 1024 and 512 images of the reference's sizes.
+        # The reference's batch sizes: 1024 for the oracle, 512 for the LM.
         oracle, lm = memory_of(cells[0].oracle_run), memory_of(cells[0].oracle_run, cells[0].lm_run)
         assert oracle.of(1024 // 16) <= USABLE * 80e9 < oracle.of(1024 // 8)
         assert lm.of(512 // 16) <= USABLE * 80e9 < lm.of(512 // 8)

@@ -105,7 +105,7 @@ def test_a_broken_annotation_file_is_named(root: Path, change: Any, message: str
 
 
 def test_image_ids_may_be_text_and_optional_fields_may_be_missing(root: Path, tmp_path: Path) -> None:
-    """Cityscapes names its images; some files lack sizes and areas, or use one name for two categories."""
+    """Cityscapes has text as image ids; some files lack sizes and areas, or give two categories the same name."""
     truth = open_source(str(root), "val", CONFIG)[0].meta["segments"]
 
     def change(tree: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def panoptic_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_official_result_files_and_scores(
     panoptic_lm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    # panopticapi is on no registry: where it is missing its figures are stood in for, the files are real.
+    # panopticapi is not on PyPI: its scores are faked, the files are real.
     scored: list[tuple[Path, Path]] = []
 
     def score(gt_json: Path, gt_folder: Path, pred_json: Path, pred_folder: Path) -> dict[str, float]:

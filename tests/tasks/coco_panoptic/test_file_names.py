@@ -59,7 +59,7 @@ def test_prepared_labels_and_results_are_not_written_through_links(coco_scenes: 
     with pytest.raises(UserError, match="city is a link that leads out of"):
         prepare(str(root), lambda done, total: None)
     assert not list(other.iterdir())
-    # The whole folder may be elsewhere: that is the user's own doing.
+    # The whole folder may be a link, which the user has made.
     shutil.rmtree(root / "prepared_panoptic")
     (root / "prepared_panoptic").symlink_to(other)
     prepare(str(root), lambda done, total: None)

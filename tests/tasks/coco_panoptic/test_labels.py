@@ -42,7 +42,7 @@ def test_canonical_order_does_not_depend_on_the_numbers(seed: int, count: int) -
         return [Fraction(int(key[mask].sum()), int(mask.sum())) for mask in masks]
 
     found = centres(instances)
-    assume(len(set(found)) == len(found))  # of segments with one centre the lower number comes first
+    assume(len(set(found)) == len(found))  # ties are broken by number
     renamed = np.concatenate([[0], rng.permutation(count) + 1, [-1]])[instances]
     first, second = make_canonical(instances), make_canonical(renamed)
     np.testing.assert_array_equal(first, second)
@@ -69,7 +69,7 @@ def test_encoding_drops_the_smallest_segments_and_unlabelled_pixels() -> None:
     classes = np.array([0, 9, 8, 7, 6])
     no_crowd = np.zeros(5, bool)
     labels = encode_panoptic(segments, classes, no_crowd, 10, 99, 0)
-    # Centres of mass: 4 lies leftmost in the first row.
+    # Ordered by centre of mass: 4 is leftmost in the first row.
     np.testing.assert_array_equal(labels["instances"], [[1, 1, 1, 2], [3, 3, 4, 4], [3, 0, 4, 4]])
     np.testing.assert_array_equal(labels["semantics"], [[6, 6, 6, 9], [8, 8, 7, 7], [8, 0, 7, 7]])
     fewer = encode_panoptic(segments, classes, no_crowd, 10, 3, -1)

@@ -69,18 +69,18 @@ def test_the_cases_exercise_every_rule() -> None:
     assert sum(n > 0 for n in forgiven) > 20
 
 
-def test_void_leaves_the_union_and_half_is_not_enough() -> None:
+def test_void_is_left_out_of_the_union_and_exactly_half_is_no_match() -> None:
     prediction = segments([[1, 1, 1, 1]], (1, 1, False))
     np.testing.assert_array_equal(
         count_matches(prediction, segments([[9, 9, 0, 0]], (9, 1, False)), 1).T, [[1, 1, 0, 0]]
     )
-    # IoU of exactly 0.5 is no match; void of exactly half the area does not forgive.
+    # An IoU of exactly 0.5 is no match; a segment that is exactly half void still counts as a false positive.
     np.testing.assert_array_equal(
         count_matches(prediction, segments([[9, 9, 8, 8]], (9, 1, False), (8, 1, True)), 1).T, [[0, 0, 1, 1]]
     )
 
 
-def test_only_the_last_listed_crowd_of_a_class_forgives() -> None:
+def test_only_the_last_listed_crowd_of_a_class_excuses_false_positives() -> None:
     prediction, rows = segments([[1, 1, 1, 1]], (1, 1, False)), [(5, 1, True), (6, 1, True)]
     for listed, false_positives in ((rows, 1), (rows[::-1], 0)):
         assert count_matches(prediction, segments([[5, 5, 5, 6]], *listed), 1)[2, 0] == false_positives

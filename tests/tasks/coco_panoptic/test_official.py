@@ -27,7 +27,7 @@ from uvim_fsq.tasks.coco_panoptic.segments import MAX_ID, Segments, ids_to_rgb, 
 
 
 def write_truth(folder: Path, truths: dict[int, Segments]) -> tuple[Path, Path]:
-    """In COCO's format; its JSON and PNG folder."""
+    """Writes the truth in COCO's format; returns its JSON and PNG folder."""
     pngs = folder / "gt"
     pngs.mkdir(parents=True)
     annotations = []
@@ -53,7 +53,7 @@ def test_segment_ids_round_trip_through_rgb() -> None:
     np.testing.assert_array_equal(rgb_to_ids(rgb[::-1, ::2]), ids[::-1, ::2])
     assert rgb_to_ids(rgb).dtype == np.int32 and rgb.dtype == np.uint8
     listed = ids.ravel()[rng.permutation(40)]
-    # None of the last is listed; all 24 bits and more are looked at.
+    # None of these is listed; they differ from listed ids in all 24 bits and beyond.
     others = [-1, MAX_ID - 1, -(2**31), 2**31 - 1, *(listed + MAX_ID + 1), *(listed + MAX_ID + 1025), *-listed]
     index = segment_index(np.array([0, *listed, *others], np.int32), listed)
     np.testing.assert_array_equal(index, [*range(41), *[-1] * len(others)])
@@ -81,7 +81,7 @@ def test_official_files_hold_the_same_segments(tmp_path: Path) -> None:
 
 
 def compare_with_panopticapi(folder: Path, cases: dict[int, tuple[Segments, Segments]]) -> float:
-    """The largest difference between our figures and panopticapi's, in percent; one case is not evaluated."""
+    """The largest difference between our metrics and panopticapi's, in percent. One image has no prediction."""
     truths = {i: truth for i, (_, truth) in cases.items()}
     gt_json, gt_folder = write_truth(folder, {-1: random_case("regions", 0)[1], **truths})
     ours, writer = metric(), ResultWriter(folder / "pred", CATEGORY_IDS)

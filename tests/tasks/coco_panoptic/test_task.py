@@ -32,7 +32,7 @@ def test_loss_counts_unlabelled_pixels_in_the_mean_only(root: Path) -> None:
 
 
 def test_labels_decode_to_themselves(root: Path) -> None:
-    """Labels as certain logits, at native size, score 100; the trivial baseline less."""
+    """One-hot logits of the labels at native size score 100; the trivial baseline scores less."""
     task = task_for(root)
     source = task.source(str(root), "val")
     metric = task.metric(source)
@@ -73,7 +73,7 @@ def test_predictions_can_be_read_back(root: Path, tmp_path: Path) -> None:
     assert [info["area"] for info in infos] == [int((ids == info["id"]).sum()) for info in infos]
     assert {info["category"] for info in infos} <= set(task.names)
     overlay = np.asarray(Image.open(paths["overlay"]))
-    assert overlay.shape[0] >= 240 and overlay.shape[1] > 320  # the legend stands beside it
+    assert overlay.shape[0] >= 240 and overlay.shape[1] > 320  # the legend is to its right
     assert len(np.unique(overlay[:240, :320].reshape(-1, 3), axis=0)) > len(infos)
 
 
@@ -83,7 +83,7 @@ def test_official_results_score_like_our_own(root: Path, tmp_path: Path) -> None
     writer = task.official(tmp_path, source)
     truth = [source[i] for i in range(len(source))]
     entries = [writer.add(sample.meta["segments"], sample) for sample in truth]
-    with contextlib.suppress(UserError):  # panopticapi is on no registry
+    with contextlib.suppress(UserError):  # panopticapi is not on PyPI
         assert writer.finish(entries[::-1])["pq"] == pytest.approx(100)
     written = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
     assert [entry["image_id"] for entry in written] == [sample.meta["image_id"] for sample in truth]

@@ -37,8 +37,8 @@ def test_area_resize_averages_exact_areas(size: int, new: int) -> None:
     image = RNG.uniform(-1, 1, (size, size, 3))
     resized = area_resize(image, new)
     assert resized.shape == (new, new, 3)
-    np.testing.assert_allclose(resized.mean((0, 1)), image.mean((0, 1)), atol=1e-14)  # every pixel counts alike
-    # The integral of a step function, by brute force: as many copies of every pixel as make the factor an integer.
+    np.testing.assert_allclose(resized.mean((0, 1)), image.mean((0, 1)), atol=1e-14)  # all pixels have the same weight
+    # The same by brute force: each pixel is repeated until the factor is an integer.
     fine = image.repeat(new, 0).repeat(new, 1).reshape(new, size, new, size, 3).mean((1, 3))
     np.testing.assert_allclose(resized, fine, atol=1e-14)
 
@@ -48,7 +48,7 @@ def test_area_resize_by_two_is_the_box_mean() -> None:
     mean = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
     np.testing.assert_array_equal(area_resize(image, 8), mean)
     assert (mean % 1 == 0.5).any()
-    np.testing.assert_array_equal(crop_and_resize(image, 8), np.rint(mean))  # halves to even
+    np.testing.assert_array_equal(crop_and_resize(image, 8), np.rint(mean))  # rounds half to even
 
 
 def test_crop_drops_the_last_line_of_an_odd_remainder() -> None:

@@ -60,7 +60,7 @@ def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: l
     named = predict_files(lm, [str(colour)], tmp_path / "named", kept)
     pictures = [np.asarray(Image.open(entry["color"])) for entry in plain]
     assert pictures[0].shape == pictures[1].shape == (37, 53, 3) and Path(plain[0]["color"]).name == "colour_color.png"
-    # The models see the grey version only; the grey file's is 0.01 % darker, so that a few levels differ by one.
+    # The models see only the grey version; the grey file's is 0.01% darker, so a few levels differ by one.
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() < 2
     own = np.asarray(Image.open(named[0]["keep_luma"])).astype(float)
     assert Path(named[0]["keep_luma"]).name == "colour_keep_luma.png"

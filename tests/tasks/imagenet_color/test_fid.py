@@ -70,7 +70,7 @@ def test_distance_is_symmetric_and_equals_the_matrix_root(first: int, second: in
     root = np.real(np.asarray(scipy.linalg.sqrtm(covariances[0] @ covariances[1])))
     trace = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root)
     expected = np.square(x.mean(0) - y.mean(0)).sum() + trace
-    # The matrix root loses digits where the covariances are singular.
+    # The matrix root is less accurate for singular covariances.
     assert abs(distance - expected) < (1e-9 if second > 64 else 1e-4) * expected
 
 
@@ -124,7 +124,7 @@ def test_missing_or_wrong_inception_weights_are_one_line(tmp_path: Path) -> None
 
 
 def test_inception_features_equal_the_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights in a file whose hash is taken for the published one."""
+    """With random weights; their hash replaces the published one."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     class Unloaded(module.FeatureExtractorInceptionV3):
@@ -136,7 +136,7 @@ def test_inception_features_equal_the_networks(tmp_path: Path, monkeypatch: pyte
     torch.manual_seed(0)
     network = Unloaded("fid", ["2048"], feature_extractor_weights_path=path)
     for name, value in network.state_dict().items():
-        if name.endswith("conv.weight"):  # He's scale, so that the features are of order 1
+        if name.endswith("conv.weight"):  # He initialization, so that the features are of order 1
             value.normal_(0, (2 / value[0].numel()) ** 0.5)
     torch.save(network.state_dict(), path)
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())

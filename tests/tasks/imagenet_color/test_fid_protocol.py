@@ -45,7 +45,7 @@ def test_fid_view_is_the_cropped_area_resized_photo() -> None:
 
 
 def expected_fid(predictions: np.ndarray, reference: list[np.ndarray]) -> float:
-    """From scratch: integers at 256, features of all at once, moments, distance."""
+    """The same FID computed independently: 256 x 256 integers, features of all images at once, moments, distance."""
     fake = FakeInception("", torch.device("cpu"))
     sets = [
         np.stack([prediction_uint8(p) for p in predictions]),
@@ -89,7 +89,7 @@ def test_real_predictions_have_the_distance_of_the_real_images(root: Path, fake:
     metric = task.metric(source)
     for i in range(5):
         sample = task.evaluation_view(source[i])
-        # 512 -> 256 by the protocol's own steps: not quite the photo's direct way to 256.
+        # Resized to 512 and then to 256, which differs slightly from resizing directly to 256.
         metric.update(task.encode(sample)["color"], sample)
     figures = metric.compute()
     assert figures["FID-5"] == pytest.approx(figures["FID-5 of the real images"], rel=0.05)
@@ -116,7 +116,7 @@ def test_only_the_full_coltran_lists_are_called_fid_5k(
     assert figures["reference_images"] == 3 and "FID-2" in figures and "FID-5k" not in figures
     for i in range(2):
         metric.update(np.zeros((512, 512, 3), np.float32), task.evaluation_view(source[i]))
-    assert not metric.official  # a smaller model's pictures were among them
+    assert not metric.official  # some predictions were smaller than 512
     train_split = task.source(str(root), "train")
     other = task.metric(train_split)
     assert isinstance(other, FIDMetric) and not other.official

@@ -25,7 +25,7 @@ FEATURES = 6
 
 
 class Corners:
-    """Mean colours of an image's halves: six numbers in place of 2,048. `batches`: how many images came at a time."""
+    """Mean colours of the upper and lower half: 6 features instead of 2,048. `batches`: the size of each batch."""
 
     sha256 = "corners"
 
@@ -52,7 +52,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def photo(height: int = 20, width: int = 30) -> np.ndarray:
-    """Noise of some colour, so that photos differ in their means."""
+    """Noise of a random colour, so that photos differ in their means."""
     return (RNG.integers(0, 256, (height, width, 3)) * RNG.random(3)).astype(np.uint8)
 
 
@@ -62,7 +62,7 @@ def others() -> Moments:
 
 
 def view(whole: np.ndarray, side: int = 16) -> Sample:
-    """As evaluation sees a photo under the FID protocols."""
+    """A photo as the FID protocols evaluate it."""
     return Sample("x", crop_and_resize(whole, side), {}, {"scale": 128.0, "photo": whole})
 
 
@@ -124,7 +124,7 @@ def test_keep_luma_takes_the_brightness_of_the_photo() -> None:
 
 @pytest.mark.parametrize("luma", [False, True])
 def test_fid_equals_a_computation_by_hand(luma: bool) -> None:
-    """Five images in batches of two; prediction and photo each by its own steps to 256."""
+    """Five images in batches of two; predictions and photos are resized to 256 in their own ways."""
     reference, asked = others(), []
     metric, inception = fid_metric(luma, reference=lambda: asked.append(1) or reference)
     images, predictions = [photo() for _ in range(5)], RNG.uniform(-1, 1, (5, 8, 8, 3)) * RNG.random((5, 1, 1, 3))
@@ -132,7 +132,7 @@ def test_fid_equals_a_computation_by_hand(luma: bool) -> None:
     for i, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
         assert metric.update(prediction, view(image)) == psnr.update(prediction, view(image))
         assert inception.batches == [2, 2] * ((i + 1) // 2)
-    assert not asked  # not before it is needed
+    assert not asked  # only when it is needed
     figures = metric.compute()
     assert inception.batches == [2, 2, 2, 2, 1, 1] and not any(metric.waiting.values())
     shown = [p.astype(np.float32) for p in predictions]
@@ -162,7 +162,7 @@ def test_metric_states_of_several_processes_add_up() -> None:
     reference = others()
     states = [part.state() for part in parts[1:]]
     merged = fid_metric()[0]
-    merged.update(prediction, view(image))  # replaced, waiting or not
+    merged.update(prediction, view(image))  # load_state replaces it, also what is still waiting
     merged.load_state({name: states[0][name] + states[1][name] for name in states[0]})
     for metric in (parts[0], merged):
         metric.reference = lambda: reference
@@ -182,7 +182,7 @@ def test_fid_5k_is_reserved_for_the_official_lists_at_512(monkeypatch: pytest.Mo
 
 
 def test_reference_moments_are_cached_until_weights_or_photos_change(tmp_path: Path) -> None:
-    """Batches, what the cache depends on, and photos that are gone."""
+    """Also: features are computed in batches, and a missing photo is named."""
     for split, count in (("train", 5), ("val", 1)):
         (tmp_path / "photos" / split).mkdir(parents=True)
         for i in range(count):

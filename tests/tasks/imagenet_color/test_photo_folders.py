@@ -178,7 +178,7 @@ def test_missing_photos_are_named_with_the_remedy(tmp_path: Path) -> None:
 def test_a_misnamed_folder_is_named_with_the_expected_name(
     tmp_path: Path, names: tuple[str, str], split: str, message: str
 ) -> None:
-    """All photos of both would have been one folder to train on."""
+    """Otherwise the photos of both folders would be used for training."""
     for name in names:
         for i in range(12):
             photo(tmp_path / name / f"{i}.png")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def settle(root: Path) -> None:
-    """Makes folders look as if nothing had changed in them for a minute."""
+    """Sets the times of all folders to one minute ago."""
     for folder in [root, *root.rglob("*")]:
         if folder.is_dir():
             os.utime(folder, ns=(then := time.time_ns() - 60_000_000_000, then))
@@ -24,7 +24,7 @@ def settle(root: Path) -> None:
 
 def test_long_lists_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     train_tree(tmp_path / "train", 2, 6)
-    assert len(open_source(str(tmp_path), "train")) == 12 and not own_cache.exists()  # too short to be kept
+    assert len(open_source(str(tmp_path), "train")) == 12 and not own_cache.exists()  # too short to be cached
     monkeypatch.setattr(photos, "CACHE_ABOVE", 5)
     scans: list[Path] = []
     scan = photos._scan
@@ -34,7 +34,7 @@ def test_long_lists_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
         return [os.path.basename(name) for name in open_source(str(tmp_path), "train").names]
 
     names = listed()
-    assert listed() == names and len(scans) == 2  # written just now, so not relied on
+    assert listed() == names and len(scans) == 2  # folders that have just changed are not cached
     settle(tmp_path)
     assert [listed() for _ in range(3)] == [names] * 3 and len(scans) == 3
     photo(tmp_path / "train" / "n00000001" / "n00000001_9.JPEG", 9)

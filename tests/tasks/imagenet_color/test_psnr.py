@@ -37,7 +37,7 @@ def test_keep_luma_changes_the_brightness_and_nothing_else() -> None:
     prediction, image = RNG.uniform(-0.3, 0.3, (2, 6, 6, 3)).astype(np.float32)
     kept = keep_luma(prediction, image)
     np.testing.assert_allclose(kept @ LUMA, image @ LUMA, atol=1e-6)
-    for a, b in ((0, 1), (1, 2)):  # differences between channels are the colour
+    for a, b in ((0, 1), (1, 2)):  # differences between channels define the colour
         np.testing.assert_allclose(kept[..., a] - kept[..., b], prediction[..., a] - prediction[..., b], atol=1e-6)
     assert keep_luma(np.ones_like(image), -np.ones_like(image)).min() >= -1
     sample = photo(8, 8)

@@ -29,7 +29,7 @@ def test_labels_are_the_photo() -> None:
     travelling = torch.from_numpy(TASK.encode(sample)["color"])[None]
     batch = Batch(image=travelling, labels={"color": travelling}, index=torch.zeros(1), id=["x"])
     label = to_device(batch, torch.device("cpu"))["labels"]["color"][0].numpy()
-    # To the last bit what the host would make of it.
+    # Bit for bit what the host would compute.
     assert travelling.dtype == torch.uint8
     np.testing.assert_array_equal(label, to_unit(sample.image, sample))
     assert label.dtype == np.float32 and label.min() >= -1 and label.max() <= 1
@@ -61,7 +61,7 @@ def test_unusual_photos_are_read_and_broken_ones_named(tmp_path: Path, own_cache
         read = {source[i].id: source[i].image for i in range(len(source))}
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in read.values())
     for name in ("train/moving.png", "train/moving.webp"):
-        np.testing.assert_array_equal(read[name], np.asarray(frames[0]))  # the first picture
+        np.testing.assert_array_equal(read[name], np.asarray(frames[0]))  # the first frame
     lines, ok = check_data("imagenet_color", str(folder))
     text = json.dumps(lines)
     assert not ok and "val/text.jpg cannot be read as an image" in text and "tiny.png: only (30, 9) pixels" in text

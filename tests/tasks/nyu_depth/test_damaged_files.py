@@ -19,7 +19,6 @@ CONFIG = NYUDepthConfig(protocol="full")
 
 
 def test_damaged_prepared_files_are_detected(tmp_path: Path) -> None:
-    """13 of 30 were used in silence."""
     root = small_data(tmp_path / "data", num=3, num_val=1, layout="png")
     prepare(str(root), CONFIG, lambda done, total: None)
     source = open_source(str(root), "train", CONFIG)

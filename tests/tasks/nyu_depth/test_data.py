@@ -32,7 +32,7 @@ def test_layouts_are_found_by_content(tmp_path: Path, layout: str, letter: str) 
     assert sample.maps["depth"].shape == (24, 32) and sample.maps["depth"].dtype == np.float32
     depths = [render(0, i, (24, 32)).depth for i in range(25)]
     error = min(float(np.abs(d - sample.maps["depth"])[sample.maps["depth"] > 0].max()) for d in depths)
-    assert error <= 0.0011  # millimetres, cut off, in the PNG tree
+    assert error <= 0.0011  # the PNG tree stores truncated millimetres
     holdout, rest = (open_source(str(root), split, CONFIG) for split in ("holdout", "train_minus_holdout"))
     ids = [{source[i].id for i in range(len(source))} for source in (holdout, rest, train)]
     assert ids[0] and ids[0] | ids[1] == ids[2] and not ids[0] & ids[1]
@@ -72,7 +72,7 @@ def test_depth_files_become_metres(tmp_path: Path) -> None:
     np.save(odd, np.full((2, 2), 2000.0))
     with pytest.raises(UserError, match="scale"):
         read_depth_file(odd)
-    # The median decides, however it is found: two equal halves have the mean of their inner ends.
+    # The median decides; of an even number of values it is the mean of the middle two.
     fit = ([0.01, 0.05, 3000], [0, 0, 0, 99, 99.5], [0.001, 0.05], [0, 0])
     for values in (*fit, [0.01, 0.01, 3], [1, 1, 500, 500]):
         np.save(odd, np.array([values]))

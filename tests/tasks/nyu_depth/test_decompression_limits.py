@@ -47,7 +47,7 @@ def test_hdf5_datasets_are_checked_before_reading(tmp_path: Path) -> None:
 
     def write(rgb: tuple[int, ...], depth: tuple[int, ...], dtype: object = np.float32) -> None:
         with h5py.File(file, "w") as handle:
-            # Chunks that were never written take no room in the file.
+            # Chunks that were never written take no space in the file.
             handle.create_dataset("rgb", rgb, np.uint8, chunks=True)
             handle.create_dataset("depth", depth, dtype, chunks=True)
 

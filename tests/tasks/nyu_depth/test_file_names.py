@@ -21,7 +21,7 @@ def test_a_depth_list_cannot_name_files_outside(tmp_path: Path) -> None:
         lists.write_text(line + "\n")
         with pytest.raises(UserError, match="test_files_with_gt.txt names the file .* leads out of the data set"):
             open_depth(str(root), "val", NYUDepthConfig())
-    lists.write_text(f"/{rgb} //{depth} {focal}\n")  # leading slashes are how these lists are published
+    lists.write_text(f"/{rgb} //{depth} {focal}\n")  # the published lists have leading slashes
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 1
     lists.write_bytes(f"{rgb} {depth} {focal}\nscene\xe9.jpg {depth} {focal}\n".encode("latin-1"))
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 2

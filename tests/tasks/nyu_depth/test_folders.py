@@ -38,7 +38,7 @@ CONFIG = NYUDepthConfig(protocol="full")
 def test_a_misnamed_folder_is_named_with_the_expected_name(
     own_depth_folder: Path, above: bool, change: tuple[str, str | None], split: str, message: str
 ) -> None:
-    """The finder took val/ for the data set and trained on it, or named one sample too few for a batch."""
+    """Otherwise val/ could be taken for the whole data set."""
     old, new = change
     if new is None:
         shutil.rmtree(own_depth_folder / old)
@@ -95,6 +95,6 @@ def test_data_check_reports_two_samples_with_the_same_name(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("scale", [0.0, -1000.0, float("nan"), float("inf")])
 def test_an_impossible_depth_scale_is_refused(scale: float) -> None:
-    """0 was read as null."""
+    """0 must not be read as null."""
     with pytest.raises(UserError, match="task.depth_scale=.* a number above 0"):
         NYUDepth(NYUDepthConfig(depth_scale=scale))

@@ -15,11 +15,11 @@ def sample_of(depth: np.ndarray) -> Sample:
 
 
 def test_metrics_equal_values_computed_by_hand() -> None:
-    """Valid is what lies between the limits, not on them; a ratio of exactly 1.25 is too far; means over images."""
+    """Only depths strictly between the limits are valid; a ratio of exactly 1.25 does not count for delta1."""
     metric = DepthMetric("nyu_depth/full")
     truth = np.array([[1e-3, 1.1e-3, 1.0], [4.0, 2.0, 10.0]], np.float32)
     row = metric.update(np.array([[5.0, 0.0, 1.6], [5.0, 2.0, 1.0]]), sample_of(truth))
-    ratios, errors = [1.1, 1.6, 1.25, 1.0], np.array([1e-4, 0.6, 1.0, 0.0])  # 0 is brought to the least depth, 1e-3
+    ratios, errors = [1.1, 1.6, 1.25, 1.0], np.array([1e-4, 0.6, 1.0, 0.0])  # 0 is clipped to the smallest depth, 1e-3
     first = {
         "rmse": np.sqrt(np.mean(errors**2)),
         "abs_rel": (1e-4 / 1.1e-3 + 0.6 + 0.25) / 4,
@@ -39,7 +39,7 @@ def test_metrics_equal_values_computed_by_hand() -> None:
 
 
 def test_non_finite_predictions_are_repaired_and_counted() -> None:
-    """Infinite is the largest depth, what is no number the smallest; outside the valid pixels nobody looks."""
+    """Infinity becomes the largest depth, NaN the smallest; pixels that are not valid are ignored."""
     metric = DepthMetric("p", 0.5, 8.0)
     truth = np.array([[0.0, 2.0, 4.0, 6.0]])
     for given, shown in (

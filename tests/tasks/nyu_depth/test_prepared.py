@@ -22,7 +22,7 @@ CONFIG = NYUDepthConfig(protocol="full")
 @pytest.mark.parametrize("own", [False, True])
 def test_prepared_images_equal_their_sources(tmp_path: Path, own: bool) -> None:
     root = small_data(tmp_path / "data", num=21, num_val=2, layout="png")
-    if own:  # the same files as somebody's own folder, without splits
+    if own:  # the same files as a user's own folder, without splits
         for kind, pattern in (("images", "rgb_*.jpg"), ("depth", "*depth_*.png")):
             (root / kind).mkdir()
             for i, file in enumerate(sorted(root.rglob(pattern))):
@@ -63,7 +63,9 @@ def test_prepared_images_of_changed_files_are_not_used(tmp_path: Path) -> None:
     assert said.startswith("1 images") and "1 are left out, the first: " in said and pngs[4].name in said
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (5 of 6 prepared)"
     other = NYUDepthConfig(protocol="full", depth_scale=500.0)
-    assert open_source(str(root), "train", other).info["layout"] == "C (5 of 6 prepared)"  # of own data only
+    assert (
+        open_source(str(root), "train", other).info["layout"] == "C (5 of 6 prepared)"
+    )  # the scale applies to own data only
     shutil.rmtree(root / "official_splits")
     for file in root.glob("*test_files*.txt"):
         file.unlink()

@@ -42,7 +42,7 @@ def test_large_compressed_splits_are_read_in_little_memory(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_damaged_splits_are_detected(tmp_path: Path, packed: bool) -> None:
-    """5 of 30 were tracebacks, and some ended the process within SciPy."""
+    """SciPy raises other exceptions for some of them, or crashes the process."""
     rng, file = np.random.default_rng(0), tmp_path / "splits.mat"
     order = 1 + rng.permutation(60)[:, None].astype(np.uint16)
     scipy.io.savemat(file, {"trainNdxs": order[:40], "testNdxs": order[40:]}, do_compression=packed)
@@ -50,7 +50,7 @@ def test_damaged_splits_are_detected(tmp_path: Path, packed: bool) -> None:
     for _ in range(200):
         file.write_bytes(damaged(whole, rng))
         try:
-            # Plain numbers carry no checksum; the adapter compares them with the number of images.
+            # Uncompressed numbers have no checksum; the adapter compares them with the number of images.
             assert read_splits(file) == truth or not packed
         except UserError as error:
             noticed += 1
