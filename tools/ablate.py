@@ -1,8 +1,9 @@
-"""`uvim-fsq ablate` as a script: python tools/ablate.py ..."""
+"""Trains and compares a grid of configurations and seeds.
 
-import sys
+Example: python tools/ablate.py ablations/table2_depth-small --jobs 2
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["ablate", *sys.argv[1:]])
+    run_command("ablate", __doc__)

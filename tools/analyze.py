@@ -1,8 +1,10 @@
-"""`uvim-fsq analyze` as a script: python tools/analyze.py ..."""
+"""Shows what a run's codes encode and how much its predictions depend on them.
 
-import sys
+Example: python tools/analyze.py runs/lm --limit 500
+With several processes: accelerate launch tools/analyze.py runs/lm
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["analyze", *sys.argv[1:]])
+    run_command("analyze", __doc__)

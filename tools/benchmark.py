@@ -1,8 +1,9 @@
-"""`uvim-fsq benchmark` as a script: python tools/benchmark.py ..."""
+"""Measures the speed of training, decoding, loading and metrics, and compares it with the device's limits.
 
-import sys
+Example: python tools/benchmark.py train-lm nyu_depth/lm train.compile=true --batch 32
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["benchmark", *sys.argv[1:]])
+    run_command("benchmark", __doc__)

@@ -1,8 +1,10 @@
-"""`uvim-fsq evaluate` as a script: python tools/evaluate.py ... (also under `accelerate launch`)."""
+"""Evaluates a trained run of either stage by its task's protocol.
 
-import sys
+Example: python tools/evaluate.py runs/lm --report report.html
+With several processes: accelerate launch tools/evaluate.py runs/lm
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    run_command("evaluate", __doc__)

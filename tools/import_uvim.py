@@ -1,8 +1,9 @@
-"""`uvim-fsq import-uvim` as a script: python tools/import_uvim.py ..."""
+"""Converts a published UViM checkpoint (.npz) to a run directory.
 
-import sys
+Example: python tools/import_uvim.py uvim_depth.npz --task depth --out runs/uvim_oracle
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["import-uvim", *sys.argv[1:]])
+    run_command("import-uvim", __doc__)

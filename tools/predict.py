@@ -1,8 +1,9 @@
-"""`uvim-fsq predict` as a script: python tools/predict.py ...."""
+"""Predicts images with a trained language model.
 
-import sys
+Example: python tools/predict.py runs/lm photos/ --out predictions
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["predict", *sys.argv[1:]])
+    run_command("predict", __doc__)

@@ -1,8 +1,10 @@
-"""`uvim-fsq train-lm` as a script: python tools/train_lm.py ... (also under `accelerate launch`)."""
+"""Trains the language model on the tokens of a trained oracle (stage II).
 
-import sys
+Example: python tools/train_lm.py nyu_depth/lm oracle=runs/oracle train.out=runs/lm
+With several processes: accelerate launch tools/train_lm.py nyu_depth/lm oracle=runs/oracle train.out=runs/lm
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["train-lm", *sys.argv[1:]])
+    run_command("train-lm", __doc__)

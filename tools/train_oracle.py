@@ -1,8 +1,10 @@
-"""`uvim-fsq train-oracle` as a script: python tools/train_oracle.py ... (also under `accelerate launch`)."""
+"""Trains the oracle of a task (stage I).
 
-import sys
+Example: python tools/train_oracle.py nyu_depth/oracle data.root=nyu_depth train.out=runs/oracle
+With several processes: accelerate launch tools/train_oracle.py nyu_depth/oracle train.out=runs/oracle
+"""
 
-from uvim_fsq.cli import main
+from uvim_fsq.cli import run_command
 
 if __name__ == "__main__":
-    main(["train-oracle", *sys.argv[1:]])
+    run_command("train-oracle", __doc__)

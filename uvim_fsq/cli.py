@@ -1,4 +1,4 @@
-"""The command line's parser. A user's mistake is one line with the remedy and exit code 2."""
+"""The argument parser and the entry points. A user error is one line with a remedy and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,11 +51,11 @@ DATA_COMMANDS: dict[str, ModuleType] = {
     "prepare": data_prepare,
     "coltran-lists": coltran_lists,
 }
-#: Commands whose --help lists the configuration keys of a stage.
+#: Command -> the stage whose configuration keys its --help lists.
 LISTS_KEYS = {"train-oracle": "oracle", **dict.fromkeys(("train-lm", "config", "evaluate", "analyze", "predict"), "lm")}
-#: Commands that read no run directory, and so import no plugins that a run names.
+#: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth",)
-#: Commands that several processes can share; each of them would otherwise do all of the work, into the same files.
+#: Commands that can run in several processes. With any other, each process would write the same files.
 SHARED = (train_oracle, train_lm, evaluate, analyze)
 
 
@@ -62,10 +63,10 @@ def _config_epilog(stage: str) -> str:
     from uvim_fsq.config.parse import describe_keys
     from uvim_fsq.config.schema import LMRun, OracleRun
 
-    lines = ["keys (key=value on the command line, nested in the YAML):", ""]
+    lines = ["configuration keys (key=value on the command line, nested in YAML files):", ""]
     for key, kind, default, doc in describe_keys(OracleRun if stage == "oracle" else LMRun):
         lines += [f"  {key}  [{kind}; default {default}]", f"      {doc}"]
-    return "\n".join([*lines, "", "the keys of each task under task.:", *_task_keys()])
+    return "\n".join([*lines, "", "keys of each task, under task.:", *_task_keys()])
 
 
 def _task_keys() -> list[str]:
@@ -80,52 +81,79 @@ def _task_keys() -> list[str]:
     return lines
 
 
-def _add(parsers: Any, name: str, command: ModuleType, epilog: str | None = None) -> argparse.ArgumentParser:
-    parser = parsers.add_parser(
-        name,
-        help=command.HELP,
-        description=command.HELP,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_command(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> None:
+    """Adds the arguments of a command, and with --help its configuration keys, which take long to list."""
+    command = COMMANDS[name]
     command.add_arguments(parser)
     parser.set_defaults(command=command)
-    return parser
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if name not in READS_NO_RUN:
+        text = "import the plugins that a run names, whoever made the run (like UVIM_FSQ_TRUST=1)"
+        parser.add_argument("--trust", action="store_true", help=text)
+    if name in LISTS_KEYS and ("-h" in argv or "--help" in argv):
+        parser.epilog = _config_epilog(LISTS_KEYS[name])
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """All commands. `argv` decides whether the long list of keys is made: only where a command's --help asks for it."""
-    parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction by discrete tokens.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    """The parser of `uvim-fsq`. The keys of a command are listed only if `argv` asks for its help."""
+    parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction with discrete tokens.")
+    _add_debug(parser)
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        listed = name in LISTS_KEYS and name in argv and ("-h" in argv or "--help" in argv)
-        sub = _add(parsers, name, command, _config_epilog(LISTS_KEYS[name]) if listed else None)
-        if name not in READS_NO_RUN:
-            text = "import the plugins that a run names, whoever made it (as does UVIM_FSQ_TRUST=1)"
-            sub.add_argument("--trust", action="store_true", help=text)
+        sub = parsers.add_parser(name, help=command.HELP, description=command.HELP)
+        _add_command(sub, name, argv if name in argv else ())
     data = parsers.add_parser("data", help="check and prepare data sets")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     for name, command in DATA_COMMANDS.items():
-        _add(actions, name, command)
+        sub = actions.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(sub)
+        sub.set_defaults(command=command)
+    return parser
+
+
+def script_parser(name: str, argv: Sequence[str], program: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a script that runs a single command, with the arguments of only this command."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    _add_debug(parser)
+    _add_command(parser, name, argv)
     return parser
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
-    """The package's own warnings are meant for the user: the line of code that raised them is left out."""
+    """Formats the package's own warnings, which are meant for users, without the line of code that issued them."""
     clear()
-    return f"warning: {message}\n" if category is UserWarning else _PLAIN_WARNING(message, category, *place, **line)
+    return f"warning: {message}\n" if category is UserWarning else _DEFAULT_FORMAT(message, category, *place, **line)
 
 
-_PLAIN_WARNING = warnings.formatwarning
+_DEFAULT_FORMAT = warnings.formatwarning
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `uvim-fsq` and `python -m uvim_fsq`."""
+    argv = sys.argv[1:] if argv is None else argv
+    _run(lambda: build_parser(argv), argv)
+
+
+def run_command(name: str, description: str | None) -> None:
+    """Entry point of a script in tools/: runs the command `name` with the script's arguments.
+
+    Args:
+        description: the script's docstring, which its --help shows.
+    """
+    program, *argv = sys.argv
+    _run(lambda: script_parser(name, argv, Path(program).name, description or ""), argv)
+
+
+def _run(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> None:
+    """Parses `argv`, runs the command, and ends all processes if one fails."""
     try:
         with ended_by_sigterm():
-            _main(argv)
-            if "uvim_fsq.processes" in sys.modules:  # it takes seconds to import
+            _parse_and_run(make_parser(), argv)
+            if "uvim_fsq.processes" in sys.modules:  # importing it takes seconds
                 sys.modules["uvim_fsq.processes"].part()
     except BaseException as error:
         if "uvim_fsq.processes" in sys.modules:
@@ -137,13 +165,11 @@ def _several() -> bool:
     return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def _parse_and_run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     # --debug may stand anywhere.
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    parser = build_parser(argv)
-    # argparse takes positionals in one run only; key=value may also stand behind options.
+    # argparse accepts positional arguments only in one place, but key=value may also follow options.
     args, late = parser.parse_known_args(argv)
     target = getattr(args, "overrides", getattr(args, "inputs", None))
     if late and (target is None or any(arg.startswith("-") or "=" not in arg for arg in late)):
@@ -153,7 +179,9 @@ def _main(argv: Sequence[str] | None) -> None:
     warnings.formatwarning = _one_line_warning
     try:
         if _several() and args.command not in SHARED:
-            raise UserError(f"this command runs in one process, not in {os.environ['WORLD_SIZE']}: start no launcher")
+            raise UserError(
+                f"this command runs in one process, not in {os.environ['WORLD_SIZE']}; start it without a launcher"
+            )
         with trusting(getattr(args, "trust", False)):
             args.command.run(args)
     except UserError as error:

@@ -114,7 +114,7 @@ def test_every_failed_image_is_named(tmp_path: Path, lm_dir: Path, capsys: pytes
         broken.append(str(file))
     said = refused(capsys, lm_dir, folder, "--out", out)
     assert len(said) == 21 and all(f"failed: {file}" in line for file, line in zip(broken[:20], said, strict=False))
-    assert said[-1] == "error: 23 of 26 pictures could not be predicted, 3 of them not shown; the index names all"
+    assert said[-1] == "error: 23 of 26 images could not be predicted, 3 of them not shown; the index lists all"
     listed = index(out)
     assert [entry["image"] for entry in listed] == [*good, *broken]
     assert all("cannot be read as an image" in entry["error"] for entry in listed[3:])
@@ -127,7 +127,7 @@ def test_a_dead_link_is_a_failed_image(tmp_path: Path, lm_dir: Path, capsys: pyt
     (tmp_path / "in" / "folder.jpg").mkdir()
     first, second, last = refused(capsys, lm_dir, tmp_path / "in", "--out", tmp_path / "out")
     assert first == f"failed: {tmp_path / 'in' / 'dead.jpg'}: no such image file" and "folder.jpg cannot be" in second
-    assert last == "error: 2 of 3 pictures could not be predicted; the index names all"
+    assert last == "error: 2 of 3 images could not be predicted; the index lists all"
 
 
 def test_a_full_disk_leaves_whole_results_and_their_list(

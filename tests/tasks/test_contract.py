@@ -243,7 +243,7 @@ def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> N
 def test_a_sound_task_has_none(photos: Path) -> None:
     assert faults(photos) == []
     lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
-    assert ok and lines[0] == "task camvid_segmentation: a sample goes through all of its methods"
+    assert ok and lines[0] == "task camvid_segmentation: a sample passes through all of its methods"
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))

@@ -1,4 +1,4 @@
-"""`uvim-fsq ablate`: trains and compares a grid of configurations x seeds."""
+"""`uvim-fsq ablate`: trains and compares a grid of configurations and seeds."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from uvim_fsq.commands.common import add_overrides, check_places
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.errors import UserError
 
-HELP = "train and compare a grid of configurations x seeds"
+HELP = "train and compare a grid of configurations and seeds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("grid", help="a grid file, or the name of a shipped one, e.g. ablations/table2_depth-small")
-    add_overrides(parser, "settings of all cells, both stages")
-    parser.add_argument("--out", type=Path, help="default: runs/ablations/GRID")
-    parser.add_argument("--only", action="append", metavar="ROW", help="these rows only; may be given several times")
-    parser.add_argument("--jobs", type=int, help="cells at a time (default: one per GPU, or one)")
-    parser.add_argument("--dry-run", action="store_true", help="print cells and commands, do nothing")
+    add_overrides(parser, "settings of both stages of all cells")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/ablations/GRID)")
+    parser.add_argument("--only", action="append", metavar="ROW", help="only this row; may be given several times")
+    parser.add_argument("--jobs", type=int, help="cells trained at a time (default: one per GPU; 1 without GPUs)")
+    parser.add_argument("--dry-run", action="store_true", help="only print the cells and their commands")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the grid and writes its tables; exits with code 1 if a cell failed."""
+    """Trains the grid and writes its tables. Exits with code 1 if a cell fails."""
     from uvim_fsq.evaluation.results import finished
     from uvim_fsq.experiments.ablation.devices import find_devices, fit_cells
     from uvim_fsq.experiments.ablation.grid import claim, command_line, plan, prepare, read_grid
@@ -73,4 +73,4 @@ def _print_lines(lines: list[list[str]], out: Path) -> None:
     for line in lines[1:]:
         table.add_row(*line)
     Console().print(table)
-    print(f"report: {out / 'report.html'}   table: {out / 'table.md'}   figures: {out / 'results.json'}")
+    print(f"report: {out / 'report.html'}   table: {out / 'table.md'}   results: {out / 'results.json'}")

@@ -1,4 +1,4 @@
-"""`uvim-fsq analyze`: what a run's codes encode."""
+"""`uvim-fsq analyze`: shows what a run's codes encode."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ HELP = "show what a run's codes encode and how much its predictions depend on th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("run", help="run or checkpoint directory of either stage")
     add_overrides(parser, "e.g. eval.seed=1 data.eval_split=train")
     parser.add_argument(
-        "--out", type=Path, help="folder for analysis.json, report.html, pictures (default: RUN/analysis)"
+        "--out", type=Path, help="folder for analysis.json, report.html and pictures (default: RUN/analysis)"
     )
-    parser.add_argument("--limit", type=int, help="first N images only")
+    parser.add_argument("--limit", type=int, help="use only the first N images")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Analyzes, prints a table and writes a report."""
+    """Analyzes the run, prints a table and writes a report."""
     out = args.out or Path(args.run) / "analysis"
     check_run(args.run, args.overrides)
     if args.out is None:

@@ -1,4 +1,4 @@
-"""`uvim-fsq data coltran-lists`: the image lists of the ColTran FID protocol."""
+"""`uvim-fsq data coltran-lists`: writes the image lists of the ColTran FID protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELP = "write the image lists of the ColTran FID protocol"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("--out", required=True, help="folder for the two lists")
 
 

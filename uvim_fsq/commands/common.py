@@ -1,4 +1,4 @@
-"""What several commands share: checks that need no torch, and the line that says what to do next."""
+"""Helpers shared by commands: checks that do not need torch, tables, and hints about the next command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from uvim_fsq.console import is_first, say
 from uvim_fsq.files import check_file, check_folder
 
 
-def add_overrides(parser: argparse.ArgumentParser, text: str = "settings that replace those of the file") -> None:
-    """The trailing `key=value` arguments."""
+def add_overrides(parser: argparse.ArgumentParser, text: str = "settings that override the file") -> None:
+    """Adds the trailing `key=value` arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
 def check_places(files: Sequence[Path | None] = (), folders: Sequence[str | Path] = ()) -> None:
-    """Refuses output files and folders that cannot be written, before there is anything to write."""
+    """Raises UserError for output files and folders that cannot be written, before there is anything to write."""
     if is_first():
         for file in filter(None, files):
             check_file(file)
@@ -26,9 +26,13 @@ def check_places(files: Sequence[Path | None] = (), folders: Sequence[str | Path
 
 
 def check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]:
-    """Refuses what a user may mistype about a trained run before torch is imported.
+    """Checks a run and its overrides before torch is imported.
 
-    Returns the settings that differ from the trained ones (`identity.check_overrides`).
+    Returns:
+        The settings that differ from those of training, key -> [trained value, new value].
+
+    Raises:
+        UserError: there is no such run, or an override is invalid.
     """
     from uvim_fsq.checkpoints.run_directory import read_overridden, resolve_checkpoint
 
@@ -38,12 +42,12 @@ def check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]
 
 
 def say_next_of_lm(run: str | Path) -> None:
-    """What to do with a trained language model."""
+    """Prints what can be done with a trained language model."""
     say(f"next: uvim-fsq predict {run} PHOTOS --out predictions, or uvim-fsq evaluate {run} --report report.html")
 
 
 def say_next_of_data(task: str, root: str) -> None:
-    """What to do with a data set."""
+    """Prints what can be done with a data set."""
     from uvim_fsq.tasks.registry import BUILT_IN
 
     config = f"{task}/oracle" if task in BUILT_IN else "ORACLE_CONFIG.yaml"
@@ -51,7 +55,7 @@ def say_next_of_data(task: str, root: str) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The figures of an evaluation as a table, with what they were measured on."""
+    """Prints the metrics of an evaluation as a table, with the data and the checkpoint that they belong to."""
     from rich.console import Console
     from rich.table import Table
 

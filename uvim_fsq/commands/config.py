@@ -14,13 +14,13 @@ HELP = "print the resolved configuration"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one, e.g. nyu_depth/oracle")
     add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the configuration as far as it is known before data, oracle and run directory exist."""
+    """Prints the configuration, as far as it is known if data, oracle or run directory do not exist yet."""
     from dataclasses import replace
 
     from uvim_fsq.checkpoints.loading import resolve_task
@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
         except UserError as error:
             if not str(error).startswith("data.root"):
                 raise
-            notes.append(f"{error}; what only the data can say is left out")
+            notes.append(f"{error}; settings that depend on the data are left out")
     elif Path(run.oracle).exists():
         run = inherit(run)
     else:
         validate(run)
-        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which it decides, are left out")
+        notes.append(f"oracle={run.oracle}: no such run yet; task and data, which come from it, are left out")
     if not out:
         notes.append("train.out is empty; training needs a run directory there")
     for note in notes:

@@ -1,4 +1,4 @@
-"""`uvim-fsq data check`: a folder's layout, its counts next to the official ones, and what is broken."""
+"""`uvim-fsq data check`: prints a data set's layout, its size compared with the official one, and broken samples."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from uvim_fsq.data.sample import SampleSource
     from uvim_fsq.tasks.base import Task
 
-HELP = "say which layout a folder has, count, find what is broken"
+HELP = "print the layout and size of a data set and find broken samples"
 Progress = Callable[[int, int], None]
-#: Problems listed in full; the rest are counted.
+#: Number of problems listed per split; the rest are only counted.
 SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `data check` and `data prepare`."""
-    parser.add_argument("path")
-    parser.add_argument("--task", required=True, help="whose data: nyu_depth, coco_panoptic, imagenet_color, ...")
+    """Adds the arguments of `data check` and `data prepare`."""
+    parser.add_argument("path", help="folder of the data set")
+    parser.add_argument("--task", required=True, help="task of the data: nyu_depth, coco_panoptic, imagenet_color, ...")
     add_overrides(parser, "e.g. task.image_dir=... plugins=[...]")
 
 
 def read_data_config(args: argparse.Namespace) -> Run:
-    """The configuration that these arguments stand for; refuses a misspelt key before torch is imported."""
+    """The configuration that the arguments describe. Raises UserError for an unknown key, before torch is imported."""
     from uvim_fsq.tasks.configuration import load_run
 
     return load_run({"task": {"name": args.task}, "data": {"root": args.path}}, args.overrides)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what was found; exits with code 2 if something is broken."""
+    """Prints the findings. Exits with code 2 if something is broken."""
     read_data_config(args)
     with Bar(f"{args.path}: reading") as bar:
         lines, ok = check_data(args.task, args.path, args.overrides, bar.update)
@@ -49,11 +49,19 @@ def run(args: argparse.Namespace) -> None:
 def check_data(
     name: str, root: str, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> tuple[list[str], bool]:
-    """Reads every sample of train and val under `root` as task `name` with `task.key=value` overrides.
+    """Reads all samples of the splits train and val under `root` with the task `name`.
 
-    A task from outside of the package first shows that its code is sound.
+    For a task outside the package, its code is checked first.
 
-    Returns the lines to print and whether all is well. Raises UserError when nothing of this task is found.
+    Args:
+        overrides: `task.key=value` settings.
+        progress: called with (samples read, samples in the split).
+
+    Returns:
+        The lines to print, and whether no problem was found.
+
+    Raises:
+        UserError: there are no data of this task.
     """
     from uvim_fsq.checkpoints.loading import build_task, resolve_task
     from uvim_fsq.data.roots import find_data_root
@@ -69,13 +77,13 @@ def check_data(
         faults = contract_faults(task, root)
         if faults:
             return faults, False
-        lines.append(f"task {name}: a sample goes through all of its methods")
+        lines.append(f"task {name}: a sample passes through all of its methods")
     ok = True
     for split in ("train", "val"):
         try:
             source = task.source(root, split)
             if split == "val":
-                task.metric(source)  # a protocol may need more than this split
+                task.metric(source)  # a protocol may need more files than this split
         except UserError as error:
             lines.append(f"{split}: {error}")
             ok = False
@@ -101,7 +109,7 @@ def _describe(source: SampleSource) -> str:
 
 
 def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tuple[list[str], str]:
-    """All problems, and the first image's size."""
+    """All problems, and the size of the first image."""
     problems: list[str] = []
     size = "unknown"
     seen: dict[str, int] = {}

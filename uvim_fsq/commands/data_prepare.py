@@ -1,4 +1,4 @@
-"""`uvim-fsq data prepare`: caches a data set in a form that loads faster."""
+"""`uvim-fsq data prepare`: caches a data set in a format that loads faster."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from uvim_fsq.commands.data_check import add_arguments as add_arguments
 from uvim_fsq.commands.data_check import read_data_config
 from uvim_fsq.console import Bar, say
 
-HELP = "cache a data set in a form that loads faster"
+HELP = "cache a data set in a format that loads faster"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepares the data under a folder."""
+    """Prepares the data set."""
     run = read_data_config(args)
 
     from uvim_fsq.checkpoints.loading import build_task, resolve_task

@@ -1,4 +1,4 @@
-"""`uvim-fsq evaluate`: a run's figures by its task's protocol."""
+"""`uvim-fsq evaluate`: evaluates a run by its task's protocol."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ HELP = "evaluate a run by its task's protocol"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("run", help="run or checkpoint directory")
     add_overrides(parser, "e.g. task.protocol=eigen data.root=...")
-    parser.add_argument("--limit", type=int, help="first N images only")
-    parser.add_argument("--csv", type=Path, help="write each image's figures to this file")
-    parser.add_argument("--json", type=Path, help="default: RUN/evaluation.json, or next to it if settings differ")
-    parser.add_argument("--baseline", action="store_true", help="also the trivial baseline, from the training split")
-    parser.add_argument("--report", type=Path, help="write an HTML page with figures, panels and curves to this file")
-    parser.add_argument("--official", action="store_true", help="also the benchmark's own result files and scores")
+    parser.add_argument("--limit", type=int, help="use only the first N images")
+    parser.add_argument("--csv", type=Path, help="write the metrics of each image to this file")
+    parser.add_argument(
+        "--json", type=Path, help="result file (default: RUN/evaluation.json, or a file next to it if settings differ)"
+    )
+    parser.add_argument(
+        "--baseline", action="store_true", help="also evaluate the trivial baseline, computed from the training split"
+    )
+    parser.add_argument("--report", type=Path, help="write an HTML page with metrics, panels and curves to this file")
+    parser.add_argument(
+        "--official",
+        action="store_true",
+        help="also write the benchmark's official result files and compute its official scores",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluates, prints a table and writes JSON."""
+    """Evaluates the run, prints a table and writes the result as JSON."""
     from uvim_fsq.evaluation.results import result_file, variant_path
 
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
     changed = check_run(args.run, [*args.overrides, *limited])
-    # The result of a part, and its official files, must not take the place of the whole.
+    # Results of a subset or with other settings must not replace those of the run as trained.
     official = variant_path(Path(args.run) / "official", changed) if args.official else None
     if official:
         inside(Path(args.run), official / "oracle")

@@ -1,4 +1,4 @@
-"""`uvim-fsq import-uvim`: turns a published UViM checkpoint into a run directory."""
+"""`uvim-fsq import-uvim`: converts a published UViM checkpoint to a run directory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
 
-HELP = "turn a published UViM checkpoint (.npz) into a run directory"
+HELP = "convert a published UViM checkpoint (.npz) to a run directory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--stage", default="oracle", choices=("oracle", "lm"), help="stage I (default) or II")
-    parser.add_argument("--task", help="of stage I: depth, panoptic (needs data.root= for its categories) or color")
-    parser.add_argument("--oracle", type=Path, help="of stage II: the run directory of the imported stage I")
+    """Adds the command's arguments."""
+    parser.add_argument("file", type=Path, help="the published .npz file")
+    parser.add_argument(
+        "--stage", default="oracle", choices=("oracle", "lm"), help="stage I, the oracle (default), or stage II, the LM"
+    )
+    parser.add_argument("--task", help="stage I: depth, panoptic (needs data.root= for its categories) or color")
+    parser.add_argument("--oracle", type=Path, help="stage II: the run directory of the imported stage I")
     parser.add_argument("--out", required=True, type=Path, help="new run directory")
     add_overrides(parser, "e.g. data.root=coco eval.batch_size=8")
 

@@ -1,4 +1,4 @@
-"""`uvim-fsq predict`: predictions for pictures."""
+"""`uvim-fsq predict`: predicts images with a trained LM."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from uvim_fsq.commands.common import check_places, check_run
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
 
-HELP = "predict pictures with a trained LM"
-#: Failures that are listed one by one; the rest are counted.
+HELP = "predict images with a trained LM"
+#: Number of failures listed one by one; the rest are only counted.
 SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("run", help="run or checkpoint directory of an LM")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|key=value")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IMAGE|FOLDER|key=value", help="images and folders, and settings of the run"
+    )
     parser.add_argument("--out", required=True, help="folder for the results")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Predicts all pictures; raises UserError at the end if some could not be predicted."""
+    """Predicts all images. Raises UserError at the end if some could not be predicted."""
     overrides = [entry for entry in args.inputs if "=" in entry and not Path(entry).exists()]
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
@@ -40,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
     entries = predict_files(args.run, inputs, args.out, overrides)
     errors = [entry["error"] for entry in entries if "error" in entry]
     done = len(entries) - len(errors)
-    say(f"{done} of {len(entries)} pictures predicted into {args.out}, listed in {Path(args.out) / INDEX}")
+    say(f"{done} of {len(entries)} images predicted into {args.out}, listed in {Path(args.out) / INDEX}")
     if errors:
         for error in errors[:SHOWN]:
             print(f"failed: {' '.join(error.split())}", file=sys.stderr)
         more = f", {len(errors) - SHOWN} of them not shown" if len(errors) > SHOWN else ""
-        raise UserError(f"{len(errors)} of {len(entries)} pictures could not be predicted{more}; the index names all")
+        raise UserError(f"{len(errors)} of {len(entries)} images could not be predicted{more}; the index lists all")

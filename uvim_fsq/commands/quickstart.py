@@ -1,4 +1,4 @@
-"""`uvim-fsq quickstart`: data, both stages, evaluation and a report, in one command."""
+"""`uvim-fsq quickstart`: synthetic data, both training stages, evaluation and a report in one command."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
 from uvim_fsq.console import say
 
-HELP = "make data, train both stages, evaluate, draw a report"
+HELP = "render data, train both stages, evaluate, write a report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
-    parser.add_argument("--out", help="default: runs/quickstart, for other tasks runs/quickstart_TASK")
+    parser.add_argument(
+        "--out", help="folder of the results (default: runs/quickstart, for other tasks runs/quickstart_TASK)"
+    )
     add_overrides(parser, "settings of both stages, e.g. train.steps=100")
-    parser.add_argument("--scenes", type=int, help="training scenes to make (default: 16000, with --gpu-scale 60000)")
-    parser.add_argument("--gpu-scale", action="store_true", help="the same job bigger, on a GPU")
+    parser.add_argument("--scenes", type=int, help="number of training scenes (default: 16000, with --gpu-scale 60000)")
+    parser.add_argument("--gpu-scale", action="store_true", help="use a larger version that needs a GPU")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`uvim-fsq synth`: a synthetic data set in a real on-disk format."""
+"""`uvim-fsq synth`: writes a synthetic data set in the on-disk format of a real one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from uvim_fsq.commands.common import check_places, say_next_of_data
 from uvim_fsq.console import Bar, say
 from uvim_fsq.errors import UserError
 
-HELP = "write a synthetic data set in a real on-disk format"
+HELP = "write a synthetic data set in the on-disk format of a real one"
 #: Format -> the task that reads it.
 TASKS = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the command's arguments."""
     parser.add_argument("--format", required=True, choices=tuple(TASKS))
-    parser.add_argument("--num", type=int, required=True, help="training scenes")
-    parser.add_argument("--num-val", type=int, default=100, help="validation scenes (default 100)")
+    parser.add_argument("--num", type=int, required=True, help="number of training scenes")
+    parser.add_argument("--num-val", type=int, default=100, help="number of validation scenes (default 100)")
     parser.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="new folder")
@@ -34,12 +34,12 @@ def parse_size(text: str) -> int | tuple[int, int]:
     except ValueError:
         parts = []
     if len(parts) not in (1, 2) or min(parts, default=0) < 1:
-        raise UserError(f"--size {text}: give one number, or HEIGHTxWIDTH")
+        raise UserError(f"--size {text}: give one number or HEIGHTxWIDTH")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the scenes."""
+    """Renders and writes the scenes."""
     size = parse_size(args.size)
     check_places(folders=[args.out])
 

@@ -1,4 +1,4 @@
-"""`uvim-fsq train-oracle` and `uvim-fsq train-lm` share this code: both train the stage that a configuration names."""
+"""The common part of `uvim-fsq train-oracle` and `uvim-fsq train-lm`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from uvim_fsq.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of both commands."""
+    """Adds the arguments of both commands."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one, e.g. nyu_depth/oracle")
     add_overrides(parser)
 
 
 def train_stage(args: argparse.Namespace, stage: str) -> None:
-    """Trains `stage` ("oracle" or "lm"); refuses what can be refused before torch is imported."""
+    """Trains the stage "oracle" or "lm". Whatever can be checked without torch is checked before it is imported."""
     from uvim_fsq.checkpoints.run_directory import inherit, resume_from
     from uvim_fsq.data.roots import find_data_root
     from uvim_fsq.tasks.configuration import load_run
@@ -47,7 +47,7 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
 
 
 def _lm_config(oracle_config: str) -> str:
-    """The LM's configuration that goes with an oracle's, e.g. quickstart_lm.yaml with quickstart_oracle.yaml."""
+    """The LM configuration of an oracle configuration, e.g. quickstart_lm.yaml of quickstart_oracle.yaml."""
     path = Path(oracle_config)
     other = path.with_name(path.name.replace("oracle", "lm"))
     try:

@@ -1,4 +1,4 @@
-"""`uvim-fsq train-lm`: stage II."""
+"""`uvim-fsq train-lm`: trains stage II."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`uvim-fsq train-oracle`: stage I."""
+"""`uvim-fsq train-oracle`: trains stage I."""
 
 from __future__ import annotations
 
