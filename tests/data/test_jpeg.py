@@ -36,11 +36,14 @@ def test_jpegs_decode_as_in_pillow(tmp_path: Path, mode: str, progressive: bool,
     assert pixels.shape == (53, 75, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
 
 
-def test_broken_jpegs_are_refused(tmp_path: Path) -> None:
+def test_the_exif_rotation_of_a_jpeg_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    (tmp_path / "turned.jpg").write_bytes(jpeg("RGB", exif=exif))
-    assert read_image(tmp_path / "turned.jpg").shape == (75, 53, 3)
+    (tmp_path / "rotated.jpg").write_bytes(jpeg("RGB", exif=exif))
+    assert read_image(tmp_path / "rotated.jpg").shape == (75, 53, 3)
+
+
+def test_broken_jpegs_are_refused(tmp_path: Path) -> None:
     whole = jpeg("RGB", quality=95)
     for size in (1, 30, 200, len(whole) // 2, len(whole) - 9):
         file = tmp_path / "short.jpg"

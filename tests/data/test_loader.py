@@ -46,7 +46,7 @@ def test_labels_may_be_views_and_of_mixed_types() -> None:
     np.testing.assert_array_equal(batch["labels"]["x"].numpy(), np.stack([fixed, mirrored, fixed.T]))
 
 
-def test_errors_are_kept_with_and_without_a_substitute() -> None:
+def test_errors_are_kept_with_and_without_a_replacement_sample() -> None:
     labels = np.zeros((2, 2), np.uint8)
     done = collate([item(0, labels), item(1, labels, _7="a is broken"), {8: "b is broken", 7: "a is broken"}])
     assert done.bad == {7: "a is broken", 8: "b is broken"}

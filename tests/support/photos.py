@@ -9,6 +9,9 @@ from PIL import Image
 
 from uvim_fsq.data.sample import Sample
 
+#: Weights of red, green and blue in the brightness of a pixel.
+LUMA = np.array([0.2989, 0.5870, 0.1140])
+
 
 def photo(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> None:
     """A PNG of one grey level, whatever its suffix; `size` is width and height."""

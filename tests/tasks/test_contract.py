@@ -240,14 +240,14 @@ def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> N
     assert "KeyError" in faults(photos, source=lambda *_: Unreadable(2), encode=lambda *_: {}["x"])[0]
 
 
-def test_a_sound_task_has_none(photos: Path) -> None:
+def test_a_sound_task_has_no_faults(photos: Path) -> None:
     assert faults(photos) == []
     lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
     assert ok and lines[0] == "task camvid_segmentation: a sample passes through all of its methods"
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_the_built_in_tasks_have_none(name: str, tmp_path: Path) -> None:
+def test_the_built_in_tasks_have_no_faults(name: str, tmp_path: Path) -> None:
     cls = task_class(name)
     assert cls.synthetic is not None
     write_dataset(cls.synthetic, tmp_path / "set", 3, (24, 32), num_val=2, workers=1)

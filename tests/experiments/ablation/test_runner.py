@@ -70,7 +70,7 @@ def test_a_stopped_grid_ends_its_processes_and_keeps_checkpoints(tmp_path: Path)
     assert "stopped by signal" in log.read_text() and list(out.glob("oracles/*/checkpoints/step_*"))
 
 
-def test_a_mixed_table_does_not_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_share_no_table_do_not_stop_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = plan(read_grid(write_grid(tmp_path, rows={"A": {}, "B": {"lm": {"train.steps": 4}}})), tmp_path / "out")
     lines: list[str] = []
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.photos import LUMA
 from tests.support.small import LM, ORACLE
 from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
@@ -21,7 +22,6 @@ from uvim_fsq.training.run import train
 
 RNG = np.random.default_rng(0)
 TASK = ImagenetColor(ImagenetColorConfig())
-LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
 def test_the_selection_split_chooses_the_checkpoint(root: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import uvim_fsq.tasks.imagenet_color.data as photos
 from tests.support.inception import FakeInception
+from tests.support.photos import LUMA
 from tests.support.photos import random_photo as photo
 from tests.support.small import ORACLE
 from uvim_fsq.checkpoints.loading import resolve
@@ -26,7 +27,6 @@ from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfi
 from uvim_fsq.training.run import train
 
 RNG = np.random.default_rng(0)
-LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
 def fid_task(protocol: Any = "fid", **options: Any) -> ImagenetColor:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.photos import LUMA
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -20,7 +21,6 @@ from uvim_fsq.tasks.imagenet_color.fid import Moments, frechet_distance
 from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, reference_moments, to_unit
 
 RNG = np.random.default_rng(5)
-LUMA = np.array([0.2989, 0.5870, 0.1140])
 FEATURES = 6
 
 

@@ -55,7 +55,7 @@ def test_imagenet_validation_photos_flat_or_in_class_folders(tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("root", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
-def test_kaggle_tree(tmp_path: Path, root: str) -> None:
+def test_the_kaggle_tree_is_recognized(tmp_path: Path, root: str) -> None:
     base = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
     train_tree(base / "train", 2, 3)
     photo(base / "val" / val_name(1), 50)

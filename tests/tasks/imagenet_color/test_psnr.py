@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.support.photos import LUMA
 from tests.support.photos import random_photo as photo
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -13,7 +14,6 @@ from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfi
 
 RNG = np.random.default_rng(0)
 TASK = ImagenetColor(ImagenetColorConfig())
-LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
 def test_psnr_equals_values_computed_by_hand() -> None:

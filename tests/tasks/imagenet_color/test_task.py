@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import uvim_fsq.tasks.imagenet_color.task as task_module
+from tests.support.photos import LUMA
 from tests.support.photos import random_photo as photo
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.batch import to_device
@@ -20,7 +21,6 @@ from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfi
 
 RNG = np.random.default_rng(0)
 TASK = ImagenetColor(ImagenetColorConfig())
-LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
 def test_labels_are_the_photo() -> None:

@@ -14,7 +14,7 @@ from uvim_fsq.tasks.nyu_depth.metrics import FIGURES, DepthMetric
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
 
 
-def test_bins_loss_and_decoding() -> None:
+def test_bins_loss_and_decoding_equal_the_references() -> None:
     arrays, task = golden("pipeline.npz"), NYUDepth(NYUDepthConfig())
     depth, bins = arrays["depth/labels"][..., 0], arrays["depth/bins"]
     image = np.zeros((16, 24, 3), np.uint8)
@@ -30,7 +30,7 @@ def test_bins_loss_and_decoding() -> None:
         np.testing.assert_allclose(np.stack(items).reshape(2, 64), expected[:, i].numpy(), atol=1e-5)
 
 
-def test_metrics() -> None:
+def test_metrics_equal_the_references() -> None:
     arrays = golden("pipeline.npz")
     metric = DepthMetric("nyu_depth/uvim")
     truth = arrays["nyu/gt_f16"][0].astype(np.float32)
@@ -45,7 +45,7 @@ def test_metrics() -> None:
 
 
 @pytest.mark.parametrize("size", [(13, 11), (5, 3)])
-def test_nearest(size: tuple[int, int]) -> None:
+def test_nearest_resizing_equals_the_references(size: tuple[int, int]) -> None:
     arrays = golden("pipeline.npz")
     ours = resize_nearest(arrays["resize/in"][0], size)
     np.testing.assert_allclose(ours, arrays[f"resize/nearest_{size[0]}x{size[1]}"][0])

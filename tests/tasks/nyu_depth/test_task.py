@@ -14,7 +14,7 @@ def sample_of(depth: np.ndarray) -> Sample:
     return Sample("x", np.zeros((*depth.shape, 3), np.uint8), {"depth": depth.astype(np.float32)})
 
 
-def test_protocol_crops() -> None:
+def test_each_protocol_crops_its_own_region() -> None:
     depth = np.arange(480 * 640, dtype=np.float32).reshape(480, 640)
     for protocol, first in (("uvim", 54), ("eigen", 45)):
         view = NYUDepth(NYUDepthConfig(protocol=protocol)).evaluation_view(sample_of(depth))
