@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test lint format typecheck clean
+.PHONY: help quickstart test test-fast lint format typecheck clean
 help:
 	@echo "make quickstart   make scenes, train oracle and LM, evaluate, draw runs/quickstart/report.html"
-	@echo "make test         run the tests"
+	@echo "make test         run all tests"
+	@echo "make test-fast    run the tests that are neither slow nor start several processes"
 	@echo "make lint | format | typecheck | clean"
 
 # Done once; again only when a dependency changes.
@@ -25,6 +26,9 @@ quickstart: $(STAMP)
 # One thread per test process: two processes share the cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not multi"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

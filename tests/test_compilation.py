@@ -57,6 +57,7 @@ def test_oracle_is_one_graph(
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lm_is_one_graph() -> None:
     torch.manual_seed(0)
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)

@@ -156,7 +156,7 @@ def test_what_a_token_model_does_not_support_is_refused(runs: Path, key: str) ->
     ("tree", "override", "message"),
     [
         (ORACLE, "model.quantizer.kind=fsk", "model.quantizer.kind=fsk: must be one of fsq, vq; did you mean fsq?"),
-        (LM, "model.kind=masks", "model.kind=masks: must be one of autoregressive; one of your own must be registered"),
+        (LM, "model.kind=masks", "model.kind=masks: must be one of autoregressive; a custom one must be registered"),
     ],
 )
 def test_an_unknown_kind_is_refused_before_anything_is_built(

@@ -26,7 +26,7 @@ from uvim_fsq.training.step import make_accelerator
 
 
 @pytest.mark.multi
-def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path: Path) -> None:
+def test_sigterm_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
     """A launcher that gives up sends SIGTERM; the processes that have already come wait inside torch."""
     waits = "from uvim_fsq.training.signals import ended_by_sigterm\nfrom uvim_fsq import processes\n"
     waits += "with ended_by_sigterm():\n    print('waiting', flush=True)\n    processes.state()\n"
@@ -51,7 +51,7 @@ def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path: Path) -> Non
         process.kill()
 
 
-def test_what_is_said_of_another_process() -> None:
+def test_errors_of_lost_connections_are_recognized() -> None:
     other = processes._peer_failure
     gone = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
     assert "has exited" in (other(RuntimeError(gone)) or "")
@@ -61,7 +61,7 @@ def test_what_is_said_of_another_process() -> None:
 
 
 @pytest.mark.parametrize("variable", processes.UNSUPPORTED)
-def test_other_ways_of_training_are_refused(
+def test_unsupported_accelerate_settings_are_refused(
     variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, oracle_dir: Path
 ) -> None:
     monkeypatch.setenv(variable, "true")
@@ -74,7 +74,7 @@ def test_other_ways_of_training_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_that_do_not_find_each_other(
+def test_world_size_without_a_launcher_is_refused(
     monkeypatch: pytest.MonkeyPatch, oracle_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -95,14 +95,14 @@ def test_several_processes_that_do_not_find_each_other(
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number of processes"),
     ],
 )
-def test_some_of_a_launchers_variables(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
+def test_incomplete_launcher_variables_are_refused(oracle_dir: Path, variables: dict[str, str], message: str) -> None:
     """In a process of its own: here Accelerate's state is made already."""
     process = start([sys.executable, "-m", "uvim_fsq", "evaluate", str(oracle_dir)], env=variables)
     said = finish(process)
     assert process.returncode == 2 and re.fullmatch(f"(.*loading ...\n)?error: .*{message}.*\n", said), said
 
 
-def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_connect_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise torch.distributed.DistNetworkError("gloo: connectFullMesh failed\nmore")
 
@@ -114,7 +114,7 @@ def test_processes_that_cannot_join(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.state()
 
 
-def test_signals_kill_only_while_processes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_handlers_are_restored_after_joining(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training asks how many there are again and again; a signal that comes just then must not end it unsaved."""
     seen: list[object] = []
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# All figures of docs/performance.md that need a GPU, at the reference's sizes; no data set and no weights needed.
-# usage: tools/benchmark_gpu.sh OUT [STEP ...]     (steps: tests train fed decode beside ends optimizer; all by default)
-# What fails says so and the rest goes on. TASKS="nyu_depth" trains for one task only.
+# Measures everything in docs/performance.md that needs a GPU, at full model sizes, without data sets or weights.
+# usage: tools/benchmark_gpu.sh OUT [STEP ...]
+# steps (default: all): tests train fed decode compare embeddings optimizer
+# A step that fails is reported and the others go on. TASKS="nyu_depth" limits training to one task.
 set -euo pipefail
 out=$1
 steps=${*:2}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
-measure() { # name, arguments of the benchmark
+measure() { # name, arguments of uvim-fsq benchmark
   python -m uvim_fsq benchmark "${@:2}" --json "$out/$1.json" 2>&1 | tee "$out/$1.md" || echo "failed: $1"
 }
-for step in ${steps:-tests train fed decode beside ends optimizer}; do
+for step in ${steps:-tests train fed decode compare embeddings optimizer}; do
   case $step in
   tests) python -m pytest -q -m gpu 2>&1 | tee "$out/tests.txt" || true ;;
   train)
@@ -31,8 +32,8 @@ for step in ${steps:-tests train fed decode beside ends optimizer}; do
     measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 --operators 25
     measure decode_compiled decode configs/nyu_depth/lm.yaml eval.compile=true --batch 1 64
     ;;
-  beside) measure beside side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
-  ends) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: ends" ;;
+  compare) measure compare side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
+  embeddings) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: embeddings" ;;
   optimizer) python tools/optimizer_step.py 2>&1 | tee "$out/optimizer.txt" || echo "failed: optimizer" ;;
   *) echo "unknown step $step" >&2 && exit 2 ;;
   esac

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# How fast the loader makes samples at 512 x 512 from synthetic files of real sizes: one core step by step, then workers.
-# usage: tools/benchmark_loader.sh OUT [key=value ...]     (OUT: 450 MB of data, made once, and the figures; minutes)
-# One process and thread is measured first; set OMP_NUM_THREADS=1 and leave the machine alone.
+# Measures the loader at 512 x 512 on synthetic files of realistic size: one core step by step, then all workers.
+# usage: tools/benchmark_loader.sh OUT [key=value ...]     (takes minutes; OUT gets the results and 450 MB of data, once)
+# Set OMP_NUM_THREADS=1 and run nothing else meanwhile.
 set -euo pipefail
 out=$1
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-synth() { # folder, format, height x width, further options
+synth() { # folder, format, height x width, other options
   [ -d "$out/$1" ] || python -m uvim_fsq synth --format "$2" --size "$3" --num 64 --num-val 2 --out "$out/$1" "${@:4}"
 }
 synth nyu_h5 nyu 480x640

@@ -1,7 +1,8 @@
-"""Times three ways to embed categorical labels, forward and weight gradient: python tools/label_embeddings.py
+"""Times three implementations of the embedding of categorical labels: python tools/label_embeddings.py
 
-The product with the one-hot labels in chunks, a sum of table rows (embedding bag), and the sum of the patch's majority
-class plus corrections for its minority pixels. All three must agree in output and gradient.
+They are a chunked product with one-hot labels, a sum of table rows (embedding bag), and the embedding of each patch's
+majority class with corrections for the other pixels. Timed are the forward pass and the gradient of the weights.
+Outputs and gradients of all three must agree.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Labels = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes: image side, patch side, width, and channel -> number of classes."""
+    """Image side and patch side in pixels, embedding width, and channel -> number of classes."""
 
     side: int
     patch: int
@@ -46,7 +47,7 @@ SETTINGS = {
 
 
 def rooms(setting: Setting, batch: int) -> Labels:
-    """Labels of synthetic rooms, (B, S, S) int16 per channel."""
+    """Labels of rendered rooms, (B, S, S) int16 per channel."""
     maps: list[dict[str, np.ndarray]] = []
     for index in range(batch):
         scene = render(0, index, setting.side)
@@ -62,7 +63,7 @@ def rooms(setting: Setting, batch: int) -> Labels:
 
 
 def noise(setting: Setting, batch: int) -> Labels:
-    """Random labels, -1 among them."""
+    """Random labels, including -1."""
     generator, shape = torch.Generator().manual_seed(0), (batch, setting.side, setting.side)
     return {
         name: torch.randint(-1, classes, shape, generator=generator).to(torch.int16)
@@ -75,7 +76,7 @@ def one_hot_product(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 
 
 def majority_and_corrections(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Of each patch the sum over its pixels of the majority class, then rows added and taken away where others are."""
+    """Embeds each patch as if all pixels had its majority class, then corrects the pixels of other classes."""
     (batch, n, pixels), device = patches.shape, patches.device
     classes = len(weight) // pixels
     flat = patches.reshape(-1, pixels).long()
@@ -89,25 +90,25 @@ def majority_and_corrections(patches: torch.Tensor, weight: torch.Tensor) -> tor
     signs = torch.stack([(label >= 0).to(weight.dtype), weight.new_full(label.shape, -1)], 1)
     per_patch = torch.bincount(patch, minlength=len(flat))
     starts = 2 * (per_patch.cumsum(0) - per_patch)
-    some = F.embedding_bag(rows.flatten(), weight, starts, mode="sum", per_sample_weights=signs.flatten())
-    return (whole + some).view(batch, n, -1)
+    corrections = F.embedding_bag(rows.flatten(), weight, starts, mode="sum", per_sample_weights=signs.flatten())
+    return (whole + corrections).view(batch, n, -1)
 
 
-WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "one-hot product": one_hot_product,
-    "bag of rows": embedding_bag_linear,
+    "embedding bag": embedding_bag_linear,
     "majority": majority_and_corrections,
 }
 
 
 def difference(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The largest, as a share of the largest value."""
+    """The largest absolute difference, relative to the largest absolute value."""
     one, two = one.detach().float(), two.detach().float()
     return float((one - two).abs().max() / one.abs().max())
 
 
 def compare(name: str, setting: Setting, labels: Labels, device: torch.device, repeats: int) -> None:
-    """Prints the milliseconds of each way for all channels together, and the largest difference to the first way."""
+    """Prints the milliseconds of each implementation for all channels, and its largest difference from the first."""
     torch.manual_seed(0)
     pixels = setting.patch**2
     weights = {
@@ -118,26 +119,27 @@ def compare(name: str, setting: Setting, labels: Labels, device: torch.device, r
     n = next(iter(patches.values())).shape[:2]
     gradient = torch.randn(*n, setting.width, device=device)
 
-    def run(way: str) -> tuple[torch.Tensor, ...]:
+    def run(name: str) -> tuple[torch.Tensor, ...]:
         tables = [weight.requires_grad_() for weight in weights.values()]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            out = [WAYS[way](x, w) for x, w in zip(patches.values(), tables, strict=True)]
+            out = [IMPLEMENTATIONS[name](x, w) for x, w in zip(patches.values(), tables, strict=True)]
             total = torch.stack(out).sum(0)
         return total, *torch.autograd.grad(total, tables, gradient.to(total.dtype))
 
-    first = run(next(iter(WAYS)))
-    far = {way: max(map(difference, first, run(way))) for way in WAYS}
-    timings = time_interleaved({way: lambda way=way: run(way) for way in WAYS}, device, warmup=1, repeats=repeats)
-    for way, timing in timings.items():
+    first = run(next(iter(IMPLEMENTATIONS)))
+    differences = {key: max(map(difference, first, run(key))) for key in IMPLEMENTATIONS}
+    variants = {key: lambda key=key: run(key) for key in IMPLEMENTATIONS}
+    timings = time_interleaved(variants, device, warmup=1, repeats=repeats)
+    for key, timing in timings.items():
         memory = "" if timing.peak_memory is None else f"  {timing.peak_memory / 2**30:.1f} GiB"
         figures = f"{1000 * timing.median:10.2f} ms  spread {timing.spread:4.0%}"
-        print(f"{name:28} {way:16} {figures}  differs by {far[way]:.0e}{memory}")
+        print(f"{name:28} {key:16} {figures}  difference {differences[key]:.0e}{memory}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name holds this text")
-    parser.add_argument("--batch", type=int, help="images; default 32 on a GPU, else 2 (quickstart: 32)")
+    parser.add_argument("--only", default="", help="only settings whose name contains this text")
+    parser.add_argument("--batch", type=int, help="batch size (default: 32 on a GPU; on a CPU 2, quickstart 32)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

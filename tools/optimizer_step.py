@@ -1,8 +1,8 @@
-"""Operators, bytes and time of one optimizer step: python tools/optimizer_step.py [CONFIG.yaml] [key=value ...]
+"""Compares optimizer steps in operators, bytes and time: python tools/optimizer_step.py [CONFIG.yaml] [key=value ...]
 
-Our Adafactor beside timm's and torch's fused AdamW, on the parameters of a configuration's model with random
-gradients. Operators and bytes are counted on the meta device, views aside; a bulk operator counts once there, on a GPU
-it is several kernels.
+Compared are our Adafactor, timm's Adafactor and torch's fused AdamW, on the parameters of a configuration's model with
+constant gradients. Operators, except views, and their bytes are counted on the meta device. There, a multi-tensor
+operator counts as one; on a GPU it launches several kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VIEWS = ("view", "unbind", "split_with_sizes", "detach", "_local_scalar_dense")
 
 
 class Counting(TorchDispatchMode):
-    """Operators that ran and the bytes of what they read and wrote."""
+    """Counts operators and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Counting(TorchDispatchMode):
 
 
 def model_of(sizes: Sizes, device: torch.device) -> nn.Module:
-    """The model that a configuration trains, weights random."""
+    """The model that a configuration trains, with random weights."""
     with torch.device(device):
         oracle = build_oracle(sizes.oracle, build_task(sizes.oracle))
         if sizes.lm is None:
@@ -58,7 +58,7 @@ def model_of(sizes: Sizes, device: torch.device) -> nn.Module:
 
 
 def optimizers(sizes: Sizes, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name; rates as in the middle of a run."""
+    """Optimizers by name, with the settings of the configuration."""
     optim, stage = sizes.run.optim, sizes.run.stage
     groups = parameter_groups(model.named_parameters(), optim, stage)
     timm = AdafactorBigVision(groups, min_dim_size_to_factor=32, beta2_cap=0.95, weight_decay=optim.weight_decay)
@@ -75,7 +75,7 @@ def give_gradients(model: nn.Module) -> None:
 
 
 def count(step: Callable[[], object]) -> Counting:
-    """Of the second step: the first makes the state."""
+    """Counts the second step; the first allocates the optimizer state."""
     step()
     with Counting() as counting:
         step()
@@ -86,25 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/nyu_depth/lm.yaml", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--repeats", type=int, default=5, help="0: only count")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed repeats; 0 only counts")
     args = parser.parse_args(arguments)
     sizes = read_sizes(args.config, args.overrides)
     model = model_of(sizes, torch.device("meta"))
     give_gradients(model)
     numbers = sum(p.numel() for p in model.parameters())
-    print(f"{args.config}: {len(list(model.parameters()))} parameters, {numbers / 1e6:.0f} M numbers")
+    print(f"{args.config}: {len(list(model.parameters()))} parameter tensors, {numbers / 1e6:.0f} M weights")
     for name, optimizer in optimizers(sizes, model).items():
         if name != "adamw":  # its fused kernel does not run on the meta device
             counted = count(optimizer.step)
-            print(f"{name:6} {counted.operators:6} operators, {counted.bytes / numbers:4.0f} bytes a number")
+            print(f"{name:6} {counted.operators:6} operators, {counted.bytes / numbers:4.0f} bytes per weight")
     if not args.repeats:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(), "torch", torch.__version__)
     model = model_of(sizes, device)
     give_gradients(model)
-    ways = {name: optimizer.step for name, optimizer in optimizers(sizes, model).items()}
-    for name, timing in time_interleaved(ways, device, warmup=2, repeats=args.repeats).items():
+    variants = {name: optimizer.step for name, optimizer in optimizers(sizes, model).items()}
+    for name, timing in time_interleaved(variants, device, warmup=2, repeats=args.repeats).items():
         print(f"{name:6} {1000 * timing.median:8.1f} ms  spread {timing.spread:4.0%}")
 
 

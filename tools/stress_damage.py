@@ -1,9 +1,10 @@
-"""Damages files of small runs and of their data, then uses them: python tools/stress_damage.py --trials 300
+"""Damages files of small runs and data sets, then uses them: python tools/stress_damage.py --trials 300
 
-Each trial damages one file in a copy of a trained LM's run, of its oracle's, or of the prepared data, then evaluates,
-resumes, predicts or trains on it. (Photos are spared: their formats carry no checksums.) A trial is clean if the result
-is that of whole files, or if one line says what is wrong (exit code 2); silent if there is another result without a
-word; anything else is a crash: a traceback, another exit code, no end. Linux; exit code 1 unless all trials are clean.
+Each trial damages one file in a copy of an LM run, of its oracle's run, or of prepared data, then evaluates, resumes,
+predicts or trains. (Photos are left alone, because their formats have no checksums.) A trial is "clean" if the result
+is the same as with intact files, or if the command ends with a one-line error and exit code 2. It is "silent" if the
+result differs without an error. Anything else is a "crash": a traceback, another exit code, or a time-out. Needs Linux;
+exits with code 1 unless all trials are clean.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ LOGS = ("tensorboard", "panels")
 
 
 def truncated(content: bytes, chance: random.Random) -> bytes:
-    """A part of the file from its start."""
+    """Only the beginning of the file."""
     return content[: chance.randrange(max(len(content), 1))]
 
 
 def flipped(content: bytes, chance: random.Random) -> bytes:
-    """One bit changed."""
+    """One bit flipped."""
     where = chance.randrange(len(content))
     return content[:where] + bytes([content[where] ^ 1 << chance.randrange(8)]) + content[where + 1 :]
 
 
 def zeroed(content: bytes, chance: random.Random) -> bytes:
-    """A block of zeros, as a disk leaves after a power cut."""
+    """A block overwritten with zeros, as after a power failure."""
     where = chance.randrange(len(content))
     length = min(len(content) - where, 4096)
     return content[:where] + bytes(length) + content[where + length :]
 
 
 def empty(content: bytes, chance: random.Random) -> bytes:
-    """Nothing."""
+    """An empty file."""
     return b""
 
 
@@ -65,13 +66,13 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (truncated, flipp
 
 
 class World:
-    """The whole files, the commands that use them, and what these give with whole files."""
+    """The intact files, the commands that use them, and the commands' results with intact files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.whole, self.work = folder, folder / "whole", folder / "work"
         write_dataset("nyu", self.whole / "data", 40, 32, num_val=6, layout="png", workers=1)
         common = [*SMALL, *TRAINING, "train.eval_every=12", "train.save_every=6"]
-        # All commands work on the copy, so that paths in configurations hold.
+        # All commands work on the copy, so that the paths in configurations are valid.
         shutil.copytree(self.whole, self.work)
         data = f"data.root={self.work / 'data'}"
         self.oracle = ["train-oracle", str(CONFIGS / "quickstart_oracle.yaml"), *MODEL["oracle"], *common, data]
@@ -80,7 +81,7 @@ class World:
         self._must(["data", "prepare", str(self.work / "data"), "--task", "nyu_depth"])
         self._must([*self.oracle, f"train.out={self.work / 'oracle'}"])
         self._must([*self.lm, f"train.out={self.work / 'lm'}"])
-        # One that stopped half-way, to be resumed.
+        # A run that stopped half-way, to be resumed.
         self._must([*self.lm, f"train.out={self.work / 'half'}"])
         newest = sorted((self.work / "half" / "checkpoints").glob("step_*"))[-1]
         shutil.rmtree(newest)
@@ -104,16 +105,16 @@ class World:
         self.restore()
         code, result, text = self.use(name)
         if code:
-            sys.exit(f"{name} with whole files ended with exit code {code}:\n{text[-2000:]}")
+            sys.exit(f"{name} with intact files ended with exit code {code}:\n{text[-2000:]}")
         return result
 
     def restore(self) -> None:
-        """The work folder as it was."""
+        """Restores the intact files in the work folder."""
         shutil.rmtree(self.work)
         shutil.copytree(self.whole, self.work)
 
     def files(self) -> list[list[Path]]:
-        """Everything that may be damaged; files of one kind together, so that the many do not hide the few."""
+        """All files that may be damaged, grouped by kind, so that rare kinds are chosen as often as frequent ones."""
         self.restore()
         kinds: dict[tuple[str, str], list[Path]] = {}
         for path in sorted(self.work.rglob("*")):
@@ -123,16 +124,16 @@ class World:
         return list(kinds.values())
 
     def use(self, name: str) -> tuple[int, Any, str]:
-        """Exit code, result and output of a command."""
+        """Runs a command; returns its exit code, result and output."""
         log = self.folder / "trial.log"
         log.unlink(missing_ok=True)
         child = start(self.commands[name], log)
 
-        def give_up() -> None:
+        def kill_child() -> None:
             with suppress(ProcessLookupError):
                 kill(child, signal.SIGKILL)
 
-        timer = threading.Timer(DEADLINE, give_up)
+        timer = threading.Timer(DEADLINE, kill_child)
         timer.start()
         code = finish(child)
         timer.cancel()
@@ -148,7 +149,7 @@ class World:
 
 
 def verdict(code: int, same: bool, text: str) -> str:
-    """clean, silent or crash."""
+    """The outcome of a trial: "clean", "silent" or "crash"."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     if "Traceback" in text or code not in (0, 2) or (code == 2 and len(errors) != 1):
         return "crash"
@@ -156,7 +157,7 @@ def verdict(code: int, same: bool, text: str) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the trials."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
-"""Kills small trainings at random moments and resumes them: python tools/stress_kills.py --kills 20
+"""Kills small training runs at random times and resumes them: python tools/stress_kills.py --kills 20
 
-For each stage one training runs undisturbed. Each trial is the same training killed with SIGKILL once, anywhere between
-its start and its end, evaluations included, and then resumed. Weights, log lines, the best checkpoint and the final
-evaluation must be those of the undisturbed run, bit for bit. Linux; exit code 1 if one differs.
+For each stage, one run is not interrupted. In each trial the same run is killed once with SIGKILL, at any time between
+start and end, also during evaluation, and then resumed. Weights, log lines, best checkpoint and final evaluation must
+equal those of the uninterrupted run bit for bit. Needs Linux; exits with code 1 if a trial differs.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ TRAINING = (
     "optim.warmup_steps=2",
     "optim.name=adafactor",
 )
-#: Differ from run to run by their nature: speed.
+#: Logged values that depend on speed and therefore differ between runs.
 TIMED = ("images_per_second", "mfu", "data_wait")
 
 
 def start(arguments: Sequence[str], log: Path) -> int:
-    """`uvim-fsq arguments` in a forked process, which has all libraries already; returns its number."""
+    """Runs `uvim-fsq` in a forked process, which needs no imports; returns its process ID."""
     child = os.fork()
     if child:
         return child
@@ -78,12 +78,12 @@ def start(arguments: Sequence[str], log: Path) -> int:
 
 
 def finish(child: int) -> int:
-    """The exit code of a child."""
+    """Waits for a child process and returns its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What must not depend on kills."""
+    """Everything in a run directory that must not depend on interruptions."""
     found: dict[str, Any] = {}
     for file in sorted(run.glob("checkpoints/step_*/model.safetensors")):
         found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -99,7 +99,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def trial(command: Sequence[str], folder: Path, seconds: float) -> tuple[Path, bool]:
-    """One run killed after `seconds` and resumed; whether the kill came before its end."""
+    """A run that is killed after `seconds` and resumed, and whether the kill came before its end."""
     run, log = folder / "killed", folder / "killed.log"
     shutil.rmtree(run, ignore_errors=True)
     child = start([*command, f"train.out={run}"], log)
@@ -114,11 +114,11 @@ def trial(command: Sequence[str], folder: Path, seconds: float) -> tuple[Path, b
 
 
 def stage_trials(stage: str, command: Sequence[str], folder: Path, kills: int, chance: random.Random) -> int:
-    """Runs the trials of one stage, prints a line for each and returns how many differ."""
+    """Runs the trials of one stage, prints a line for each, and returns the number that differ."""
     whole = folder / f"{stage}_whole"
     begin = time.perf_counter()
     if code := finish(start([*command, f"train.out={whole}"], folder / "whole.log")):
-        sys.exit(f"the undisturbed run ended with exit code {code}:\n{(folder / 'whole.log').read_text()[-2000:]}")
+        sys.exit(f"the uninterrupted run ended with exit code {code}:\n{(folder / 'whole.log').read_text()[-2000:]}")
     length = time.perf_counter() - begin
     expected = outcome(whole)
     differ = 0
@@ -137,14 +137,14 @@ def stage_trials(stage: str, command: Sequence[str], folder: Path, kills: int, c
         print(f"{stage} {number:3d}: kill after {seconds:5.2f} of {length:.2f} s: {verdict}", flush=True)
         if wrong:
             shutil.move(str(run), folder.parent / f"differs_{stage}_{number}_{os.getpid()}")
-    print(f"{stage}: {kills - differ} of {kills} identical; {late} kills came after the end")
+    print(f"{stage}: {kills - differ} of {kills} identical; {late} kills came after the end of the run")
     return differ
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the trials of both stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="per stage")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills per stage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)

@@ -166,7 +166,7 @@ def _several() -> bool:
 
 
 def _parse_and_run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    # --debug may stand anywhere.
+    # --debug is accepted anywhere.
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
     # argparse accepts positional arguments only in one place, but key=value may also follow options.

@@ -1,4 +1,4 @@
-"""Semantic segmentation on CamVid, a task outside the package; docs/your_own_task.md builds this file step by step."""
+"""Semantic segmentation on CamVid, a task outside the package. docs/your_own_task.md builds this file step by step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.registry import register_task
 
 NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
-UNLABELLED = len(NAMES)
-COLOURS = (matplotlib.colormaps["tab20"](range(len(NAMES) + 1))[:, :3] * 255).astype(np.uint8)
+UNLABELED = len(NAMES)
+COLORS = (matplotlib.colormaps["tab20"](range(len(NAMES) + 1))[:, :3] * 255).astype(np.uint8)
 
 
 class Photos:
-    """ROOT/{train,val}/NAME.jpg or .png with class indices in ROOT/{train,val}annot/NAME.png."""
+    """Photos ROOT/{train,val}/NAME.jpg or .png with class indices in ROOT/{train,val}annot/NAME.png."""
 
     def __init__(self, root, split, label_suffix):
         folder = find_data_root(root) / split
@@ -42,13 +42,13 @@ class Photos:
         except OSError as error:
             raise UserError(f"{labels} cannot be read ({error}); each photo needs its label map") from error
         image = read_image(photo)
-        if classes.shape != image.shape[:2] or classes.max() > UNLABELLED:
-            raise UserError(f"{labels} must be {image.shape[:2]} class indices 0..{UNLABELLED}, got {classes.shape}")
+        if classes.shape != image.shape[:2] or classes.max() > UNLABELED:
+            raise UserError(f"{labels} must be {image.shape[:2]} class indices 0..{UNLABELED}, got {classes.shape}")
         return Sample(photo.name, image, {"classes": classes})
 
 
 class MeanIoU(Metric):
-    """Intersection over union of each class over the pixels of all images, and their mean, in percent."""
+    """Intersection over union of each class, over the pixels of all images, and the mean over classes, in percent."""
 
     protocol = "camvid_segmentation/miou"
 
@@ -58,7 +58,7 @@ class MeanIoU(Metric):
     def update(self, prediction, sample):
         truth = sample.maps["classes"]
         predicted = resize_nearest(prediction, truth.shape)
-        valid = truth < UNLABELLED
+        valid = truth < UNLABELED
         pairs = truth[valid] * len(NAMES) + predicted[valid]
         self.confusion += np.bincount(pairs, minlength=len(NAMES) ** 2).reshape(len(NAMES), -1)
         return {"pixel_accuracy": 100 * float((truth == predicted).sum() / max(valid.sum(), 1))}
@@ -73,7 +73,7 @@ class MeanIoU(Metric):
         right = np.diag(self.confusion)
         union = self.confusion.sum(0) + self.confusion.sum(1) - right
         if not union.any():
-            raise UserError("no labelled pixel was evaluated")
+            raise UserError("no labeled pixel was evaluated")
         seen = [i for i in range(len(NAMES)) if union[i]]
         iou = {f"iou/{NAMES[i]}": float(100 * right[i] / union[i]) for i in seen}
         accuracy = float(100 * right.sum() / self.confusion.sum())
@@ -82,10 +82,10 @@ class MeanIoU(Metric):
 
 @dataclass(frozen=True)
 class Config:
-    changeable = ("label_suffix",)  # where files lie, not what the labels mean
+    changeable = ("label_suffix",)  # where files are, not what the labels mean
 
     label_suffix: str = "annot"
-    """The label maps of SPLIT lie in the folder SPLIT + this."""
+    """The label maps of a split are in the folder named SPLIT + label_suffix."""
 
 
 @register_task("camvid_segmentation")
@@ -102,7 +102,7 @@ class CamvidSegmentation(Task):
 
     def encode(self, sample):
         classes = sample.maps["classes"].astype(np.int16)
-        classes[classes == UNLABELLED] = -1  # neither input nor loss
+        classes[classes == UNLABELED] = -1  # neither input nor loss
         return {"classes": classes}
 
     def loss(self, logits, labels):
@@ -117,7 +117,7 @@ class CamvidSegmentation(Task):
 
     def render(self, image, prediction, truth=None):
         maps = ({} if truth is None else {"ground truth": truth.maps["classes"]}) | {"prediction": prediction}
-        return {title: (0.4 * image + 0.6 * COLOURS[classes]).astype(np.uint8) for title, classes in maps.items()}
+        return {title: (0.4 * image + 0.6 * COLORS[classes]).astype(np.uint8) for title, classes in maps.items()}
 
     def baseline(self, source, size):
         votes = np.zeros((size, size, len(NAMES)))

@@ -1,4 +1,4 @@
-"""A quantizer and a token model of your own; docs/extending.md explains them.
+"""An example of a quantizer and of a token model. docs/extending.md explains them.
 
 B batch, L code length, V codes, d channels, D width, S image side.
 """
@@ -21,7 +21,7 @@ from uvim_fsq.performance.flops import TokenModelCost
 
 
 class Binary(Quantizer):
-    """The signs of d channels: 2^d codes, channel 0 the lowest bit, with a loss that pulls z towards its code."""
+    """The signs of d channels: 2^d codes, channel 0 is the lowest bit. A loss pulls z towards its code."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from uvim_fsq.benchmark import compare
 from uvim_fsq.performance.timing import Timing
 
 
-def test_absent_packages_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *compare.PACKAGES)
     module, said = compare.find_package("transformers")
     assert module is None and said == "not installed: pip install 'uvim-fsq[benchmark]'"
@@ -21,7 +21,7 @@ def test_absent_packages_are_named_with_their_remedy(monkeypatch: pytest.MonkeyP
     assert said == "not installed: pip install git+https://github.com/cocodataset/panopticapi.git"
 
 
-def test_a_broken_package_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_package_that_cannot_be_imported_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "vector_quantize_pytorch.py").write_text("import a_package_that_nobody_has")
     (tmp_path / "panopticapi.py").write_text("raise ImportError('made for another Python\\nmore')")
     (tmp_path / "transformers.py").write_text("five = 5")
@@ -37,7 +37,7 @@ def test_a_broken_package_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_pat
         sys.modules.pop(name, None)
 
 
-def test_comparison_tells_times_by_ours() -> None:
+def test_a_comparison_gives_times_relative_to_ours() -> None:
     timings = {"ours": Timing((2.0, 2.0)), "theirs": Timing((3.0, 5.0))}
     ours, theirs = compare.compare("work", timings, ours="ours", count=4, unit="images/s", version="1.2")
     assert (ours.name, ours.value, ours.unit, ours.other) == ("work, ours", 2.0, "images/s", {"version": "1.2"})

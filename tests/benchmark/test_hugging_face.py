@@ -18,8 +18,8 @@ from uvim_fsq.tasks.configuration import load_run
 CPU = torch.device("cpu")
 
 
-def test_other_sizes_follow_the_model() -> None:
-    """The other model's settings, read off a real one: a decoder narrower than its encoder included."""
+def test_the_other_model_has_the_sizes_of_ours() -> None:
+    """Also with a decoder that is narrower than its encoder."""
     pytest.importorskip("transformers")
     lm = tiny_lm(replace(TINY, width=8, depth=2))
     model: Any = hugging_face.hugging_face_model(lm)

@@ -12,7 +12,7 @@ from uvim_fsq.errors import UserError
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lines_and_units(data: Path, workers: int) -> None:
+def test_the_steps_add_up_to_the_whole(data: Path, workers: int) -> None:
     run = oracle_run(Path("x"), data, f"data.workers={workers}")
     lines = {line.name: line for line in measure_loader(run, repeats=2)}
     core = lines["loader nyu_depth at 16, one core"]
@@ -24,7 +24,7 @@ def test_lines_and_units(data: Path, workers: int) -> None:
     assert loader.value > 0 and loader.roofline == pytest.approx(core.value)
 
 
-def test_data_must_be_there(data: Path, tmp_path: Path) -> None:
+def test_missing_data_are_an_error(data: Path, tmp_path: Path) -> None:
     run = oracle_run(Path("x"), data, f"data.root={tmp_path / 'nowhere'}", "task.protocol=full")
     with pytest.raises(UserError, match="no such folder"):
         measure_loader(run, repeats=1)

@@ -34,7 +34,7 @@ RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **given: Any) -> torch.Tensor:
-    """What a GPU uses; without one torch would take the plain product, which keeps all scores."""
+    """The kernel of a GPU; the one that torch uses on a CPU keeps all attention scores."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, given.get("is_causal", False))[0]
 
@@ -65,7 +65,7 @@ def kept(module: nn.Module, forward: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> None:
+def test_an_oracle_keeps_the_counted_bytes(task: str, fake: FakeTensorMode) -> None:
     batch = 5
     config = OracleModelConfig(8, 192, 2, 3, 3, 800, code_length=64)
     with unset_fake_temporarily():
@@ -79,7 +79,7 @@ def test_an_oracle_keeps_what_is_counted(task: str, fake: FakeTensorMode) -> Non
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_lm_keeps_what_is_counted(dropout: float, fake: FakeTensorMode) -> None:
+def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> None:
     batch = 5
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
     with unset_fake_temporarily():

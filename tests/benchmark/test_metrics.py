@@ -12,7 +12,7 @@ from uvim_fsq.benchmark import metrics
 from uvim_fsq.synthetic.render import render
 
 
-def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_metric_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "panopticapi")
     lines = by_name(metrics.measure_metrics(repeats=1, images=2, features=40, dim=8))
     assert list(lines) == [
@@ -42,7 +42,7 @@ def test_sqrtm_distance_of_known_sets() -> None:
     assert a.count == 60 and np.allclose(a.covariance, np.cov(features.T))
 
 
-def test_panoptic_case(tmp_path: Path) -> None:
+def test_the_panoptic_images_have_true_and_predicted_segments(tmp_path: Path) -> None:
     rooms = [render(0, index, metrics.SIZE).segments for index in range(2)]
     case = metrics.PanopticCase(rooms, tmp_path)
     assert case.ours(True) == case.ours(False)
@@ -56,7 +56,7 @@ def test_panoptic_case(tmp_path: Path) -> None:
     assert case.ours(False) == {"pq": 100.0, "sq": 100.0, "rq": 100.0}
 
 
-def test_panopticapi_agrees(tmp_path: Path) -> None:
+def test_panopticapi_gives_our_figures(tmp_path: Path) -> None:
     pytest.importorskip("panopticapi")
     lines = by_name(metrics.measure_panoptic([render(0, index, metrics.SIZE).segments for index in range(3)], 1))
     for name in ("PQ per image", "PQ per image from PNGs"):

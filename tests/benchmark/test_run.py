@@ -14,8 +14,11 @@ from uvim_fsq.benchmark import metrics, run, side_by_side
 from uvim_fsq.cli import main
 
 
-@pytest.mark.parametrize("job", ["train-oracle", "train-lm", "decode"])
-def test_jobs_from_beginning_to_end(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "job",
+    ["train-oracle", pytest.param("train-lm", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)],
+)
+def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS / "coco_panoptic" / "quickstart_lm.yaml"
     file = tmp_path / "new" / "result.json"
     main(["benchmark", job, str(config), "--repeats", "2", "--batch", "2", "--json", str(file)])
@@ -32,7 +35,7 @@ def test_jobs_from_beginning_to_end(job: str, tmp_path: Path, capsys: pytest.Cap
     assert "speed-up" in said and " x |" in said and "aten::" in said
 
 
-def test_all_goes_on_without_data(
+def test_the_job_all_continues_without_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -64,7 +67,7 @@ def test_all_lines_of_the_other_jobs_are_printed(
     assert ("naive loop" if job == "side-by-side" else "FID") in said
 
 
-def test_mistakes_are_named(
+def test_wrong_arguments_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # away from runs/quickstart, which configurations name

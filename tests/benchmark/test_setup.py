@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["nyu_depth", "coco_panoptic", "imagenet_color"])
-def test_sizes_need_neither_data_nor_oracle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_built_without_data_or_an_oracle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sizes = read_sizes(CONFIGS / name / "lm.yaml")
     assert sizes.lm is not None and sizes.oracle.data.image_size == sizes.lm.data.image_size == 512

@@ -16,7 +16,7 @@ from uvim_fsq.oracle.quantizers.fsq import FSQ
 CPU = torch.device("cpu")
 
 
-def test_quantizer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quantizer_is_timed_without_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "vector_quantize_pytorch")
     lines = by_name(side_by_side.compare_quantizers((7, 5), (2, 6), CPU, 1))
     assert list(lines) == ["quantizer forward, 2 x 6 x 2, ours", "quantizer forward and backward, 2 x 6 x 2, ours"]
@@ -40,7 +40,7 @@ def test_quantizer_compared_with_another(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("levels", [(7, 5, 5, 5, 5), (8, 8), (8, 6, 5)])
-def test_vector_quantize_pytorch_agrees(levels: tuple[int, ...]) -> None:
+def test_vector_quantize_pytorch_gives_our_codes(levels: tuple[int, ...]) -> None:
     """Indices count alike, and codes are equal wherever a value is not next to a rounding border."""
     module = pytest.importorskip("vector_quantize_pytorch")
     ours, theirs = FSQ(levels, shift="centered"), module.FSQ(list(levels))
@@ -64,7 +64,7 @@ def test_naive_loop_gives_the_cached_tokens() -> None:
     torch.testing.assert_close(tokens, generate(lm, images))
 
 
-def test_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_timed_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "transformers")
     lines = by_name(side_by_side.compare_decoding(tiny_lm(), 1, batches=(2,)))
     assert list(lines) == ["decoding, batch 2, ours", "decoding, batch 2, naive loop"]
@@ -73,7 +73,7 @@ def test_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["decoding, batch 2, naive loop"].unit == "images/s"
 
 
-def test_all_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_gives_its_quantizer_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *compare.PACKAGES)
     monkeypatch.setattr(side_by_side, "LARGE_CALL", (8, 4))
     sizes = small_sizes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tests.support.checkpoints import save, steps
+from tests.support.runs import sign
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import (
@@ -24,7 +27,7 @@ from uvim_fsq.checkpoints.run_directory import (
 from uvim_fsq.errors import UserError
 
 
-def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_has_these_files_and_loads_back(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
         "config.yaml",
@@ -39,45 +42,72 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     assert ckpt.load_model_weights(model, path) == file_hash(path / ckpt.WEIGHTS) and model.weight.item() == 3
     assert ckpt.load_trainer_state(path) == ({"step": 3}, file_hash(path / ckpt.STATE))
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    def rust_full(*_: object, **__: object) -> None:
-        raise SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        save(tmp_path, 3)
+    assert steps(tmp_path) == [3]
 
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
-    for module, name, failure in ((torch, "save", full), (safetensors.torch, "save_file", rust_full)):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, failure)
-            with pytest.raises(UserError, match="step_00000009: the disk is full; earlier checkpoints are intact"):
-                save(tmp_path, 9)
-        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("odd\nlines")))
-        with pytest.raises(UserError, match="cannot save .*: odd; earlier"):
-            save(tmp_path, 9)
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="cannot save .*blocked"):
-        save(tmp_path / "blocked", 9)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError()))
-        with pytest.raises(UserError, match=r"cannot save .*: OSError\(\); earlier"):
-            save(tmp_path, 9)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 9)
+def raising(error: BaseException) -> Callable[..., None]:
+    """A function that raises the error."""
+
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (torch, "save", OSError(28, "No space left on device")),
+        (
+            safetensors.torch,
+            "save_file",
+            SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'),
+        ),
+    ],
+)
+def test_a_full_disk_leaves_earlier_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Exception
+) -> None:
+    save(tmp_path, 3)
+    monkeypatch.setattr(module, name, raising(error))
+    with pytest.raises(UserError, match="step_00000009: the disk is full; earlier checkpoints are intact"):
+        save(tmp_path, 9)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(RuntimeError("odd\nlines"), "odd; earlier"), (OSError(), r"OSError\(\); earlier")]
+)
+def test_other_errors_of_saving_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    monkeypatch.setattr(torch, "save", raising(error))
+    with pytest.raises(UserError, match=f"cannot save .*: {message}"):
+        save(tmp_path, 9)
+    assert steps(tmp_path) == []
+
+
+def test_a_file_in_place_of_the_checkpoints_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot save .*checkpoints"):
+        save(tmp_path, 9)
+
+
+def test_a_kill_while_saving_leaves_only_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+    monkeypatch.setattr(torch, "save", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 9)
     assert steps(tmp_path) == [3] and (tmp_path / "checkpoints" / ".tmp_step_00000009").is_dir()
     ckpt.clean_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
-    save(tmp_path, 3)
-    assert steps(tmp_path) == [3], "the same step again replaces it"
 
 
-def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file, and the folders that name it, is synced; the folder of checkpoints after the rename."""
     synced: list[str] = []
 
@@ -98,7 +128,7 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "trainer/state.pt"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_damage_is_one_line_that_names_the_file(tmp_path: Path, oracle_dir: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, oracle_dir: Path, name: str, damage: str) -> None:
     shutil.copytree(oracle_dir, tmp_path / "run")
     checkpoint = resolve_checkpoint(tmp_path / "run")
     file = checkpoint / name
@@ -117,50 +147,69 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, oracle_dir: Path
     assert ("or was edited" in str(caught.value)) == (name == "config.yaml" and damage != "gone")
 
 
-def test_checkpoints_of_earlier_versions_load(tmp_path: Path, oracle_dir: Path) -> None:
-    """They carry no sums; what does not fit is still refused."""
+@pytest.fixture
+def own_copy(tmp_path: Path, oracle_dir: Path) -> Path:
+    """A checkpoint that a test may edit; `sign` makes it look intact."""
     shutil.copytree(oracle_dir, tmp_path / "run")
-    checkpoint = resolve_checkpoint(tmp_path / "run")
-    (checkpoint / "sha256.json").unlink()
-    load_checkpoint(tmp_path / "run")
-    ckpt.load_trainer_state(checkpoint)
-    config = (checkpoint / "config.yaml").read_text()
-    (checkpoint / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
+    return resolve_checkpoint(tmp_path / "run")
+
+
+def test_a_checkpoint_without_its_hashes_is_refused(own_copy: Path) -> None:
+    (own_copy / ckpt.SUMS).unlink()
+    with pytest.raises(
+        UserError, match="sha256.json is missing, so damage cannot be ruled out; use another checkpoint"
+    ):
+        load_checkpoint(own_copy)
+    with pytest.raises(UserError, match="sha256.json is missing"):
+        ckpt.load_trainer_state(own_copy)
+
+
+def test_weights_must_fit_the_configuration_whatever_the_hashes_say(tmp_path: Path, own_copy: Path) -> None:
+    config = (own_copy / "config.yaml").read_text()
+    (own_copy / "config.yaml").write_text(config.replace("levels:\n    - 5\n", "levels:\n    - 5\n    - 7\n"))
+    sign(own_copy)
     with pytest.raises(UserError, match="encoder_head.* instead of"):
         load_checkpoint(tmp_path / "run")
-    (checkpoint / "config.yaml").write_text(config)
-    file = checkpoint / ckpt.WEIGHTS
+    (own_copy / "config.yaml").write_text(config)
+    file = own_copy / ckpt.WEIGHTS
     tensors = safetensors.torch.load_file(file)
     first, *others = tensors
     safetensors.torch.save_file({name: tensors[name] for name in others} | {"x": torch.zeros(1)}, file)
+    sign(own_copy)
     with pytest.raises(UserError, match=f"missing {first}; unexpected x. Was config.yaml"):
         load_checkpoint(tmp_path / "run")
     safetensors.torch.save_file({"x": torch.zeros(1)}, file)
+    sign(own_copy)
     with pytest.raises(UserError, match=f"and {len(tensors) + 1 - 3} more"):
         load_checkpoint(tmp_path / "run")
+
+
+def test_truncated_files_are_named_whatever_the_hashes_say(own_copy: Path) -> None:
+    file = own_copy / ckpt.WEIGHTS
     file.write_bytes(file.read_bytes()[:-1])
+    (own_copy / ckpt.STATE).write_bytes(b"nonsense")
+    sign(own_copy)
     with pytest.raises(UserError, match="truncated"):
-        load_checkpoint(tmp_path / "run")
-    (checkpoint / ckpt.STATE).write_bytes(b"nonsense")
+        load_checkpoint(own_copy)
     with pytest.raises(UserError, match="state.pt is broken"):
-        ckpt.load_trainer_state(checkpoint)
+        ckpt.load_trainer_state(own_copy)
 
 
 class Harmful:
-    """Runs code when it is unpickled."""
+    """Runs code when unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return print, ("harm is done",)
 
 
-def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trainer_state_is_never_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={}, state={"x": Harmful()})
     with pytest.raises(UserError, match="state.pt is broken"):
         ckpt.load_trainer_state(path)
     assert "harm" not in capsys.readouterr().out
 
 
-def test_of_many_differences_three_are_named(tmp_path: Path) -> None:
+def test_three_of_many_differences_are_named(tmp_path: Path) -> None:
     path = ckpt.save_checkpoint(tmp_path, 1, config="", weights={"0.weight": torch.zeros(1, 1)}, state={})
     three = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     with pytest.raises(UserError, match="missing 0.bias; missing 1.weight; missing 1.bias. Was config.yaml"):
@@ -170,7 +219,7 @@ def test_of_many_differences_three_are_named(tmp_path: Path) -> None:
         ckpt.load_model_weights(four, path)
 
 
-def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
+def test_damaged_sums_are_an_error_of_one_line(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     misspelt = (path / "sha256.json").read_text().replace("state.pt", "stale.pt")
     for content in ("{", "[]", "{}", '{"config.yaml": 1, "model.safetensors": "x"}', misspelt):
@@ -179,7 +228,7 @@ def test_damaged_sums_are_one_line(tmp_path: Path) -> None:
             checked_hash(path, ckpt.WEIGHTS)
 
 
-def test_a_copy_is_whole_and_carries_sums(tmp_path: Path) -> None:
+def test_a_copy_is_atomic_and_has_sums(tmp_path: Path) -> None:
     source, target = save(tmp_path / "oracle_run", 1), tmp_path / "run" / "oracle"
     # As an earlier one that was killed leaves it.
     (target.parent / ".tmp_oracle").mkdir(parents=True)
@@ -202,7 +251,7 @@ def test_a_copy_is_whole_and_carries_sums(tmp_path: Path) -> None:
         ckpt.copy_checkpoint(other, tmp_path / "third")
 
 
-def test_a_kill_while_deleting_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_deleting_leaves_no_partial_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         save(tmp_path, step)
 
@@ -218,10 +267,14 @@ def test_a_kill_while_deleting_leaves_no_half(tmp_path: Path, monkeypatch: pytes
     assert steps(tmp_path) == [2]
     save(tmp_path, 1)
     ckpt.prune(tmp_path, 1)
-    assert steps(tmp_path) == [2], "what an earlier kill left stands in the way"
+    assert steps(tmp_path) == [2], "leftovers of the kill are in the way"
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    save(tmp_path, 2)
     half = tmp_path / "checkpoints" / "step_00000000"
     half.mkdir()
-    (half / "config.yaml").write_text("an earlier version's")
+    (half / "config.yaml").write_text("a: 1")
     (tmp_path / ".tmp_oracle").mkdir()
     (tmp_path / "panels").mkdir()
     for leftover in ("panels/.step_00000001.png.7.partial", "checkpoints/step_00000002/.evaluation.json.7.partial"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.runs import fit_run
+from tests.support.runs import fit_run, sign
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
@@ -94,7 +94,7 @@ def test_the_optimizer_cannot_change_and_steps_cannot_be_undone(half: Path, data
     assert "step 6" in message and "4 steps" in message
 
 
-def test_what_changes_no_result_is_free(tmp_path: Path, half: Path, data: Path) -> None:
+def test_keys_that_change_no_result_may_change(tmp_path: Path, half: Path, data: Path) -> None:
     run_dir = shutil.copytree(half, tmp_path / "run")
     moved = shutil.copytree(run_dir / "checkpoints" / ckpt.step_name(6), tmp_path / "step")
     free = ("data.cache=true", "data.max_bad_samples=3", "train.log_every=2", "train.save_every=3", "train.keep=9")
@@ -107,7 +107,7 @@ def test_what_changes_no_result_is_free(tmp_path: Path, half: Path, data: Path) 
     assert f"data.root={other} (was {data})" in refusal(oracle_run, run_dir, other)
 
 
-def test_a_preset_of_levels_is_its_levels_and_new_keys_are_their_defaults(tmp_path: Path, data: Path) -> None:
+def test_a_preset_equals_its_levels_and_missing_keys_equal_their_defaults(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "run"
     fit_run(oracle_run(out, data, "model.quantizer.levels=2^8"))
     (checkpoint,) = ckpt.checkpoints(out)
@@ -117,11 +117,11 @@ def test_a_preset_of_levels_is_its_levels_and_new_keys_are_their_defaults(tmp_pa
         del tree[section][key]
     del tree["model"]["quantizer"]["shift"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(tree))
-    (checkpoint / "sha256.json").unlink()
+    sign(checkpoint)
     fit_run(oracle_run(out, data, "model.quantizer.levels=[8,6,5]", "train.resume=auto"))
 
 
-def test_an_lm_keeps_its_architecture_and_its_oracles_labels(lm_dir: Path, oracle_dir: Path) -> None:
+def test_resume_keeps_an_lms_architecture_and_its_oracles_labels(lm_dir: Path, oracle_dir: Path) -> None:
     for override, said in (
         ("model.num_heads=4", "model.num_heads=4 (trained with 2)"),
         ("model.encoder.act_layer=gelu_tanh", "model.encoder.act_layer=gelu_tanh (trained with default)"),
@@ -143,13 +143,13 @@ def test_an_lm_keeps_its_architecture_and_its_oracles_labels(lm_dir: Path, oracl
         ("model.width=32", "model.width=32 (trained with 16)"),
     ],
 )
-def test_a_trained_model_takes_no_other_meaning(oracle_dir: Path, override: str, said: str) -> None:
+def test_a_trained_oracles_model_and_task_cannot_change(oracle_dir: Path, override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         load_checkpoint(oracle_dir, [override])
     assert said in str(caught.value) and "cannot change" in str(caught.value)
 
 
-def test_an_lm_takes_no_other_meaning_either(lm_dir: Path, tmp_path: Path, oracle_dir: Path) -> None:
+def test_a_trained_lms_model_and_task_cannot_change(lm_dir: Path, tmp_path: Path, oracle_dir: Path) -> None:
     for override in ("model.num_heads=4", "task.max_depth=5", "data.image_size=32", f"oracle={tmp_path}"):
         with pytest.raises(UserError, match="cannot change"):
             Predictor.from_run(lm_dir, [override])
@@ -159,6 +159,7 @@ def test_an_lm_takes_no_other_meaning_either(lm_dir: Path, tmp_path: Path, oracl
     Predictor.from_run(moved, [f"oracle={tmp_path / 'oracle'}"])
 
 
+@pytest.mark.slow
 def test_every_result_names_its_overrides(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(lm_dir, ["eval.temperature=0.7", "eval.seed=0", "task.decoding=expectation"], limit=2)
     expected = {"eval.limit": [None, 2], "eval.temperature": [0.0, 0.7], "task.decoding": ["argmax", "expectation"]}
@@ -171,7 +172,7 @@ def test_every_result_names_its_overrides(tmp_path: Path, lm_dir: Path, capsys: 
     assert "eval.seed=3 (trained with 0)" in (tmp_path / "analysis/report.html").read_text()
 
 
-def test_all_of_train_and_eval_was_thought_about() -> None:
+def test_the_free_keys_are_these() -> None:
     """A new key must be put on one side or the other; this names those that are free."""
     from uvim_fsq.checkpoints.identity import FREE
 

@@ -23,7 +23,7 @@ from uvim_fsq.checkpoints.run_directory import (
 from uvim_fsq.errors import UserError
 
 
-def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     for step, value in enumerate((0.9, 0.5, 0.8, 0.5, 0.7), 1):
         save(tmp_path, step, value)
         ckpt.prune(tmp_path, keep=2)
@@ -36,7 +36,7 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert choose(given) == (given, None) and resolve_checkpoint(given, prefer="last") == given
 
 
-def test_equal_measures_only_are_compared(tmp_path: Path) -> None:
+def test_only_evaluations_of_the_same_kind_are_compared(tmp_path: Path) -> None:
     """Neither another number of images, nor another split or protocol; the newest evaluation says which."""
     save(tmp_path, 1, 0.1)
     save(tmp_path, 2, 0.3, Selection("holdout", 4096, "nyu_depth/uvim", "rmse", True))
@@ -50,7 +50,9 @@ def test_equal_measures_only_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("smaller", "wanted"), [(True, 2), (False, 3)])
-def test_best_in_both_directions_and_never_nan(tmp_path: Path, smaller: bool, wanted: int) -> None:
+def test_the_best_value_follows_the_metrics_direction_and_is_never_nan(
+    tmp_path: Path, smaller: bool, wanted: int
+) -> None:
     watch = Selection("holdout", 10, "p", "rmse", smaller)
     save(tmp_path, 1, float("nan"), watch)
     assert best(tmp_path) is None and choose(tmp_path)[0].name == step_name(1)
@@ -59,7 +61,7 @@ def test_best_in_both_directions_and_never_nan(tmp_path: Path, smaller: bool, wa
     assert choose(tmp_path)[0].name == step_name(wanted)
 
 
-def test_unevaluated_checkpoints(tmp_path: Path) -> None:
+def test_checkpoints_without_an_evaluation_are_not_the_best(tmp_path: Path) -> None:
     save(tmp_path, 1, 0.5)
     last = save(tmp_path, 2)
     assert read_evaluation(last) is None and choose(tmp_path)[0].name == step_name(1)
@@ -67,7 +69,7 @@ def test_unevaluated_checkpoints(tmp_path: Path) -> None:
     assert best(tmp_path) is None and choose(tmp_path) == (last, None)
 
 
-def test_a_damaged_evaluation_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_evaluation_is_an_error_of_one_line(tmp_path: Path) -> None:
     path = save(tmp_path, 1, 0.5)
     assert read_evaluation(path) == Evaluation(HOLDOUT, {"rmse": 0.5, "images": 10.0})
     record = json.loads((path / ckpt.FIGURES).read_text())
@@ -85,14 +87,14 @@ def test_a_damaged_evaluation_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_holds_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         choose(tmp_path / "nowhere")
     with pytest.raises(UserError, match="contains no checkpoint"):
         choose(tmp_path)
 
 
-def test_what_resume_means(tmp_path: Path) -> None:
+def test_the_checkpoint_that_train_resume_stands_for(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     for how in ("no", "auto"):
         assert resume_from(run, how) is None

@@ -21,7 +21,7 @@ def test_a_plugin_given_as_a_file_name_is_refused(photos: Path) -> None:
     for name in ("plug/my_task.py", "./plug/my_task.py"):
         with pytest.raises(UserError, match=f"plugin '{name}' is a file name; give the module name, plug.my_task$"):
             import_plugin(name)
-    with pytest.raises(UserError, match=r"unknown task 'xyz'; one of your own needs plugins=\[MODULE\], and @register"):
+    with pytest.raises(UserError, match=r"unknown task 'xyz'; your own task needs plugins=\[MODULE\], and @register"):
         check_data("xyz", str(photos), [])
 
 

@@ -116,7 +116,7 @@ class Stuck:
     ("act", "match"),
     [
         (lambda: time.sleep(10_000), "has not delivered a batch in 1 s"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "has died .*lower data.workers"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "died .*lower data.workers"),
     ],
     ids=["stuck", "killed"],
 )

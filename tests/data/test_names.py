@@ -14,7 +14,7 @@ OUT = ["/etc/passwd", "../x.png", "a/../../x.png", "..", "a\\..\\x.png", "C:x.pn
 
 @pytest.mark.parametrize("name", OUT)
 def test_a_name_that_leads_out_of_the_data_set_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="which leads out of the data set"):
+    with pytest.raises(UserError, match="which lies outside of the data set"):
         inner_name(name, tmp_path)
 
 

@@ -28,7 +28,7 @@ def test_workers_do_not_change_the_data(data: Path) -> None:
         assert torch.equal(one["labels"]["depth"], two["labels"]["depth"])
 
 
-def test_plan_visits_every_sample_once_per_epoch() -> None:
+def test_the_plan_visits_every_sample_once_per_epoch() -> None:
     plan = TrainPlan(20, 5, seed=1)
     epochs = [[r.index for step in range(4 * e, 4 * e + 4) for r in plan.step(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1]
@@ -37,7 +37,7 @@ def test_plan_visits_every_sample_once_per_epoch() -> None:
     assert [r for part in parts for r in part] == requests
 
 
-def test_a_batch_that_is_too_small_for_the_processes(data: Path) -> None:
+def test_a_batch_smaller_than_its_parts_is_refused(data: Path) -> None:
     run = oracle_run(Path("x"), data)
     task = build_task(run)
     with pytest.raises(UserError, match="smaller than processes x accumulation .3 x 3"):

@@ -56,7 +56,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return base
 
 
-def test_imported_numbers_are_the_reference_s(imported: Path) -> None:
+def test_an_imported_lm_gives_the_references_numbers(imported: Path) -> None:
     loaded = load_checkpoint(imported / "lm")
     arrays = golden_checkpoint("oracle_vq_depth.npz")[1]
     codes = loaded.oracle.quantizer.indices_to_codes(torch.tensor(arrays["in/random_code"]).long())
@@ -70,7 +70,7 @@ def test_imported_numbers_are_the_reference_s(imported: Path) -> None:
     np.testing.assert_array_equal(tokens.numpy(), given["out/greedy"] - 1)
 
 
-def test_imported_runs_evaluate_predict_and_carry_a_new_lm(imported: Path, tmp_path: Path, data: Path) -> None:
+def test_imported_runs_evaluate_predict_and_train_a_new_lm(imported: Path, tmp_path: Path, data: Path) -> None:
     result = evaluate(imported / "lm")
     assert result["protocol"] == "nyu_depth/full" and np.isfinite(result["figures"]["lm"]["rmse"])
     prediction = Predictor.from_run(imported / "lm").predict(np.zeros((30, 40, 3), np.uint8))
@@ -82,7 +82,7 @@ def test_imported_runs_evaluate_predict_and_carry_a_new_lm(imported: Path, tmp_p
         train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8", "optim.warmup_steps=0"])))
 
 
-def test_from_the_command_line(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_import_command(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = published(tmp_path / "color.npz", "oracle_vq_color.npz")
     main(["import-uvim", str(file), "--task", "color", "--out", str(tmp_path / "color")])
     assert "imported: " in capsys.readouterr().out
@@ -146,14 +146,14 @@ def assert_same_shapes(found: dict[str, torch.Tensor], expected: dict[str, Any])
         ({"params/decoder_stem/bias": np.array(["a"] * 32)}, "decoder_stem/bias holds <U1, not real numbers"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file = published(tmp_path / "x.npz", "oracle_vq_color.npz", **changes)
     with pytest.raises(UserError, match=message) as caught:
         import_oracle(file, "color", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_files_of_another_kind(tmp_path: Path, imported: Path) -> None:
+def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, imported: Path) -> None:
     color = published(tmp_path / "color.npz", "oracle_vq_color.npz")
     with pytest.raises(UserError, match="checkpoint for labels {'color': 3}, but task nyu_depth has {'depth': 256}"):
         import_oracle(color, "depth", tmp_path / "out")

@@ -72,8 +72,8 @@ def test_steps_read_as_much_of_the_cache_as_is_filled(compile: bool, monkeypatch
     spans: list[int] = []
     monkeypatch.setattr(generator, "_step", lambda buffers, span: spans.append(span))
     generator(make_images(2))
-    ends = [span] * span + [min(2 * span, length)] * (min(2 * span, length) - span) + [length] * (length - 2 * span)
-    assert spans == ends
+    expected = [span] * span + [min(2 * span, length)] * (min(2 * span, length) - span) + [length] * (length - 2 * span)
+    assert spans == expected
 
 
 def test_captured_steps_are_replayed() -> None:

@@ -88,10 +88,10 @@ def test_random_numbers_depend_on_the_seed_of_each_image() -> None:
 )
 def test_draws_invert_the_filtered_distribution(top_k: int | None, top_p: float | None, kept: list[float]) -> None:
     logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()[None] + 3
-    ends = torch.tensor(kept, dtype=torch.float64).cumsum(0)
+    upper = torch.tensor(kept, dtype=torch.float64).cumsum(0)
     for token, share in enumerate(kept):
         if share:
-            for u in (ends[token] - share + 1e-6, ends[token] - 1e-6):
+            for u in (upper[token] - share + 1e-6, upper[token] - 1e-6):
                 assert int(sample(logits, u.view(1, 1), top_k, top_p)) == token
     assert sample(logits.expand(3, -1), torch.rand(3, 1, dtype=torch.float64), top_k, top_p).shape == (3, 1)
 

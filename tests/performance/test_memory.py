@@ -12,7 +12,7 @@ from uvim_fsq.performance.memory import (
 )
 
 
-def test_the_fewest_micro_batches_that_fit() -> None:
+def test_the_smallest_accumulation_that_fits() -> None:
     memory, train = TrainingMemory(fixed=100.0, image=10.0), TrainConfig(batch_size=12)
     found = [smallest_accumulate(memory, train, available) for available in (220, 219, 160, 159, 139, 110, 109)]
     assert found == [1, 2, 2, 3, 4, 12, None]

@@ -21,5 +21,7 @@ def test_timings_are_of_each_repeat_and_variants_take_turns() -> None:
     timing = time_repeats(slow, CPU, warmup=1, repeats=3)
     assert len(timing.seconds) == 3 and 0.019 < timing.median < 0.2 and len(order) == 4
     order.clear()
-    ways = time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, warmup=0, repeats=2)
-    assert order == ["a", "b", "a", "b"] and set(ways) == {"a", "b"}
+    timings_by_name = time_interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, warmup=0, repeats=2
+    )
+    assert order == ["a", "b", "a", "b"] and set(timings_by_name) == {"a", "b"}

@@ -70,20 +70,20 @@ def source(**change: Any) -> Any:
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
-    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but no 'mIoU'"),
-    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but no 'accuracy'"),
-    ("no channels", {"label_channels": {}}, "label_channels: a dict of channels expected, not dict"),
+    ("main metric", {"main_metric": "mIoU"}, "metric: compute returns miou, .* but not 'mIoU'"),
+    ("secondary_metrics", {"secondary_metrics": ("accuracy",)}, "metric: compute returns .* but not 'accuracy'"),
+    ("no channels", {"label_channels": {}}, "label_channels: expected a non-empty dict of channels, got dict"),
     ("odd channel", {"label_channels": {"classes": 11}}, "label_channels: channel 'classes' is int, expected Categor"),
     ("no class", {"label_channels": {"classes": Categorical(0)}}, "channel 'classes' has 0 classes"),
     (
         "channel's name",
         {"encode": encode(lambda x: {"class": x["classes"]})},
-        r"encode: the channels are \['class'\], label",
+        r"encode: the channels are \['class'\], but label",
     ),
     (
         "no dict",
         {"encode": encode(lambda x: x["classes"])},
-        r"encode: the channels are int16 \(32, 32\), label_channels",
+        r"encode: the channels are int16 \(32, 32\), but label_channels",
     ),
     (
         "dtype",
@@ -132,21 +132,21 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"loss": loss(lambda x, logs: (x.mean(), logs))},
         r"loss: the loss of 2 images is float32 \(\)",
     ),
-    ("no logs", {"loss": loss(lambda x, logs: x)}, r"loss: \(loss, logs\) expected, not float32 \(2,\)"),
+    ("no logs", {"loss": loss(lambda x, logs: x)}, r"loss: expected \(loss, logs\), got float32 \(2,\)"),
     (
         "scalar log",
         {"loss": loss(lambda x, logs: (x, {"a": x.mean()}))},
         r"log 'a' of 2 images is float32 \(\)",
     ),
     ("nan loss", {"loss": loss(lambda x, logs: (x * float("nan"), logs))}, "the loss is .* for random logits"),
-    ("sum", {"loss": summed}, "the loss is no mean over pixels"),
+    ("sum", {"loss": summed}, "the loss is not a mean over pixels"),
     ("no gradient", {"loss": loss(lambda x, logs: (x.detach(), logs))}, "the loss has no gradient"),
     (
         "decode",
         {"decode": lambda self, logits: logits["classes"].argmax(-1)},
-        r"decode: a list of one item .* int64",
+        r"decode: expected a list of one item .* int64",
     ),
-    ("one item", {"decode": lambda self, logits: [1]}, "decode: a list of one item per image expected, not list"),
+    ("one item", {"decode": lambda self, logits: [1]}, "decode: expected a list of one item per image, got list"),
     ("logits", {"decode": lambda self, logits: list(logits["x"])}, r"decode fails: KeyError: 'x' \(.*test_contract"),
     ("no row", {"metric": metric(update=lambda *_: None)}, "metric: update must return .* not NoneType"),
     ("row", {"metric": metric(update=lambda *_: {"a": "b"})}, "metric: update must return .* not dict"),
@@ -158,20 +158,28 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         r"load_state\(state\(\)\) changes what compute returns",
     ),
     ("to_size", {"to_size": lambda *_: 1 / 0}, "to_size fails: ZeroDivisionError"),
-    ("render", {"render": lambda *_: {"picture": 0}}, 'render: a dict with the title "prediction" expected'),
+    ("render", {"render": lambda *_: {"picture": 0}}, 'render: expected a dict with the title "prediction"'),
     (
         "with truth",
         {"render": lambda self, i, p, t=None: {"prediction": i} if t is None else {}},
-        "render: a dict with",
+        "render: expected a dict with",
     ),
-    ("alone", {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}}, "render: a dict with"),
+    (
+        "alone",
+        {"render": lambda self, i, p, t=None: {} if t is None else {"prediction": i}},
+        "render: expected a dict with",
+    ),
     (
         "picture",
         {"render": lambda self, image, *_: {"prediction": image / 255}},
         r"render: picture 'prediction' is float64 \(24, 32, 3\), expected uint8 \(24, 32, 3\)",
     ),
-    ("save", {"save_prediction": lambda *_: {"png": "nowhere.png"}}, "save_prediction: a dict kind -> path of a file"),
-    ("sample", {"source": lambda *_: [1]}, "source: a Sample expected, not int"),
+    (
+        "save",
+        {"save_prediction": lambda *_: {"png": "nowhere.png"}},
+        "save_prediction: expected a dict kind -> path of a written file",
+    ),
+    ("sample", {"source": lambda *_: [1]}, "source: expected a Sample, got int"),
     (
         "image",
         {"source": source(image=np.zeros((24, 32, 3)))},
@@ -192,7 +200,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"source": source(maps={"classes": np.zeros((24, 32), int)})},
         r"is int64 \(24, 32\), expected int32 or",
     ),
-    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps names 'rgb', but a sample has the maps \['classes'\]"),
+    ("linear", {"linear_maps": ("rgb",)}, r"linear_maps lists 'rgb', but a sample has the maps \['classes'\]"),
 ]
 
 
@@ -211,15 +219,15 @@ def test_all_faults_are_found_and_the_first_is_reported(photos: Path) -> None:
         "task camvid_segmentation, save_prediction",
     ]
     one, two = (type("Mine", (CamvidSegmentation,), some)(Config()) for some in ({"main_metric": "mIoU"}, changes))
-    with pytest.raises(UserError, match="no 'mIoU' .main_metric, secondary_metrics.$"):
+    with pytest.raises(UserError, match="not 'mIoU' .main_metric, secondary_metrics.$"):
         refuse_faults(one, str(photos), "val")
-    with pytest.raises(UserError, match="no 'mIoU' .*; 2 more are listed by `uvim-fsq data check`$"):
+    with pytest.raises(UserError, match="not 'mIoU' .*; `uvim-fsq data check` lists 2 more$"):
         refuse_faults(two, str(photos), "val")
 
 
 def test_the_result_of_a_faulty_decode_is_not_used_further(photos: Path) -> None:
     (one,) = faults(photos, decode=lambda self, logits: logits["classes"].argmax(-1))
-    assert "decode: a list of one item per image expected" in one
+    assert "decode: expected a list of one item per image" in one
 
 
 def test_a_sample_that_cannot_be_read_is_no_fault_of_the_code(photos: Path) -> None:
@@ -260,9 +268,9 @@ def test_training_refuses_a_fault_and_data_check_lists_it(photos: Path, tmp_path
     before = CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics
     CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = "mIoU", ("no_such",)
     try:
-        with pytest.raises(UserError, match="no 'mIoU'"):
+        with pytest.raises(UserError, match="not 'mIoU'"):
             train(run)
         lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
     finally:
         CamvidSegmentation.main_metric, CamvidSegmentation.secondary_metrics = before
-    assert not ok and len(lines) == 1 and "no 'mIoU'" in lines[0] and not (tmp_path / "run").exists()
+    assert not ok and len(lines) == 1 and "not 'mIoU'" in lines[0] and not (tmp_path / "run").exists()

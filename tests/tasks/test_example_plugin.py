@@ -49,7 +49,7 @@ def test_mean_iou_equals_values_computed_by_hand(photos: Path) -> None:
     figures = metric.compute()
     assert figures["iou/sky"] == 50 and figures["iou/building"] == 50 and figures["miou"] == 50
     assert figures["pixel_accuracy"] == pytest.approx(200 / 3)
-    with pytest.raises(UserError, match="no labelled pixel"):
+    with pytest.raises(UserError, match="no labeled pixel"):
         task.metric(task.source(str(photos), "val")).compute()
 
 

@@ -37,7 +37,7 @@ from uvim_fsq.training.layouts import Layout, reference_layouts
         ((1, 1024, 768), (2, 1)),
     ],
 )
-def test_factored_over_the_two_largest_of_the_reference_s(
+def test_statistics_are_factored_over_the_two_largest_dimensions(
     theirs: tuple[int, ...], axes: tuple[int, int] | None
 ) -> None:
     """Of the reference's dimensions, whatever the order in which ours has them."""
@@ -52,7 +52,7 @@ def test_factored_over_the_two_largest_of_the_reference_s(
 RATES = [0.0, 1e-3, 2e-3, 5e-4, 1e-3, 1e-4]
 
 
-#: Our sizes and the reference's order: projections into heads and out of them, tied label maps, plain maps, vectors.
+#: Our sizes and the reference's order: projections into heads and out of them, tied label maps, linear maps, vectors.
 LAYOUTS = [
     *[Layout((4, 40, 36), (2, 0, 1))] * 3,
     *[Layout((36, 4, 40), (1, 2, 0))] * 2,
@@ -65,8 +65,8 @@ LAYOUTS = [
 ]
 
 
-def plain(parameter: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
-    """The update written down line by line, for one parameter in the reference's layout."""
+def line_by_line(parameter: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
+    """The reference's update of one parameter in its layout, without stacks."""
     w, momentum = parameter.clone(), torch.zeros_like(parameter, dtype=torch.bfloat16)
     ranked = np.argsort(w.shape, kind="stable").tolist()
     factored = len(ranked) > 1 and w.shape[ranked[-2]] >= 32
@@ -124,7 +124,7 @@ def take(optimizer: Adafactor, parameters: list[nn.Parameter], step: int, withou
 
 
 @pytest.mark.parametrize("most", [1, 9000, 2**26])
-def test_equals_the_update_line_by_line(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stacked_updates_equal_a_line_by_line_calculation(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many parameters are updated together."""
     monkeypatch.setattr(adafactor, "STACK", {})
     monkeypatch.setattr(adafactor, "LARGE_STACK", most)
@@ -134,7 +134,7 @@ def test_equals_the_update_line_by_line(most: int, monkeypatch: pytest.MonkeyPat
     for i, (parameter, layout) in enumerate(zip(parameters, LAYOUTS, strict=True)):
         start = theirs(drawn(0)[i], layout)
         gradients = [theirs(drawn(100 + step)[i], layout) for step in range(len(RATES))]
-        wanted = plain(start, gradients, 0.05 if i < len(parameters) // 2 else 0.0) - start
+        wanted = line_by_line(start, gradients, 0.05 if i < len(parameters) // 2 else 0.0) - start
         moved = theirs(parameter.detach(), layout) - start
         assert (moved - wanted).abs().max() < 1e-3 * wanted.abs().max(), (i, layout)
     sizes = [sum(p.numel() for p in stack.parameters) for stacks in optimizer._stacks.values() for stack in stacks]
@@ -155,7 +155,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_operators_do_not_grow_with_depth() -> None:
+def test_the_number_of_operators_does_not_grow_with_depth() -> None:
     counts = []
     for depth in (2, 50):
         with torch.device("meta"):
@@ -172,14 +172,14 @@ def test_operators_do_not_grow_with_depth() -> None:
     assert counts[0] == counts[1] and 10 < sum(counts[0].values()) < 50
 
 
-def test_a_step_waits_for_nothing() -> None:
+def test_a_step_does_not_wait_for_the_device() -> None:
     parameters, optimizer = made()
     with NoHostSync():
         for step in range(2):
             take(optimizer, parameters, step)
 
 
-def test_resumes_bit_for_bit() -> None:
+def test_a_saved_state_continues_bit_for_bit() -> None:
     """Through a file, without unpickling; the momentum stays in bf16 though torch casts what it loads."""
     whole, optimizer = made()
     for step in range(6):
@@ -203,7 +203,7 @@ def test_resumes_bit_for_bit() -> None:
         assert all(torch.equal(optimizer.state[one][k], again.state[two][k]) for k in again.state[two] if k != "step")
 
 
-def test_a_state_of_another_kind_is_refused() -> None:
+def test_the_state_of_another_optimizer_is_refused() -> None:
     parameters, optimizer = made()
     adamw = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
     for parameter in parameters:
@@ -213,7 +213,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
         optimizer.load_state_dict(adamw.state_dict())
 
 
-def test_without_a_gradient_nothing_moves() -> None:
+def test_a_parameter_without_a_gradient_does_not_move() -> None:
     """A parameter whose first gradient comes late begins then, whatever the others have behind them."""
     parameters, optimizer = made()
     late, start = parameters[1], parameters[1].detach().clone()
@@ -230,7 +230,7 @@ def test_without_a_gradient_nothing_moves() -> None:
     assert torch.equal(late, now) and not torch.equal(parameters[0], fresh[0])
 
 
-def test_at_rate_0_kernels_still_decay() -> None:
+def test_kernels_decay_at_rate_0_too() -> None:
     """As the reference's do, whose rate multiplier leaves decay alone."""
     parameters, optimizer = made(decay=0.5)
     before = [p.detach().clone() for p in parameters]
@@ -244,7 +244,7 @@ def test_at_rate_0_kernels_still_decay() -> None:
         torch.testing.assert_close(now.detach(), then * (0.75 if i < half else 1.0))
 
 
-def test_the_closure_has_gradients() -> None:
+def test_the_closure_is_called_with_gradients_enabled() -> None:
     """Before any rate is set, kernels decay by the whole of their decay and nothing else moves."""
     parameters, optimizer = made(decay=0.5)
 

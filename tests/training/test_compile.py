@@ -36,11 +36,11 @@ def run_of(stage: str, out: Path, data: Path, oracle_dir: Path, *keys: str) -> A
 
 
 def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, precision: str) -> None:
-    """Losses as without, plain names, resumption, evaluation and averaged weights."""
+    """Losses as without compilation, ordinary names of weights, resumption, evaluation and averaged weights."""
     keys = [f"train.precision={precision}", "train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
     keys += ["model.code_dropout=none"] if stage == "oracle" else []
-    plain, whole, halves = (run_of(stage, tmp_path / n, data, oracle_dir, *keys) for n in ("plain", "whole", "halves"))
-    fit(build_stage(plain), plain)
+    eager, whole, halves = (run_of(stage, tmp_path / n, data, oracle_dir, *keys) for n in ("eager", "whole", "halves"))
+    fit(build_stage(eager), eager)
     for run in (whole, halves):
         run = replace(run, train=replace(run.train, compile=True))
         fit(build_stage(run), run)
@@ -49,16 +49,17 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
     again = replace(halves, train=replace(halves.train, compile=True, resume="auto"))
     fit(build_stage(again), again)
     far = 1e-5 if precision == "fp32" else 2e-2
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), abs=far)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), abs=far)
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
     one, two = last_weights(tmp_path / "whole"), last_weights(tmp_path / "halves")
-    assert one.keys() == last_weights(tmp_path / "plain").keys()
+    assert one.keys() == last_weights(tmp_path / "eager").keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     load_checkpoint(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_training_in_one_graph(
+def test_training_in_one_graph_equals_eager_training(
     stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (step, stages):
@@ -69,5 +70,5 @@ def test_training_in_one_graph(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_training_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+def test_compiled_training_equals_eager_training(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +11,7 @@ from tests.support.golden import golden_checkpoint
 from tests.support.golden_models import ORACLES, golden_lm, golden_oracle
 from uvim_fsq.interop.published import Rule, lm_rules, lm_shape, oracle_rules, oracle_shape
 from uvim_fsq.tasks.base import Real
-from uvim_fsq.training.layouts import Layout, reference_layouts
+from uvim_fsq.training.layouts import reference_layouts
 
 #: The LM's start vector is a row of the reference's token table, its head has a column for it.
 APART = {"start", "token_embedding.weight", "head.weight", "head.bias"}
@@ -44,39 +42,7 @@ def test_layouts_equal_those_of_the_reference() -> None:
             view = make(*arrays).reshape(sizes).permute(order)
             wanted = arrays[0] if len(arrays) == 1 else torch.stack(arrays)
             view = view[0] if view.ndim > wanted.ndim else view
-            plain = view.ndim == 2 and torch.equal(view.T, wanted)  # a linear map, whose axes need no order
-            assert torch.equal(view, wanted) or plain, ours
+            is_linear = view.ndim == 2 and torch.equal(view.T, wanted)  # the order of its axes does not matter
+            assert torch.equal(view, wanted) or is_linear, ours
             seen += 1
         assert seen == len(set(parameters) - APART)
-
-
-RATES = [0.0, 1e-3, 2e-3, 5e-4, 1e-3, 1e-4]
-
-
-def plain(parameter: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
-    """The update written down line by line, for one parameter in the reference's layout."""
-    w, momentum = parameter.clone(), torch.zeros_like(parameter, dtype=torch.bfloat16)
-    ranked = np.argsort(w.shape, kind="stable").tolist()
-    factored = len(ranked) > 1 and w.shape[ranked[-2]] >= 32
-    row: Any = 0.0
-    column: Any = 0.0
-    v: Any = 0.0
-    for t, g in enumerate(gradients):
-        beta2 = min(0.95, 1 - (t + 1) ** -0.8)
-        square = g * g + 1e-30
-        if factored:
-            small, large = ranked[-2:]
-            row = beta2 * row + (1 - beta2) * square.mean(large, keepdim=True)
-            column = beta2 * column + (1 - beta2) * square.mean(small, keepdim=True)
-            u = g * (row / row.mean(small, keepdim=True)) ** -0.5 * column**-0.5
-        else:
-            v = beta2 * v + (1 - beta2) * square
-            u = g * v**-0.5
-        new = (momentum * torch.tensor(0.9, dtype=torch.bfloat16)).float() + (1 - 0.9) * u
-        momentum = new.bfloat16()
-        w = w - (RATES[t] * new + RATES[t] / 2e-3 * decay * w)
-    return w
-
-
-def theirs(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    return x.reshape(layout.sizes).permute(layout.order)

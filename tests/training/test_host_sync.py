@@ -49,8 +49,8 @@ def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, o
     with Kernels() as kernels:
         trainer.stepper.optimizer_step(batches, unheard)
     attention = {name for name in kernels.names if "attention" in name}
-    way = "_scaled_dot_product_flash_attention_for_cpu"
-    assert attention == {way, f"{way}_backward"} or trainer.device.type != "cpu"
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert attention == {kernel, f"{kernel}_backward"} or trainer.device.type != "cpu"
     assert not any("math" in name for name in attention)
 
 
@@ -79,7 +79,7 @@ def trainer_and_batches(run: Any) -> tuple[Trainer, Iterator[Batch]]:
 
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_nothing_in_a_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+def test_no_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     run = run_of(stage, tmp_path, data, oracle_dir, "train.ema=0.9", "train.precision=bf16")
     trainer, batches = trainer_and_batches(run)
     trainer.stepper.optimizer_step(batches, unheard)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.kills import Killed, killing
 from tests.support.paths import ROOT
 from tests.support.runs import ENV, STEPS, at, fit_run, last_weights, losses, outcome
 from tests.support.small import LM, ORACLE, oracle_run
@@ -27,11 +26,6 @@ from uvim_fsq.training import trainer
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
-
 
 POINTS: dict[str, tuple[Any, str, str]] = {
     "in the middle of a save": (torch, "save", "before"),
@@ -45,28 +39,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-@contextlib.contextmanager
-def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[int]]:
-    """Raises `Killed` before or after the call of `place.name` number `countdown`."""
-    original: Callable[..., Any] = getattr(place, name)
-    calls: list[int] = []
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A folder that is not there is not deleted.
-        if name != "rmtree" or arguments[0].exists():
-            calls.append(1)
-        if when == "before" and len(calls) == countdown:
-            raise Killed
-        result = original(*arguments, **named)
-        if when == "after" and len(calls) == countdown:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, call)
-        yield calls
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_evaluation: None, point: str) -> None:
     """Weights, log, pictures, evaluations and the best checkpoint are those of a run that nothing disturbed."""
@@ -86,7 +59,7 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_eva
         assert load_checkpoint(out).checkpoint.name == best
 
 
-def test_the_missing_evaluation_comes_before_any_step(
+def test_a_missing_evaluation_is_done_before_any_step(
     tmp_path: Path, data: Path, quick_evaluation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at the end of training, and a checkpoint without it is not deleted."""
@@ -106,7 +79,9 @@ def test_the_missing_evaluation_comes_before_any_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_sigkill_in_an_evaluation(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
+def test_a_run_killed_during_evaluation_resumes_exactly(
+    tmp_path: Path, data: Path, oracle_dir: Path, stage: str
+) -> None:
     """A process killed between save and evaluation, resumed, ends as one that was not killed."""
     config = {**(ORACLE if stage == "oracle" else LM), "stage": stage}
     file = tmp_path / "run.yaml"
@@ -135,7 +110,7 @@ def command(config: dict, folder: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigkill_and_resume(tmp_path: Path, data: Path) -> None:
+def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path) -> None:
     overrides = [f"data.root={data}", "train.steps=40", "train.save_every=5", "train.keep=9"]
     whole = [sys.executable, *command(ORACLE, tmp_path, *overrides, f"train.out={tmp_path / 'whole'}")]
     subprocess.run(whole, env=ENV, check=True, capture_output=True)

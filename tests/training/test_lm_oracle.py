@@ -34,7 +34,7 @@ def lm_of_own_oracle(tmp_path: Path, data: Path, oracle_dir: Path) -> tuple[Path
     return out, oracle
 
 
-def test_an_lm_keeps_its_oracle_when_resumed(tmp_path: Path, lm_dir: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
+def test_a_resumed_lm_keeps_its_oracle(tmp_path: Path, lm_dir: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     wanted = recorded_hashes(at(out, 3))["oracle"]
     assert wanted == file_hash(at(oracle, 6) / ckpt.WEIGHTS) == file_hash(out / "oracle" / ckpt.WEIGHTS)
@@ -45,9 +45,8 @@ def test_an_lm_keeps_its_oracle_when_resumed(tmp_path: Path, lm_dir: Path, lm_of
     assert outcome(out)["result"] == outcome(lm_dir)["result"]
 
 
-def test_an_lm_that_goes_on_takes_no_other_oracle(
-    tmp_path: Path, data: Path, lm_of_own_oracle: tuple[Path, Path]
-) -> None:
+@pytest.mark.slow
+def test_a_resumed_lm_refuses_another_oracle(tmp_path: Path, data: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     other = fit_run(oracle_run(tmp_path / "other", data, "train.seed=1", "train.steps=3"))
     before = (out / "config.yaml").read_bytes()
@@ -59,13 +58,15 @@ def test_an_lm_that_goes_on_takes_no_other_oracle(
         assert lm_run(out, name, "train.resume=auto").task.name == "nyu_depth"
 
 
-def test_a_new_lm_takes_the_oracle_that_is_named(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
+@pytest.mark.slow
+def test_a_new_lm_takes_the_best_checkpoint_of_its_oracle(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     _, oracle = lm_of_own_oracle
     out = fit_run(lm_run(tmp_path / "new", oracle, "train.resume=auto", "train.steps=3"))
     assert recorded_hashes(at(out, 3))["oracle"] == file_hash(at(oracle, 7) / ckpt.WEIGHTS)
 
 
-def test_an_oracle_that_is_gone_or_another(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
+@pytest.mark.slow
+def test_a_missing_or_replaced_copy_of_the_oracle(tmp_path: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     copy = out / "oracle"
     shutil.rmtree(copy)
@@ -86,7 +87,7 @@ def test_an_oracle_that_is_gone_or_another(tmp_path: Path, lm_of_own_oracle: tup
             use()
 
 
-def test_a_damaged_oracle_is_named(lm_of_own_oracle: tuple[Path, Path]) -> None:
+def test_a_damaged_copy_of_the_oracle_is_named(lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, _ = lm_of_own_oracle
     file = out / "oracle" / ckpt.WEIGHTS
     content = bytearray(file.read_bytes())

@@ -19,7 +19,7 @@ from uvim_fsq.training.lock import run_lock
 from uvim_fsq.training.signals import Interrupted
 
 
-def test_two_trainings_in_one_directory(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+def test_a_second_training_in_a_run_directory_is_refused(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     out = tmp_path / "run"
     run = oracle_run(out, data, "train.steps=3")
     with another_process(out) as process:
@@ -34,7 +34,7 @@ def test_two_trainings_in_one_directory(tmp_path: Path, data: Path, quick_evalua
         pass
 
 
-def test_a_lock_holds_to_the_end_and_no_longer(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_held_until_training_ends(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when training fails, and a loader process that outlives it does not hold it."""
     held: list[bool] = []
     ready, go_on = os.pipe()
@@ -63,7 +63,7 @@ def test_a_lock_holds_to_the_end_and_no_longer(tmp_path: Path, data: Path, monke
         os.wait()
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> None:
         raise OSError(37, "No locks available")
 

@@ -20,7 +20,7 @@ from uvim_fsq.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("clip", ["1.0", "null"])
-def test_a_gradient_that_is_not_finite_is_never_saved(
+def test_a_gradient_that_is_not_finite_stops_training_before_a_save(
     tmp_path: Path, data: Path, quick_evaluation: None, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """With a finite loss: the error names the step (from the norm, else the save) and the real last good checkpoint."""
@@ -46,7 +46,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
 
 
 @pytest.mark.parametrize("where", ["weights", "average", "optimizer", "buffer"])
-def test_what_is_not_finite_anywhere_is_never_saved(tmp_path: Path, data: Path, where: str) -> None:
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, data: Path, where: str) -> None:
     keys = ["train.ema=0.9", "model.quantizer.kind=vq", "model.quantizer.codebook_size=16"]
     run = oracle_run(tmp_path / "run", data, *keys, "model.quantizer.codeword_dim=8")
     broken = Trainer(build_stage(run), run)
@@ -67,7 +67,7 @@ def test_what_is_not_finite_anywhere_is_never_saved(tmp_path: Path, data: Path, 
     assert [p.name for p in checkpoints(broken.out)] == [step_name(1)]
 
 
-def test_a_step_that_the_scaler_leaves_out_is_no_error(tmp_path: Path, data: Path) -> None:
+def test_a_step_that_the_loss_scaler_skips_is_no_error(tmp_path: Path, data: Path) -> None:
     """With fp16 a gradient that is not finite is part of finding the scale; the loss must be finite with it too."""
     run = oracle_run(tmp_path / "run", data)
     trainer = Trainer(build_stage(run), run)
@@ -86,7 +86,7 @@ def test_a_step_that_the_scaler_leaves_out_is_no_error(tmp_path: Path, data: Pat
     progress.close()
 
 
-def test_large_numbers_are_finite(tmp_path: Path, data: Path) -> None:
+def test_large_weights_are_saved(tmp_path: Path, data: Path) -> None:
     """A sum of squares would not be."""
     run = oracle_run(tmp_path / "run", data)
     large = Trainer(build_stage(run), run)

@@ -33,7 +33,7 @@ def large_batch(count: int = 200) -> Batch:
     return Batch(image=image, labels=labels, index=torch.arange(count), id=[str(i) for i in range(count)])
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_tokens_of_training_equal_those_of_evaluation(
     compile: bool, tmp_path: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,8 +73,8 @@ def test_log_probabilities_are_those_of_float32_tokens(tmp_path: Path, oracle_di
     assert torch.equal(asked[0], stage.oracle.tokenize(batch["labels"], batch["image"]))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("ema", ["null", "0.5"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("ema", [pytest.param("null", marks=pytest.mark.slow), "0.5"])
 def test_periodic_evaluation_gives_the_figures_of_the_evaluate_command(
     precision: str, ema: str, tmp_path: Path, oracle_dir: Path
 ) -> None:

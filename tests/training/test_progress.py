@@ -55,7 +55,7 @@ def test_slow_steps_are_reported_without_losses(
     ]
 
 
-def test_damaged_log_lines(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+def test_damaged_log_lines_are_skipped_with_a_warning(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     out = fit_run(oracle_run(tmp_path / "run", data, "train.steps=3"))
     file = out / "metrics.jsonl"
     good = file.read_bytes()

@@ -29,11 +29,11 @@ RANKS = 3
 
 def configurations(folder: Path, data: Path, oracle: Path) -> dict[str, Run]:
     """Both stages, both quantizers. Three ranks split 8 images as 3 + 3 + 2, accumulating as 2 + 2 + 1 + 1 + 1 + 1."""
-    plain = ["train.steps=4", "model.code_dropout=none"]
+    common = ["train.steps=4", "model.code_dropout=none"]
     vq = ["model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8"]
     return {
-        "oracle": oracle_run(folder / "oracle", data, *plain, "train.log_every=2", "train.eval_every=2"),
-        "vq": oracle_run(folder / "vq", data, *plain, *vq, "train.accumulate=2"),
+        "oracle": oracle_run(folder / "oracle", data, *common, "train.log_every=2", "train.eval_every=2"),
+        "vq": oracle_run(folder / "vq", data, *common, *vq, "train.accumulate=2"),
         "lm": lm_run(folder / "lm", oracle, "train.steps=4", "train.accumulate=2"),
     }
 
@@ -90,18 +90,18 @@ def assert_same_result(ours: Path, theirs: Path) -> None:
     one, other = (json.loads(file.read_text()) for file in (ours, theirs))
     assert one["images"] == other["images"] and one["code_counts"] == other["code_counts"]
     assert one["figures"].keys() == other["figures"].keys()
-    for way, figures in one["figures"].items():
-        assert figures == pytest.approx(other["figures"][way], abs=1e-4), way
+    for name, figures in one["figures"].items():
+        assert figures == pytest.approx(other["figures"][name], abs=1e-4), name
 
 
 def out_of_memory(*arguments: str) -> None:
     """The command line, with a step that fails on the second of two ranks."""
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(*given):
         if processes.state().process_index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(*given)
+        return original(*given)
 
     OracleStage.step = step
     main(list(arguments))
@@ -137,7 +137,7 @@ def different(value: object) -> list[object]:
     return [value, None if isinstance(value, Path) or value is None else value[::-1]]  # type: ignore[index]
 
 
-def test_processes_that_have_loaded_different_things(
+def test_processes_that_loaded_different_checkpoints_stop(
     tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nothing is resumed: an LM's oracle, and the checkpoint to evaluate."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.runs import STEPS, at, fit_run
 from tests.support.small import oracle_run
 from uvim_fsq.checkpoints import files as ckpt
@@ -14,7 +16,10 @@ from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.files import read_json_lines
 
 
-def test_the_best_is_never_chosen_by_what_is_reported(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+@pytest.mark.slow
+def test_the_best_checkpoint_is_never_chosen_on_the_reported_split(
+    tmp_path: Path, data: Path, quick_evaluation: None
+) -> None:
     keys = [*STEPS, "data.selection_split=train", "train.eval_limit=5"]
     watched = fit_run(oracle_run(tmp_path / "watched", data, *keys))
     values = {p.name: json.loads((p / ckpt.FIGURES).read_text()) for p in checkpoints(watched)}
@@ -28,18 +33,18 @@ def test_the_best_is_never_chosen_by_what_is_reported(tmp_path: Path, data: Path
     given = load_checkpoint(at(watched, 8))
     assert (given.checkpoint.name, given.chosen) == (step_name(8), "given")
     for watch in ("", "val"):
-        plain = fit_run(oracle_run(tmp_path / f"plain{watch}", data, *STEPS, f"data.selection_split={watch}"))
-        assert [p.name for p in checkpoints(plain)] == [step_name(8)]
-        assert load_checkpoint(plain).chosen == "last"
+        unselected = fit_run(oracle_run(tmp_path / f"unselected{watch}", data, *STEPS, f"data.selection_split={watch}"))
+        assert [p.name for p in checkpoints(unselected)] == [step_name(8)]
+        assert load_checkpoint(unselected).chosen == "last"
 
 
-def test_results_say_how_the_checkpoint_was_chosen(oracle_dir: Path) -> None:
+def test_a_result_records_how_its_checkpoint_was_chosen(oracle_dir: Path) -> None:
     assert json.loads((oracle_dir / "evaluation.json").read_text())["chosen"] == "last"
     assert evaluate(oracle_dir, limit=2)["chosen"] == "last"
     assert evaluate(checkpoints(oracle_dir)[-1], limit=2)["chosen"] == "given"
 
 
-def test_the_last_evaluation_is_over_as_many_images_as_the_others(tmp_path: Path, data: Path) -> None:
+def test_all_evaluations_of_a_run_use_the_same_number_of_images(tmp_path: Path, data: Path) -> None:
     keys = ["train.steps=4", "train.eval_every=2", "train.eval_limit=3", "train.log_every=9"]
     lines = read_json_lines(fit_run(oracle_run(tmp_path / "run", data, *keys)) / "metrics.jsonl")
     assert [line["eval/images"] for line in lines if "eval/images" in line] == [3, 3]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.support.kills import Killed, killing
 from tests.support.runs import CHANGED, at, fit_run, last_weights, losses, outcome, weights
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
@@ -23,35 +21,9 @@ from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
 
 
-class Killed(BaseException):
-    """Stands in for a kill: nothing catches it."""
-
-
-@contextlib.contextmanager
-def killing(place: Any, name: str, when: str, countdown: int) -> Iterator[list[int]]:
-    """Raises `Killed` before or after the call of `place.name` number `countdown`."""
-    original: Callable[..., Any] = getattr(place, name)
-    calls: list[int] = []
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A folder that is not there is not deleted.
-        if name != "rmtree" or arguments[0].exists():
-            calls.append(1)
-        if when == "before" and len(calls) == countdown:
-            raise Killed
-        result = original(*arguments, **named)
-        if when == "after" and len(calls) == countdown:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, call)
-        yield calls
-
-
 @pytest.mark.parametrize("after", ["0.9", "null"])
 @pytest.mark.parametrize("before", ["0.9", "null"])
-def test_averages_switched_on_and_off_at_resume(
+def test_averaging_can_be_switched_on_and_off_when_resuming(
     tmp_path: Path, data: Path, quick_evaluation: None, before: str, after: str
 ) -> None:
     """An average begins with the loaded weights; without one, training goes on from the trained weights."""
@@ -75,7 +47,7 @@ def test_averages_switched_on_and_off_at_resume(
         assert all(average[name].data_ptr() != now[name].data_ptr() for name in now)
 
 
-def test_going_on_from_an_older_checkpoint(
+def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(
     tmp_path: Path, data: Path, quick_evaluation: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -97,7 +69,8 @@ def test_going_on_from_an_older_checkpoint(
     assert (out / "evaluation.json").exists()
 
 
-def test_a_damaged_evaluation_is_found_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
+@pytest.mark.slow
+def test_a_damaged_evaluation_stops_resuming_at_once(tmp_path: Path, data: Path, quick_evaluation: None) -> None:
     """Not when old checkpoints are deleted."""
     out = tmp_path / "run"
     keys = ["train.steps=8", "train.eval_every=2", "train.keep=9", "data.selection_split=train", "train.resume=auto"]
@@ -122,8 +95,10 @@ def test_a_checkpoint_of_another_run_is_not_evaluated_again(tmp_path: Path, data
     assert [place.name for place in (out / "checkpoints").iterdir()] == [step_name(4)]
 
 
-@pytest.mark.parametrize("name", ["trainer/state.pt", "model.safetensors"])
-def test_a_broken_newest_checkpoint(tmp_path: Path, data: Path, quick_evaluation: None, name: str) -> None:
+@pytest.mark.parametrize("name", ["trainer/state.pt", pytest.param("model.safetensors", marks=pytest.mark.slow)])
+def test_a_damaged_newest_checkpoint_names_the_one_before_it(
+    tmp_path: Path, data: Path, quick_evaluation: None, name: str
+) -> None:
     out = tmp_path / "run"
     fit_run(oracle_run(out, data, "train.steps=4", "train.save_every=2"))
     (at(out, 4) / name).write_bytes(b"")
@@ -137,7 +112,10 @@ def test_a_broken_newest_checkpoint(tmp_path: Path, data: Path, quick_evaluation
     assert "before it" not in str(caught.value)
 
 
-def test_a_broken_newest_checkpoint_of_an_lm(tmp_path: Path, oracle_dir: Path, quick_evaluation: None) -> None:
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
+    tmp_path: Path, oracle_dir: Path, quick_evaluation: None
+) -> None:
     out = fit_run(lm_run(tmp_path / "lm", oracle_dir, "train.steps=4", "train.save_every=2"))
     for name in ("sha256.json", "config.yaml"):
         (at(out, 4) / name).write_bytes(b"{")
@@ -146,9 +124,11 @@ def test_a_broken_newest_checkpoint_of_an_lm(tmp_path: Path, oracle_dir: Path, q
         shutil.copytree(at(out, 2), at(out, 4), dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("stage", ["oracle", "lm"])
-def test_resume_equals_one_go(tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["oracle", pytest.param("lm", marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str
+) -> None:
     """2N steps = N, stop, resume, N; over an epoch's end, with augmentation, dropout and EMA."""
     extra = ["train.ema=0.9", "train.save_every=3", "train.accumulate=2", f"optim.name={optimizer}"]
     extra += ["model.width=32", "model.mlp_dim=64"]  # adafactor factors nothing that is smaller

@@ -31,12 +31,12 @@ from uvim_fsq.training.trainer import Trainer
 
 def slow(started: str, *arguments: str) -> None:
     """The command line, with steps of 3 s and evaluation without end; the file `started` appears when either begins."""
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(*given):
         Path(started).touch()
         time.sleep(3)
-        return plain(*given)
+        return original(*given)
 
     def update(*_):
         Path(started).touch()
@@ -87,7 +87,9 @@ def test_a_signal_to_all_ranks_and_their_loaders_saves(tmp_path: Path, slow_run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_to_a_run_and_its_loaders(tmp_path: Path, slow_run: list[str], number: signal.Signals) -> None:
+def test_a_signal_to_a_run_saves_and_ends_its_loaders(
+    tmp_path: Path, slow_run: list[str], number: signal.Signals
+) -> None:
     process = start_alone("tests.training.test_signals:slow", *slow_run)
     wait_for((tmp_path / "started").exists)
     workers = children(process.pid)
@@ -106,7 +108,9 @@ def test_a_signal_to_a_run_and_its_loaders(tmp_path: Path, slow_run: list[str], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_an_evaluation_and_its_loaders(tmp_path: Path, oracle_dir: Path, number: signal.Signals) -> None:
+def test_a_signal_to_an_evaluation_ends_it_without_a_traceback(
+    tmp_path: Path, oracle_dir: Path, number: signal.Signals
+) -> None:
     arguments = [str(tmp_path / "started"), "evaluate", str(oracle_dir), "eval.workers=2", "eval.batch_size=1"]
     process = start_alone("tests.training.test_signals:slow", *arguments)
     wait_for((tmp_path / "started").exists)
@@ -136,13 +140,13 @@ def test_a_signal_during_evaluation_acts_at_once(
     assert training_lines(tmp_path / "run") == training_lines(whole)
 
 
-def test_a_lost_connection_after_a_signal_is_the_signal(
+def test_a_lost_connection_after_a_signal_is_reported_as_the_signal(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The process that waits in C++ for those that a signal ends during evaluation."""
     received: list[StopSignals] = []
-    plain = StopSignals.at_once
-    monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or plain(self))
+    original = StopSignals.at_once
+    monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or original(self))
 
     def evaluate(*_: object, **__: object) -> None:
         if signalled:
@@ -157,7 +161,7 @@ def test_a_lost_connection_after_a_signal_is_the_signal(
         assert said == signalled
 
 
-def test_signals_are_noted_and_the_second_interrupt_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_signal_is_recorded_and_the_second_interrupt_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignals() as signals:
         for number in (signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
@@ -178,13 +182,13 @@ def test_a_killed_loader_process_ends_training_in_one_line(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever training is at that moment."""
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(*given):
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         time.sleep(60)
-        return plain(*given)
+        return original(*given)
 
     monkeypatch.setattr(OracleStage, "step", step)
-    with pytest.raises(UserError, match="a loader process has died .*lower data.workers"):
+    with pytest.raises(UserError, match="a loader process died .*lower data.workers"):
         fit_run(oracle_run(tmp_path / "run", data, "data.workers=2"))

@@ -48,8 +48,8 @@ def test_accumulation_equals_one_batch(tmp_path: Path, data: Path, oracle_dir: P
         assert all(torch.allclose(weights[name], value, atol=1e-4) for name, value in steps[0][1].items())
 
 
-def test_a_step_is_what_it_says(tmp_path: Path, data: Path) -> None:
-    """Against plain PyTorch: the gradient of the mean loss, clipped, and the update of AdamW."""
+def test_a_step_equals_plain_pytorch(tmp_path: Path, data: Path) -> None:
+    """The clipped gradient of the mean loss, and the update of AdamW."""
     keys = ["model.code_dropout=none", "optim.clip_norm=0.01", "optim.weight_decay=0", "optim.warmup_steps=0"]
     run = oracle_run(tmp_path / "run", data, *keys)
     trainer = trainer_of(run)
@@ -87,17 +87,17 @@ def test_without_clipping_there_is_no_norm(tmp_path: Path, data: Path) -> None:
     assert sorted(logs) == ["bin_accuracy", "loss"] and not any(x.requires_grad for x in logs.values())
 
 
-def test_each_micro_batch_has_random_numbers_of_its_own(
+def test_random_numbers_depend_on_seed_step_process_and_micro_batch(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of seed, step, process and micro batch alone, whatever was drawn before; the dictionary's of seed and step."""
+    """Nothing that was drawn before matters; random numbers of the codebook depend on seed and step."""
     drawn: list[float] = []
     seeds: list[int] = []
-    plain = OracleStage.step
+    original = OracleStage.step
 
     def step(self, model, batch):
         drawn.append(torch.rand(()).item())
-        return plain(self, model, batch)
+        return original(self, model, batch)
 
     monkeypatch.setattr(OracleStage, "step", step)
     monkeypatch.setattr(OracleStage, "on_optimizer_step", lambda self, reduce, seed: seeds.append(seed))
@@ -115,7 +115,7 @@ def test_each_micro_batch_has_random_numbers_of_its_own(
     assert seeds == [derive_seed(5, number) for number in range(3)]
 
 
-def test_the_dictionary_learns(tmp_path: Path, data: Path) -> None:
+def test_a_step_updates_the_codebook(tmp_path: Path, data: Path) -> None:
     trainer = trainer_of(oracle_run(tmp_path / "run", data, *VQ_KEYS))
     assert isinstance(trainer.stage.model, Oracle) and isinstance(trainer.stage.model.quantizer, VQ)
     quantizer = trainer.stage.model.quantizer
@@ -125,7 +125,7 @@ def test_the_dictionary_learns(tmp_path: Path, data: Path) -> None:
     assert quantizer.counts.sum().item() == pytest.approx(before * 0.995 + 8 * 4)
 
 
-def test_averaged_weights(tmp_path: Path, data: Path) -> None:
+def test_averaged_weights_follow_the_trained_ones(tmp_path: Path, data: Path) -> None:
     trainer = trainer_of(oracle_run(tmp_path / "run", data, "train.ema=0.75"))
     model = trainer.stage.model
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -141,7 +141,7 @@ def test_averaged_weights(tmp_path: Path, data: Path) -> None:
     assert trainer_of(oracle_run(tmp_path / "run", data)).stepper.ema is None
 
 
-def test_a_step_trains_and_says_how_long_it_waited(tmp_path: Path, data: Path) -> None:
+def test_a_step_reports_how_long_it_waited_for_data(tmp_path: Path, data: Path) -> None:
     trainer = trainer_of(oracle_run(tmp_path / "run", data, "train.accumulate=2"))
     trainer.stage.model.eval()
     batches = trainer.loader.batches(0, 1)
@@ -159,17 +159,17 @@ def test_a_step_trains_and_says_how_long_it_waited(tmp_path: Path, data: Path) -
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision(
+def test_the_configured_precision_wins_over_the_environment(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, precision: str, kind: torch.dtype
 ) -> None:
     """Also where the environment asks for another one, and for another accumulation."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
     kinds: set[torch.dtype] = set()
-    plain = F.linear
+    original = F.linear
 
     def linear(x, weight, bias=None):
-        y = plain(x, weight, bias)
+        y = original(x, weight, bias)
         kinds.add(y.dtype)
         return y
 

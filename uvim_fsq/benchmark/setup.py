@@ -98,7 +98,8 @@ def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[TokenModel, Task]:
 
 
 def synthetic_batch(task: Task, size: int, count: int, device: torch.device) -> Batch:
-    """Random images, and label maps made of constant blocks, like most scenes, an eighth of the image wide.
+    """Random images, and label maps of constant blocks an eighth of the image wide, since real labels are mostly
+    constant over such areas.
 
     Images (count, 3, size, size) are uint8; labels (count, size, size[, C]) are integers or floats in [-1, 1].
     """

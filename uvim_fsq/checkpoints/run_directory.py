@@ -29,8 +29,6 @@ STATE = "trainer/state.pt"
 SUMS = "sha256.json"
 #: The results of training's own evaluation; a checkpoint without this file was not evaluated.
 FIGURES = "evaluation.json"
-#: Settings that earlier versions wrote into checkpoints and that are now ignored.
-RETIRED = (("model", "head_chunks"),)
 
 
 def step_name(step: int) -> str:
@@ -171,13 +169,13 @@ def file_hash(path: Path) -> str:
 def recorded_hashes(checkpoint: Path) -> dict[str, str]:
     """File name -> SHA-256 as saved. For an LM also "oracle" -> SHA-256 of the weights of its oracle.
 
-    Empty for a checkpoint without sha256.json. Raises UserError for a damaged record.
+    Raises UserError for a missing or damaged record.
     """
-    remedy = "use another checkpoint, or remove the file to skip the check"
+    remedy = "use another checkpoint"
     try:
         record = read_json(checkpoint / SUMS, remedy)
     except FileNotFoundError:
-        return {}
+        raise UserError(f"{checkpoint / SUMS} is missing, so damage cannot be ruled out; {remedy}") from None
     names = {CONFIG, WEIGHTS}
     sound = names <= record.keys() <= names | {STATE, "oracle"}
     if not sound or not all(isinstance(value, str) for value in record.values()):
@@ -192,7 +190,7 @@ def checked_hash(checkpoint: Path, name: str) -> str:
         found = file_hash(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); use another checkpoint") from error
-    if recorded_hashes(checkpoint).get(name, found) != found:
+    if recorded_hashes(checkpoint).get(name) != found:
         hint = " or was edited (settings are given as key=value)" if name == CONFIG else ""
         raise UserError(f"{file} is damaged{hint}: its SHA-256 is not the one in {SUMS}; use another checkpoint")
     return found
@@ -220,9 +218,6 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
         raise UserError(f"{checkpoint} contains no config.yaml; give a run directory or one of its checkpoints")
     checked_hash(checkpoint, CONFIG)
     tree = read_tree(file)
-    for section, key in RETIRED:
-        if isinstance(tree.get(section), dict):
-            tree[section].pop(key, None)
     run = load_run(tree, overrides, found_in=file)
     if not overrides:
         validate(run, run)
@@ -256,8 +251,8 @@ def inherit(run: Run) -> Run:
 
 
 def weights_hash(checkpoint: Path) -> str:
-    """SHA-256 of a checkpoint's weights: the recorded one, else computed from the file."""
-    return recorded_hashes(checkpoint).get(WEIGHTS) or file_hash(checkpoint / WEIGHTS)
+    """The recorded SHA-256 of a checkpoint's weights."""
+    return recorded_hashes(checkpoint)[WEIGHTS]
 
 
 def find_oracle(checkpoint: Path, run: LMRun) -> Path:
@@ -269,14 +264,12 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
     copy = checkpoint.parent.parent / "oracle"
     for place in (copy, checkpoint / "oracle"):
         if (place / WEIGHTS).is_file():
-            if wanted not in (None, weights_hash(place)):
+            if weights_hash(place) != wanted:
                 raise UserError(
                     f"{place} is not the oracle that {checkpoint} was trained on (SHA-256 differs); put that one back"
                 )
             return place
     original = Path(run.oracle)
-    if wanted is None and original.exists():
-        return original
     if wanted is not None and (found := _find_weights(original, wanted)) is not None:
         return found
     raise UserError(

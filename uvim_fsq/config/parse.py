@@ -35,7 +35,7 @@ def merge(
     Args:
         source: the path of a YAML file, or its parsed tree.
         overrides: dotted keys with YAML values, e.g. "train.steps=100".
-        found_in: the file of a trained run that `source` was read from. It may come from anybody, so it must not refer
+        found_in: the file of a trained run that `source` was read from. It may come from anyone, so it must not refer
             to anything outside itself.
 
     Returns:
@@ -299,5 +299,5 @@ def field_docs(cls: type) -> dict[str, str]:
             and isinstance(below, ast.Expr)
             and isinstance(below.value, ast.Constant)
         ):
-            docs[node.target.id] = str(below.value.value)
+            docs[node.target.id] = " ".join(str(below.value.value).split())
     return docs

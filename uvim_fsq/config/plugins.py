@@ -1,7 +1,7 @@
 """The modules listed under `plugins:`: which of them may be imported, and how they are imported.
 
 Importing a module runs its code. A user's own configuration may list any module. The configuration of a trained run may
-come from anybody, so its plugins are imported only if the user trusts them. Independent of tasks.
+come from anyone, so its plugins are imported only if the user trusts them. Independent of tasks.
 """
 
 from __future__ import annotations

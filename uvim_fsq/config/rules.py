@@ -167,8 +167,8 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
 
 
 def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:
-    # Plugins may register others; they are not imported here.
+    # Plugins may register others, but they are not imported yet.
     if kind not in known and not run.plugins:
         close = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "one of your own must be registered by a module in `plugins`"
+        hint = f"did you mean {close[0]}?" if close else "a custom one must be registered by a module in `plugins`"
         yield f"{key}={kind}: must be one of {', '.join(known)}; {hint}"

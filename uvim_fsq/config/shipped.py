@@ -1,4 +1,4 @@
-"""The configurations that come with the package, found by name from any folder: "nyu_depth/oracle"."""
+"""Finds the configurations that ship with the package by name, from any folder: "nyu_depth/oracle"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uvim_fsq.errors import UserError
 
 
 def shipped_folder() -> Path:
-    """The folder `configs/`: inside the installed package, or beside the package in a clone."""
+    """The folder `configs/`: inside the installed package, or next to the package in a clone."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -22,22 +22,22 @@ def shipped_names() -> list[str]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that a user means: a path, or else the name of a shipped configuration.
+    """Resolves `name` to a file: an existing path, or else the name of a shipped configuration.
 
-    Outside of a clone "configs/nyu_depth/oracle.yaml" finds the shipped file too, as the documentation writes it.
+    "configs/nyu_depth/oracle.yaml", as written in the documentation, also finds the shipped file outside of a clone.
 
-    Raises UserError, with the nearest shipped name, where there is neither.
+    Raises UserError with the closest shipped name if there is neither.
     """
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir() and any(path.glob("*.yaml")):
         inside = ", ".join(str(file) for file in sorted(path.glob("*.yaml"))[:3])
-        raise UserError(f"{path} is a folder; name one of its files, e.g. {inside}")
+        raise UserError(f"{path} is a folder; give one of its files, e.g. {inside}")
     wanted = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
     names = shipped_names()
     if wanted in names:
         return shipped_folder() / f"{wanted}.yaml"
     close = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else "shipped ones have names such as nyu_depth/oracle"
+    hint = f"did you mean {close[0]}?" if close else "shipped configurations have names such as nyu_depth/oracle"
     raise UserError(f"{path}: no such configuration file, and no shipped configuration of that name; {hint}")

@@ -1,1 +1,1 @@
-"""Joint image/label transforms, collation, loaders and synthetic scenes. Knows nothing of models."""
+"""Reading data sets: samples, joint image and label transforms, batches, loaders and caches. Independent of models."""

@@ -1,4 +1,4 @@
-"""Moves a batch to the device that trains or predicts."""
+"""Moves a batch to a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from uvim_fsq.layers import signed_pixels
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves image and labels, and makes real labels of 8 bits float32 in [-1, 1]; ids and indices stay on the host."""
+    """Moves image and labels to `device`; converts uint8 real labels (B, S, S, C) to float32 in [-1, 1].
+
+    Ids and indices stay on the host.
+    """
     labels = {name: x.to(device, non_blocking=True) for name, x in batch["labels"].items()}
     labels = {n: signed_pixels(x) if x.ndim == 4 else x for n, x in labels.items()}
     return Batch(

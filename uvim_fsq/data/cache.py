@@ -1,7 +1,7 @@
-"""Arrays that are slow to make, kept as .npz files between runs. Knows nothing of what they mean.
+"""Caches arrays that are slow to compute as .npz files. Independent of what they mean.
 
-A cache never fails: where it cannot be read or written, the arrays are made anew. Since what lies in it is believed, it
-is the user's alone: a folder of somebody else's (in a shared /tmp, say) is not used.
+The cache never fails: if it cannot be read or written, the arrays are computed again. Since its content is trusted,
+files and folders that belong to another user (in a shared /tmp, for example) are not used.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_dir() -> Path:
-    """$UVIM_FSQ_CACHE, by default ~/.cache/uvim_fsq. It need not exist."""
+    """$UVIM_FSQ_CACHE, by default ~/.cache/uvim_fsq. The folder need not exist."""
     path = os.path.expanduser(os.environ.get("UVIM_FSQ_CACHE") or "~/.cache/uvim_fsq")
-    # A container's user without a home would otherwise get a folder called "~".
+    # A container user without a home folder would otherwise get a folder named "~".
     return Path(tempfile.gettempdir(), f"uvim_fsq_{_user()}") if path.startswith("~") else Path(path)
 
 
 def _user() -> int:
-    """The user's number; 0 where there are none (Windows)."""
+    """The user id; 0 on Windows, which has none."""
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file or folder is there, and the user's own; a link must be, too."""
+def _owned_by_user(path: Path) -> bool:
+    """Whether a file or folder exists and belongs to the user; so must a link to it."""
     try:
         owners = {path.stat().st_uid, path.lstat().st_uid}
     except OSError:
@@ -53,14 +53,14 @@ def cached_arrays(
     fresh: Callable[[Arrays], bool] = _always,
     keep: Callable[[Arrays], bool] = _always,
 ) -> Arrays:
-    """The arrays that `make` returns, from the cache if they are there.
+    """The arrays that `make` returns, from the cache if possible.
 
     Args:
-        kind: what they are; the beginning of the file's name.
-        key: what they depend on; anything that `json` can write, or else its `str`.
-        make: makes them; arrays of numbers, bytes or fixed-width strings, no objects.
-        fresh: whether arrays found in the cache still hold.
-        keep: whether new arrays are worth a file.
+        kind: what the arrays are; the prefix of the file name.
+        key: what they depend on: values that `json` can write, others are converted by `str`.
+        make: computes them; arrays of numbers, bytes or fixed-width strings, no objects.
+        fresh: whether arrays found in the cache are still valid.
+        keep: whether newly computed arrays are worth storing.
     """
     text = json.dumps(dict(key), sort_keys=True, default=str)
     path = cache_dir() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
@@ -74,7 +74,7 @@ def cached_arrays(
 
 
 def _load(path: Path) -> Arrays | None:
-    if not (_is_ours(path.parent) and _is_ours(path)):
+    if not (_owned_by_user(path.parent) and _owned_by_user(path)):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -87,10 +87,8 @@ def _store(path: Path, arrays: Arrays) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(path.parent):
-            warnings.warn(
-                f"{path.parent} belongs to another user, nothing is kept there; set UVIM_FSQ_CACHE", stacklevel=2
-            )
+        if not _owned_by_user(path.parent):
+            warnings.warn(f"{path.parent} belongs to another user, nothing is cached; set UVIM_FSQ_CACHE", stacklevel=2)
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:

@@ -1,6 +1,6 @@
-"""Pictures and HDF5 files as bytes in memory, to be written in one piece.
+"""Encodes images and HDF5 files in memory, so that they can be written at once.
 
-Left to write by themselves, Pillow cuts a file short in silence when the disk fills up, and HDF5 ends the process.
+When the disk fills up, Pillow silently truncates the file it writes, and HDF5 aborts the process.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from PIL import Image
 
 
 def picture_bytes(pixels: np.ndarray, format: str = "PNG", **options: Any) -> bytes:
-    """(H, W) uint8 or uint16, or (H, W, 3) uint8 -> a picture file; `options` are Pillow's for the format."""
+    """(H, W) uint8 or uint16, or (H, W, 3) uint8 -> an image file; `options` are Pillow's for the format."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()
 
 
 def hdf5_bytes(arrays: Mapping[str, np.ndarray], *, checked: bool = False) -> bytes:
-    """An HDF5 file with a dataset per entry. `checked`: with checksums of all that is in it, values and structure, so
-    that reading a damaged one fails."""
+    """An HDF5 file with one dataset per entry. `checked` adds checksums of values and structure, so that reading a
+    damaged file fails."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver="v110" if checked else None) as file:
         for name, array in arrays.items():

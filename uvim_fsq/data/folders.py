@@ -1,6 +1,6 @@
-"""Folders of pictures, found without torch.
+"""Finds image files and the folders train/ and val/ of a data set. Does not import torch.
 
-train/ and val/ under a data set's root are found by exactly these names; others that are meant are named, not used.
+Only the exact names train/ and val/ are used; error messages suggest renaming folders such as training/.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from uvim_fsq.errors import UserError
 
-#: How the names of pictures end, in small letters.
+#: File name extensions of images, in lower case.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-#: What people call the two folders, in small letters.
+#: Names that people give to the two folders, in lower case.
 MEANT = {
     "train": ("train", "training", "trainset", "train_set", "training_set"),
     "val": ("val", "valid", "validation", "validate", "valset", "val_set", "validation_set"),
 }
-#: Other words for val, which mean it only beside a training folder.
+#: Further names for val/; too ambiguous to recognize a data set by.
 PERHAPS_VAL = ("test", "testing", "dev", "eval", "holdout")
 
 
@@ -26,12 +26,12 @@ def _folders(root: Path) -> list[str]:
 
 
 def has_split_folders(root: Path) -> bool:
-    """Whether `root` holds train/ or val/, or a folder that must be meant as one of them."""
+    """Whether `root` contains train/ or val/, or a folder that is clearly meant as one of them."""
     return any(name.lower() in names for name in _folders(root) for names in MEANT.values())
 
 
 def split_folder(root: Path, part: str) -> Path:
-    """`root`/train or `root`/val (`part`). Raises UserError that names what is there instead."""
+    """The folder `root`/`part`, where `part` is "train" or "val". Raises UserError naming the folders found instead."""
     folder = root / part
     if folder.is_dir():
         return folder
@@ -39,19 +39,22 @@ def split_folder(root: Path, part: str) -> Path:
     there = _folders(root)
     close = [name for name in there if name.lower() in names]
     found = and_list([f"{name}/" for name in there]) or "no folder"
-    remedy = f"rename {close[0]}/ to {part}/" if close else f"add {part}/, or set data.root to a folder that has both"
+    remedy = f"rename {close[0]}/ to {part}/" if close else f"add {part}/, or set data.root to a folder with both"
     raise UserError(f"{root}: found {found}, but no {part}/: {remedy}")
 
 
 def and_list(words: Sequence[str], most: int = 6) -> str:
-    """ "a, b and c"; of many the first ones and their number."""
+    """ "a, b and c"; beyond `most` words, the first ones and the number of the others."""
     if len(words) > most:
         return f"{', '.join(words[:most])} and {len(words) - most} more"
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + list(words[-1:]))
 
 
 def list_images(inputs: list[str]) -> list[Path]:
-    """Files as given, folders searched recursively. Raises UserError for a missing path or a folder without images."""
+    """The given files, and the images in the given folders (searched recursively, sorted).
+
+    Raises UserError for a missing path or a folder without images.
+    """
     files: list[Path] = []
     for entry in map(Path, inputs):
         if entry.is_dir():

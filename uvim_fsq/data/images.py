@@ -1,4 +1,4 @@
-"""Reading pictures as people have them: by header, upright, as 8-bit RGB, and none larger than `data.max_pixels`."""
+"""Reads image files as upright 8-bit RGB, by their header, up to `data.max_pixels` pixels, and writes PNGs."""
 
 from __future__ import annotations
 
@@ -20,41 +20,44 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
 
-#: Only these: of Pillow's others one starts Ghostscript on what the picture says.
+#: The formats that Pillow may open. Others are unsafe: EPS, for example, starts Ghostscript on the file's content.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
-#: Pixels that are converted at a time, so that a large picture needs little more memory than its own.
+#: Pixels to convert at a time, so that a large image needs little more memory than its pixels.
 STRIP = 1 << 22
 _PNG = b"\x89PNG\r\n\x1a\n"
 _max_pixels = DataConfig.max_pixels
 
 
 def limit_pixels(count: int) -> None:
-    """Sets the size of the largest picture that this process decodes: `data.max_pixels` of the run it works for."""
+    """Sets the largest image that this process decodes, in pixels (`data.max_pixels`)."""
     global _max_pixels
     if (count, count) == (_max_pixels, Image.MAX_IMAGE_PIXELS):
         return
-    # Also for what a plugin opens. Pillow warns above this number and refuses twice as much; ours is one line.
+    # Pillow's own limit protects plugins that open files. It warns above the limit and refuses twice as much; the
+    # warning is silenced, because `check_pixels` reports it better.
     _max_pixels = Image.MAX_IMAGE_PIXELS = count
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def check_pixels(width: int, height: int, name: str | Path) -> None:
-    """Raises UserError for a picture, or a map of labels, with more than `data.max_pixels` pixels."""
+    """Raises UserError for an image or label map with more than `data.max_pixels` pixels."""
     if width * height > _max_pixels:
         raise UserError(
-            f"{name} is {width} x {height}, {width * height / 1e6:.0f} million pixels, and data.max_pixels allows "
+            f"{name} has {width} x {height}, {width * height / 1e6:.0f} million pixels, but data.max_pixels allows "
             f"{_max_pixels / 1e6:g} million; make it smaller, or set data.max_pixels={width * height}"
         )
 
 
 def _name(source: str | Path | bytes) -> str | Path:
-    return "the picture" if isinstance(source, bytes) else source
+    return "the image" if isinstance(source, bytes) else source
 
 
 @contextmanager
 def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """A picture file or its content, its header read and its size found bearable. Raises as Pillow does, UserError for
-    the size, and when memory runs out inside."""
+    """Opens an image file, or its content, and checks its size by the header; the pixels are not decoded yet.
+
+    Raises Pillow's errors, and UserError if the image is too large or if the block runs out of memory.
+    """
     path, size = _name(source), "its"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
@@ -71,11 +74,11 @@ def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
 
 
 def decode_png(data: bytes, name: str | Path) -> np.ndarray | None:
-    """The pixels of a PNG as they are, (H, W) or (H, W, C) in OpenCV's order of channels; None for what is no PNG.
+    """The unconverted pixels of a PNG: (H, W) or (H, W, C), channels in OpenCV's order (BGR); None if it is not a PNG.
 
-    Raises UserError, before anything is decoded, for too many pixels, and when memory runs out.
+    Raises UserError if it has too many pixels, before decoding it, or if memory runs out.
     """
-    # Every PNG begins with its signature and a header of 13 bytes.
+    # Every PNG begins with its signature and a 13-byte header chunk.
     if data[:8] != _PNG or data[12:16] != b"IHDR" or len(data) < 33:
         return None
     width, height = struct.unpack(">II", data[16:24])
@@ -87,19 +90,22 @@ def decode_png(data: bytes, name: str | Path) -> np.ndarray | None:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Any PIL image -> (H, W, 3) uint8: upright by EXIF, alpha over white, 16-bit scaled down."""
+    """Any PIL image -> (H, W, 3) uint8: rotated upright by EXIF, alpha composited over white, 16 bits scaled down.
+
+    Raises ValueError for floating-point pixels, and UserError for more than `data.max_pixels`.
+    """
     check_pixels(image.width, image.height, getattr(image, "filename", "") or "the image")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range nothing says; save it with 8 or 16 bits")
+        raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    see_through = "A" in image.getbands() or "transparency" in image.info
+    transparent = "A" in image.getbands() or "transparency" in image.info
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     for rows in _strips(rgb):
         strip = image.crop((0, rows.start, image.width, rows.stop))
-        if see_through:
+        if transparent:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
         rgb[rows] = np.asarray(strip.convert("RGB"))
@@ -107,13 +113,13 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _strips(array: np.ndarray) -> Iterator[slice]:
-    """The rows of a picture, so many at a time that they make up about STRIP pixels."""
+    """Slices of rows that cover an image, each of about STRIP pixels."""
     height, rows = array.shape[0], max(1, STRIP // max(1, array.shape[1]))
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Greys of 16 or 32 bits -> uint8; they would be clipped at 255 by convert()."""
+    """16-bit or 32-bit gray values -> uint8; PIL's convert() would clip them at 255."""
     scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
     table = np.clip(np.arange(1 << 16) * scale, 0, 255).round().astype(np.uint8)
     grey = np.empty(values.shape, np.uint8)
@@ -123,10 +129,10 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | None:
-    """The pixels of an upright grey or RGB JPEG; None for anything else and for a file that is broken.
+    """The pixels of an upright grayscale or RGB JPEG, (H, W, 3) uint8; None for anything else and for a damaged file.
 
-    torchvision calls the same decoder as Pillow, to the same result, but does not copy the picture twice. OpenCV would
-    be as fast, but fills up what a broken file lacks.
+    torchvision uses the same decoder as Pillow, with the same result, but avoids copying the image twice. OpenCV would
+    be as fast, but pads truncated files instead of failing.
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
@@ -144,9 +150,9 @@ def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | 
 
 
 def read_image(source: str | Path | bytes) -> np.ndarray:
-    """A picture file, or its content -> (H, W, 3) uint8 RGB, decoded by its header, never by its extension.
+    """An image file, or its content -> (H, W, 3) uint8 RGB. The format is taken from the header, not the extension.
 
-    Raises UserError naming the file when it is missing, truncated or no picture.
+    Raises UserError naming the file if it is missing, truncated, too large or not an image.
     """
     path = _name(source)
     try:
@@ -158,7 +164,7 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except UnidentifiedImageError:
-        # Pillow's own words name an object in memory where the content was given.
+        # Pillow's message would name an object in memory if the content was given.
         known = ", ".join(FORMATS)
         raise UserError(f"{path} cannot be read as an image (it is none of {known}); replace or remove it") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -166,6 +172,6 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
 
 
 def write_png(path: str | Path, pixels: Array, info: PngInfo | None = None) -> None:
-    """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16, whole or not at all. Raises UserError where that fails."""
+    """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16, as a PNG, atomically. Raises UserError if that fails."""
     picture = Image.fromarray(pixels)
     write_whole(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=info), durable=False)

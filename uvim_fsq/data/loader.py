@@ -1,6 +1,7 @@
-"""From a SampleSource to batches, deterministic in (seed, epoch, index) whatever the workers, processes or batch size.
+"""Loads batches from a SampleSource. Order and augmentation depend only on (seed, epoch, index), not on the number of
+workers or processes.
 
-The order of the data is our own: Accelerate's resume is known to replay the first epoch's order.
+The order does not come from Accelerate's data loader, because that replays the first epoch's order after a resume.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import Encoding, JointTransform
 from uvim_fsq.errors import UserError
 
-#: Seconds after which a loader process that has not delivered its batch counts as stuck.
+#: Seconds to wait for a batch before a loader process counts as stuck.
 BATCH_TIMEOUT = 600
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to load: its index, the seed of its augmentation, and the index to take if it cannot be read."""
+    """One sample to load: its index, its augmentation seed, and the index of a substitute if it cannot be read."""
 
     index: int
     seed: int
@@ -40,7 +41,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Item:
-    """A loaded sample. `bad`: index -> what is wrong, of a sample that could not be read and was replaced."""
+    """A loaded sample at model size.
+
+    Attributes:
+        index: position in the source (the substitute's, if the requested sample could not be read).
+        id: the sample's id.
+        image: (3, S, S), as in `Batch`.
+        labels: channel -> (S, S) or (S, S, C), as in `Batch`.
+        bad: index -> error message of a sample that could not be read and was replaced by this one.
+        view: the evaluation view; None in training.
+    """
 
     index: int
     id: str
@@ -51,17 +61,17 @@ class Item:
 
 
 def derive_seed(*values: int) -> int:
-    """A 32-bit seed from several integers."""
+    """Derives a 32-bit seed from several integers."""
     return int(np.random.SeedSequence([v & 0xFFFFFFFF for v in values]).generate_state(1)[0])
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The permutation of `count` samples in one epoch."""
+    """(count,) the permutation of the samples in one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class TrainPlan:
-    """Which samples each optimizer step sees: (count // batch) steps per epoch, the epoch's remainder dropped."""
+    """The samples of each optimizer step: count // batch steps per epoch; the epoch's incomplete batch is dropped."""
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
         if batch > count:
@@ -76,21 +86,25 @@ class TrainPlan:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.count)
         chosen = self._order[position * self.batch : (position + 1) * self.batch]
-        # A sample that cannot be read is replaced by another of the same epoch, always the same one.
-        others = np.roll(self._order, -self.count // 2)[position * self.batch : (position + 1) * self.batch]
+        # The substitute is a sample from half an epoch later, so the same one whenever training is repeated.
+        substitutes = np.roll(self._order, -self.count // 2)[position * self.batch : (position + 1) * self.batch]
         return [
-            Request(int(i), derive_seed(self.seed, epoch, int(i)), int(j)) for i, j in zip(chosen, others, strict=True)
+            Request(int(i), derive_seed(self.seed, epoch, int(i)), int(j))
+            for i, j in zip(chosen, substitutes, strict=True)
         ]
 
 
 def rank_slice(requests: Sequence[Request], micro: int, micros: int, rank: int, world: int) -> list[Request]:
-    """The part of a global batch that one process sees in one micro batch; sizes differ by at most one."""
+    """The part of a global batch that process `rank` of `world` sees in micro-batch `micro` of `micros`.
+
+    Sizes differ by at most one.
+    """
     parts = np.array_split(np.arange(len(requests)), micros * world)
     return [requests[i] for i in parts[micro * world + rank]]
 
 
 class _MicroBatches:
-    """Batch sampler from `start` to `stop`: for each step its micro batches for one process."""
+    """Batch sampler for steps `start` to `stop` - 1: the micro-batches of one process."""
 
     def __init__(self, plan: TrainPlan, start: int, stop: int, accumulate: int, rank: int, world: int) -> None:
         self.plan, self.start, self.stop = plan, start, stop
@@ -107,11 +121,14 @@ class _MicroBatches:
 
 
 class _Samples(Dataset[Item | dict[int, str]]):
-    """Loads, transforms and encodes one request. Errors come back as text by index: an exception would lose its one
-    line. Where nothing could be read, they are all that comes back."""
+    """Loads, transforms and encodes one request.
+
+    Returns errors as index -> message instead of raising: an exception would not stay a single line on its way from a
+    loader process. If the substitute cannot be read either, the errors are all that is returned.
+    """
 
     def __init__(self, source: SampleSource, task: Encoding, data: DataConfig, *, train: bool) -> None:
-        """`train`: with augmentation, and kept in memory if so configured; else with the evaluation view."""
+        """`train`: augment samples, and cache them if `data.cache`; otherwise keep each sample's evaluation view."""
         self.source, self.transform, self.keep_view = source, JointTransform(data, task, train=train), not train
         self.cache: dict[int, Sample] | None = {} if data.cache and train else None
         self.max_pixels = data.max_pixels
@@ -125,7 +142,7 @@ class _Samples(Dataset[Item | dict[int, str]]):
 
     def __getitem__(self, request: Request) -> Item | dict[int, str]:
         bad: dict[int, str] = {}
-        limit_pixels(self.max_pixels)  # this may be a process of its own
+        limit_pixels(self.max_pixels)  # this may run in a loader process
         for index in (request.index, request.substitute):
             try:
                 sample = self._sample(index)
@@ -141,8 +158,8 @@ class _Samples(Dataset[Item | dict[int, str]]):
 
 
 class Collated(NamedTuple):
-    """What a worker hands over: a batch of what could be read (None if nothing could), the views, and for the index
-    of each sample that could not be read what is wrong with it."""
+    """What a loader process returns: a batch of the samples that could be read (None if there are none), their
+    evaluation views, and index -> error message for those that could not."""
 
     batch: Batch | None
     views: list[Sample | None]
@@ -150,14 +167,14 @@ class Collated(NamedTuple):
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """One tensor of equal arrays; in a worker PyTorch puts it into shared memory at once."""
-    # Arrays may be views, mirrored or read-only, which tensors may not; and of types that only NumPy reconciles.
+    """Stacks arrays of equal shape into one tensor; in a loader process, directly in shared memory."""
+    # torch.from_numpy supports neither negative strides nor read-only arrays; only NumPy promotes mixed dtypes.
     kind = np.result_type(*arrays)
     return default_collate([torch.from_numpy(np.require(array, kind, ("C", "W"))) for array in arrays])
 
 
 def collate(items: Sequence[Item | dict[int, str]]) -> Collated:
-    """One batch of all that could be read."""
+    """Collates all samples that could be read into one batch."""
     bad: dict[int, str] = {}
     for item in items:
         bad |= item.bad if isinstance(item, Item) else item
@@ -174,21 +191,21 @@ def collate(items: Sequence[Item | dict[int, str]]) -> Collated:
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep the memory that it frees. For loader processes, which need the same again for each sample.
+    """Makes malloc keep freed memory, for loader processes, which need the same amount again for every sample.
 
-    By default GNU's C library gives arrays of a photo's size back to the kernel, and to have them mapped anew takes
-    as long as all else that happens to a sample.
+    By default, glibc returns arrays of a photo's size to the kernel. Mapping them again takes as long as all other work
+    on a sample.
     """
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries
         library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        library.mallopt(mmap_threshold, 32 << 20)  # the largest value that it accepts
         library.mallopt(trim_threshold, 1 << 30)
 
 
 def _start_worker(_number: int) -> None:
-    # Signals go to the whole group of processes (Ctrl-C, `timeout`, systemd, Slurm): the parent decides. When it has
-    # gone, PyTorch ends its workers.
+    # Signals reach the whole process group (Ctrl-C, `timeout`, systemd, Slurm), but only the parent handles them.
+    # PyTorch's workers exit when their parent is gone.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
@@ -196,10 +213,10 @@ def _start_worker(_number: int) -> None:
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turns what PyTorch raises of loader processes into a UserError with the remedy.
+    """Converts PyTorch's errors about loader processes into a UserError with the remedy.
 
-    That a process was killed is raised wherever the main process happens to be, so this belongs around all that
-    runs beside a loader.
+    PyTorch raises the death of a loader process wherever the main process happens to be, so this must wrap all code
+    that runs while a loader is active.
     """
     try:
         yield
@@ -212,21 +229,21 @@ def worker_errors() -> Iterator[None]:
             ) from error
         if "DataLoader timed out" in text:
             raise UserError(
-                f"a loader process has not delivered a batch in {BATCH_TIMEOUT} s: is the disk that holds the data "
-                "still there? Otherwise lower the batch size"
+                f"a loader process has not delivered a batch in {BATCH_TIMEOUT} s; check that the disk with the data "
+                "is still available, or lower the batch size"
             ) from error
         if "DataLoader worker (pid" in text:
             raise UserError(
-                f"a loader process has died ({text.splitlines()[0].strip()}): most often memory was short; "
+                f"a loader process died ({text.splitlines()[0].strip()}), most likely out of memory; "
                 "lower data.workers, eval.workers or the batch size"
             ) from error
         raise
 
 
 def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, None, None]:
-    """Raises UserError where loader processes die, are stuck, or find too little shared memory."""
+    """Raises UserError if loader processes die, hang, or run out of shared memory."""
     if workers:
-        # What reading pictures needs and takes seconds to import: once, before the workers are forked.
+        # Needed to read images, and slow to import: do it once, before the workers are forked.
         importlib.import_module("torchvision.io")
     loader = DataLoader(
         dataset,
@@ -234,7 +251,7 @@ def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, 
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=2 if workers else None,
-        # Copies to the GPU go on beside its work only from such memory.
+        # Only pinned memory can be copied to the GPU asynchronously.
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         timeout=BATCH_TIMEOUT if workers else 0,
@@ -245,17 +262,17 @@ def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, 
             yield from iterator
         finally:
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
-                # Asks the workers to end, and ends those that do not by a signal that they ignore.
+                # This asks the workers to exit, and then sends SIGTERM, which they ignore: kill them afterwards.
                 iterator._shutdown_workers()
                 for worker in iterator._workers:
                     worker.kill()
 
 
 class TrainLoader:
-    """Micro batches of training from step `start` to `stop`; iterating yields Batches.
+    """Loads the micro-batches of training for process `rank` of `world`.
 
-    `bad` holds the unreadable samples met so far, by index, and what is wrong with each; `merge_bad` adds those that
-    other processes met. More than `data.max_bad_samples` raise UserError.
+    `bad` maps the index of each unreadable sample found so far to its error message; `merge_bad` adds those that other
+    processes found. More than `data.max_bad_samples` raise UserError.
     """
 
     def __init__(
@@ -278,11 +295,11 @@ class TrainLoader:
         self.data, self.accumulate, self.rank, self.world = data, accumulate, rank, world
         self.dataset = _Samples(source, task, data, train=True)
         self.bad: dict[int, str] = {}
-        #: Whether this process has met a bad sample since the last call of `merge_bad`.
+        #: Whether this process has found a bad sample since the last call of `merge_bad`.
         self.news = False
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The micro batches of optimizer steps start..stop-1, `accumulate` per step."""
+        """Yields the micro-batches of optimizer steps `start` to `stop` - 1, `accumulate` per step."""
         plan = _MicroBatches(self.plan, start, stop, self.accumulate, self.rank, self.world)
         with contextlib.closing(_load(self.dataset, plan, self.data.workers)) as loaded:
             for batch, _, bad in loaded:
@@ -290,12 +307,12 @@ class TrainLoader:
                 self.bad |= bad
                 self._refuse_too_many()
                 if batch is None:
-                    raise UserError(f"{next(iter(bad.values()))} (nor could any other sample of its batch be read)")
+                    raise UserError(f"{next(iter(bad.values()))} (no other sample of its batch could be read either)")
                 yield batch
 
-    def merge_bad(self, everyone: Sequence[dict[int, str]]) -> None:
-        """Adds the bad samples that each process has met: a sample counts once, whoever met it."""
-        for bad in everyone:
+    def merge_bad(self, found: Sequence[dict[int, str]]) -> None:
+        """Adds the bad samples that each process has found. A sample counts once, however many found it."""
+        for bad in found:
             self.bad |= bad
         self.news = False
         self._refuse_too_many()
@@ -318,13 +335,14 @@ def eval_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[Batch, list[Sample]]]:
-    """Every sample (or the first `limit`) once, unpadded, with its evaluation view at native size.
+    """Yields every sample (or the first `limit`) once, in batches without padding, with its evaluation view at native
+    size.
 
     Process `rank` of `world` sees every world-th sample. Raises UserError for an unreadable sample.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    mine = [Request(i, 0, i) for i in range(rank, count, world)]
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    requests = [Request(i, 0, i) for i in range(rank, count, world)]
+    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     dataset = _Samples(source, task, data, train=False)
     workers = min(workers, math.ceil(len(batches) / 2))
     with contextlib.closing(_load(dataset, batches, workers)) as loaded:

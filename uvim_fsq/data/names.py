@@ -1,4 +1,4 @@
-"""Names of files that a data set's own lists hold: they stay inside its folder. Knows nothing of formats."""
+"""Checks file names that a data set's own lists contain: they must stay inside its folder. Independent of formats."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from uvim_fsq.errors import UserError
 
 
 def inner_name(name: object, source: Path) -> str:
-    """`name`, a path with slashes that a file of the data set gives, if it lies below whatever folder it is put under.
+    """Returns `name` as text if it is a relative path that cannot leave the folder it is joined to.
 
     Args:
-        source: the file that gives it, for the message.
+        name: a path with forward slashes, as listed in a file of the data set.
+        source: the file that lists it, for the message.
 
-    Raises UserError for absolute paths, `..`, backslashes and drives (which Windows would follow) and null bytes.
+    Raises UserError for absolute paths, `..`, null bytes, and backslashes and drive letters (which Windows follows).
     """
     text = str(name)
     parts = text.split("/")
     if not text or text[0] == "/" or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", text):
         raise UserError(
-            f"{source} names the file {text[:200]!r}, which leads out of the data set; give paths below its folder, "
-            "with slashes"
+            f"{source} lists the file {text[:200]!r}, which lies outside of the data set; use relative paths with "
+            "forward slashes"
         )
     return text

@@ -1,4 +1,4 @@
-"""One function over many jobs in several processes, the results in order. Knows nothing of what the jobs are."""
+"""Maps a function over many jobs in several processes, with results in order. Independent of what the jobs are."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 
 from uvim_fsq.errors import UserError
 
-#: Jobs that travel together; so many bundles wait at each process, so that none is ever idle.
+#: Jobs per message, and messages in flight per process (two, so that none is ever idle).
 BUNDLE, AHEAD = 8, 2
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Generator[Any]:
-    """Yields function(job) of every job, in order. Processes are spawned: `function` must be importable by name.
+    """Yields function(job) for every job, in order.
 
-    An exception of `function` is raised here. Signals are this process's business: the workers take no notice of
-    SIGINT and SIGTERM, and are gone as soon as the iterator is closed or this process has ended. With one worker it is
-    this process that works.
+    Processes are spawned, so `function` must be importable by name. With one worker, this process does the work. An
+    exception in `function` is raised here. The workers ignore SIGINT and SIGTERM, which this process handles, and they
+    exit as soon as the iterator is closed or this process exits.
 
-    Raises UserError when a worker dies.
+    Raises UserError if a worker dies.
     """
     if workers == 1:
         yield from map(function, jobs)
@@ -45,31 +45,31 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
 
 
 def _start(processes: dict[Connection, BaseProcess], function: Callable[[Any], Any], workers: int) -> None:
-    """Fills `processes`: this process's end of each worker's pipe -> the worker."""
+    """Fills `processes`: our end of each worker's pipe -> the worker."""
     context = multiprocessing.get_context("spawn")
-    with _environment():
-        # Its own start would unblock the signals again.
+    with _worker_environment():
+        # Start it now: if Process.start() started it, it would unblock the signals again.
         resource_tracker.ensure_running()
         with _signals_blocked():
             for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, function))
+                connection, worker_connection = context.Pipe()
+                process = context.Process(target=_work, args=(worker_connection, function))
                 process.start()
-                processes[ours] = process
-                theirs.close()  # else the end of the worker would not close the pipe
+                processes[connection] = process
+                worker_connection.close()  # otherwise the pipe would stay open when the worker exits
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """What processes started in this block inherit: one thread each, as there is a process for every core, and (from
-    Python 3.11 on) no look into the current folder before the installed packages."""
+def _worker_environment() -> Iterator[None]:
+    """Sets the environment for processes started in the block: one thread each, since there is a process per core, and
+    (from Python 3.11 on) a module path without the working directory."""
     changes = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    earlier = {name: os.environ.get(name) for name in changes}
+    previous = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
         yield
     finally:
-        for name, value in earlier.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -78,7 +78,7 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started in this block take no signal from their first moment on."""
+    """Blocks SIGINT and SIGTERM in this process and, from their first moment, in processes started in the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -88,35 +88,35 @@ def _signals_blocked() -> Iterator[None]:
 
 def _in_order(processes: dict[Connection, BaseProcess], bundles: Sequence[Sequence[Any]]) -> Iterator[Any]:
     todo = iter(enumerate(bundles))
-    asked: dict[Connection, deque[int]] = {connection: deque() for connection in processes}
+    pending: dict[Connection, deque[int]] = {connection: deque() for connection in processes}
     done: dict[int, list[Any]] = {}
 
-    def ask(connection: Connection) -> None:
+    def send_next(connection: Connection) -> None:
         for number, bundle in todo:
-            asked[connection].append(number)
+            pending[connection].append(number)
             connection.send(bundle)
             return
 
     for connection in [*processes] * AHEAD:
-        with _alive(processes[connection]):
-            ask(connection)
+        with _worker_alive(processes[connection]):
+            send_next(connection)
     for number in range(len(bundles)):
         while number not in done:
-            for connection in wait([connection for connection, numbers in asked.items() if numbers]):
+            for connection in wait([connection for connection, numbers in pending.items() if numbers]):
                 assert isinstance(connection, Connection)
-                with _alive(processes[connection]):
+                with _worker_alive(processes[connection]):
                     result = connection.recv()
                     if not isinstance(result, Exception):
-                        ask(connection)
+                        send_next(connection)
                 if isinstance(result, Exception):
                     raise result
-                done[asked[connection].popleft()] = result
+                done[pending[connection].popleft()] = result
         yield from done.pop(number)
 
 
 @contextmanager
-def _alive(process: BaseProcess) -> Iterator[None]:
-    """Around talking to a worker: the end of its pipe is the worker's end."""
+def _worker_alive(process: BaseProcess) -> Iterator[None]:
+    """Converts a closed pipe, which means that the worker has died, into a UserError."""
     try:
         yield
     except (EOFError, OSError) as error:
@@ -124,7 +124,7 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         code = process.exitcode or 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise UserError(
-            f"a worker process died ({how}), perhaps for lack of memory; run it again with fewer workers"
+            f"a worker process died ({how}), perhaps out of memory; run it again with fewer workers"
         ) from error
 
 
@@ -133,7 +133,7 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
         while True:
             connection.send(_results(function, connection.recv()))
     except (EOFError, OSError):
-        pass  # who asked is gone
+        pass  # the parent process is gone
 
 
 def _results(function: Callable[[Any], Any], bundle: Sequence[Any]) -> list[Any] | Exception:

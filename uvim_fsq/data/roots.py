@@ -1,4 +1,4 @@
-"""Where `data.root` lies on disk."""
+"""Finds the folder that `data.root` refers to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from uvim_fsq.errors import UserError
 
 
 def find_data_root(root: str) -> Path:
-    """The folder behind `data.root`: absolute, or under $UVIM_FSQ_DATA (default datasets/), or relative to here."""
+    """The folder for `data.root`: an absolute path, or one relative to $UVIM_FSQ_DATA (default: datasets/) or to the
+    working directory, whichever exists first. Raises UserError if none exists."""
     if not root:
-        raise UserError("data.root is empty; give the data set's folder, e.g. data.root=nyudepthv2")
-    # Of an absolute path both are the same.
+        raise UserError("data.root is empty; set it to the data set's folder, e.g. data.root=nyudepthv2")
+    # For an absolute path, both are the same.
     tried = list(dict.fromkeys([Path(os.environ.get("UVIM_FSQ_DATA", "datasets")) / root, Path(root)]))
     for path in tried:
         if path.exists():

@@ -1,4 +1,7 @@
-"""Geometry, once per sample and for image and labels together; each map with its own interpolation."""
+"""Joint geometric transforms of image and label maps, each map with its own interpolation.
+
+Shapes: H, W native image size; S model input size.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.resize import LABEL_INTERPOLATION, resize_label_map, resize_linear
 from uvim_fsq.data.sample import Array, Sample
 
-# Loader processes and the training process share the cores; OpenCV's own threads only get in the way.
+# Loader processes and the training process already use all cores.
 cv2.setNumThreads(0)
 
 
 class Encoding(Protocol):
-    """What preparing a sample needs of its task; `uvim_fsq.tasks.base.Task` documents each member."""
+    """The part of a task that is needed to prepare samples; see `uvim_fsq.tasks.base.Task` for each member."""
 
     linear_maps: ClassVar[tuple[str, ...]]
 
@@ -30,12 +33,12 @@ class Encoding(Protocol):
 
 
 class JointTransform:
-    """Sample -> (image (3, S, S) uint8, labels, the sample's evaluation view), for training and evaluation; and a
-    picture without labels -> image, for prediction.
+    """Prepares samples for training and evaluation, and images without labels for prediction.
 
-    Training: inception crop (UViM: area 5% to 100%, aspect 3/4 to 4/3) or the whole image, mirrored half of the time.
-    Evaluation: the task's evaluation view, whole. Images are resized bilinearly without antialiasing on uint8, as the
-    reference does; maps by nearest neighbour with half-pixel centres, `Task.linear_maps` bilinearly.
+    Training: inception crop (UViM: area 5% to 100%, aspect ratio 3/4 to 4/3) or the whole image, flipped horizontally
+    with probability 0.5. Evaluation: the whole evaluation view of the task. Images are resized bilinearly in uint8
+    without antialiasing, as in the UViM reference code (big_vision); maps by nearest neighbor with half-pixel centers,
+    or bilinearly if listed in `Task.linear_maps`.
     """
 
     def __init__(self, data: DataConfig, task: Encoding, *, train: bool) -> None:
@@ -43,20 +46,23 @@ class JointTransform:
         self._augmentation = _Augmentation(data, task.linear_maps) if train else None
 
     def __call__(self, sample: Sample, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray], Sample]:
-        """Deterministic in `seed`. Raises UserError where the task cannot encode the sample."""
+        """Sample -> image (3, S, S), labels, and the sample's evaluation view (in training, the sample itself).
+
+        Deterministic in `seed`. Raises UserError if the task cannot encode the sample.
+        """
         view = sample if self.train else self.task.evaluation_view(sample)
         return *self.encode(self.resample(view, seed)), view
 
     def picture(self, image: Array) -> np.ndarray:
-        """(H, W, 3) uint8 -> what the models see of it (3, S, S), as in evaluation."""
+        """(H, W, 3) uint8 -> the model input (3, S, S), prepared as in evaluation."""
         return self._image(self.resample(Sample("", image), 0))
 
     def encode(self, resized: Sample) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """What the models may see of a sample at their size (3, S, S), and its labels."""
+        """The model input (3, S, S) and the labels of a sample that is already resized to (S, S)."""
         return self._image(resized), self.task.encode(resized)
 
     def resample(self, view: Sample, seed: int) -> Sample:
-        """The sample at the models' size, in training cropped and mirrored by `seed`."""
+        """The sample resized to (S, S); in training, cropped and flipped at random by `seed`."""
         if self._augmentation is not None:
             image, maps, scale, mirrored = self._augmentation(view, seed)
         else:
@@ -71,15 +77,15 @@ class JointTransform:
         return resize_linear(values, size) if name in self.task.linear_maps else resize_label_map(values, size)
 
     def _image(self, resized: Sample) -> np.ndarray:
-        # OpenCV takes the channels apart several times faster than NumPy copies the transposed picture.
+        # cv2.split is several times faster than a NumPy copy of the transposed image.
         return np.stack(cv2.split(self.task.model_image(resized)))
 
 
 class _Augmentation:
-    """The random geometry of training, by Albumentations: one crop and flip for the image and all of its maps."""
+    """The random crop and flip of training, by Albumentations, the same for the image and all of its maps."""
 
     def __init__(self, data: DataConfig, linear_maps: tuple[str, ...]) -> None:
-        import albumentations as A  # takes more than a second
+        import albumentations as A  # the import takes more than a second
 
         self.size, self.linear_maps = data.image_size, linear_maps
         size = (data.image_size, data.image_size)
@@ -94,16 +100,16 @@ class _Augmentation:
         self.compose = A.Compose([self.fit] if self.flip is None else [self.fit, self.flip])
 
     def __call__(self, view: Sample, seed: int) -> tuple[Array, dict[str, Array], tuple[float, float], bool]:
-        """Image and maps at the models' size, new pixels per old pixel (down, across), and whether it was mirrored."""
-        # Albumentations ignores numpy's global seed; each sample brings its own.
+        """Image and maps at size (S, S), the scale in new pixels per old pixel (rows, columns), and whether flipped."""
+        # Albumentations ignores NumPy's global seed; each sample has its own.
         self.compose.set_random_seed(seed)
-        # One by one, since a list of maps must be of one shape.
+        # Maps are separate targets, because those in one list must have the same shape.
         kinds = {f"map_{name}": "image" if name in self.linear_maps else "mask" for name in view.maps}
         self.compose.add_targets(kinds)
         targets: dict[str, Any] = {f"map_{name}": values for name, values in view.maps.items()}
         done = self.compose(image=view.image, **targets)
         maps = {name: done[f"map_{name}"] for name in view.maps}
-        # Albumentations leaves there what a transform did at its last call, nothing if it did not act.
+        # Albumentations stores the parameters of a transform's last call in `params`; none if it was not applied.
         left, top, right, bottom = self.fit.params.get("crop_coords", (0, 0, view.image.shape[1], view.image.shape[0]))
         scale = (self.size / (bottom - top), self.size / (right - left))
         return done["image"], maps, scale, self.flip is not None and bool(self.flip.params)

@@ -234,14 +234,14 @@ def _surface_row(
     scale = (low + high) / 2 if plain else dice.uniform(0.8 * low, 1.3 * high)
     cell = [d / scale for d in density]
     phase = [dice.uniform(0.1, 0.9) if d else 0.5 for d in density]  # 0.5 keeps unused axes away from the joints
-    dark, bright = _colours(dice, name)
+    dark, bright = _colors(dice, name)
     span = [b - d for b, d in zip(bright, dark, strict=True)]
     gloss = 0.0 if name in STUFF else dice.pick((0.0, 0.2, 0.5))
     turn = (math.cos(yaw), math.sin(yaw))
     return [*centre, *turn, across, offset, *cell, *phase, *dark, *span, *weights, gloss]
 
 
-def _colours(dice: Dice, name: str) -> tuple[list[float], list[float]]:
+def _colors(dice: Dice, name: str) -> tuple[list[float], list[float]]:
     """The darkest and brightest (or brightest and darkest) linear albedo of a texture."""
     hue, strength = dice.uniform(0, 1), {"floor": 0.45, "wall": 0.28, "ceiling": 0.08}.get(name, 0.85)
     hue = dice.uniform(0.02, 0.16) if name == "floor" else hue

@@ -1,1 +1,1 @@
-"""The tasks. The registry knows the built-in ones by name and imports them when they are used."""
+"""The dense prediction tasks: interface, registry, configuration and the built-in tasks."""

@@ -1,4 +1,4 @@
-"""Whole run configurations: YAML and `key=value` to `OracleRun` and `LMRun`, the task's own keys included."""
+"""Loads complete run configurations: YAML and `key=value` to `OracleRun` and `LMRun`, including the task's own keys."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from uvim_fsq.tasks.registry import config_class, load_plugins, task_names
 def load_run(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, found_in: Path | None = None
 ) -> Run:
-    """Reads a configuration file (or an already parsed tree), merges `key=value` overrides and checks every key.
+    """Reads a configuration file (or an already parsed tree), merges `key=value` overrides and checks keys and types.
 
-    A file may say `extends: other.yaml` (relative to itself); it then holds only what differs.
+    A file with `extends: other.yaml` (relative to itself) only needs the settings that differ.
 
     Args:
-        found_in: the file of a trained run that the tree `source` stood in. It may be anybody's: it refers to nothing
-            outside itself, and imports only plugins that the user trusts.
+        found_in: the file of a trained run that the tree `source` was read from. It may come from anyone: it must not
+            refer to anything outside itself, and only plugins that the user trusts are imported.
 
-    Raises UserError naming the key for unknown keys (with "did you mean"), wrong types and values out of range.
+    Raises UserError naming the key, for unknown keys (with a suggestion) and wrong types.
     """
     tree, given = merge(source, overrides, found_in=found_in)
     own = found_in is None or "plugins" in given
     return _build_run(tree, None if own else found_in)
 
 
-def _build_run(tree: Tree, stranger: Path | None) -> Run:
-    """`stranger`: the file behind `tree`, where that is not the user's own."""
+def _build_run(tree: Tree, untrusted: Path | None) -> Run:
+    """`untrusted`: the file that `tree` was read from, unless it is the user's own."""
     stage: Any = tree.get("stage", "lm" if "oracle" in tree else "oracle")
     if stage not in ("oracle", "lm"):
         raise UserError(f"stage={short(stage)}: must be oracle or lm")
     plugins = convert(tuple[str, ...], tree.get("plugins") or (), "plugins")
-    if stranger is None:
+    if untrusted is None:
         name_plugins(plugins)
     else:
-        refuse_strangers(plugins, stranger)
+        refuse_strangers(plugins, untrusted)
     tree = {**tree, "plugins": plugins}
     task: Any = tree.pop("task", None)
     named = isinstance(task, dict) and bool(typing.cast(Tree, task).get("name"))
@@ -51,7 +51,7 @@ def _build_run(tree: Tree, stranger: Path | None) -> Run:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
     if task is not None and not isinstance(task, dict):
         raise UserError(f"task: expected keys and values, got {short(task)}")
-    # Before the task, whose plugins may take seconds to import.
+    # Check everything else before the task, whose plugins may take seconds to import.
     run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
     section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
     if isinstance(run, OracleRun):
@@ -74,37 +74,37 @@ def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
 
 
 def changeable(task: TaskSection) -> tuple[str, ...]:
-    """The task's keys that define no labels, as its Config declares them."""
+    """The keys of the task that may change after training, because they do not affect the labels."""
     return getattr(task.options, "changeable", ())
 
 
 def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
-    """Fills an LM's task, plugins and data from its oracle's; keys of `data` that were not given are inherited.
+    """Fills an LM's task, plugins and data in from its oracle; keys of `data` that are not set are inherited.
 
-    Raises UserError when the LM asks for another task, another image size or other label channels.
+    Raises UserError if the LM sets another task, another image size or other label settings.
     """
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
     own: Tree = to_plain(run.task) or {}
-    theirs: Tree = to_plain(oracle.task)
-    name = own.get("name", theirs["name"])
-    if name != theirs["name"]:
+    inherited: Tree = to_plain(oracle.task)
+    name = own.get("name", inherited["name"])
+    if name != inherited["name"]:
         raise UserError(
-            f"task.name={name} but the oracle {run.oracle} was trained for {theirs['name']}; "
-            "point `oracle=` at an oracle of this task"
+            f"task.name={name} but the oracle {run.oracle} was trained for {inherited['name']}; "
+            "set `oracle=` to an oracle of this task"
         )
-    section = _build_task({**theirs, **own}, plugins)
+    section = _build_task({**inherited, **own}, plugins)
     for key in (field.name for field in settings_of(section.options)):
         value, fixed = getattr(section.options, key), getattr(oracle.task.options, key)
         if value != fixed and key not in changeable(section):
             raise UserError(
                 f"task.{key}={value} but the oracle {run.oracle} was trained with {fixed}; "
-                "leave it out to take over the oracle's"
+                "remove it to use the oracle's"
             )
     explicit = explicit_data_keys(run)
     data = dataclasses.replace(run.data, **{k: getattr(oracle.data, k) for k in INHERITED if k not in explicit})
     if data.image_size != oracle.data.image_size:
         raise UserError(
             f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}; "
-            "leave it out to take over the oracle's"
+            "remove it to use the oracle's"
         )
     return dataclasses.replace(run, plugins=plugins, task=section, data=data, given=INHERITED)

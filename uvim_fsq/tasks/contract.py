@@ -1,6 +1,6 @@
-"""Whether a task keeps what `Task` promises: one sample through all of its methods, each fault in one line.
+"""Checks that a task implements the `Task` interface correctly: runs one sample through all of its methods.
 
-Knows no task. A `UserError` of the task is about its data, and no fault of the task.
+Each fault is reported in one line. A `UserError` concerns the data and is not a fault of the task.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Categorical, Metric, Real, Task
 from uvim_fsq.tasks.registry import BUILT_IN
 
-#: Side of the labels that are tried.
+#: Label size of the checks.
 SIDE = 32
-#: Samples that are tried until one can be read.
+#: Number of samples to try until one can be read.
 TRIES = 8
 
 
 class Fault(Exception):
-    """What a method returned is not what it should return."""
+    """A method returned something that violates the interface."""
 
 
-def _demand(holds: object, message: str) -> None:
-    if not holds:
+def _require(condition: object, message: str) -> None:
+    if not condition:
         raise Fault(message)
 
 
 @dataclass
 class _Trial:
-    """The faults so far; a step that needs the result of a faulty one is left out."""
+    """Collects the faults of a task. Steps that need the result of a failed one are skipped."""
 
     task: Task
     faults: list[str] = field(default_factory=list[str])
@@ -59,7 +59,7 @@ class _Trial:
 
 
 def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
-    """What is wrong with the code of `task`, judged by the first sample of the split that can be read."""
+    """The faults of the code of `task`, one line each, found with the first readable sample of the split."""
     trial = _Trial(task)
     source = view = labels = items = None
     with trial.step("label_channels"):
@@ -79,7 +79,7 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
     with trial.step("decode"):
         decoded = task.decode(logits)
         right = isinstance(decoded, list) and len(decoded) == 2
-        _demand(right, f"a list of one item per image expected, not {_kind(decoded)}")
+        _require(right, f"expected a list of one item per image, got {_kind(decoded)}")
         items = decoded
     if items is not None:
         _check_use(trial, source, view, items[0])
@@ -87,10 +87,10 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
 
 
 def refuse_faults(task: Task, root: str, split: str) -> None:
-    """Raises UserError for the first fault of a task that is not built in."""
+    """Raises UserError for the first fault of a task. Built-in tasks are not checked."""
     faults = [] if task.name in BUILT_IN else contract_faults(task, root, split)
     if faults:
-        more = f"; {len(faults) - 1} more are listed by `uvim-fsq data check`" if len(faults) > 1 else ""
+        more = f"; `uvim-fsq data check` lists {len(faults) - 1} more" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}")
 
 
@@ -104,7 +104,7 @@ def _readable(source: SampleSource) -> Sample:
 
 
 def _kind(value: object) -> str:
-    """Type, and of arrays and tensors dtype and shape."""
+    """A value's type for messages; for arrays and tensors, dtype and shape."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return type(value).__name__
@@ -112,31 +112,33 @@ def _kind(value: object) -> str:
 
 def _check_channels(task: Task) -> None:
     channels = task.label_channels
-    _demand(isinstance(channels, Mapping) and channels, f"a dict of channels expected, not {_kind(channels)}")
+    _require(
+        isinstance(channels, Mapping) and channels, f"expected a non-empty dict of channels, got {_kind(channels)}"
+    )
     for name, channel in channels.items():
         right = isinstance(channel, Categorical | Real)
-        _demand(right, f"channel {name!r} is {_kind(channel)}, expected Categorical or Real")
+        _require(right, f"channel {name!r} is {_kind(channel)}, expected Categorical or Real")
         count = channel.num_classes if isinstance(channel, Categorical) else channel.channels
-        _demand(isinstance(count, int) and count > 0, f"channel {name!r} has {count} classes or channels")
+        _require(isinstance(count, int) and count > 0, f"channel {name!r} has {count} classes or channels")
 
 
 def _check_sample(task: Task, sample: Sample) -> Sample:
-    """The view of `sample` that evaluation is about."""
-    _demand(isinstance(sample, Sample), f"a Sample expected, not {_kind(sample)}")
+    """Checks image and maps of `sample`; returns its evaluation view."""
+    _require(isinstance(sample, Sample), f"expected a Sample, got {_kind(sample)}")
     image = sample.image
     right = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
-    _demand(right, f"the image of a sample is {_kind(image)}, expected uint8 (H, W, 3)")
+    _require(right, f"the image of a sample is {_kind(image)}, expected uint8 (H, W, 3)")
     for name, values in sample.maps.items():
         right = isinstance(values, np.ndarray) and values.shape[:2] == image.shape[:2]
-        _demand(right, f"map {name!r} is {_kind(values)}, expected the pixels of the image {image.shape[:2]}")
-        # Others cannot be resampled.
+        _require(right, f"map {name!r} is {_kind(values)}, expected the size of the image {image.shape[:2]}")
+        # OpenCV cannot resize other dtypes.
         kinds = ("int32", "float32", "uint8", "int16", "uint16")
-        _demand(values.dtype.name in kinds, f"map {name!r} is {_kind(values)}, expected int32 or float32")
+        _require(values.dtype.name in kinds, f"map {name!r} is {_kind(values)}, expected int32 or float32")
     for name in task.linear_maps:
-        _demand(name in sample.maps, f"linear_maps names {name!r}, but a sample has the maps {sorted(sample.maps)}")
+        _require(name in sample.maps, f"linear_maps lists {name!r}, but a sample has the maps {sorted(sample.maps)}")
     try:
         return task.evaluation_view(sample)
-    except UserError:  # a protocol that is for other data
+    except UserError:  # the protocol does not apply to this data
         return sample
 
 
@@ -150,34 +152,34 @@ def _check_labels(task: Task, labels: object) -> None:
     channels = task.label_channels
     right = isinstance(labels, dict) and labels.keys() == channels.keys()
     names = sorted(labels) if isinstance(labels, dict) else _kind(labels)
-    _demand(right, f"the channels are {names}, label_channels names {sorted(channels)}")
+    _require(right, f"the channels are {names}, but label_channels has {sorted(channels)}")
     assert isinstance(labels, dict)
     for name, channel in channels.items():
         values = labels[name]
-        _demand(isinstance(values, np.ndarray), f"channel {name!r} is a {_kind(values)}, expected a NumPy array")
+        _require(isinstance(values, np.ndarray), f"channel {name!r} is a {_kind(values)}, expected a NumPy array")
         if isinstance(channel, Categorical):
             right = values.shape == (SIDE, SIDE) and np.issubdtype(values.dtype, np.integer)
-            _demand(right, f"channel {name!r} is {_kind(values)}, expected integers ({SIDE}, {SIDE})")
+            _require(right, f"channel {name!r} is {_kind(values)}, expected integers ({SIDE}, {SIDE})")
             low, high = int(values.min()), int(values.max())
             right, expected = low >= -1 and high < channel.num_classes, f"-1..{channel.num_classes - 1}"
         else:
             right = values.shape == (SIDE, SIDE, channel.channels) and values.dtype in (np.float32, np.uint8)
             shape = f"({SIDE}, {SIDE}, {channel.channels})"
-            _demand(right, f"channel {name!r} is {_kind(values)}, expected float32 or uint8 {shape}")
+            _require(right, f"channel {name!r} is {_kind(values)}, expected float32 or uint8 {shape}")
             low, high = float(values.min()), float(values.max())
             right, expected = values.dtype == np.uint8 or (low >= -1 and high <= 1), "-1..1"
-        _demand(right, f"channel {name!r} holds values from {low} to {high}, expected {expected}")
+        _require(right, f"channel {name!r} holds values from {low} to {high}, expected {expected}")
 
 
 def _logits(task: Task) -> dict[str, torch.Tensor]:
-    """Random ones of two images, (2, S, S, C)."""
+    """Random logits of two images: channel -> (2, SIDE, SIDE, C)."""
     random = torch.Generator().manual_seed(0)
     sizes = {n: c.num_classes if isinstance(c, Categorical) else c.channels for n, c in task.label_channels.items()}
     return {name: torch.randn(2, SIDE, SIDE, size, generator=random) for name, size in sizes.items()}
 
 
 def _on_device(labels: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """A batch of two equal images, as losses see it."""
+    """The labels of a batch of two equal images, after `to_device`."""
     tensors = {name: torch.from_numpy(np.stack([values, values])) for name, values in labels.items()}
     batch = Batch(image=torch.zeros(2), labels=tensors, index=torch.arange(2), id=["", ""])
     return to_device(batch, torch.device("cpu"))["labels"]
@@ -190,23 +192,23 @@ def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[
     def loss(pixels: slice) -> torch.Tensor:
         result = task.loss({n: x[:, pixels] for n, x in flat.items()}, {n: x[:, pixels] for n, x in truth.items()})
         right = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
-        _demand(right, f"(loss, logs) expected, not {_kind(result)}")
+        _require(right, f"expected (loss, logs), got {_kind(result)}")
         values, logs = result
         right = isinstance(values, torch.Tensor) and values.shape == (2,) and values.is_floating_point()
-        _demand(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
+        _require(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
         for name, value in logs.items():
             right = isinstance(value, torch.Tensor) and value.shape == (2,)
-            _demand(right, f"log {name!r} of 2 images is {_kind(value)}, expected a tensor (2,)")
-        _demand(bool(torch.isfinite(values).all()), f"the loss is {values.tolist()} for random logits")
+            _require(right, f"log {name!r} of 2 images is {_kind(value)}, expected a tensor (2,)")
+        _require(bool(torch.isfinite(values).all()), f"the loss is {values.tolist()} for random logits")
         return values
 
     whole, half = loss(slice(None)), SIDE * SIDE // 2
-    pieces = (loss(slice(half)) + loss(slice(half, None))) / 2
-    _demand(
-        torch.allclose(pieces, whole, rtol=1e-3, atol=1e-5),
-        "the loss is no mean over pixels: that of all is not the mean of those of two halves",
+    halves = (loss(slice(half)) + loss(slice(half, None))) / 2
+    _require(
+        torch.allclose(halves, whole, rtol=1e-3, atol=1e-5),
+        "the loss is not a mean over pixels: the loss of all pixels is not the mean of the losses of two halves",
     )
-    _demand(whole.requires_grad, "the loss has no gradient with respect to the logits")
+    _require(whole.requires_grad, "the loss has no gradient with respect to the logits")
     whole.sum().backward()
 
 
@@ -225,24 +227,24 @@ def _check_use(trial: _Trial, source: SampleSource, view: Sample, item: Any) -> 
     with trial.step("save_prediction"), tempfile.TemporaryDirectory() as folder:
         paths = task.save_prediction(sized, view.image, str(Path(folder) / "stem"))
         right = isinstance(paths, dict) and all(Path(path).is_file() for path in paths.values())
-        _demand(right and paths, "a dict kind -> path of a file that it wrote expected")
+        _require(right and paths, "expected a dict kind -> path of a written file")
 
 
 def _check_metric(task: Task, metric: Metric, item: Any, view: Sample) -> None:
     row = metric.update(item, view)
     right = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
-    _demand(right, f"update must return this image's figures, name -> float, not {_kind(row)}")
+    _require(right, f"update must return the image's values, name -> float, not {_kind(row)}")
     state = metric.state()
     right = isinstance(state, dict) and all(isinstance(value, np.ndarray) for value in state.values())
-    _demand(right, "state must return name -> NumPy array")
+    _require(right, "state must return name -> NumPy array")
     figures = metric.compute()
-    _demand(isinstance(figures, dict), f"compute must return name -> float, not {_kind(figures)}")
+    _require(isinstance(figures, dict), f"compute must return name -> float, not {_kind(figures)}")
     for name in filter(None, (task.main_metric, task.choosing_metric, *task.secondary_metrics)):
-        _demand(
-            name in figures, f"compute returns {', '.join(figures)}, but no {name!r} (main_metric, secondary_metrics)"
+        _require(
+            name in figures, f"compute returns {', '.join(figures)}, but not {name!r} (main_metric, secondary_metrics)"
         )
     metric.load_state(state)
-    _demand(_same(metric.compute(), figures), "load_state(state()) changes what compute returns")
+    _require(_same(metric.compute(), figures), "load_state(state()) changes what compute returns")
 
 
 def _same(one: Mapping[str, float], two: Mapping[str, float]) -> bool:
@@ -250,8 +252,8 @@ def _same(one: Mapping[str, float], two: Mapping[str, float]) -> bool:
 
 
 def _check_pictures(pictures: object, image: np.ndarray) -> None:
-    _demand(isinstance(pictures, dict) and "prediction" in pictures, 'a dict with the title "prediction" expected')
+    _require(isinstance(pictures, dict) and "prediction" in pictures, 'expected a dict with the title "prediction"')
     assert isinstance(pictures, dict)
     for title, picture in pictures.items():
         right = isinstance(picture, np.ndarray) and picture.shape == image.shape and picture.dtype == np.uint8
-        _demand(right, f"picture {title!r} is {_kind(picture)}, expected uint8 {image.shape}")
+        _require(right, f"picture {title!r} is {_kind(picture)}, expected uint8 {image.shape}")

@@ -1,4 +1,7 @@
-"""Losses that several tasks share."""
+"""Losses shared by several tasks.
+
+Shapes: B batch, P pixels, C classes.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ import torch.nn.functional as F
 
 
 def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy per pixel and its mean over ALL pixels; a label of -1 counts 0 but stays in the mean (UViM).
+    """Cross-entropy averaged over all pixels. Pixels labeled -1 contribute 0, but count in the mean, as in UViM.
 
     Args:
         logits: (B, P, C) float32.
-        labels: (B, P) integers.
+        labels: (B, P) integers in [-1, C).
 
     Returns:
-        (B,) loss, and (B,) share of pixels whose argmax is right.
+        (B,) float32 loss, and (B,) float32 fraction of pixels whose argmax equals the label.
     """
     target = labels.long()
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none")

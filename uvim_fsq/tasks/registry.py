@@ -1,6 +1,6 @@
-"""Tasks by name. An out-of-tree task registers itself when its module, named in `plugins`, is imported.
+"""Registry of tasks by name. An external task registers itself when its module, listed in `plugins`, is imported.
 
-The built-in ones are known by name and imported when they are used: their configurations without torch.
+Built-in tasks are imported on first use; their configuration classes can be imported without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from uvim_fsq.errors import UserError
 if TYPE_CHECKING:
     from uvim_fsq.tasks.base import Task
 
-#: Name of each built-in task, which is also its package's, and its dataclass in NAME/config.py. NAME/task.py registers.
+#: Built-in tasks: name, which is also the package name -> class in NAME/config.py. NAME/task.py registers the task.
 BUILT_IN = {
     "coco_panoptic": "CocoPanopticConfig",
     "imagenet_color": "ImagenetColorConfig",
@@ -34,7 +34,10 @@ def _built_in_module(name: str, part: str) -> str:
 
 
 def register_task(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator that adds a Task under `name`. Raises ValueError if another class already has that name."""
+    """Class decorator that registers a Task as `name`.
+
+    Raises ValueError if another class is registered under that name, or if `Config` is not a frozen dataclass.
+    """
 
     def register(cls: type[T]) -> type[T]:
         known = _TASKS.get(name)
@@ -53,8 +56,7 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports the given modules, which register tasks and which the caller trusts (`plugins.refuse_strangers` asks that
-    of a run's).
+    """Imports modules that register tasks. The caller trusts them; see `config.plugins.refuse_strangers` for a run's.
 
     Raises UserError naming a module that cannot be imported.
     """
@@ -66,33 +68,33 @@ def load_plugins(modules: Iterable[str]) -> None:
 
 @functools.cache
 def _load_installed() -> None:
-    """Imports the tasks of other installed packages: entry points of the group `uvim_fsq.tasks`."""
+    """Imports the tasks of other installed packages (entry point group `uvim_fsq.tasks`)."""
     for point in entry_points(group=GROUP):
         point.load()
 
 
 def task_names() -> list[str]:
-    """All names, sorted: built in, of installed packages, and registered so far."""
+    """All task names, sorted: built in, from installed packages, and registered so far."""
     _load_installed()
     return sorted({*BUILT_IN, *_TASKS})
 
 
 def task_class(name: str) -> type[Task]:
-    """The class registered under `name`. Raises UserError listing what exists."""
+    """The class registered under `name`. Raises UserError listing the known tasks."""
     if name in BUILT_IN:
         importlib.import_module(_built_in_module(name, "task"))
     elif name not in _TASKS:
         names = task_names()
         if name not in _TASKS:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            own = f"one of your own needs plugins=[MODULE], and @register_task({name!r}) in that module"
-            hint = f"did you mean {close[0]!r}?" if close else f"{own}."
+            advice = f"your own task needs plugins=[MODULE], and @register_task({name!r}) in that module"
+            hint = f"did you mean {close[0]!r}?" if close else f"{advice}."
             raise UserError(f"unknown task {name!r}; {hint} Known tasks: {', '.join(names)}")
     return _TASKS[name]
 
 
 def config_class(name: str) -> type:
-    """The dataclass of the keys under `task:`. Raises UserError as `task_class`; a built-in task is not imported."""
+    """The dataclass of the keys under `task:`, without importing a built-in task. Raises UserError as `task_class`."""
     if name in BUILT_IN:
         return getattr(importlib.import_module(_built_in_module(name, "config")), BUILT_IN[name])
     return task_class(name).Config

@@ -43,7 +43,7 @@ def break_png(root: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "no such PNG, but the annotation file names it"),
+        ("missing", "no such PNG, but the annotation file lists it"),
         ("text", "cannot be read as a PNG"),
         ("grey", "panoptic PNGs are 8-bit RGB"),
         ("16-bit", "16-bit"),
@@ -70,7 +70,7 @@ def repeat_id(tree: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (repeat_id, "stands twice"),
+        (repeat_id, "appears twice"),
         (lambda tree: first_segments(tree)[0].update(category_id=77), "category 77, which `categories` does not list"),
         (lambda tree: first_segments(tree)[0].update(id=1 << 24), "segment id 16777216, outside of 1..16777215"),
         (lambda tree: first_segments(tree)[0].update(id=-5), "segment id -5, outside of 1..16777215"),
@@ -78,22 +78,22 @@ def repeat_id(tree: dict[str, Any]) -> None:
         (lambda tree: tree["categories"][0].update(isthing="false"), "`isthing` is 'false', expected 0 or 1"),
         (
             lambda tree: tree["images"][1].update(file_name=tree["images"][0]["file_name"]),
-            "2 entries of `images` are of the file 0000.*jpg",
+            "2 entries of `images` name the file 0000.*jpg",
         ),
         (
             lambda tree: tree["annotations"][1].update(file_name=tree["annotations"][0]["file_name"]),
-            "2 entries of `annotations` are of the file 0000.*png",
+            "2 entries of `annotations` name the file 0000.*png",
         ),
         (lambda tree: tree["annotations"].append(tree["annotations"][0]), "repeat an image_id"),
-        (lambda tree: tree["images"].pop(0), "of images that `images` lacks"),
-        (lambda tree: tree["annotations"][0].pop("segments_info"), "lacks or garbles a field"),
-        (lambda tree: tree.pop("categories"), "needs lists images, annotations, categories"),
+        (lambda tree: tree["images"].pop(0), "images missing from `images`"),
+        (lambda tree: tree["annotations"][0].pop("segments_info"), "missing or invalid field"),
+        (lambda tree: tree.pop("categories"), "needs the lists images, annotations, categories"),
         (lambda tree: tree.update(annotations=[]), "holds no annotations"),
-        (lambda tree: first_segments(tree)[0].update(id="one"), "lacks or garbles a field"),
-        (lambda tree: first_segments(tree)[0].update(area="large"), "lacks or garbles a field"),
+        (lambda tree: first_segments(tree)[0].update(id="one"), "missing or invalid field"),
+        (lambda tree: first_segments(tree)[0].update(area="large"), "missing or invalid field"),
         (
             lambda tree: [s.update(category_id=77) for a in tree["annotations"] for s in a["segments_info"]],
-            r"category 77.*\(and 3 more annotations",
+            r"category 77.*\(and 3 more invalid annotations",
         ),
     ],
 )
@@ -182,7 +182,7 @@ def test_prepared_labels_of_another_order_are_refused(root: Path) -> None:
             annotation["segments_info"].reverse()
 
     edit(root, turn)
-    with pytest.raises(UserError, match="was prepared from another panoptic_val2017.json; delete that folder"):
+    with pytest.raises(UserError, match="was prepared from a different panoptic_val2017.json; delete that folder"):
         open_source(str(root), "val", CONFIG)
 
 
@@ -195,16 +195,16 @@ def test_a_damaged_record_of_the_preparation_is_named(root: Path) -> None:
 
 def test_missing_parts_of_the_data_set_are_named(root: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "annotations/panoptic_train2017")
-    with pytest.raises(UserError, match="is there, but not its PNGs"):
+    with pytest.raises(UserError, match="exists, but its PNGs do not"):
         open_source(str(root), "train", CONFIG)
     (root / "annotations/panoptic_train2017.zip").write_bytes(b"half a zip")
-    with pytest.raises(UserError, match="no zip file or truncated"):
+    with pytest.raises(UserError, match="truncated or not a zip file"):
         open_source(str(root), "train", CONFIG)
     shutil.rmtree(root / "val2017")
-    with pytest.raises(UserError, match="holds no photos: looked for val2017/ .* found annotations/ and train2017/; "):
+    with pytest.raises(UserError, match="holds no images: looked for val2017/ .* found annotations/ and train2017/; "):
         open_source(str(root), "val", CONFIG)
     (root / "annotations/panoptic_val2017.json").write_text('{"images": [')
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         open_source(str(root), "val", CONFIG)
     with pytest.raises(UserError, match="holds no annotations/panoptic_val"):
         open_source(str(tmp_path), "val", CONFIG)
@@ -238,6 +238,6 @@ def test_an_image_without_segments_is_all_void(root: Path) -> None:
     task = task_for(root)
     sample = task.source(str(root), "val")[0]
     assert all(not labels.any() for labels in task.encode(sample).values())
-    assert "no segment at all" in str(task.check_sample(sample))
+    assert "no segments" in str(task.check_sample(sample))
     row = task.metric(task.source(str(root), "val")).update(sample.meta["segments"], sample)
     assert row["pq"] == 0 and row["segments_gt"] == 0

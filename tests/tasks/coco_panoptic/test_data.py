@@ -69,7 +69,7 @@ def test_prepared_labels_equal_their_sources(root: Path) -> None:
     for i, segments in enumerate(before):
         np.testing.assert_array_equal(source[i].maps["segments"], segments)
     edit(root, lambda tree: tree["annotations"].pop(), "train")
-    with pytest.raises(UserError, match="prepared from another"):
+    with pytest.raises(UserError, match="prepared from a different"):
         open_source(str(root), "train", CONFIG)
 
 
@@ -78,7 +78,7 @@ def test_categories_come_from_the_file_and_must_agree(root: Path) -> None:
     assert [name for _, name, _ in task.config.categories] == task.names[1:]
     assert task.label_channels["semantics"].num_classes == len(task.names)
     edit(root, lambda tree: tree["categories"][0].update(name="another"))
-    with pytest.raises(UserError, match="other categories"):
+    with pytest.raises(UserError, match="different categories"):
         task.source(str(root), "val")
     with pytest.raises(UserError, match="categories is empty"):
         CocoPanoptic(CONFIG)

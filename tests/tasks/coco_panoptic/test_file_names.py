@@ -35,7 +35,7 @@ def test_a_coco_file_cannot_name_files_outside(
             lambda: open_source(str(root), "val", CocoPanopticConfig()),
             lambda: prepare(str(root), lambda done, total: None),
         ):
-            with pytest.raises(UserError, match="escaped.png.*leads out of the data set"):
+            with pytest.raises(UserError, match="escaped.png.*lies outside of the data set"):
                 work()
     assert not list(tmp_path.rglob("escaped.png"))
 

@@ -134,5 +134,5 @@ def test_panopticapi_runs_in_a_process_and_its_errors_are_one_line(
     entries = [writer.add(truth, i, f"{i}.png") for i in (4, 6)]
     with pytest.raises(UserError, match="panopticapi cannot score .*panoptic.json: KeyError: 'segment 7'$"):
         run_panopticapi(gt_json, gt_folder, writer.finish(entries), writer.pngs)
-    with pytest.raises(UserError, match="holds no image of"):
+    with pytest.raises(UserError, match="has no image of"):
         run_panopticapi(gt_json, gt_folder, writer.finish([writer.add(truth, 99, "99.png")]), writer.pngs)

@@ -148,12 +148,12 @@ def test_missing_photos_are_named_with_the_remedy(tmp_path: Path) -> None:
         open_source(str(tmp_path), "train")
     archive = tmp_path / "ILSVRC2012_img_val.tar"
     archive.write_bytes(b"")
-    with pytest.raises(UserError, match="it holds ILSVRC2012_img_val.tar, unpack that first"):
+    with pytest.raises(UserError, match="it holds ILSVRC2012_img_val.tar, unpack it first"):
         open_source(str(tmp_path), "train")
     with pytest.raises(UserError, match="is a file; unpack it"):
         open_source(str(archive), "train")
     photo(tmp_path / "alone" / "x.png")
-    with pytest.raises(UserError, match="too few photos, none is left for split train"):
+    with pytest.raises(UserError, match="too few photos, none left for split train"):
         open_source(str(tmp_path / "alone"), "train")
     photo(tmp_path / "half" / "val" / "x.png")
     for split in ("train", "holdout", "train_minus_holdout"):

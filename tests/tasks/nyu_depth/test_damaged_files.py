@@ -44,5 +44,5 @@ def test_a_chunk_larger_than_its_image_is_never_unpacked(tmp_path: Path) -> None
     with h5py.File(tmp_path / "a.h5", "w") as file:
         chunked = {"maxshape": (None, None), "chunks": (20_000, 20_000), "compression": "gzip"}
         file.create_dataset("depth", shape=(24, 32), dtype="f4", **chunked)
-    with pytest.raises(UserError, match="dataset 'depth' is 20000 x 20000, 400 million pixels"):
+    with pytest.raises(UserError, match="dataset 'depth' has 20000 x 20000, 400 million pixels"):
         read_depth_file(tmp_path / "a.h5")

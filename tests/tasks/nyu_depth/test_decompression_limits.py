@@ -23,7 +23,7 @@ def test_npy_headers_are_checked_before_reading(tmp_path: Path) -> None:
     for shape in ((60_000, 60_000), (1 << 31, 1 << 31), (1 << 62, 8)):
         file.write_bytes(claim(shape) + b"\0" * 64)
         assert peak(lambda: read_depth_file(file)) < 1
-        with pytest.raises(UserError, match="claims an array float32"):
+        with pytest.raises(UserError, match="declares an array float32"):
             read_depth_file(file)
     file.write_bytes(claim((2, 8)) + b"\0" * 63)
     with pytest.raises(UserError, match="of 64 bytes but holds 63"):
@@ -69,12 +69,12 @@ def test_hdf5_datasets_are_checked_before_reading(tmp_path: Path) -> None:
     with h5py.File(file, "a") as handle:
         del handle["depth"]
         handle["depth"] = h5py.ExternalLink("other.h5", "/depth")
-    with pytest.raises(UserError, match="lies in another file"):
+    with pytest.raises(UserError, match="is stored in another file"):
         source[0]
     with h5py.File(file, "a") as handle:
         del handle["depth"]
         handle.create_dataset("depth", (2, 2), "<f4", external=[(str(tmp_path / "other.h5"), 0, 16)])
-    with pytest.raises(UserError, match="lies in another file"):
+    with pytest.raises(UserError, match="is stored in another file"):
         read_depth_file(file)
 
 

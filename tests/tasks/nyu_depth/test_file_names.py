@@ -19,7 +19,7 @@ def test_a_depth_list_cannot_name_files_outside(tmp_path: Path) -> None:
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 2
     for line in (f"../{rgb} {depth} {focal}", f"{rgb} x/../../{depth} {focal}", f"/{rgb} C:\\{depth} {focal}"):
         lists.write_text(line + "\n")
-        with pytest.raises(UserError, match="test_files_with_gt.txt names the file .* leads out of the data set"):
+        with pytest.raises(UserError, match="test_files_with_gt.txt lists the file .* lies outside of the data set"):
             open_depth(str(root), "val", NYUDepthConfig())
     lists.write_text(f"/{rgb} //{depth} {focal}\n")  # the published lists have leading slashes
     assert len(open_depth(str(root), "val", NYUDepthConfig())) == 1

@@ -26,12 +26,12 @@ CONFIG = NYUDepthConfig(protocol="full")
         (("train", None), "holdout", "found val/, but no train/"),
         (("val", "validation"), "val", "found train/ and validation/, but no val/: rename validation/ to val/"),
         (("val", "test"), "val", "found test/ and train/, but no val/: rename test/ to val/"),
-        (("train/depth", None), "train", "train holds images/, but no depth/; name it with task.depth_dir="),
-        (("train/depth", "train/depths"), "train", "train holds depths/ and images/, but no depth/; name it with"),
+        (("train/depth", None), "train", "train holds images/, but no depth/; set task.depth_dir"),
+        (("train/depth", "train/depths"), "train", "train holds depths/ and images/, but no depth/; set"),
         (
             ("train/images", "train/rgb"),
             "train",
-            "train holds depth/ and rgb/, but no images/; name it with task",
+            "train holds depth/ and rgb/, but no images/; set task",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_prepared_images_of_changed_files_are_not_used(tmp_path: Path) -> None:
     assert source.info["layout"] == "C (4 of 6 prepared)"
     np.testing.assert_allclose(source[2].maps["depth"], depth / 1000, rtol=1e-6)
     said = prepare(str(root), CONFIG, lambda done, total: None)
-    assert said.startswith("1 images") and "1 are left out, the first: " in said and pngs[4].name in said
+    assert said.startswith("1 images") and "1 were skipped, the first: " in said and pngs[4].name in said
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (5 of 6 prepared)"
     other = NYUDepthConfig(protocol="full", depth_scale=500.0)
     assert (
@@ -70,7 +70,7 @@ def test_prepared_images_of_changed_files_are_not_used(tmp_path: Path) -> None:
     for file in root.glob("*test_files*.txt"):
         file.unlink()
     said = prepare(str(root), CONFIG, lambda done, total: None)
-    assert said.startswith("0 images") and "; val is left out: " in said and "holds no rgb" in said
+    assert said.startswith("0 images") and "; val was skipped: " in said and "holds no rgb" in said
 
 
 def test_an_interrupted_preparation_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_an_interrupted_preparation_continues(tmp_path: Path, monkeypatch: pytes
         prepare(str(root), CONFIG, stop)
     assert open_source(str(root), "train", CONFIG).info["layout"] == "C (4 of 6 prepared)"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(UserError, match="has 0.00 GB free, 0.00 GB are needed"):
+    with pytest.raises(UserError, match="has 0.00 GB free, but 0.00 GB are needed"):
         prepare(str(root), CONFIG, lambda done, total: None)
     monkeypatch.undo()
     assert prepare(str(root), CONFIG, lambda done, total: None).startswith("3 images")
@@ -108,6 +108,6 @@ def test_data_that_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     np.save(tmp_path / "mine" / "depth" / "a.npy", np.ones((8, 12), np.float32))
     for place in ("../photos", str(tmp_path / "photos")):
-        with pytest.raises(UserError, match="a.png lies outside of .*mine; only data inside"):
+        with pytest.raises(UserError, match="a.png is outside of .*mine; only data inside"):
             outside = NYUDepthConfig(protocol="full", image_dir=place)
             prepare(str(tmp_path / "mine"), outside, lambda done, total: None)

@@ -54,13 +54,13 @@ def test_damaged_splits_are_detected(tmp_path: Path, packed: bool) -> None:
             assert read_splits(file) == truth or not packed
         except UserError as error:
             noticed += 1
-            assert str(error).startswith(f"{file} is broken (") and "\n" not in str(error)
+            assert str(error).startswith(f"{file} is damaged (") and "\n" not in str(error)
     assert noticed > 80
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
-    [([1, 2], [2], "twice"), ([0, 1], [2], "no lists"), ([1.5], [2], "no lists"), ([], [1], "no lists")],
+    [([1, 2], [2], "twice"), ([0, 1], [2], "not list"), ([1.5], [2], "not list"), ([], [1], "not list")],
 )
 def test_impossible_splits_are_refused(tmp_path: Path, train: list[float], test: list[float], message: str) -> None:
     scipy.io.savemat(tmp_path / "splits.mat", {"trainNdxs": np.array(train), "testNdxs": np.array(test)})

@@ -25,7 +25,7 @@ class Devices:
     names: tuple[str, ...] = ()
     memory: float = 0.0
 
-    def share(self, jobs: int) -> float:
+    def memory_per_process(self, jobs: int) -> float:
         """Bytes that each process may use while `jobs` processes run at a time."""
         return USABLE * self.memory / -(-jobs // len(self.names))
 
@@ -64,7 +64,7 @@ def fit_cells(cells: Sequence[Cell], devices: Devices, jobs: int, say: Callable[
         for stage, run in (("oracle", cell.oracle_run), ("lm", cell.lm_run)):
             sizes = _sizes(cell, stage)
             if sizes not in found:
-                found[sizes] = _accumulate(cell, stage, devices.share(jobs))
+                found[sizes] = _accumulate(cell, stage, devices.memory_per_process(jobs))
             count, reason = found[sizes]
             if count != run.train.accumulate:
                 commands[stage] = (*commands[stage], f"train.accumulate={count}")

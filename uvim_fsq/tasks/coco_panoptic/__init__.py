@@ -1,1 +1,1 @@
-"""COCO panoptic and any data set in its format."""
+"""Panoptic segmentation: COCO 2017 and any data set in the COCO panoptic format."""

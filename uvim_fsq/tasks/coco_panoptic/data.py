@@ -1,8 +1,8 @@
-"""COCO panoptic 2017 as it lies on people's disks, and any data set in the COCO panoptic format.
+"""Reads COCO panoptic 2017 in its common layouts, and any data set in the COCO panoptic format.
 
-A Sample's map `segments` (H, W) int32 numbers the segments of the image 1..K in the order of the JSON, 0 is void;
+A Sample's map `segments`, (H, W) int32, numbers the segments of the image 1..K in the order of the JSON; 0 is void.
 `meta["segments"]` is the ground truth for scoring. Both come from the PNGs (in a folder or still zipped) or from the
-compact copies that `uvim-fsq data prepare` makes.
+compact copies that `uvim-fsq data prepare` writes.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ PREPARED = "prepared_panoptic"
 
 
 def find_annotations(root: Path, split: str) -> Path:
-    """The panoptic JSON of "train" or "val" under `root` or its `annotations/`. Raises UserError if there is none."""
+    """The panoptic JSON of `split` ("train" or "val") in `root` or `root`/annotations. Raises UserError if missing."""
     places = (root / "annotations", root)
     found = sorted(file for place in places for file in place.glob(f"panoptic_{split}*.json"))
     if not found:
-        there = sorted(file.name for place in places for file in place.glob("*.json"))
+        others = sorted(file.name for place in places for file in place.glob("*.json"))
         raise UserError(
             f"{root} holds no annotations/panoptic_{split}*.json"
-            + (f", only {and_list(there)}" if there else "")
+            + (f", only {and_list(others)}" if others else "")
             + "; the COCO panoptic format is expected, see datasets/README.md"
         )
-    # The plain name before variants that other tools leave beside it.
+    # Prefer the standard name to variants that other tools write.
     return min(found, key=lambda file: (file.stem != f"panoptic_{split}2017", len(file.name), file.name))
 
 
 @dataclass
 class PngStore:
-    """The id maps of one split: files of a folder, or members of a zip file that was never unpacked."""
+    """The id PNGs of one split: files in a folder, or members (with `prefix`) of a zip file that is read directly."""
 
     place: Path
     prefix: str = ""
@@ -65,25 +65,25 @@ class PngStore:
         return {**self.__dict__, "_zip": None}
 
     def read(self, name: str) -> bytes:
-        """Raises UserError when the file is missing or broken."""
+        """The content of the PNG `name`. Raises UserError if it is missing or damaged."""
         try:
             if self.place.is_dir():
                 return (self.place / name).read_bytes()
-            # An open file must not travel to a loader process: after a fork both would move one position.
+            # Reopen the file in each loader process: after a fork, both processes would share one file position.
             if self._zip is None or self._owner != os.getpid():
                 self._zip, self._owner = zipfile.ZipFile(self.place), os.getpid()
             member = self._zip.getinfo(self.prefix + name)
             if member.file_size > 1_000_000 + MAX_RATIO * member.compress_size:
-                raise UserError(f"{self.place}: {name} unpacks to {member.file_size} bytes; it is no PNG of labels")
+                raise UserError(f"{self.place}: {name} unpacks to {member.file_size} bytes; it is not a label PNG")
             return self._zip.read(member)
         except (FileNotFoundError, KeyError):
-            raise UserError(f"{self.place / name}: no such PNG, but the annotation file names it") from None
+            raise UserError(f"{self.place / name}: no such PNG, but the annotation file lists it") from None
         except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError) as error:
             raise UserError(f"{self.place}: {name} cannot be read ({error}); replace it") from error
 
 
 def find_pngs(root: Path, annotations: Path) -> PngStore:
-    """Beside the photos, beside the JSON, or still zipped beside the JSON."""
+    """Finds the id PNGs next to the JSON file or the images, in a folder or zipped. Raises UserError if missing."""
     stem = annotations.stem
     for place in (annotations.parent / stem, root / stem, root / "annotations" / stem):
         if place.is_dir():
@@ -94,28 +94,31 @@ def find_pngs(root: Path, annotations: Path) -> PngStore:
                 with zipfile.ZipFile(place) as archive:
                     first = next((name for name in archive.namelist() if name.endswith(".png")), "")
             except zipfile.BadZipFile as error:
-                raise UserError(f"{place} is no zip file or truncated ({error}); fetch it again") from error
+                raise UserError(f"{place} is truncated or not a zip file ({error}); download it again") from error
             return PngStore(place, first[: first.rfind("/") + 1])
     raise UserError(
-        f"{annotations} is there, but not its PNGs: looked for {stem}/ beside it, {root / stem}/ and {stem}.zip"
+        f"{annotations} exists, but its PNGs do not: looked for {stem}/ next to it, {root / stem}/ and {stem}.zip"
     )
 
 
 def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Path:
-    """The folder of the photos. `image_dir` (relative to `root`, {split} replaced) goes before what is found."""
+    """Finds the folder of the images. Raises UserError if there is none.
+
+    `image_dir` (relative to `root`, with {split} replaced) takes precedence over the standard places.
+    """
     name = annotations.stem.removeprefix("panoptic_")
     if image_dir:
         place = root / image_dir.replace("{split}", split)
         if not place.is_dir():
-            raise UserError(f"task.image_dir={image_dir}: {place} is no folder")
+            raise UserError(f"task.image_dir={image_dir}: {place} is not a folder")
         return place
     for place in (root / name, root / "images" / name, root / split, root / "images" / split, root / "images"):
         if place.is_dir():
             return place
-    there = and_list([f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir()])
+    others = and_list([f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir()])
     raise UserError(
-        f"{root} holds no photos: looked for {name}/ and images/{name}/, found {there or 'no folder'}; rename one or "
-        "name it with task.image_dir="
+        f"{root} holds no images: looked for {name}/ and images/{name}/, found {others or 'no folder'}; rename one or "
+        "set task.image_dir to its name"
     )
 
 
@@ -132,9 +135,9 @@ def decode_ids(data: bytes, name: str) -> np.ndarray:
 
 
 def number_segments(ids: np.ndarray, segment_ids: np.ndarray, name: str) -> np.ndarray:
-    """24-bit ids (H, W) -> position of each in `segment_ids` plus 1, int32; 0 stays void.
+    """(H, W) 24-bit ids -> (H, W) int32 positions in `segment_ids` plus 1; 0 stays void.
 
-    Raises UserError for a pixel whose id is not listed.
+    Raises UserError if a pixel's id is not listed.
     """
     numbers = segment_index(ids, segment_ids)
     if int(numbers.min(initial=0)) < 0:
@@ -202,7 +205,7 @@ class PanopticSource:
         if image.shape[:2] != numbers.shape:
             raise UserError(
                 f"{self.photos / str(self.index.images[row])} is {image.shape[0]} x {image.shape[1]} but its PNG {png} "
-                f"{numbers.shape[0]} x {numbers.shape[1]}; one of them is of another version"
+                f"is {numbers.shape[0]} x {numbers.shape[1]}; they belong to different versions"
             )
         classes, crowd = self.index.classes[part].astype(np.int32), self.index.crowd[part]
         meta = {
@@ -215,17 +218,20 @@ class PanopticSource:
 
 
 def _check_categories(index: Index, config: CocoPanopticConfig) -> None:
-    ours, theirs = config.categories, index.categories
-    if ours and ours != theirs:
-        first = next((f"{a} and {b}" for a, b in zip(ours, theirs, strict=False) if a != b), "their number")
+    expected, found = config.categories, index.categories
+    if expected and expected != found:
+        first = next((f"{a} and {b}" for a, b in zip(expected, found, strict=False) if a != b), "their number")
         raise UserError(
-            f"{index.file} has other categories than those of this configuration or checkpoint "
-            f"({len(theirs)} and {len(ours)}; first difference: {first})"
+            f"{index.file} has different categories than this configuration or checkpoint "
+            f"({len(found)} and {len(expected)}; first difference: {first})"
         )
 
 
 def open_source(root: str, split: str, config: CocoPanopticConfig) -> PanopticSource:
-    """Splits: train, val, holdout (4096 of train, by the md5 of the file name) and train_minus_holdout."""
+    """Opens a split: train, val, holdout (4096 images of train, by md5 of the file name) or train_minus_holdout.
+
+    Raises UserError for an unknown split, missing or damaged files, and categories that differ from `config`.
+    """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     return PanopticSource(find_data_root(root), split, config)
@@ -237,11 +243,11 @@ def open_source(root: str, split: str, config: CocoPanopticConfig) -> PanopticSo
 def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
     """ "complete", "begun" or "none". Raises UserError if the folder belongs to another annotation file."""
     try:
-        begun = read_json(folder / "source.json", f"delete {folder} and run `uvim-fsq data prepare` again")
+        source = read_json(folder / "source.json", f"delete {folder} and run `uvim-fsq data prepare` again")
     except FileNotFoundError:
         return "none"
-    if begun != _fingerprint(annotations, index):
-        raise UserError(f"{folder} was prepared from another {annotations.name}; delete that folder")
+    if source != _fingerprint(annotations, index):
+        raise UserError(f"{folder} was prepared from a different {annotations.name}; delete that folder")
     return "complete" if (folder / "complete").is_file() else "begun"
 
 
@@ -258,17 +264,17 @@ def _prepared_folder(root: Path, annotations: Path, index: Index) -> Path | None
 
 
 def decode_prepared(data: bytes, name: str) -> np.ndarray:
-    """A prepared label PNG (8 or 16 bits, grey) -> (H, W) int32 numbers of segments."""
+    """A prepared label PNG (8 or 16 bits, grayscale) -> (H, W) int32 segment numbers. Raises UserError if damaged."""
     pixels = decode_png(data, name)
     if pixels is None or pixels.ndim != 2:
-        raise UserError(f"{name} is broken; delete its folder and run `uvim-fsq data prepare` again")
+        raise UserError(f"{name} is damaged; delete its folder and run `uvim-fsq data prepare` again")
     return pixels.astype(np.int32)
 
 
 def prepare(root: str, progress: Callable[[int, int], None]) -> str:
-    """Writes the id maps of both splits as grey PNGs of segment numbers: a third of the decoding time.
+    """Writes the id maps of both splits as grayscale PNGs of segment numbers, which decode three times as fast.
 
-    Restartable; a split counts only when it is complete.
+    Can be interrupted and restarted; a split is used only when it is complete. Returns a one-line summary.
     """
     place = find_data_root(root)
     done: list[str] = []

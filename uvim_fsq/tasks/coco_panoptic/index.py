@@ -1,4 +1,4 @@
-"""A panoptic annotation file as a few flat arrays, checked once; large files are parsed once and kept in the cache."""
+"""Reads a panoptic annotation file into flat arrays and validates it; large files are parsed once and cached."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.names import inner_name
 from uvim_fsq.errors import UserError
 
-#: Files below this size are parsed each time.
+#: Smaller files, in bytes, are not cached.
 CACHE_FROM = 20_000_000
 
 
 @dataclass(frozen=True)
 class Index:
-    """One annotation file. N images in the order of their ids, M segments, C categories in the file's order.
+    """One annotation file: N images ordered by id, M segments, C categories in the file's order.
 
     Attributes:
-        file: the JSON.
-        image_ids: (N,) int64, or str where the file has names as ids (Cityscapes).
-        images, pngs: (N,) str, file names of photo and id map.
+        file: the JSON file.
+        image_ids: (N,) int64, or str if the file uses names as ids (Cityscapes).
+        images, pngs: (N,) str, file names of image and id map.
         first: (N + 1,) int64; the segments of image i are first[i]..first[i + 1] - 1.
         ids: (M,) int64 24-bit ids of the segments in the PNG.
         classes: (M,) int64, 1..C in the order of the file's categories.
-        areas: (M,) int64 as the JSON says, -1 where it says nothing. crowd: (M,) bool.
+        areas: (M,) int64 pixels as given in the JSON, -1 if missing. crowd: (M,) bool.
         category_ids: (C,) int64. category_names: (C,) str. is_thing: (C,) bool.
-        without_annotation: images of the file that no annotation is about; they are left out.
+        without_annotation: number of images without an annotation; they are left out.
     """
 
     file: Path
@@ -58,7 +58,7 @@ class Index:
 
 
 def read_index(file: Path) -> Index:
-    """The index of a panoptic JSON. Raises UserError for a file that is none, or contradicts itself."""
+    """The index of a panoptic JSON file. Raises UserError if the file is missing, invalid or inconsistent."""
     try:
         stat = file.stat()
     except OSError:
@@ -71,7 +71,7 @@ def _read(file: Path, mtime: int, size: int) -> Index:
     if size < CACHE_FROM:
         arrays = _parse(file)
     else:
-        # The version tells files apart that were written before names were checked.
+        # Version 1 was written without checking file names.
         key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 2}
         arrays = cached_arrays("panoptic_index", key, lambda: _parse(file))
     return Index(file=file, **{**arrays, "without_annotation": int(arrays["without_annotation"])})
@@ -81,19 +81,19 @@ def _parse(file: Path) -> dict[str, np.ndarray]:
     try:
         tree = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); it is truncated or broken, replace it") from error
+        raise UserError(f"{file} is not valid JSON ({error}); it is truncated or damaged, replace it") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
     keys = ("images", "annotations", "categories")
     if not isinstance(tree, dict) or any(not isinstance(tree.get(key), list) for key in keys):
-        raise UserError(f"{file} is no panoptic annotation file: it needs lists {', '.join(keys)}")
+        raise UserError(f"{file} is not a panoptic annotation file: it needs the lists {', '.join(keys)}")
     try:
         return _tables(file, tree)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{file}: an entry lacks or garbles a field of the COCO panoptic format ({error!r}); "
+            f"{file}: an entry has a missing or invalid field of the COCO panoptic format ({error!r}); "
             "images need id, file_name; annotations image_id, file_name, segments_info; segments id, category_id"
         ) from error
 
@@ -102,19 +102,19 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     categories = tree["categories"]
     number = {int(category["id"]): i + 1 for i, category in enumerate(categories)}
     if len(number) != len(categories) or not categories:
-        raise UserError(f"{file}: its categories are empty or one id stands there twice")
+        raise UserError(f"{file}: its categories are empty or repeat an id")
     images = {image["id"]: image for image in tree["images"]}
     annotations = {annotation["image_id"]: annotation for annotation in tree["annotations"]}
     for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
         if len(table) != len(tree[rows]):
             raise UserError(f"{file}: {len(tree[rows]) - len(table)} entries of `{rows}` repeat an {name}; remove them")
-        for twice, times in Counter(entry["file_name"] for entry in table.values()).most_common(1):
+        for repeated, times in Counter(entry["file_name"] for entry in table.values()).most_common(1):
             if times > 1:
-                raise UserError(f"{file}: {times} entries of `{rows}` are of the file {twice}; remove all but one")
-    strangers = annotations.keys() - images.keys()
-    if strangers:
+                raise UserError(f"{file}: {times} entries of `{rows}` name the file {repeated}; remove all but one")
+    unknown = annotations.keys() - images.keys()
+    if unknown:
         raise UserError(
-            f"{file}: {len(strangers)} annotations are of images that `images` lacks, e.g. {min(strangers)}"
+            f"{file}: {len(unknown)} annotations refer to images missing from `images`, e.g. {min(unknown)}"
         )
     order = sorted(annotations)
     if not order:
@@ -127,7 +127,7 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
         segments += infos
         first.append(len(segments))
     if problems:
-        more = f" (and {len(problems) - 1} more annotations with such faults)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more invalid annotations)" if len(problems) > 1 else ""
         raise UserError(f"{file}: {problems[0]}{more}")
     entries = [images[image_id] for image_id in order]
     return {
@@ -147,7 +147,7 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
-    """0 or 1, also as a truth value; a segment need not say whether it is a crowd."""
+    """A field of value 0, 1, true or false; `iscrowd` defaults to 0."""
     value = entry.get(key, 0) if key == "iscrowd" else entry[key]
     if value not in (0, 1):
         raise UserError(f"{file}: `{key}` is {value!r}, expected 0 or 1 (entry of id {entry['id']})")
@@ -155,7 +155,7 @@ def _flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
 
 
 def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Figures are reported by name, so categories that share one carry their id too."""
+    """The category names. Results are reported by name, so categories with the same name get their id appended."""
     names = [str(category.get("name", category["id"])) for category in categories]
     return [
         f"{name} ({category['id']})" if names.count(name) > 1 else name
@@ -166,15 +166,15 @@ def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
 def _segment_problems(
     annotation: Mapping[str, Any], infos: Sequence[Mapping[str, Any]], number: Mapping[int, int]
 ) -> Iterator[str]:
-    """The first thing that is wrong with one annotation, if anything."""
+    """Yields the first problem of one annotation, if any."""
     ids = [int(info["id"]) for info in infos]
     name = annotation["file_name"]
-    strangers = [info["category_id"] for info in infos if int(info["category_id"]) not in number]
+    unknown = [info["category_id"] for info in infos if int(info["category_id"]) not in number]
     if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        yield f"segment id {twice} stands twice in the annotation of {name}; give each its own id"
+        repeated = next(i for i in ids if ids.count(i) > 1)
+        yield f"segment id {repeated} appears twice in the annotation of {name}; give each segment its own id"
     elif ids and not 0 < min(ids) <= max(ids) < 1 << 24:
         wrong = min(ids) if min(ids) < 1 else max(ids)
-        yield f"{name} has segment id {wrong}, outside of 1..16777215, which its PNG cannot hold; renumber the segments"
-    elif strangers:
-        yield f"{name} has a segment of category {strangers[0]}, which `categories` does not list"
+        yield f"{name} has segment id {wrong}, outside of 1..16777215, which a PNG cannot store; renumber the segments"
+    elif unknown:
+        yield f"{name} has a segment of category {unknown[0]}, which `categories` does not list"

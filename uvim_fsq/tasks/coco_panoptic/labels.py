@@ -1,6 +1,7 @@
-"""Panoptic labels and predictions as arrays: two label maps in, one set of segments out (UViM, section 4).
+"""Encodes segments as two label maps and decodes logits to segments (UViM, arXiv 2205.10337, section 4).
 
-Knows nothing of files. S label side, C classes beside void, K segments of an image.
+Independent of files. Shapes: B batch, H and W image size, S label size, C classes besides void, K segments of an image,
+N instances including void.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 
 def _runs(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Number, row, first column and length of every stretch of equal neighbours within a row of (H, W)."""
+    """Value, row, first column and length of every run of equal values within the rows of (H, W)."""
     new = np.ones(segments.shape, np.bool_)
     np.not_equal(segments[:, 1:], segments[:, :-1], out=new[:, 1:])
     first = np.flatnonzero(new)
@@ -22,15 +23,16 @@ def _runs(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def canonical_order(segments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segments by centre of mass, rows first, then columns: key = x + H * y.
+    """Orders segments by center of mass (x, y), by the key x + H * y.
 
     Args:
-        segments: (H, W) integers; 1..count are segments, anything else is not looked at.
+        segments: (H, W) integers; 1..count are segments, other values are ignored.
 
     Returns:
-        The numbers (K,) of the segments that have pixels, in order, and areas (count + 1,) of all.
+        (K,) the numbers of the segments that have pixels, in order, and (count + 1,) the areas of all.
     """
-    # Some thousand runs stand for a quarter of a million pixels; the sums are whole numbers below 2^53, hence exact.
+    # Run-length encoding turns a quarter of a million pixels into a few thousand runs. The sums are integers below
+    # 2^53, and so exact in float64.
     numbers, rows, columns, lengths = _runs(segments)
     numbers = np.where((numbers >= 1) & (numbers <= count), numbers, 0)
     area = np.bincount(numbers, weights=lengths, minlength=count + 1).astype(np.int64)
@@ -41,12 +43,12 @@ def canonical_order(segments: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
 
 
 def make_canonical(instances: np.ndarray) -> np.ndarray:
-    """(H, W) instance numbers -> renumbered 1..N by `canonical_order`; 0 stays, negative numbers become -1."""
+    """Renumbers (H, W) instance numbers to 1..N by `canonical_order`; 0 stays, negative numbers become -1."""
     count = max(int(instances.max(initial=0)), 0)
     order, _ = canonical_order(instances, count)
     table = np.zeros(count + 2, np.int32)
     table[order] = np.arange(1, len(order) + 1)
-    table[-1] = -1  # where a negative number looks
+    table[-1] = -1  # -1 indexes the last entry
     return table[np.maximum(instances, -1)]
 
 
@@ -58,13 +60,13 @@ def encode_panoptic(
     Args:
         segments: (S, S) integers 0..K, 0 = void.
         classes: (K + 1,) class 1..C of each segment; entry 0 is not used.
-        unlabelled: (K + 1,) bool, segments without label (-1 in both maps), e.g. crowds.
+        unlabelled: (K + 1,) bool, segments without a label (-1 in both maps), e.g. crowds.
         num_classes: C + 1.
-        max_instances: of more segments the largest are kept, the others get -1.
-        void: label of void pixels in both maps: 0 (a class, as the reference trains it) or -1 (ignored).
+        max_instances: if there are more segments, the largest are kept and the others get -1.
+        void: label of void pixels in both maps: 0 (a class, as in the UViM reference code) or -1 (ignored).
 
     Returns:
-        semantics and instances, (S, S), each of the smallest type that holds its labels.
+        semantics and instances, (S, S), each in the smallest dtype that holds its labels.
     """
     order, area = canonical_order(segments, len(classes) - 1)
     order = order[~unlabelled[order]]
@@ -76,22 +78,23 @@ def encode_panoptic(
     semantics[order] = classes[order]
     instances[order] = np.arange(1, len(order) + 1)
     semantics[0] = instances[0] = void
-    # `take` is twice as fast as brackets.
+    # `take` is twice as fast as indexing.
     return {"semantics": semantics.take(segments), "instances": instances.take(segments)}
 
 
 def panoptic_from_logits(
     semantics: torch.Tensor, instances: torch.Tensor, min_fraction: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each pixel's likeliest instance, and for every instance the class with the largest sum of logits over its pixels.
+    """The most likely instance of each pixel, and for each instance the class whose logits have the largest sum over
+    its pixels.
 
     Args:
         semantics: (B, H, W, C + 1) logits, class 0 is void.
         instances: (B, H, W, N) logits.
-        min_fraction: instances of at most this share of the image's area become void.
+        min_fraction: instances that cover at most this fraction of the image become void.
 
     Returns:
-        Class 0..C and instance 0..N-1 of each pixel, (B, H, W) int64.
+        Class 0..C and instance 0..N - 1 of each pixel, both (B, H, W) int64.
     """
     b, h, w, n = instances.shape
     chosen = instances.argmax(-1)
@@ -104,11 +107,11 @@ def panoptic_from_logits(
 
 
 def to_segments(semantics: np.ndarray, instances: np.ndarray, is_thing: np.ndarray) -> Segments:
-    """Class and instance maps (H, W), one class per instance -> segments 1..K; the stuff of a class is one segment.
+    """(H, W) class and instance maps, with one class per instance -> segments 1..K; each stuff class is one segment.
 
     `is_thing`: (C + 1,) bool by class.
     """
-    # Things keep their instance, stuff and void fall together.
+    # Things keep their instance number; stuff and void pixels of a class are merged.
     key = semantics.astype(np.int64) * 1024 + np.where(is_thing[semantics], instances + 1, 0)
     area = np.bincount(key.ravel())
     keys = np.flatnonzero(area)

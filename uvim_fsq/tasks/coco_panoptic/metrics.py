@@ -1,6 +1,6 @@
-"""Panoptic quality (Kirillov et al., arXiv 1801.00868) by COCO's rules for void and crowd. Knows nothing of files.
+"""Panoptic quality (Kirillov et al., arXiv 1801.00868) with COCO's rules for void and crowd regions.
 
-G segments of the ground truth, P predicted ones, C classes.
+Shapes: G ground-truth segments, P predicted segments, C classes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments, segment_index
 
 
 def overlap_table(prediction: Segments, truth: Segments) -> np.ndarray:
-    """(G + 1, P + 1) float64 pixel counts of every pair of segments; row 0 and column 0 are void.
+    """(G + 1, P + 1) float64 pixel counts of each pair of segments; row 0 and column 0 are void.
 
-    Both `ids` have the same shape. Raises UserError for a pixel whose id is not among the segments.
+    Both `ids` must have the same shape. Raises UserError if a pixel's id is not among the segments.
     """
     assert prediction.ids.shape == truth.ids.shape, (prediction.ids.shape, truth.ids.shape)
-    # Runs of equal pairs: neighbours mostly belong together, so only some thousands of runs have to be looked up.
+    # Run-length encode the pairs, so that only a few thousand runs instead of all pixels have to be looked up.
     p, t = prediction.ids.ravel(), truth.ids.ravel()
     last = np.empty(t.size, bool)
     last[-1:] = True
@@ -45,12 +45,13 @@ def overlap_table(prediction: Segments, truth: Segments) -> np.ndarray:
 
 
 def count_matches(prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:
-    """What one image adds to each class's score, as the benchmark's panopticapi counts it.
+    """The contribution of one image to the score of each class, counted as in COCO's panopticapi.
 
-    A predicted and a true segment of one class match if their IoU is over 0.5, void pixels of the truth left out of
-    the union. Crowds neither match nor count as missed. Of the predictions without a match those are forgiven whose
-    area is over half void or crowd of their class; of several such crowds only the last listed one is looked at.
-    Areas are counted in pixels. A listed true segment without a pixel is missed, such a prediction is dropped.
+    A predicted and a true segment of the same class match if their IoU exceeds 0.5; the union excludes the truth's void
+    pixels. Crowds neither match nor count as false negatives. An unmatched prediction is not a false positive if more
+    than half of its area is void or crowd of its class; if there are several such crowds, only the last one listed
+    counts. Areas are counted in pixels. A listed true segment without pixels is a false negative; a prediction without
+    pixels is ignored.
 
     Returns:
         (4, C) float64: sum of the matches' IoU, matches, false positives, false negatives.
@@ -69,7 +70,7 @@ def _count(overlap: np.ndarray, prediction: Segments, truth: Segments, num_class
     union = area + true_area[:, None] - shared - void
     iou = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
     fits = (truth.classes[:, None] == prediction.classes) & ~truth.crowd[:, None]
-    # Over 0.5 no segment can have two partners.
+    # With an IoU above 0.5, a segment has at most one match.
     row, column = np.nonzero(fits & (iou > 0.5))
     missed, extra = ~truth.crowd, area > 0
     missed[row] = False
@@ -98,7 +99,7 @@ def _check_classes(segments: Segments, num_classes: int, what: str) -> None:
 
 
 def class_figures(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(4, C) counts -> (C,) bool, which classes occur, and (3, C) PQ, SQ and RQ in percent; 0 where undefined."""
+    """(4, C) counts -> (C,) bool, whether each class occurs, and (3, C) PQ, SQ and RQ in percent; 0 if undefined."""
     iou, tp, fp, fn = counts
     weight = tp + 0.5 * fp + 0.5 * fn
     occurs = weight > 0
@@ -108,12 +109,12 @@ def class_figures(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PanopticMetric(Metric):
-    """PQ = SQ * RQ of each class over all images, then the mean over the classes that occur; all in percent.
+    """PQ = SQ * RQ of each class over all images, averaged over the classes that occur; in percent.
 
     Args:
-        protocol: named by every result.
-        names: of the classes 1..C.
-        is_thing: of the classes 1..C.
+        protocol: name recorded in the result.
+        names: names of the classes 1..C.
+        is_thing: whether each of the classes 1..C is a thing.
     """
 
     def __init__(self, protocol: str, names: Sequence[str], is_thing: Sequence[bool]) -> None:
@@ -128,12 +129,13 @@ class PanopticMetric(Metric):
         """Adds one image.
 
         Args:
-            prediction: `Segments` of any size; brought to the truth's by nearest neighbour, vanished segments dropped.
+            prediction: `Segments` of any size; resized to the truth's size by nearest neighbor.
             sample: `meta["segments"]` is the ground truth, a `Segments` at native size.
 
         Returns:
-            pq: mean over the classes that occur in this image, in percent, 0 if none.
-            segments_gt: listed true segments, crowds left out. segments_pred: predicted ones that have pixels.
+            pq: mean over the classes that occur in this image, in percent; 0 if there are none.
+            segments_gt: number of listed true segments except crowds.
+            segments_pred: number of predicted segments that have pixels after resizing.
         """
         truth: Segments = sample.meta["segments"]
         size = (truth.ids.shape[0], truth.ids.shape[1])
@@ -160,12 +162,13 @@ class PanopticMetric(Metric):
         self.counts, self.images = np.array(state["counts"]), np.array(state["images"])
 
     def compute(self) -> dict[str, float]:
-        """pq, sq, rq (percent) and how many classes occur, of all classes, things and stuff; pq/NAME of each class.
+        """pq, sq, rq (percent) and the number of classes that occur, for all, things and stuff; pq/NAME of each class.
 
-        Things or stuff are left out if no class is of that kind; their figures are 0 if none of them occurs.
+        Things or stuff are left out if no class is of that kind, and are 0 if none of their classes occurs. Raises
+        UserError if there was no image.
         """
         if self.images[0] == 0:
-            raise UserError("no image was evaluated: give a split with images and a limit of at least 1")
+            raise UserError("no image was evaluated: use a split with images and a limit of at least 1")
         occurs, figures = class_figures(self.counts)
         result: dict[str, float] = {}
         for group, members in self.groups.items():

@@ -1,4 +1,4 @@
-"""Pictures of segments: overlays with class names and thing outlines, and a legend."""
+"""Visualizes segments: overlays with class names and outlines of things, and a legend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
-#: Segments below this share of the picture carry no name.
+#: Segments that cover a smaller fraction of the image are not labeled with a name.
 NAMED_SHARE = 0.01
-#: In smaller pictures outlines would hide the things.
+#: Side in pixels from which things are outlined; in smaller images outlines would hide them.
 OUTLINED_FROM = 64
 ROW = 18
 
 
 def class_colours(count: int) -> np.ndarray:
-    """(count + 1, 3) uint8: entry 0 (void) black, then colours that stay apart: hues by the golden angle."""
+    """(count + 1, 3) uint8 colors: black for void (entry 0), then distinct colors with hues by the golden angle."""
     rows = [(0.0, 0.0, 0.0)]
     for i in range(count):
         value, saturation = (1.0, 0.8, 0.62)[i % 3], (0.62, 0.85, 0.5)[(i // 3) % 3]
@@ -29,12 +29,12 @@ def class_colours(count: int) -> np.ndarray:
 
 
 def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
-    """(K + 1, 3) uint8 by position: the class's colour, for things a little lighter or darker one by one."""
+    """(K + 1, 3) uint8 colors by segment: the color of the class, in varying brightness for things."""
     table = np.zeros((len(segments.segment_ids) + 1, 3))
     seen: dict[int, int] = {}
     for i, c in enumerate(int(c) for c in segments.classes):
-        nth = seen[c] = seen.get(c, -1) + 1
-        shade = (1.0, 0.75, 1.2, 0.6, 0.88)[nth % 5] if is_thing[c] else 1.0
+        number = seen[c] = seen.get(c, -1) + 1
+        shade = (1.0, 0.75, 1.2, 0.6, 0.88)[number % 5] if is_thing[c] else 1.0
         table[i + 1] = colours[c] * shade
     return table.clip(0, 255).astype(np.uint8)
 
@@ -42,14 +42,14 @@ def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarra
 def overlay(
     image: np.ndarray, segments: Segments, names: Sequence[str], is_thing: np.ndarray, share: float = 0.6
 ) -> np.ndarray:
-    """The picture under its segments.
+    """The image blended with the colors of its segments, with outlines and names: (H, W, 3) uint8.
 
     Args:
         image: (H, W, 3) uint8.
-        segments: ids 1..K in position order, any size.
-        names: class names, entry 0 for void.
+        segments: ids 1..K in the order of `segment_ids`, any size.
+        names: class names; entry 0 is void.
         is_thing: (C + 1,) bool.
-        share: weight of the colours.
+        share: weight of the colors.
     """
     ids = resize_nearest(segments.ids, image.shape[:2])
     colours = segment_colours(segments, class_colours(len(names) - 1), is_thing)[ids]
@@ -61,7 +61,7 @@ def overlay(
     edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     edge[1:] |= ids[1:] != ids[:-1]
     thing = np.concatenate([[False], is_thing[segments.classes]])
-    # A line on the thing's own side only, so that neighbours keep theirs.
+    # Draw the outline only on the inside of a thing, so that neighbors keep their own.
     inside = cv2.dilate(edge.astype(np.uint8), np.ones((2, 2), np.uint8)).astype(bool) & thing[ids]
     mixed[inside] = 255
     return _write_names(mixed, ids, segments, names)
@@ -84,14 +84,14 @@ def _write_names(picture: np.ndarray, ids: np.ndarray, segments: Segments, names
 
 
 def _inner_point(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the mask's pixel that is furthest from its border, where a name fits best."""
+    """(x, y) of the pixel of the mask that is farthest from its border, where a name fits best."""
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(int(distance.argmax()), mask.shape)
     return int(x), int(y)
 
 
 def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: int | None = None) -> np.ndarray:
-    """Colour and name of the given classes (all if None), (H, W, 3) uint8, in columns of at most `height` pixels."""
+    """Colors and names of the given classes (default: all), (H, W, 3) uint8, in columns of at most `height` pixels."""
     shown = list(range(1, len(names))) if classes is None else list(classes)
     colours = class_colours(len(names) - 1)
     rows = max(1, min(len(shown), (height or 20 * ROW) // ROW))
@@ -108,7 +108,7 @@ def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: i
 
 
 def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
-    """`picture` with a legend of the classes in it on its right."""
+    """`picture` with a legend of its classes on the right."""
     present = sorted({int(c) for c in segments.classes})
     side = legend(names, present, picture.shape[0])
     sheet = np.full((max(picture.shape[0], side.shape[0]), picture.shape[1] + side.shape[1], 3), 255, np.uint8)

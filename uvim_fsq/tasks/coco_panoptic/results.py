@@ -1,4 +1,4 @@
-"""The official results of an evaluation, as `Task.official` hands them out."""
+"""The result writer that `Task.official` returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from uvim_fsq.tasks.coco_panoptic.segments import Segments
 
 
 class CocoResults(OfficialResults):
-    """PNGs and JSON in COCO's format, scored by panopticapi."""
+    """Writes PNGs and JSON in COCO's format and scores them with panopticapi."""
 
     def __init__(self, folder: Path, source: PanopticSource, category_ids: Sequence[int]) -> None:
         self.source, self.writer = source, ResultWriter(folder, category_ids)
@@ -32,6 +32,6 @@ class CocoResults(OfficialResults):
         truth = self.source.unpacked_pngs()
         if truth is None:
             raise UserError(
-                f"the true PNGs of {self.source.annotations} are still zipped, panopticapi needs them unpacked"
+                f"the PNGs of {self.source.annotations} are zipped, but panopticapi needs a folder; unpack them"
             )
         return run_panopticapi(self.source.annotations, truth, predictions, self.writer.pngs)

@@ -1,6 +1,6 @@
-"""The segments of one image and their RGB coding in COCO's id PNGs. Knows nothing of files, scores or models.
+"""The segments of one image and their RGB encoding in COCO's id PNGs.
 
-H, W native size; K segments.
+Shapes: H, W image size; K segments; C classes besides void.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from uvim_fsq.errors import UserError
 
-#: An id is three bytes of a PNG's pixel; 0 is void.
+#: An id is stored in the three bytes of a pixel; 0 is void.
 MAX_ID = (1 << 24) - 1
 _PAGE_BITS = 10
 _NO_PAGE = (MAX_ID >> _PAGE_BITS) + 1
@@ -24,9 +24,9 @@ class Segments:
 
     Attributes:
         ids: (H, W) int32; 0 = void, other values are segment ids.
-        segment_ids: (K,) integers 1..2^24 - 1, each once, in the order of the JSON; a segment may have no pixel.
+        segment_ids: (K,) distinct integers 1..2^24 - 1, in the order of the JSON; a segment may have no pixels.
         classes: (K,) int32 contiguous classes 1..C.
-        crowd: (K,) bool, regions of many things that the annotators did not separate; all False in predictions.
+        crowd: (K,) bool: regions of many things that were not annotated one by one; all False in predictions.
     """
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Segments:
 def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) int32 ids, R + 256 G + 65536 B."""
     assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3, (rgb.dtype, rgb.shape)
-    # A fourth byte per pixel makes it one little-endian integer; OpenCV's BGR to BGRA keeps the order of the bytes.
+    # With a fourth byte, a pixel is one little-endian integer; OpenCV's BGR to BGRA keeps the byte order.
     four = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_BGR2BGRA)
     return (four.view("<i4")[..., 0] & MAX_ID).astype(np.int32, copy=False)
 
@@ -62,20 +62,20 @@ def segment_index(values: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
         segment_ids: (K,) integers.
 
     Returns:
-        Array like `values`, int32: 0 = void, k + 1 = `segment_ids[k]`, -1 = an id that is not listed.
+        int32 array of the same shape: 0 = void, k + 1 = `segment_ids[k]`, -1 = an id that is not listed.
 
     Raises:
         UserError: a listed id is not in 1..2^24 - 1, or is listed twice.
     """
     _check_listed(segment_ids)
-    # A table of two levels, as 2^24 entries would cost more to fill than a sort and a search among K ids is slower yet.
+    # A two-level table: filling a flat one of 2^24 entries costs more, and searching among sorted ids is slower still.
     listed = np.concatenate([[0], segment_ids]).astype(np.int64)
     pages, page_of_id = np.unique(listed >> _PAGE_BITS, return_inverse=True)
     page_number = np.zeros(_NO_PAGE + 1, np.int32)
     page_number[pages] = np.arange(1, len(pages) + 1)
     table = np.full((len(pages) + 1, 1 << _PAGE_BITS), -1, np.int32)
     table[page_of_id + 1, listed & ((1 << _PAGE_BITS) - 1)] = np.arange(len(listed))
-    # Unsigned, a negative value is a large one, and "clip" sends large ones to the page that lists nothing.
+    # As unsigned integers, negative values are large, and "clip" maps large values to the empty page.
     unsigned = values.astype(np.uint32)
     position = page_number.take(unsigned >> _PAGE_BITS, mode="clip")
     position <<= _PAGE_BITS

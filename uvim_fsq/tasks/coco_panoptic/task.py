@@ -1,4 +1,7 @@
-"""Panoptic segmentation as two label maps, semantics and instances (UViM, arXiv 2205.10337, section 4; COCO 2017)."""
+"""Panoptic segmentation as two label maps, semantics and instances (UViM, arXiv 2205.10337, section 4; COCO 2017).
+
+Shapes: B batch, S label size, C classes besides void, N instances including void.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from uvim_fsq.tasks.registry import register_task
 
 @register_task("coco_panoptic")
 class CocoPanoptic(Task):
-    """Segments with classes; things one by one, stuff by class."""
+    """Panoptic segmentation: one segment per thing, one per stuff class."""
 
     Config = CocoPanopticConfig
     main_metric = "pq"
@@ -50,7 +53,7 @@ class CocoPanoptic(Task):
 
     @classmethod
     def resolve_config(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
-        """Reads the categories from the training annotations, or those of val where there are no others."""
+        """Reads the categories from the training annotations, or from those of val if there are no others."""
         if config.categories:
             return config
         place = find_data_root(root)
@@ -63,7 +66,7 @@ class CocoPanoptic(Task):
 
     @classmethod
     def placeholder_config(cls, config: CocoPanopticConfig) -> CocoPanopticConfig:
-        """COCO's 80 things and 53 stuff classes, numbered."""
+        """Placeholders for COCO's 80 thing and 53 stuff classes."""
         return dataclasses.replace(config, categories=tuple((i, f"class {i}", i <= 80) for i in range(1, 134)))
 
     @property
@@ -74,8 +77,10 @@ class CocoPanoptic(Task):
         return open_source(root, split, self.config)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        """semantics (0 void, 1..C) and instances (0 void, 1..N by centre of mass, after the crop), (S, S);
-        -1 in both: no label. Each is of the smallest type that holds it, for COCO int16 and int8."""
+        """semantics (0 void, 1..C) and instances (0 void, 1..N - 1 by center of mass after the crop), both (S, S).
+
+        -1 in both means no label. Each has the smallest dtype that holds its labels; for COCO, int16 and int8.
+        """
         truth: Segments = sample.meta["segments"]
         unlabelled = np.concatenate([[False], truth.crowd & (self.config.crowd == "ignore")])
         classes = np.concatenate([[0], truth.classes])
@@ -86,14 +91,14 @@ class CocoPanoptic(Task):
     def loss(
         self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over both maps of the cross-entropy; -1 counts 0 but stays in the mean over all pixels."""
+        """The sum of the cross-entropies of both maps. Pixels labeled -1 contribute 0 to the mean over all pixels."""
         classes, classes_right = pixel_cross_entropy(logits["semantics"], labels["semantics"])
         instances, instances_right = pixel_cross_entropy(logits["instances"], labels["instances"])
         logs = {"semantics_accuracy": classes_right, "instances_accuracy": instances_right}
         return classes + instances, logs
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Segments]:
-        """(B, S, S, C + 1) and (B, S, S, N) logits -> per image its segments at label size."""
+        """(B, S, S, C + 1) and (B, S, S, N) logits -> the segments of each image at label size."""
         classes, instances = panoptic_from_logits(logits["semantics"], logits["instances"], self.config.min_fraction)
         maps = zip(classes.cpu().numpy(), instances.cpu().numpy(), strict=True)
         return [to_segments(c, i, self.is_thing) for c, i in maps]
@@ -106,7 +111,7 @@ class CocoPanoptic(Task):
         return CocoResults(folder, source, [category[0] for category in self.config.categories])
 
     def to_size(self, prediction: Segments, image: np.ndarray) -> Segments:
-        """Nearest neighbour; segments that vanish are dropped and the rest numbered 1..K again."""
+        """Resizes by nearest neighbor; segments that vanish are dropped and the others renumbered 1..K."""
         ids = resize_nearest(prediction.ids, image.shape[:2])
         area = np.bincount(ids.ravel(), minlength=len(prediction.segment_ids) + 1)
         kept = np.flatnonzero(area[1:])
@@ -148,7 +153,7 @@ class CocoPanoptic(Task):
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
-        """Each pixel's most frequent class over `source`; the pixels of a class are one segment."""
+        """The most frequent class of each pixel over `source`; the pixels of a class form one segment."""
         counts = np.zeros((size * size, len(self.names)), np.int32)
         pixels = np.arange(size * size)
         for i in range(len(source)):
@@ -160,11 +165,11 @@ class CocoPanoptic(Task):
         return Baseline("most frequent class of each pixel in the training set", lambda image: segments)
 
     def check_sample(self, sample: Sample) -> str | None:
-        """Listed segments without pixels, areas that contradict the PNG, images without any segment."""
+        """Warns about images without segments, listed segments without pixels, and areas that contradict the PNG."""
         truth: Segments = sample.meta["segments"]
         area = np.bincount(truth.ids.ravel(), minlength=len(truth.segment_ids) + 1)[1:]
         if not len(area):
-            return f"{sample.id}: no segment at all (all void)"
+            return f"{sample.id}: no segments (all void)"
         if not area.all():
             return f"{sample.id}: {int((area == 0).sum())} segments of the JSON have no pixel in {sample.meta['png']}"
         given = sample.meta["areas"]

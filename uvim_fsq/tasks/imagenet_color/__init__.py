@@ -1,1 +1,1 @@
-"""Colorization of ImageNet and any folder of photos."""
+"""Colorization: ImageNet and any folder of photos."""

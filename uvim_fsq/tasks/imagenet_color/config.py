@@ -1,4 +1,4 @@
-"""The keys under `task:` of imagenet_color. Knows nothing of torch."""
+"""The keys under `task:` of imagenet_color. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class ImagenetColorConfig:
     changeable = ("protocol", "inception_weights", "fid_reference", "keep_luma")
 
     protocol: Literal["psnr", "coltran", "fid"] = "psnr"
-    """psnr: on the evaluation split at the model's size; coltran: FID-5k by the ColTran protocol on the two lists of
-    5,000 of the ImageNet validation set; fid: the same steps on any evaluation split against fid_reference."""
+    """psnr: PSNR on the evaluation split at model size; coltran: FID-5k by the ColTran protocol, on two fixed lists of
+    5,000 ImageNet validation photos; fid: FID computed likewise, for any evaluation split against fid_reference."""
     inception_weights: str = ""
-    """Local file of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for the FID protocols."""
+    """Path of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for the protocols coltran and fid."""
     fid_reference: str = "train"
     """Split whose photos are the reference set of protocol fid."""
     keep_luma: bool = False
-    """Keep the photo's own brightness and take only the colour from the model; a variant that results name."""
+    """Keep the luma of the photo and take only the chroma from the model; results name this variant."""

@@ -1,6 +1,6 @@
-"""Photos as they lie on people's disks: ImageNet in its usual trees, found by content, and any folder of photos.
+"""Reads ImageNet in its common layouts, detected by content, and any folder of photos.
 
-Knows file names and sizes; of colour and of networks nothing. Every sample is the RGB photo, without maps.
+Every sample is an RGB photo without maps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from uvim_fsq.tasks.imagenet_color.coltran import evaluation_names, reference_na
 
 COLTRAN = {"coltran_evaluation": evaluation_names, "coltran_reference": reference_names}
 SPLITS = (*splits.SPLITS, *COLTRAN)
-#: Of a folder without train/ and val/ every tenth photo is the evaluation split.
+#: In a folder without train/ and val/, every tenth photo belongs to the evaluation split.
 VAL_STRIDE = 10
 #: split -> number of photos in ImageNet.
 OFFICIAL = {
@@ -39,22 +39,23 @@ OFFICIAL = {
 }
 TRAIN_NAME = re.compile(r"n\d{8}_\d+\.jpe?g", re.IGNORECASE)
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.jpe?g", re.IGNORECASE)
-#: Where train/ and val/ may lie below the folder that the user names.
+#: Where train/ and val/ may be, relative to data.root.
 PLACES = ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
-#: Shorter lists are read anew every time.
+#: Lists of at most this many photos are not cached.
 CACHE_ABOVE = 20_000
-#: Clocks of file systems are coarse: a folder that changed so shortly before it was read may change again unnoticed.
+#: A folder modified less than this before it was read may change again without a new modification time, because the
+#: clocks of file systems are coarse.
 SETTLED_NS = 2_000_000_000
 ARCHIVES = (".tar", ".tgz", ".zip", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Many relative paths in two arrays, which travel to loader processes faster than a list of strings.
+    """Many relative paths stored in two arrays, which are faster to send to loader processes than a list of strings.
 
     Attributes:
-        data: uint8, all paths in UTF-8, one after another.
-        ends: (n,) int64, where each one ends.
+        data: (bytes,) uint8, all paths in UTF-8, concatenated.
+        ends: (n,) int64, end of each path in `data`.
     """
 
     data: np.ndarray
@@ -83,23 +84,23 @@ class Paths:
 
 
 class PhotoSource:
-    """Photos of one split. `meta["name"]` of a sample is the base name of its file.
+    """The photos of one split. `meta["name"]` of a sample is the base name of its file.
 
     Attributes:
-        root: absolute folder of the data set; `open_source` finds the same photos there.
-        info: layout, split, count, official_count (None for other data than ImageNet), root (its name).
+        root: absolute path of the data set; `open_source` finds the same photos there.
+        info: layout, split, count, official_count (None unless it is ImageNet), root (its base name).
     """
 
     def __init__(self, root: Path, folder: str, paths: Paths, rows: np.ndarray, info: dict[str, Any]) -> None:
-        """`rows`: which of `paths`, relative to `root / folder`, in which order."""
+        """`rows`: indices into `paths`, which are relative to `root / folder`, in the order of the samples."""
         self.root, self.folder, self.info = root, folder, info
         self._paths, self._rows = paths, rows
 
     @property
     def names(self) -> list[str]:
-        """Every photo's path relative to `root`, in order."""
-        every = list(self._paths)
-        return [os.path.join(self.folder, every[row]) for row in self._rows.tolist()]
+        """The path of each photo relative to `root`, in order."""
+        paths = list(self._paths)
+        return [os.path.join(self.folder, paths[row]) for row in self._rows.tolist()]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,9 +111,9 @@ class PhotoSource:
 
 
 def list_photos(folder: Path) -> Paths:
-    """Sorted paths of all photos below `folder`, by extension, hidden files left out; long lists come from the cache.
+    """The sorted paths of all photos below `folder`, found by extension, without hidden files; long lists are cached.
 
-    Raises UserError for a folder that cannot be read.
+    Raises UserError if a folder cannot be read.
     """
 
     def make() -> dict[str, np.ndarray]:
@@ -127,9 +128,9 @@ def list_photos(folder: Path) -> Paths:
         }
 
     def fresh(arrays: dict[str, np.ndarray]) -> bool:
-        # A photo that comes or goes changes the time of its folder, so a thousand look-ups stand for a million files.
+        # Adding or removing a photo changes its folder's modification time, so checking a thousand folders is enough.
         folders = Paths(arrays["folders"], arrays["folder_ends"])
-        return all(_time(folder / name) == then for name, then in zip(folders, arrays["times"].tolist(), strict=True))
+        return all(_time(folder / name) == known for name, known in zip(folders, arrays["times"].tolist(), strict=True))
 
     arrays = cached_arrays("photo_list", {"root": str(folder)}, make, fresh, lambda new: len(new["ends"]) > CACHE_ABOVE)
     return Paths(arrays["data"], arrays["ends"])
@@ -143,7 +144,7 @@ def _time(folder: Path) -> int:
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, int]]:
-    """All photos below `root`, sorted, and all folders with their times of change (0: too recent to be relied on)."""
+    """All photos below `root`, sorted, and the modification time of each folder in ns (0 if too recent to rely on)."""
     photos: list[str] = []
     times: dict[str, int] = {}
     todo, linked = [""], {os.path.realpath(root)}
@@ -156,12 +157,12 @@ def _scan(root: Path) -> tuple[list[str], dict[str, int]]:
             with os.scandir(root / folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
             for entry in entries:
-                # Also the resource forks that macOS packs into archives: ._NAME and __MACOSX/.
+                # Skip hidden files and the resource forks that macOS adds to archives: ._NAME and __MACOSX/.
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
                 if entry.is_dir():
                     target = os.path.realpath(entry.path) if entry.is_symlink() else None
-                    # Links may form a circle.
+                    # Links may form a cycle.
                     if target not in linked:
                         todo.append(f"{folder}{entry.name}/")
                     if target is not None:
@@ -179,7 +180,7 @@ def _looks_like(paths: Paths, pattern: re.Pattern[str]) -> bool:
 
 
 def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, folder: Path) -> np.ndarray:
-    """Rows of `paths` that make up a split: ColTran's lists in their own order, the others sorted."""
+    """The rows of `paths` in a split: ColTran's lists in their own order, other splits sorted."""
     if split in COLTRAN:
         return _listed_rows(split, paths, folder)
     if split in ("train", "val"):
@@ -189,7 +190,7 @@ def _split_rows(split: str, paths: Paths, train: np.ndarray, val: np.ndarray, fo
 
 
 def _holdout(paths: Paths, train: np.ndarray) -> np.ndarray:
-    """The held-out rows of `train`, by base name: of all classes, and the same in any tree."""
+    """The held-out rows of `train`, chosen by base name, so that they are the same in any layout."""
 
     def make() -> dict[str, np.ndarray]:
         return {"mask": splits.holdout_mask([os.path.basename(paths[row]) for row in train.tolist()])}
@@ -212,14 +213,14 @@ def _listed_rows(split: str, paths: Paths, folder: Path) -> np.ndarray:
 
 def _no_photos(folder: Path) -> UserError:
     archives = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ARCHIVES)
-    hint = f"it holds {archives[0]}, unpack that first" if archives else "see datasets/README.md"
+    hint = f"it holds {archives[0]}, unpack it first" if archives else "see datasets/README.md"
     return UserError(f"{folder}: no photos found ({' '.join(sorted(IMAGE_SUFFIXES))}); {hint}")
 
 
 def _find(top: Path, split: str) -> tuple[str, Path, str]:
-    """Layout, folder of the data set and the folder inside it ("train", "val" or "") where the split's photos lie.
+    """The layout, the folder of the data set, and the folder in it ("train", "val" or "") with the split's photos.
 
-    Raises UserError when the other one is there alone, or one is misnamed.
+    Raises UserError if only the other folder exists, or if one is misnamed.
     """
     part = "val" if split == "val" or split in COLTRAN else "train"
     for place in PLACES:
@@ -231,12 +232,13 @@ def _find(top: Path, split: str) -> tuple[str, Path, str]:
 
 
 def open_source(root: str, split: str) -> PhotoSource:
-    """The photos of one split of whatever lies under `root`.
+    """Opens a split of the photos under `root`.
 
-    Layouts: train/ and val/ of any photos, flat or in folders (ImageNet's own and Kaggle's tree among them); the
-    ImageNet validation photos alone; any other folder of photos, of which every tenth is val and the rest train.
-    Splits: train, val, holdout (4096 of train or a tenth, by name), train_minus_holdout, and the two lists of the
-    ColTran protocol.
+    Layouts: train/ and val/ with any photos, flat or in folders (such as ImageNet's own and Kaggle's tree); the
+    ImageNet validation photos alone; any other folder of photos, of which every tenth is val and the others are train.
+    Splits: train, val, holdout (4096 photos of train, or a tenth, by name), train_minus_holdout, and the two lists of
+    the ColTran protocol.
+
     Raises UserError for an unknown split, a missing folder and a split without photos.
     """
     if split not in SPLITS:
@@ -263,13 +265,13 @@ def open_source(root: str, split: str) -> PhotoSource:
 
 
 def _parts(layout: str, folder: str, paths: Paths) -> tuple[str, np.ndarray, np.ndarray, bool]:
-    """The layout by its full name, the rows of train and of val, and whether the photos are ImageNet's."""
+    """The final name of the layout, the rows of train and of val, and whether the photos are ImageNet's."""
     rows = np.arange(len(paths))
     if folder:
         official = _looks_like(paths, TRAIN_NAME if folder == "train" else VAL_NAME)
         return "imagenet" if official and layout == "train-val" else layout, rows, rows, official
     if _looks_like(paths, VAL_NAME):
-        # To train on nine tenths of the validation set is never what is meant.
+        # Nobody means to train on nine tenths of the ImageNet validation set.
         return "imagenet", rows[:0], rows, True
     return layout, rows[rows % VAL_STRIDE != 0], rows[::VAL_STRIDE], False
 
@@ -277,4 +279,4 @@ def _parts(layout: str, folder: str, paths: Paths) -> tuple[str, np.ndarray, np.
 def _why_empty(folder: Path, split: str, layout: str) -> str:
     if layout == "imagenet":
         return f"{folder} holds only ImageNet's validation photos; split {split} needs train/ and val/ in one folder"
-    return f"{folder}: too few photos, none is left for split {split}; add some"
+    return f"{folder}: too few photos, none left for split {split}; add some"

@@ -1,6 +1,6 @@
-"""Frechet Inception distance: features of the 2015 Inception graph, their moments, and the distance of two sets.
+"""Fréchet Inception distance: features of the 2015 Inception network, their moments, and the distance of two sets.
 
-Knows no files beyond the network's weights, which are never downloaded. Shapes: B batch; H, W image size; D features.
+The network's weights are read from a local file and never downloaded. Shapes: B batch; H, W image size; D features.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from uvim_fsq.errors import UserError
 DIM = 2048
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
-#: Of the whole file, as several public projects pin it; its first eight digits stand in the published name.
+#: Hash of the weights file, as pinned by several public projects; the file name contains its first eight digits.
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-#: Feature rows that are collected before they are multiplied: a product of few rows costs as much as one of many.
+#: Feature rows to collect before each matrix product: a product of few rows costs as much as one of many.
 BLOCK = 512
 
 
 class Inception:
-    """The 2015-12-05 TensorFlow Inception graph up to its last pooling, in torch-fidelity's port.
+    """The TensorFlow Inception network of 2015-12-05 up to its last pooling layer, as ported by torch-fidelity.
 
-    Raises UserError, one line with where to get the weights, when the file is missing or another one.
+    Raises UserError with a download address if the weights file is missing or not the expected one.
     """
 
     def __init__(self, weights: str | Path, device: torch.device) -> None:
-        """`weights`: the local file; its SHA-256 must be that of the published one."""
+        """`weights`: path of the local file; its SHA-256 must equal `WEIGHTS_SHA256`."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         state = _load_weights(weights)
-        # torch-fidelity unpickles its file without restraint, so it is handed a copy that this process wrote.
+        # torch-fidelity unpickles its file without restrictions, so it gets a copy that this process wrote.
         copy = io.BytesIO()
         torch.save(state, copy)
         copy.seek(0)
@@ -44,10 +44,10 @@ class Inception:
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> np.ndarray:
-        """(B, H, W, 3) uint8 RGB of any size -> (B, 2048) float64. The network resizes as TensorFlow 1 did."""
+        """(B, H, W, 3) uint8 RGB of any size -> (B, 2048) float64. The network itself resizes, as TensorFlow 1 does."""
         assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (images.dtype, images.shape)
         batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device)
-        # In TF32 or bfloat16 the features, and with them the distance, would depend on the device.
+        # With TF32 or bfloat16, the features and so the distance would depend on the device.
         with (
             torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
             torch.autocast(self.device.type, enabled=False),
@@ -60,7 +60,7 @@ def _load_weights(given: str | Path) -> dict[str, torch.Tensor]:
     where = f"download {WEIGHTS_URL} and pass it as task.inception_weights=PATH"
     weights = Path(given).expanduser()
     if not weights.is_file():
-        raise UserError(f"FID needs the Inception weights, and there is no file {str(given)!r}; {where}")
+        raise UserError(f"FID needs the Inception weights, but there is no file {str(given)!r}; {where}")
     digest = hashlib.sha256()
     try:
         with open(weights, "rb") as file:
@@ -77,14 +77,14 @@ def _load_weights(given: str | Path) -> dict[str, torch.Tensor]:
 
 
 class Moments:
-    """Count, sum and sum of outer products of feature vectors in float64, so that sets may be cut up in any way."""
+    """Count, sum and sum of outer products of feature vectors, in float64; they can be accumulated in any batches."""
 
     def __init__(self, dim: int = DIM) -> None:
         self._count, self._sum, self._outer = 0.0, np.zeros(dim), np.zeros((dim, dim))
         self._pending: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """(B, D) features of B more images."""
+        """Adds the (B, D) features of B images."""
         self._pending.append(np.array(features, np.float64))
         if sum(map(len, self._pending)) >= BLOCK:
             self._flush()
@@ -98,12 +98,12 @@ class Moments:
             self._outer += rows.T @ rows
 
     def state(self) -> dict[str, np.ndarray]:
-        """count (1,), sum (D,) and outer (D, D), float64; states of several processes are added up."""
+        """count (1,), sum (D,) and outer (D, D), float64. The states of several processes are added."""
         self._flush()
         return {"count": np.array([self._count]), "sum": self._sum.copy(), "outer": self._outer.copy()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Replaces what was counted by a state as `state` gives it."""
+        """Replaces the accumulated values with those of `state`."""
         self._pending = []
         self._count = float(state["count"][0])
         self._sum, self._outer = np.array(state["sum"], np.float64), np.array(state["outer"], np.float64)
@@ -123,7 +123,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(D, D) float64, divided by n - 1. Raises UserError for fewer than two images."""
+        """(D, D) float64, normalized by n - 1. Raises UserError for fewer than two images."""
         mean = self.mean
         if self._count < 2:
             raise UserError("FID needs at least 2 images in each set, and one set has only 1; evaluate more images")
@@ -133,21 +133,21 @@ class Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2) in float64 (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    S1 S2 has the eigenvalues of the symmetric A^T S2 A with A A^T = S1; the matrix root of the usual programs is
-    slower and turns complex for sets smaller than D. Raises UserError for fewer than two images in either set.
+    S1 S2 has the same eigenvalues as the symmetric matrix A^T S2 A with A A^T = S1. The usual matrix square root is
+    slower, and complex for sets smaller than D. Raises UserError for fewer than two images in either set.
     """
     mean = a.mean - b.mean
     first, second = a.covariance, b.covariance
     values, vectors = np.linalg.eigh(first)
-    # Directions without variance (n <= D) would add the roots of rounding errors.
+    # Directions without variance (n <= D) would add square roots of rounding errors.
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     root = vectors[:, kept] * np.sqrt(values[kept])
     products = np.linalg.eigvalsh(root.T @ second @ root)
     trace = np.trace(first) + np.trace(second) - 2 * np.sqrt(np.maximum(products, 0)).sum()
-    # The distance of a set to itself is 0 up to rounding, on either side.
+    # The distance of a set to itself is 0 up to rounding errors, which may be negative.
     return max(0.0, float(mean @ mean + trace))
 
 
 def fid_name(evaluated: int, reference: int, official: bool) -> str:
-    """Name of the figure: "FID-5k" for ColTran's lists in full only, else "FID-n" of n evaluated images."""
+    """The metric's name: "FID-5k" only for the complete ColTran lists, else "FID-n" for n evaluated images."""
     return "FID-5k" if official and evaluated == reference == 5_000 else f"FID-{evaluated}"

@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio, and FID by the ColTran protocol (arXiv 2102.04432; REFERENCE: UViM's evaluator)."""
+"""Peak signal-to-noise ratio, and FID by the ColTran protocol (arXiv 2102.04432), as in UViM's evaluator."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_ui
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource
 from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frechet_distance
 
-#: Mean squared error below which two pictures count as equal: 100 dB instead of infinity.
+#: Lower bound of the mean squared error, so that equal images get 100 dB instead of infinity.
 SMALLEST_ERROR = 4e-10
-#: Luma weights of the reference's grey image; they sum to 0.9999.
+#: Luma weights of the gray image in the UViM reference code (big_vision); they sum to 0.9999.
 GREY = (0.2989, 0.5870, 0.1140)
 FID_SIZE = 256
-#: Side at which the protocol colourises.
+#: Image side at which the protocol colorizes.
 COLTRAN_SIZE = 512
 FID_BATCH = 50
 
 
 def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """The prediction's colour with the image's own brightness: (H, W, 3) float32 in [-1, 1], both at one size.
+    """The chroma of the prediction with the luma of the image; all (H, W, 3) float32 in [-1, 1].
 
-    Shifting all three channels by the difference in luma keeps the chroma of YCbCr as it is.
+    All three channels are shifted by the difference in luma, which leaves the chroma (YCbCr) unchanged.
     """
     weights = np.array(GREY, np.float32)
     shift = (image - prediction) @ weights / weights.sum()
@@ -39,9 +39,9 @@ def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 class PSNRMetric(Metric):
-    """Mean over images of 10 log10(2^2 / mse) at the model's label size, both pictures in [-1, 1].
+    """Mean over images of 10 log10(2^2 / mse) in dB, at the model's label size, for values in [-1, 1].
 
-    With `luma` the prediction's brightness is that of the photo (a variant of its own, named in the protocol).
+    `luma`: replace the luma of the prediction by that of the photo (a variant that `protocol` names).
     """
 
     def __init__(self, protocol: str, luma: bool) -> None:
@@ -49,7 +49,7 @@ class PSNRMetric(Metric):
         self.sums = np.zeros(3)  # psnr, images, squared error
 
     def pictures(self, prediction: Any, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """What is compared: the prediction and the photo at its size, both (H, W, 3) float32 in [-1, 1]."""
+        """The images to compare: the prediction and the photo at its size, both (H, W, 3) float32 in [-1, 1]."""
         item = np.asarray(prediction, np.float32)
         truth = to_unit(resize_linear(sample.image, (item.shape[0], item.shape[1])), sample)
         return keep_luma(item, truth) if self.luma else item, truth
@@ -58,7 +58,7 @@ class PSNRMetric(Metric):
         return self.add(*self.pictures(prediction, sample))
 
     def add(self, item: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        """Adds one image, of which `pictures` gave both."""
+        """Adds one image, given the two arrays from `pictures`, and returns its PSNR and MSE."""
         error = float(np.mean((item.astype(np.float64) - truth) ** 2))
         psnr = 10 * np.log10(4 / max(error, SMALLEST_ERROR))
         self.sums += [psnr, 1, error]
@@ -78,13 +78,13 @@ class PSNRMetric(Metric):
 
 
 def to_unit(image: np.ndarray, sample: Sample) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]; a sample of the ColTran protocol says that it is x / 128 - 1 there."""
+    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1; for samples of the FID protocols, x / 128 - 1 (`meta["scale"]`)."""
     scale = np.float32(sample.meta.get("scale", 127.5))
     return image.astype(np.float32) / scale - 1
 
 
 def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
-    """Moments of the Inception features of a whole set, each photo cropped and area-resized to 256; cached on disk."""
+    """Moments of the Inception features of all photos, each cropped and area-resized to 256 x 256; cached on disk."""
 
     def make() -> dict[str, np.ndarray]:
         moments = Moments()
@@ -108,28 +108,29 @@ def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
 
 
 def _fingerprint(source: PhotoSource) -> str:
-    """Of names, sizes and times of change: another photo of the same name is another photo."""
+    """A hash of the names, sizes and modification times of all photos."""
     digest = hashlib.sha256()
     for name in source.names:
         try:
             stat = (source.root / name).stat()
         except OSError:
-            continue  # reading it will say so
+            continue  # reading the photo will report the error
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 class FIDMetric(Metric):
-    """FID of the colourised images against the reference images, beside the real images against the same reference.
+    """FID of the colorized images, and of the real images, against the same reference set; also PSNR.
 
-    Per image: prediction -> area resize to 256 -> integers; the real one: area resize of the crop to 256. PSNR too.
+    Predictions are area-resized to 256 x 256 and rounded; real photos are center-cropped and area-resized to the same
+    size.
 
     Args:
-        protocol: named in the result.
-        luma: see PSNRMetric.
+        protocol: name recorded in the result.
+        luma: see `PSNRMetric`.
         inception: the feature network.
-        reference: gives the moments of the reference set when they are first needed.
-        official: whether the two lists are ColTran's, so that 5,000 images, colourised at 512, may be called FID-5k.
+        reference: returns the moments of the reference set; called only when they are needed.
+        official: whether the two lists are ColTran's, so that 5,000 images colorized at 512 x 512 count as FID-5k.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Colorization: a grey photo in, its colours out (UViM, arXiv 2205.10337, section 4; ImageNet)."""
+"""Colorization of gray photos (UViM, arXiv 2205.10337, section 4; ImageNet).
+
+Shapes: B batch, S label size, H and W native size.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from uvim_fsq.tasks.registry import register_task
 
 @register_task("imagenet_color")
 class ImagenetColor(Task):
-    """RGB in [-1, 1] from a grey photo."""
+    """RGB values in [-1, 1] from a gray photo."""
 
     Config = ImagenetColorConfig
     main_metric = "psnr"
@@ -45,7 +48,7 @@ class ImagenetColor(Task):
 
     @property
     def choosing_metric(self) -> str | None:
-        """PSNR must not pick what FID reports."""
+        """PSNR; None for the FID protocols, because PSNR must not select the checkpoint that FID is reported for."""
         return self.main_metric if self.config.protocol == "psnr" else None
 
     def source(self, root: str, split: str) -> PhotoSource:
@@ -54,21 +57,21 @@ class ImagenetColor(Task):
         return open_source(root, split)
 
     def evaluation_view(self, sample: Sample) -> Sample:
-        """FID protocols: the centre crop, area-resized to 512 and rounded, to be read as x / 128 - 1."""
+        """FID protocols: the center crop, area-resized to 512 x 512 and rounded; its values mean x / 128 - 1."""
         if self.config.protocol == "psnr":
             return sample
         view = crop_and_resize(sample.image, COLTRAN_SIZE)
         return Sample(sample.id, view, {}, {**sample.meta, "scale": 128.0, "photo": sample.image})
 
     def model_image(self, sample: Sample) -> np.ndarray:
-        """Three equal channels: uint8, or under the FID protocols float32 in [-1, 1] without rounding."""
+        """The gray photo, (H, W, 3) with equal channels: uint8, or for the FID protocols float32 in [-1, 1]."""
         if "scale" in sample.meta:
             grey_image = to_unit(sample.image, sample) @ np.array(GREY, np.float32)
             return np.repeat(grey_image[..., None], 3, axis=-1)
         return grey(sample.image)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        """The photo itself, (S, S, 3) uint8; under the FID protocols float32 in [-1, 1]."""
+        """The photo itself, (S, S, 3) uint8; for the FID protocols, float32 in [-1, 1]."""
         return {"color": to_unit(sample.image, sample) if "scale" in sample.meta else sample.image}
 
     def loss(
@@ -79,7 +82,7 @@ class ImagenetColor(Task):
         return loss, {"mse": loss.detach()}
 
     def decode(self, logits: dict[str, torch.Tensor]) -> list[np.ndarray]:
-        """(B, S, S, 3) -> per image (S, S, 3) float32 in [-1, 1]."""
+        """(B, S, S, 3) -> (S, S, 3) float32 in [-1, 1] per image."""
         return list(logits["color"].clamp(-1, 1).float().cpu().numpy())
 
     def metric(self, source: SampleSource) -> Metric:
@@ -91,7 +94,7 @@ class ImagenetColor(Task):
         split = "coltran_reference" if coltran else self.config.fid_reference
         official = coltran and source.info["split"] == "coltran_evaluation"
         if source.info["split"] == split:
-            raise UserError(f"task.fid_reference={split} is the evaluation split itself; name another one")
+            raise UserError(f"task.fid_reference={split} is the evaluation split itself; choose another one")
         reference = open_source(str(source.root), split)
         inception = Inception(self.config.inception_weights, processes.device())
         return FIDMetric(
@@ -103,7 +106,7 @@ class ImagenetColor(Task):
         )
 
     def to_size(self, prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Bilinear; with keep_luma the photo's own brightness at its full resolution."""
+        """Resizes bilinearly; with keep_luma, the luma is that of the photo at full resolution."""
         resized = resize_linear(prediction, image.shape[:2])
         return keep_luma(resized, to_unit(image, Sample("", image))) if self.config.keep_luma else resized
 
@@ -116,14 +119,14 @@ class ImagenetColor(Task):
         return {kind: f"{stem}_{kind}.png"}
 
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
-        """stem_color.png, or stem_keep_luma.png for that variant: 8-bit RGB."""
+        """stem_color.png, or stem_keep_luma.png with keep_luma: 8-bit RGB."""
         paths = self.prediction_files(stem)
         (path,) = paths.values()
         write_png(path, to_picture(prediction))
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
-        """The grey photo itself."""
+        """The gray photo itself."""
 
         def predict(image: np.ndarray) -> np.ndarray:
             return image if image.dtype != np.uint8 else to_unit(image, Sample("", image))
@@ -135,17 +138,17 @@ class ImagenetColor(Task):
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> three equal channels, uint8, as the reference makes them."""
+    """(H, W, 3) uint8 RGB -> (H, W, 3) uint8 gray with equal channels, identical to the UViM reference code."""
     weights = np.array(GREY, np.float32) / np.float32(255)
-    # Summed from red to blue, as a product of matrices does it: the last bit decides between two integers.
+    # Sum from red to blue, like a matrix product: the last bit can decide how the result is truncated.
     red, green, blue = (plane * weight for plane, weight in zip(cv2.split(image), weights, strict=True))
     red += green
     red += blue
-    # How the reference's image library turns [0, 1] into integers.
+    # The image library of the reference code converts [0, 1] to integers this way.
     red *= np.float32(255.5)
     return cv2.merge([red.astype(np.uint8)] * 3)
 
 
 def to_picture(prediction: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> uint8."""
+    """(H, W, 3) float in [-1, 1] -> uint8."""
     return ((prediction + 1) * 127.5).round().clip(0, 255).astype(np.uint8)

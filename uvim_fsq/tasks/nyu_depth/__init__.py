@@ -1,1 +1,1 @@
-"""NYU Depth v2 and depth maps of your own."""
+"""Monocular depth: NYU Depth v2 and your own depth maps."""

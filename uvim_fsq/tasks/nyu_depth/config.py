@@ -1,4 +1,4 @@
-"""The keys under `task:` of nyu_depth. Knows nothing of torch."""
+"""The keys under `task:` of nyu_depth. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ class NYUDepthConfig:
     changeable = ("protocol", "decoding", "ground_truth", "image_dir", "depth_dir", "depth_scale")
 
     num_bins: int = 256
-    """Linear depth bins between min_depth and max_depth."""
+    """Number of linear depth bins between min_depth and max_depth."""
     min_depth: float = 0.001
-    """Smallest depth in metres; smaller is invalid."""
+    """Smallest depth in meters; smaller values are invalid."""
     max_depth: float = 10.0
-    """Largest depth in metres; larger is invalid in evaluation."""
+    """Largest depth in meters; larger values are invalid in evaluation."""
     protocol: Literal["uvim", "eigen", "full"] = "uvim"
-    """Evaluation crop, made before the model: uvim (54:480, 41:601), eigen (45:471, 41:601), full (none, any size)."""
+    """Evaluation crop, applied before the model: uvim (54:480, 41:601), eigen (45:471, 41:601) or full (any size)."""
     missing: Literal["bin0", "void"] = "bin0"
-    """Invalid pixels: bin 0, seen by the oracle but without loss (the reference's), or void (-1, neither)."""
+    """Invalid pixels: bin 0, seen by the oracle but without loss (as in the reference), or void (-1, neither)."""
     decoding: Literal["argmax", "expectation"] = "argmax"
-    """Depth of a pixel: the likeliest bin's centre (the reference's), or the mean of all centres under the softmax."""
+    """Depth: center of the most likely bin (as in the reference) or softmax-weighted mean of all centers."""
     ground_truth: Literal["filled", "raw"] = "filled"
-    """Which depth of the labelled .mat to use: in-filled (the reference's evaluation) or raw with holes."""
+    """Depth maps of the labeled .mat to use: filled in (as in the reference's evaluation) or raw, with holes."""
     image_dir: str = "images"
-    """Own data: sub-folder of the images."""
+    """Your own data: folder of the images."""
     depth_dir: str = "depth"
-    """Own data: sub-folder of the depth maps (16-bit PNG, .npy or .h5), of the same names."""
+    """Your own data: folder of the depth maps (16-bit PNG, .npy or .h5), named like the images."""
     depth_scale: float | None = None
-    """Own data: stored units per metre (1000 for millimetres); null: 1000 for 16-bit PNG, 1 for npy and h5."""
+    """Your own data: stored units per meter (1000 for millimeters); null: 1000 for 16-bit PNG, 1 for npy and h5."""

@@ -1,7 +1,7 @@
-"""NYU Depth v2 as it lies on people's disks, found by content, and anybody's folder of images and depth maps.
+"""Reads NYU Depth v2 in its common layouts, detected by content, and your own folders of images and depth maps.
 
-A: the labelled .mat (HDF5). B: the FastDepth tree of .h5 files. C: the BTS tree of JPEG and 16-bit PNG.
-Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 metres, 0 where invalid.
+Layouts of NYU Depth v2: A, the labeled .mat (HDF5); B, the FastDepth tree of .h5 files; C, the BTS tree of JPEG and
+16-bit PNG files. Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 meters, 0 where invalid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 #: layout -> split -> official number of images.
 OFFICIAL = {"A": {"train": 795, "val": 654}, "B": {"train": 47_584, "val": 654}, "C": {"train": 24_231, "val": 654}}
 SPLITS = ("train", "val", "holdout", "train_minus_holdout")
-#: Layouts without the FastDepth holdout: every 20th training sample.
+#: The holdout of layouts A and C is every 20th training sample.
 HOLDOUT_STRIDE = 20
 
 
@@ -55,7 +55,10 @@ def _take_split(split: str, train: list[Any], val: list[Any], holdout: set[int])
 
 
 class LabelledMat:
-    """Layout A: nyu_depth_v2_labeled.mat and splits.mat (1-based). MATLAB's axes arrive reversed in h5py."""
+    """Layout A: nyu_depth_v2_labeled.mat and splits.mat (1-based). h5py sees MATLAB's axes in reverse order.
+
+    `truth`: "raw" or "filled" depth maps.
+    """
 
     def __init__(self, file: Path, split: str, truth: str) -> None:
         self.file, self.key = file, "rawDepths" if truth == "raw" else "depths"
@@ -66,7 +69,7 @@ class LabelledMat:
             h5_dataset(handle, self.key, file, 3)
         rows = _take_split(split, train, val, set(range(0, len(train), HOLDOUT_STRIDE)))
         if rows and max(rows) >= count:
-            raise UserError(f"{file} holds {count} images but {splits_file.name} names number {max(rows) + 1}")
+            raise UserError(f"{file} holds {count} images but {splits_file.name} lists number {max(rows) + 1}")
         self.rows = rows
         self.info = _info("A", split, truth, len(self.rows), file.parent)
         self._handle: h5py.File | None = None
@@ -75,7 +78,7 @@ class LabelledMat:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        # An open file must not travel to a loader process.
+        # An open file must not be sent to a loader process.
         return {**self.__dict__, "_handle": None}
 
     def __getitem__(self, index: int) -> Sample:
@@ -83,12 +86,12 @@ class LabelledMat:
         if self._handle is None:
             self._handle = _open_h5(self.file)
         try:
-            # OpenCV joins planes and transposes many times faster than NumPy copies.
+            # OpenCV merges and transposes many times faster than NumPy.
             image = cv2.transpose(cv2.merge(list(self._handle["images"][row])))  # type: ignore[index]
             depth = cv2.transpose(np.asarray(self._handle[self.key][row], np.float32))  # type: ignore[index]
         except OSError as error:
             raise UserError(
-                f"{self.file}: image {row + 1} cannot be read ({one_line(error)}); fetch the file again"
+                f"{self.file}: image {row + 1} cannot be read ({one_line(error)}); download the file again"
             ) from error
         name = f"{self.file.name}#{row + 1}"
         return Sample(name, image, {"depth": metres(depth, name)}, {"row": row})
@@ -98,7 +101,7 @@ def _open_h5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({one_line(error)}); it is truncated or no HDF5 file") from error
+        raise UserError(f"{path} cannot be opened ({one_line(error)}); it is truncated or not an HDF5 file") from error
 
 
 def _fastdepth(root: Path, split: str) -> PairSource:
@@ -108,7 +111,7 @@ def _fastdepth(root: Path, split: str) -> PairSource:
         raise UserError(
             f"{folder} holds no .h5 files; the FastDepth tree needs train/<scene>/*.h5 and val/official/*.h5"
         )
-    # FastDepth's own holdout lies inside train/.
+    # FastDepth's holdout is part of train/.
     holdout = {i for i, file in enumerate(files) if file.stem in ("00001", "00201")}
     files = _take_split(split, files, files, holdout)
     pairs = [(str(file.relative_to(root)), file, file) for file in files]
@@ -138,7 +141,10 @@ def _bts(root: Path, split: str) -> PairSource:
 
 
 def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Path, Path]], int]:
-    """Lines `rgb depth focal`; training paths begin with a slash, which would make pathlib drop the root."""
+    """Reads lines `rgb depth focal` -> (id, image, depth) of each, and the number of lines without a depth map.
+
+    Training paths begin with a slash, which is removed, because pathlib would drop the root.
+    """
     pairs: list[tuple[str, Path, Path]] = []
     skipped = 0
     for line in os.fsdecode(file.read_bytes()).splitlines():
@@ -153,14 +159,14 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
 
 
 def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
-    """Own data: ROOT[/train|/val]/<image_dir>/NAME.jpg and <depth_dir>/NAME.(png|npy|h5)."""
+    """Your own data: ROOT[/train|/val]/<image_dir>/NAME.jpg and <depth_dir>/NAME.(png|npy|h5)."""
     own_split = has_split_folders(root)
     base = split_folder(root, "val" if split == "val" else "train") if own_split else root
     images, depths = base / config.image_dir, base / config.depth_dir
     for folder, key in ((images, "image_dir"), (depths, "depth_dir")):
         if not folder.is_dir():
             there = and_list(sorted(f"{path.name}/" for path in base.iterdir() if path.is_dir()))
-            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; name it with task.{key}=")
+            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; set task.{key} to its name")
     photos = _by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
     maps = _by_stem(depths, lambda path: path.is_file())
     missing = sorted(photos.keys() - maps.keys())
@@ -169,34 +175,34 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
     if not photos:
         raise UserError(f"{images} holds no images")
     pairs = [(stem, image, maps[stem]) for stem, image in photos.items()]
-    # Without train/ and val/ folders every tenth image is the evaluation split.
+    # Without train/ and val/ folders, every tenth image belongs to the evaluation split.
     train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
     pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
     return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
 
 
 def _by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """The files below `folder` by their path without extension, sorted. Raises UserError where two have the same."""
+    """The files below `folder` by path without extension, sorted. Raises UserError if two have the same."""
     found: dict[str, Path] = {}
     for path in sorted(filter(wanted, folder.rglob("*"))):
         other = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
         if other != path:
-            raise UserError(f"{other} and {path.name} have the same name; which one is meant? Remove the other")
+            raise UserError(f"{other} and {path.name} have the same name; remove one of them")
     return found
 
 
 def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]:
-    """Which layout lies under `root` (or in a folder inside it), by content -> ("A" | "B" | "C" | "folder", its root).
+    """Detects the layout of the data in `root` or in one of its folders, by content.
 
-    Raises UserError that says what was looked for.
+    Returns ("A" | "B" | "C" | "folder", the root of the data). Raises UserError listing what it looked for.
     """
     config = config or NYUDepthConfig()
     places = [root]
-    # train/ and val/ are no data sets of their own.
+    # train/ and val/ are not data sets of their own.
     if root.is_dir() and not has_split_folders(root):
         places += sorted(path for path in root.iterdir() if path.is_dir())
     for place in places:
-        mat = _labelled_mat(place)
+        mat = _labeled_mat(place)
         if mat is not None:
             return "A", mat
         bases = [place, place / "train", place / "val"]
@@ -205,7 +211,7 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
             return "B", place
         if (place / "sync").is_dir() or (place / "official_splits").is_dir():
             return "C", place
-        # Of the folder that the user named, what is missing can be said.
+        # For the folder that the user gave, accept half of the layout, so that the error can name what is missing.
         if own and (place == root or any((base / config.depth_dir).is_dir() for base in bases)):
             return "folder", place
     if has_split_folders(root):
@@ -217,20 +223,23 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
     )
 
 
-def _labelled_mat(place: Path) -> Path | None:
+def _labeled_mat(place: Path) -> Path | None:
     for mat in [place] if place.is_file() else sorted(place.glob("*.mat")):
         if h5py.is_hdf5(mat):
             with _open_h5(mat) as handle:
                 if "images" in handle and "depths" in handle:
                     return mat
         elif mat.name == "nyu_depth_v2_labeled.mat":
-            raise UserError(f"{mat} is truncated or no HDF5 file; fetch it again (2.8 GB)")
+            raise UserError(f"{mat} is truncated or not an HDF5 file; download it again (2.8 GB)")
     return None
 
 
 def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
-    """The adapter for whatever lies under `root`. Splits: train, val (the official test images), holdout (a fixed part
-    of train for tuning) and train_minus_holdout."""
+    """The adapter for the data under `root`, whatever its layout.
+
+    Splits: train, val (the official test images), holdout (a fixed part of train, for tuning) and train_minus_holdout.
+    Raises UserError for an unknown split, and if no data is found or it is incomplete.
+    """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     layout, place = detect(find_data_root(root), config)
@@ -242,25 +251,25 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
 
 
 def _decoded(layout: str, place: Path, split: str, config: NYUDepthConfig) -> PairSource:
-    """Layouts of pictures that take long to decode."""
+    """Opens a layout of image files, which are slow to decode: C or your own data."""
     return _bts(place, split) if layout == "C" else _folder(place, split, config)
 
 
 def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], None]) -> str:
-    """Unpacks the pictures of layout C and of own data into .h5 files; says what was done.
+    """Converts the files of layout C and of your own data to .h5 and returns a one-line summary.
 
     Raises UserError for layouts A and B, which are HDF5 already.
     """
     layout, place = detect(find_data_root(root), config)
     if layout in "AB":
-        raise UserError(f"{place} is HDF5 already (layout {layout}) and loads as fast; there is nothing to prepare")
+        raise UserError(f"{place} is HDF5 already (layout {layout}) and loads fast; there is nothing to prepare")
     sources: list[PairSource] = []
     missing: list[str] = []
     for split in ("train", "val"):
         try:
             sources.append(_decoded(layout, place, split, config))
         except UserError as error:
-            missing.append(f"{split} is left out: {error}")
+            missing.append(f"{split} was skipped: {error}")
     if not sources:
         raise UserError("; ".join(missing))
     return "; ".join([prepare_pairs(sources, progress), *missing])

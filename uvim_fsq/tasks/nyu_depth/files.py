@@ -1,5 +1,5 @@
-"""Files of photos and depth maps, and a list of them as a `SampleSource` with one map `depth`: (H, W) float32 metres, 0
-where invalid."""
+"""Reads depth maps, and pairs of image and depth files, as a `SampleSource` with one map `depth`: (H, W) float32
+meters, 0 where invalid."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from uvim_fsq.errors import UserError
 
 
 def metres(values: np.ndarray, name: str) -> np.ndarray:
-    """Depth as float32 with everything invalid (NaN, infinite, negative) as 0. Raises UserError for a wrong scale."""
+    """(H, W) meters -> float32 with invalid values (NaN, infinite, negative) set to 0.
+
+    Raises UserError for another shape, and for a median outside of 0.02 to 100 m, which means a wrong scale.
+    """
     if values.ndim != 2:
         raise UserError(f"{name}: the depth map has shape {values.shape}, expected (H, W)")
     depth = np.asarray(values, np.float32)
     valid = (depth > 0) & (depth < np.inf)
     if not valid.all():
         depth = np.where(valid, depth, np.float32(0))
-    # Where most depths are usual ones so is their median, which takes ten times as long.
+    # If most depths are plausible, so is the median, which takes ten times as long to compute.
     if 2 * np.count_nonzero((depth > 0.1) & (depth < 90)) > np.count_nonzero(valid) or not valid.any():
         return depth
     median = float(np.median(depth[valid]))
     if not 0.02 <= median <= 100:
         raise UserError(
-            f"{name}: median depth {median:.3g} m; the scale is wrong (metres expected; "
+            f"{name}: median depth {median:.3g} m; the scale is wrong (meters expected; "
             "set task.depth_scale for your own data)"
         )
     return depth
 
 
 def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
-    """A depth map of any supported kind -> (H, W) float32 metres, 0 where invalid.
+    """A depth map in any supported format -> (H, W) float32 meters, 0 where invalid.
 
-    16-bit PNG: millimetres unless `scale` (units per metre) says otherwise. 8-bit PNG: 255 is 10 m (DenseDepth).
-    .npy and .h5 (dataset `depth`): metres unless `scale`. Raises UserError naming the file.
+    `scale`: stored units per meter. Default: 16-bit PNG is in millimeters, 8-bit PNG has 255 = 10 m (as in DenseDepth),
+    .npy and .h5 (dataset `depth`) are in meters. Raises UserError naming the file.
     """
     try:
         if path.suffix == ".npy":
@@ -65,30 +68,30 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
         raise UserError(f"{path}: no such depth file; the data set is incomplete") from None
     except MemoryError as error:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
-    except Exception as error:  # Pillow, NumPy and h5py have many for a damaged file
+    except Exception as error:  # Pillow, NumPy and h5py raise many kinds for a damaged file
         raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
     return metres(values, str(path))
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without the memory addresses and dates that HDF5 spreads over several lines."""
+    """An error message in one line, without the memory addresses and dates in those of HDF5."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"time = .*error message = '([^']*)'.*", r"\1)", text)[:160]
 
 
 def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset:
-    """The data set `key` of so many dimensions, the last two of them a picture's, before any of it is read.
+    """The HDF5 dataset `key`, checked before it is read: `dims` dimensions, the last two being those of an image.
 
-    Raises UserError where there is none, or one of anything but numbers, in another file, or with too many pixels.
+    Raises UserError if it is missing, not numeric, stored in another file, or has too many pixels.
     """
-    # `get` would take a damaged one for a missing one.
+    # `get` would report a damaged dataset as missing.
     if key not in file or not isinstance(found := file[key], h5py.Dataset):
         raise UserError(f"{path} has no dataset {key!r} (it holds {', '.join(file) or 'nothing'})")
     if found.file.filename != file.filename or found.external or found.is_virtual:
-        raise UserError(f"{path}: dataset {key!r} lies in another file; only data inside are read")
+        raise UserError(f"{path}: dataset {key!r} is stored in another file, which is not read; copy it into this one")
     if found.ndim != dims or found.dtype.kind not in "fiu":
         raise UserError(f"{path}: `{key}` is {found.dtype} {found.shape}, expected numbers in {dims} dimensions")
-    # HDF5 unpacks whole chunks, which may be larger than what is in them.
+    # HDF5 decompresses whole chunks, which may be larger than the dataset.
     for height, width in (found.shape[-2:], (found.chunks or found.shape)[-2:]):
         check_pixels(width, height, f"{path}, dataset {key!r}")
     return found
@@ -96,14 +99,14 @@ def h5_dataset(file: h5py.File, key: str, path: Path, dims: int) -> h5py.Dataset
 
 @dataclass
 class PairSource:
-    """Layouts B, C and own data: a list of (id, image file, depth file); both are the same .h5 file in layout B."""
+    """Layouts B, C and your own data: a list of (id, image file, depth file); in layout B both are one .h5 file."""
 
     root: Path
     pairs: list[tuple[str, Path, Path]]
     info: dict[str, Any]
     scale: float | None = None
     broken: str = "replace it"
-    """What to do about an .h5 file that is broken."""
+    """Advice for a damaged .h5 file."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -124,18 +127,18 @@ class PairSource:
 def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
-            picture = h5_dataset(file, "rgb", path, 3)
-            if picture.shape[0] != 3 or picture.dtype != np.uint8:
-                raise UserError(f"{path}: `rgb` is {picture.dtype} {picture.shape}, expected uint8 (3, H, W)")
-            rgb, depth = np.asarray(picture), np.asarray(h5_dataset(file, "depth", path, 2))
+            stored = h5_dataset(file, "rgb", path, 3)
+            if stored.shape[0] != 3 or stored.dtype != np.uint8:
+                raise UserError(f"{path}: `rgb` is {stored.dtype} {stored.shape}, expected uint8 (3, H, W)")
+            rgb, depth = np.asarray(stored), np.asarray(h5_dataset(file, "depth", path, 2))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete") from None
     except UserError:
         raise
     except MemoryError as error:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
-    except Exception as error:  # h5py has many for a damaged file
+    except Exception as error:  # h5py raises many kinds for a damaged file
         raise UserError(
-            f"{path} cannot be read ({one_line(error)}); it is damaged or no HDF5 file, {advice}"
+            f"{path} cannot be read ({one_line(error)}); it is damaged or not an HDF5 file, {advice}"
         ) from error
     return cv2.merge(list(rgb)), metres(depth, str(path))

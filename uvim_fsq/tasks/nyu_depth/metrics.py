@@ -1,4 +1,4 @@
-"""The six depth figures (Eigen et al. 2014; UViM's NYU evaluator): per image, then the mean over images."""
+"""The six depth metrics (Eigen et al., arXiv 1406.2283; UViM's NYU evaluator): per image, then averaged over images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FIGURES = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 
 
 def depth_figures(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-    """Figures of one image over its valid pixels.
+    """The metrics of one image over its valid pixels; RMSE in meters.
 
     Args:
-        prediction: (H, W) metres, finite and positive where valid.
-        truth: (H, W) metres.
+        prediction: (H, W) meters, finite and positive where valid.
+        truth: (H, W) meters.
         valid: (H, W) bool, at least one True.
     """
     p, t = prediction[valid].astype(np.float64), truth[valid].astype(np.float64)
@@ -34,17 +34,17 @@ def depth_figures(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray) 
 
 
 class DepthMetric(Metric):
-    """Mean over images of the per-image figures (not pooled over pixels), beside the pooled RMSE.
+    """Per-image metrics averaged over images (not pooled over pixels), and the RMSE pooled over all pixels.
 
-    Valid where min_depth < truth < max_depth, both strict. Predictions are brought to the truth's size by nearest
-    neighbour and clamped to [min_depth, max_depth]; inf becomes max, NaN min, and such images are counted. Images
-    without a valid pixel are skipped and counted.
+    A pixel is valid if min_depth < truth < max_depth (meters). Predictions are resized to the truth's size by nearest
+    neighbor and clamped to [min_depth, max_depth]. Infinity becomes max_depth and NaN min_depth, and such images are
+    counted. Images without valid pixels are skipped and counted.
     """
 
     def __init__(self, protocol: str, min_depth: float = 1e-3, max_depth: float = 10.0) -> None:
         self.protocol, self.min_depth, self.max_depth = protocol, min_depth, max_depth
         self.sums = np.zeros(len(FIGURES))
-        # images, skipped, images with a repaired prediction, squared error, pixels
+        # images, skipped images, images with a repaired prediction, squared error, valid pixels
         self.counts = np.zeros(5)
 
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:

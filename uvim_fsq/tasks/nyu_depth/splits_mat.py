@@ -1,6 +1,6 @@
-"""`splits.mat` of NYU Depth v2: which image of the labelled .mat belongs to which split.
+"""Reads `splits.mat` of NYU Depth v2, which assigns the images of the labeled .mat to splits.
 
-A reader of MATLAB's format 5 for plain numeric arrays, since SciPy's ends the process for some damaged files.
+Implements MATLAB's format 5 for plain numeric arrays, because SciPy's reader crashes the process on some damaged files.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from uvim_fsq.errors import UserError
 #: MATLAB's codes for how numbers are stored.
 STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 MATRIX, COMPRESSED = 14, 15
-#: More than any list of images takes.
+#: Bytes to read and to decompress at most; more than any list of images needs.
 LARGEST = 1 << 26
 
 
 def read_splits(file: Path) -> tuple[list[int], list[int]]:
-    """Rows (from 0) of the training and of the test images. Raises UserError where they are missing or damaged."""
+    """0-based rows of the training and of the test images. Raises UserError if the file is missing or damaged."""
     if not file.is_file():
-        raise UserError(f"{file} is missing; it lies beside the labelled .mat on the data set's page")
+        raise UserError(f"{file} is missing; download it from the data set's page, next to the labeled .mat")
     try:
         wanted = ("trainNdxs", "testNdxs")
-        # All else is dropped as it is read: each array may unpack to a thousand times what it takes in the file.
+        # Other arrays are dropped at once: each may decompress to a thousand times its size in the file.
         arrays = {name: values for name, values in _arrays(file.read_bytes()[:LARGEST]) if name in wanted}
         if len(arrays) < len(wanted):
             raise ValueError("it lacks trainNdxs or testNdxs")
         train, test = arrays["trainNdxs"], arrays["testNdxs"]
         rows = np.concatenate([train, test])
         if not (len(train) and np.array_equal(rows, rows.astype(np.int64)) and rows.min() >= 1):
-            raise ValueError("no lists of image numbers")
+            raise ValueError("it does not list image numbers")
         if len(np.unique(rows)) < len(rows):
-            raise ValueError("an image stands there twice")
+            raise ValueError("it lists an image twice")
     except (ValueError, OSError, struct.error, zlib.error, OverflowError) as error:
-        raise UserError(f"{file} is broken ({' '.join(str(error).split())}); fetch it again") from error
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); download it again") from error
     return [int(row) - 1 for row in train], [int(row) - 1 for row in test]
 
 
 def _arrays(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of the numeric arrays of a file."""
     if data[126:128] != b"IM":
-        raise ValueError("no MATLAB file of format 5")
+        raise ValueError("not a MATLAB file of format 5")
     for kind, content in _elements(data[128:]):
         if kind == COMPRESSED:
             unpack = zlib.decompressobj()
@@ -60,11 +60,11 @@ def _arrays(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, content) of what is stored one after another."""
+    """(type, content) of the data elements, in order."""
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, at)
-        if kind >> 16:  # up to four bytes of content share the eight of the head
+        if kind >> 16:  # a small element: up to 4 bytes of content, stored within the 8-byte tag
             kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
         else:
             start = at + 8

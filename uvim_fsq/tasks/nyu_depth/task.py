@@ -1,4 +1,7 @@
-"""Monocular depth as a label map of 256 linear bins (UViM, arXiv 2205.10337, section 4; NYU Depth v2)."""
+"""Monocular depth as a label map of linear bins, 256 by default (UViM, arXiv 2205.10337, section 4; NYU Depth v2).
+
+Shapes: B batch, S label size, H and W native size.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.registry import register_task
 
-#: (first row, end row, first column, end column), for 480 x 640 only.
+#: Protocol -> (first row, end row, first column, end column); for 480 x 640 images only.
 CROPS = {"uvim": (54, 480, 41, 601), "eigen": (45, 471, 41, 601)}
 
 
 @register_task("nyu_depth")
 class NYUDepth(Task):
-    """Depth in metres from one image."""
+    """Depth in meters from one image."""
 
     Config = NYUDepthConfig
     main_metric = "rmse"
@@ -41,7 +44,7 @@ class NYUDepth(Task):
         if config.num_bins < 2 or not 0 <= config.min_depth < config.max_depth:
             raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
         if config.depth_scale is not None and not 0 < config.depth_scale < math.inf:
-            raise UserError(f"task.depth_scale={config.depth_scale}: the stored units per metre are a number above 0")
+            raise UserError(f"task.depth_scale={config.depth_scale}: must be a number above 0 (stored units per meter)")
         super().__init__(config)
         self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
@@ -55,7 +58,7 @@ class NYUDepth(Task):
         return open_source(root, split, self.config)
 
     def evaluation_view(self, sample: Sample) -> Sample:
-        """The protocol's crop of image and truth. Raises UserError for another size than 480 x 640."""
+        """The protocol's crop of image and truth. Raises UserError for any size but 480 x 640."""
         if self.config.protocol == "full":
             return sample
         if sample.image.shape[:2] != (480, 640):
@@ -69,7 +72,7 @@ class NYUDepth(Task):
         return Sample(sample.id, sample.image[top:bottom, left:right], maps, sample.meta)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
-        """The bin of each pixel, (S, S), of the smallest type: uint8 for up to 256 bins without void."""
+        """The bin of each pixel, (S, S), in the smallest dtype: uint8 for up to 256 bins without void."""
         depth = sample.maps["depth"]
         c = self.config
         share = (depth - c.min_depth) / (c.max_depth - c.min_depth)
@@ -82,14 +85,14 @@ class NYUDepth(Task):
     def loss(
         self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy over the bins; bin 0 and -1 count 0 but stay in the mean over all pixels."""
+        """Cross-entropy over the bins. Pixels of bin 0 (if it means "missing") or -1 contribute 0 to the mean."""
         x, target = logits["depth"], labels["depth"].long()
         missing = target <= 0 if self.config.missing == "bin0" else target < 0
         loss, right = pixel_cross_entropy(x, target.masked_fill(missing, -1))
         return loss, {"bin_accuracy": right}
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
-        """(B, S, S, bins) logits -> per image (S, S) float32 metres."""
+        """(B, S, S, bins) logits -> (S, S) float32 meters per image."""
         x = logits["depth"]
         centres = self.centres.to(x.device)
         depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
@@ -97,11 +100,11 @@ class NYUDepth(Task):
 
     def metric(self, source: SampleSource) -> Metric:
         c = self.config
-        # The valid range is the protocol's, not that of the bins.
+        # The valid range is that of the protocol, not that of the bins.
         return DepthMetric(f"nyu_depth/{c.protocol}", 1e-3, 10.0 if c.protocol != "full" else c.max_depth)
 
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
-        """Depth in colours over one range for prediction and truth; the error's range ends at a quarter of it."""
+        """Color-coded depth, with the same range for prediction and truth; the error's range is a quarter of it."""
         depth = truth.maps["depth"] if truth is not None else None
         reference = prediction if depth is None else depth
         positive = reference[reference > 0]
@@ -117,7 +120,7 @@ class NYUDepth(Task):
         return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
 
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
-        """stem.png: 16-bit millimetres, the scale in its text chunks; stem.npy: float32 metres; stem_color.png."""
+        """stem.png: 16-bit millimeters, with the scale in its text chunks; stem.npy: float32 meters; stem_color.png."""
         depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
         paths = self.prediction_files(stem)
         info = PngInfo()
@@ -129,7 +132,7 @@ class NYUDepth(Task):
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
-        """The mean depth of `source` per pixel, (size, size) metres, over valid pixels."""
+        """The mean depth map of `source` over valid pixels, (size, size) meters."""
         total, count = np.zeros((size, size)), np.zeros((size, size))
         for i in range(len(source)):
             depth = resize_nearest(self.evaluation_view(source[i]).maps["depth"], (size, size))
@@ -148,17 +151,17 @@ class NYUDepth(Task):
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:
-    # To an open file: np.save would add a suffix to the name.
+    # Pass an open file, because np.save adds a suffix to a path.
     with file.open("wb") as opened:
         np.save(opened, array)
 
 
 def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
-    """(H, W) reals in [0, high] -> (H, W, 3) uint8."""
+    """Color-codes (H, W) reals in [0, high] with the matplotlib colormap `name`: (H, W, 3) uint8."""
     import matplotlib
 
     table = (matplotlib.colormaps[name](np.arange(256))[:, None, :3] * 255).astype(np.uint8)
     share = np.clip(np.nan_to_num(values) / max(high, 1e-6), 0, 1)
     share *= 256
-    # matplotlib would make 56 bytes of each pixel on the way.
+    # matplotlib's own mapping would need 56 bytes per pixel.
     return cv2.applyColorMap(np.minimum(share, 255, out=share).astype(np.uint8), table)
