@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tests.support.evaluation import shake
 from tests.support.small import lm_run, oracle_run, small_data
+from tests.support.terminal import Clock
+from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.config import plugins
+from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.training.run import train
-from uvim_fsq.training.stages import OracleStage
+from uvim_fsq.training.stages import OracleStage, build_stage
+from uvim_fsq.training.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -62,3 +72,72 @@ def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(OracleStage, "evaluate", evaluate)
     monkeypatch.setattr(OracleStage, "panel", panel)
+
+
+@pytest.fixture
+def default_pixel_limit() -> Iterator[None]:
+    """The default `data.max_pixels` before and after a test."""
+    limit_pixels(DataConfig.max_pixels)
+    yield
+    limit_pixels(DataConfig.max_pixels)
+
+
+@pytest.fixture
+def own_depth_folder(tmp_path: Path) -> Path:
+    """A user's folder of depth data: train/ with 12 pairs, val/ with 4."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for kind in ("images", "depth"):
+            (tmp_path / "set" / split / kind).mkdir(parents=True)
+        for i in range(count):
+            picture = rng.integers(0, 255, (24, 32, 3)).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / "set" / split / "images" / f"{split}{i}.jpg")
+            depth = rng.uniform(1, 5, (24, 32)).astype(np.float32)
+            np.save(tmp_path / "set" / split / "depth" / f"{split}{i}.npy", depth)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, which does not exist yet."""
+    folder = tmp_path_factory.mktemp("cache") / "new"
+    monkeypatch.setenv("UVIM_FSQ_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Path]:
+    """An oracle's and an LM's run with random weights, saved once, not trained."""
+    base = tmp_path_factory.mktemp("runs")
+    for name in ("oracle", "lm"):
+        out = base / name
+        run = oracle_run(out, data) if name == "oracle" else lm_run(out, base / "oracle")
+        stage = build_stage(run)
+        shake(stage.model)
+        out.mkdir()
+        Trainer(stage, run).save()
+        stage.write_artifacts(out)
+    return base / "oracle", base / "lm"
+
+
+@pytest.fixture
+def random_lm(random_runs: tuple[Path, Path]) -> LoadedRun:
+    """The LM of `random_runs`."""
+    return load_checkpoint(random_runs[1])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """Time that passes only when a test moves it; the process is no rank of a launcher."""
+    monkeypatch.delenv("RANK", raising=False)
+    yield Clock(monkeypatch)
+
+
+@pytest.fixture
+def no_trusted_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plugin is trusted yet; `sys.path` is restored afterwards."""
+    monkeypatch.setattr(plugins, "_named", set())
+    monkeypatch.delenv("UVIM_FSQ_TRUST", raising=False)
+    path = list(sys.path)
+    yield
+    sys.path[:] = path

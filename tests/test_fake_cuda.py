@@ -70,7 +70,10 @@ def test_tensors_of_a_training_step_are_on_the_gpu_and_losses_are_float32(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5), Sampling(1.0, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, *(pytest.param(x, marks=pytest.mark.slow) for x in (Sampling(0.8, top_k=5), Sampling(1.0, top_p=0.9)))],
+)
 def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
     precision: str, int8: bool, sampling: Sampling, fake: FakeTensorMode, monkeypatch: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what a damaged one says."""
+"""Files are written completely or not at all; a damaged file is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole, writing
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "figures.json"
     write_json(file, {"rmse": 0.5})
     assert read_json(file, "") == {"rmse": 0.5}
@@ -48,8 +48,8 @@ def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path: Path, content: byt
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_libraries_on_a_full_disk() -> None:
-    """What they really raise: NumPy without an error number, torch an error of its own making."""
+def test_a_full_disk_is_recognized_in_numpy_and_torch() -> None:
+    """NumPy raises an OSError without an error number, torch its own RuntimeError."""
     array = np.zeros(1 << 20, np.uint8)
     full = pytest.raises(UserError, match="cannot write a: the disk is full")
     with full, writing("a"), Path("/dev/full").open("wb") as file:
@@ -60,7 +60,7 @@ def test_libraries_on_a_full_disk() -> None:
         Path("/dev/full").write_bytes(picture_bytes(array.reshape(1024, 1024)))
 
 
-def test_a_full_disk_is_known_by_its_many_messages() -> None:
+def test_a_full_disk_is_recognized_by_its_many_messages() -> None:
     assert disk_is_full(OSError(errno.ENOSPC, "x")) and disk_is_full(OSError(errno.EDQUOT, "x"))
     assert disk_is_full(OSError("1000 requested and 512 written"))
     assert disk_is_full(OSError("Not enough free space to write 48000000 bytes"))

@@ -35,6 +35,7 @@ def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: p
     assert "speed-up" in said and " x |" in said and "aten::" in said
 
 
+@pytest.mark.slow
 def test_the_job_all_continues_without_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

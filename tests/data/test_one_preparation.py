@@ -68,4 +68,4 @@ def test_prediction_sees_what_evaluation_sees(lm_dir: Path) -> None:
     ((batch, samples),) = eval_batches(source, predictor.task, data, batch_size=99, workers=0)
     assert len(samples) == 6
     for image, sample in zip(batch["image"].numpy(), samples, strict=True):
-        np.testing.assert_array_equal(predictor.small(sample.image), image)
+        np.testing.assert_array_equal(predictor.prepare(sample.image), image)

@@ -142,7 +142,7 @@ def assert_same_shapes(found: dict[str, torch.Tensor], expected: dict[str, Any])
          r"1 missing \(encoder_head/kernel\) and 1 unknown \(encoder_haed/kernel\)"),
         ({"params/decoder_stem/bias": np.zeros(7)}, r"1 arrays do not match the shapes .* decoder_stem.bias: \[7\]"),
         ({"params/pos_embedding_encoder": np.zeros((3, 3))}, r"pos_embedding_encoder has shape \[3, 3\]"),
-        ({"params/decoder_stem/bias": np.array([{"a": 1}], object)}, "pickled data are never loaded"),
+        ({"params/decoder_stem/bias": np.array([{"a": 1}], object)}, "pickled data is never loaded"),
         ({"params/decoder_stem/bias": np.array(["a"] * 32)}, "decoder_stem/bias holds <U1, not real numbers"),
     ],
 )  # fmt: skip

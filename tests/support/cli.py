@@ -1,12 +1,17 @@
-"""Runs commands in the process of the test."""
+"""Runs commands in this process or in one of their own."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from uvim_fsq.cli import main
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -18,3 +23,9 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
     return lines[0]
+
+
+def run_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own."""
+    command = [sys.executable, "-m", "uvim_fsq", *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True)

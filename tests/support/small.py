@@ -57,6 +57,8 @@ LM: dict[str, Any] = {
     "train": {"batch_size": 8, "steps": 6, "precision": "fp32", "log_every": 1},
     "eval": {"batch_size": 4, "workers": 0},
 }
+#: Settings of the built-in tasks that fit small scenes.
+TASK_OPTIONS: dict[str, dict[str, Any]] = {"nyu_depth": {"protocol": "full", "num_bins": 16}}
 #: The three tasks with few classes.
 TASKS: dict[str, Task] = {
     "depth": NYUDepth(NYUDepthConfig(num_bins=16)),

@@ -44,6 +44,7 @@ def test_a_result_records_how_its_checkpoint_was_chosen(oracle_dir: Path) -> Non
     assert evaluate(checkpoints(oracle_dir)[-1], limit=2)["chosen"] == "given"
 
 
+@pytest.mark.slow
 def test_all_evaluations_of_a_run_use_the_same_number_of_images(tmp_path: Path, data: Path) -> None:
     keys = ["train.steps=4", "train.eval_every=2", "train.eval_limit=3", "train.log_every=9"]
     lines = read_json_lines(fit_run(oracle_run(tmp_path / "run", data, *keys)) / "metrics.jsonl")

@@ -86,3 +86,12 @@ def test_few_levels_give_a_warning_at_the_callers_line(recwarn: pytest.WarningsR
     with pytest.warns(UserWarning, match=r"FSQ levels \[8, 4\]: fewer than 5 per channel") as warned:
         FSQ([8, 4])
     assert warned[0].filename == __file__
+
+
+@pytest.mark.gpu
+def test_fsq_inside_cuda_autocast() -> None:
+    quantizer, z = FSQ([8, 6, 5]), torch.randn(64, 3) * 2
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = quantizer.cuda()(z.cuda())
+    assert found.codes.dtype == torch.float32
+    assert torch.equal(found.indices.cpu(), FSQ([8, 6, 5])(z).indices)

@@ -1,0 +1,60 @@
+"""Values that are out of range, and combinations that cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import failure
+from tests.support.small import ORACLE
+from uvim_fsq.config.rules import validate
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.configuration import load_run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.image_size=18", "not divisible by model.patch_size"),
+        ("model.code_length=5", "not a square"),
+        ("model.code_length=64", "exceeds the 16 patches"),
+        ("model.num_heads=3", "not divisible by model.num_heads"),
+        ("model.quantizer.levels=[5,1]", "at least 2 levels"),
+        ("train.epochs=2", "exactly one of train.epochs and train.steps"),
+        ("optim.warmup_steps=6", "must be below train.steps"),
+        ("eval.temperature=-1", "negative"),
+        ("train.batch_size=0", "above 0"),
+        ("model.patch_size=0", "above 0"),
+        ("model.code_length=-4", "above 0"),
+        ("model.decoder_depth=0", "above 0"),
+        ("optim.lr=inf", "above 0"),
+        ("optim.weight_decay=-1", "must not be negative"),
+        ("data.workers=-1", "must not be negative"),
+        ("train.seed=-1", "must not be negative"),
+        ("eval.top_p=2", "at most 1"),
+        ("optim.betas=[1.5,2]", "at least 0 and below 1"),
+    ],
+)
+def test_an_impossible_value_is_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(load_run(ORACLE, ["train.out=x", override]))
+    assert message in str(caught.value)
+
+
+def test_seeds_have_a_range(oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("train.seed", "eval.seed"):
+        validate(load_run(ORACLE, ["train.out=x", f"{key}={2**32 - 1}"]))
+        for seed, message in (
+            (2**32, f"{key}={2**32}: must be below 2^32"),
+            (2**62, f"{key}={2**62}: must be below 2^32"),
+            (-1, f"{key}=-1: must not be negative"),
+            (2**63, f"{key}={2**63}: must fit in 64 bits"),
+            (-(2**64), f"{key}=-{2**64}: must fit in 64 bits"),
+        ):
+            with pytest.raises(UserError) as caught:
+                validate(load_run(ORACLE, ["train.out=x", f"{key}={seed}"]))
+            assert message in str(caught.value)
+    assert "eval.seed=4611686018427387904: must be below 2^32" in failure(
+        capsys, "evaluate", oracle_dir, f"eval.seed={2**62}"
+    )

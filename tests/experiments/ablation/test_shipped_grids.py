@@ -1,0 +1,39 @@
+"""The shipped grids are valid and fit the devices they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from uvim_fsq.benchmark.memory import memory_of
+from uvim_fsq.experiments.ablation.devices import USABLE, Devices, fit_cells
+from uvim_fsq.experiments.ablation.grid import plan, read_grid
+
+
+def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    files = [file for file in sorted((ROOT / "configs/ablations").glob("*.yaml")) if "80 GB" in file.read_text()]
+    assert len(files) == 6
+    for file in files:
+        cells = [cell for cell in plan(read_grid(file), tmp_path / file.stem) if cell.seed == 0]
+        fitted = fit_cells([cells[0], cells[-1]], Devices(("0",), 80e9), 1, lambda _: None)
+        for cell in fitted:
+            counts = [
+                int(command[-1].removeprefix("train.accumulate=")) for command in (cell.oracle_command, cell.lm_command)
+            ]
+            assert counts == [16, 16], file
+        # The reference's batch sizes: 1024 for the oracle, 512 for the LM.
+        oracle, lm = memory_of(cells[0].oracle_run), memory_of(cells[0].oracle_run, cells[0].lm_run)
+        assert oracle.of(1024 // 16) <= USABLE * 80e9 < oracle.of(1024 // 8)
+        assert lm.of(512 // 16) <= USABLE * 80e9 < lm.of(512 // 8)
+
+
+def test_shipped_grids_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+    assert files
+    monkeypatch.chdir(ROOT)
+    for file in files:
+        cells = plan(read_grid(file), tmp_path / file.stem)
+        assert len({cell.lm_dir for cell in cells}) == len(cells), file

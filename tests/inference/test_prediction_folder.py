@@ -1,0 +1,180 @@
+"""`uvim-fsq predict` replaces nothing but its own results and lists every image."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.photos import noise_photo as photo
+from tests.support.small import TASKS
+from uvim_fsq.cli import main
+from uvim_fsq.inference.prediction_folder import NO_FILES, PredictionFolder
+from uvim_fsq.inference.predictor import Predictor, predict_files
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def index(out: Path) -> list[dict[str, str]]:
+    return json.loads((out / "predictions.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[str]:
+    """Runs `predict`, which must end with exit code 2; returns the lines of standard error."""
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", *map(str, arguments)])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_an_input_image_is_never_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own"
+    photo(own / "another.jpg")
+    photo(own / "pic.png")
+    before = content(own)
+    assert refused(capsys, lm_dir, own, "--out", own) == [
+        f"error: a result would replace {own / 'pic.png'}, a picture to predict; choose another --out"
+    ]
+    assert content(own) == before
+    elsewhere = photo(tmp_path / "elsewhere" / "pic.jpg")
+    (own / "pic.png").unlink()
+    for link in (os.symlink, os.link):
+        link(elsewhere, own / "pic.png")
+        assert "a picture to predict" in refused(capsys, lm_dir, elsewhere, "--out", own)[0]
+        (own / "pic.png").unlink()
+
+
+def test_only_results_are_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two, out = photo(tmp_path / "one.jpg"), photo(tmp_path / "two.jpg", 1), tmp_path / "out"
+    out.mkdir()
+    (out / "one.npy").write_text("the user's")
+    (line,) = refused(capsys, lm_dir, one, "--out", out)
+    assert "one.npy already exists and is not a result of an earlier predict" in line
+    assert content(out) == {"one.npy": b"the user's"}
+    (out / "one.npy").unlink()
+    for pictures in ([one], [two], [one, two]):
+        main(["predict", str(lm_dir), *map(str, pictures), "--out", str(out)])
+    assert [entry["image"] for entry in index(out)] == [str(one), str(two)]
+    assert len(content(out)) == 7
+    (out / "predictions.json").write_text('[{"image"')
+    assert "predictions.json is damaged" in refused(capsys, lm_dir, one, "--out", out)[0]
+
+
+def test_results_inside_the_input_folder_are_not_inputs(tmp_path: Path, lm_dir: Path) -> None:
+    photo(tmp_path / "photos" / "pic.png")
+    out = tmp_path / "photos" / "results"
+    for _ in range(2):
+        assert len(predict_files(lm_dir, [str(tmp_path / "photos")], out)) == 1
+    assert set(content(out)) == {"pic.png", "pic.npy", "pic_color.png", "predictions.json"}
+    named = predict_files(lm_dir, [str(out / "pic_color.png"), str(out / "pic_color.png")], tmp_path / "again")
+    assert [entry["image"] for entry in named] == [str(out / "pic_color.png")]
+
+
+def test_no_two_images_share_a_result_file(tmp_path: Path, lm_dir: Path) -> None:
+    names = ["pic.png", "pic_color.png", "a/pic.jpg", "b/pic.jpg", "b/c/pic.jpg", "x/b/pic.jpg", "PIC.png", "Ö.png"]
+    names.append("d/O\u0308.png")  # the same name in another Unicode normalization, one file on some systems
+    photos = {str(photo(tmp_path / "in" / name, seed)) for seed, name in enumerate(names)}
+    written = predict_files(lm_dir, [str(tmp_path / "in")], tmp_path / "out")
+    assert {entry["image"] for entry in written} == photos
+    files = [path for entry in written for kind, path in entry.items() if kind not in NO_FILES]
+    assert len({Path(path).name.casefold() for path in files}) == len(files) == 3 * len(names)
+    assert {Path(path).name for path in files} | {"predictions.json"} == set(content(tmp_path / "out"))
+    predictor = Predictor.from_run(lm_dir)
+    for entry in written:
+        assert np.array_equal(np.load(entry["npy"]), predictor.predict(entry["image"]))
+
+
+def test_the_index_names_checkpoint_and_overrides(tmp_path: Path, lm_dir: Path) -> None:
+    file = str(photo(tmp_path / "in" / "a.png"))
+    for overrides, named in (([], None), (["eval.temperature=0.5"], "eval.temperature=0.5"), ([], None)):
+        (entry,) = predict_files(lm_dir, [file], tmp_path / "out", overrides)
+        assert index(tmp_path / "out") == [entry]
+        assert entry.get("overrides") == named and Path(entry["checkpoint"]).parent.parent == lm_dir
+
+
+def test_an_image_named_like_the_index_gets_another_name(tmp_path: Path) -> None:
+    file = photo(tmp_path / "in" / "predictions.jpg")
+    folder = PredictionFolder(tmp_path / "out", TASKS["panoptic"], [file], named=[file])
+    assert folder.stems == {file: "in_predictions"}
+
+
+def test_every_failed_image_is_named(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    good = [str(photo(folder / f"{i}.png", i)) for i in range(3)]
+    broken = []
+    for i in range(23):
+        file = folder / f"bad{i:02d}.png"
+        file.write_bytes(Path(good[0]).read_bytes()[:100])
+        broken.append(str(file))
+    said = refused(capsys, lm_dir, folder, "--out", out)
+    assert len(said) == 21 and all(f"failed: {file}" in line for file, line in zip(broken[:20], said, strict=False))
+    assert said[-1] == "error: 23 of 26 images could not be predicted, 3 of them not shown; the index lists all"
+    listed = index(out)
+    assert [entry["image"] for entry in listed] == [*good, *broken]
+    assert all("cannot be read as an image" in entry["error"] for entry in listed[3:])
+    assert all(np.load(entry["npy"]).shape == (20, 30) for entry in listed[:3])
+
+
+def test_a_dead_link_is_a_failed_image(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "dead.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "in" / "folder.jpg").mkdir()
+    first, second, last = refused(capsys, lm_dir, tmp_path / "in", "--out", tmp_path / "out")
+    assert first == f"failed: {tmp_path / 'in' / 'dead.jpg'}: no such image file" and "folder.jpg cannot be" in second
+    assert last == "error: 2 of 3 images could not be predicted; the index lists all"
+
+
+def test_a_full_disk_leaves_whole_results_and_their_list(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for i in range(4):
+        photo(folder / f"{i}.png", i)
+    save = np.save
+
+    def full(file: Any, array: np.ndarray) -> None:
+        if "2.npy" in file.name:
+            file.write(b"half")
+            raise OSError("1000 requested and 512 written")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    (line,) = refused(capsys, lm_dir, folder, "--out", out)
+    assert "the disk is full" in line and str(out / "2.npy") in line
+    assert set(content(out)) == {f"{i}{end}" for i in (0, 1) for end in (".png", ".npy", "_color.png")} | {
+        "predictions.json"
+    }
+    assert [Path(entry["image"]).name for entry in index(out)] == ["0.png", "1.png"]
+
+
+def test_undeclared_result_files_replace_nothing(tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor.from_run(lm_dir)
+    one, two, out = photo(tmp_path / "one.jpg"), photo(tmp_path / "two.jpg"), tmp_path / "out"
+    out.mkdir()
+    (out / "one_notes.txt").write_text("the user's")
+
+    def talkative(prediction: Any, image: np.ndarray, stem: str) -> dict[str, str]:
+        Path(f"{stem}_notes.txt").write_text("the task's")
+        return {"notes": f"{stem}_notes.txt"}
+
+    monkeypatch.setattr(predictor.task, "save_prediction", talkative)
+    monkeypatch.setattr(Predictor, "from_run", lambda *_: predictor)
+    first, second = predict_files(lm_dir, [str(one), str(two)], out)
+    assert "one_notes.txt already exists" in first["error"] and second["notes"] == str(out / "two_notes.txt")
+    assert content(out).keys() == {"one_notes.txt", "two_notes.txt", "predictions.json"}
+    assert (out / "one_notes.txt").read_text() == "the user's"
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = photo(tmp_path / "a.png")
+    for out in (picture, picture / "out", Path("/proc/out")):
+        (line,) = refused(capsys, lm_dir, picture, "--out", out)
+        assert line.startswith("error: cannot write")
