@@ -41,7 +41,7 @@ def reads_golden_numbers(file: Path) -> bool:
 
 
 def may_read_golden_numbers(file: Path) -> bool:
-    return file.name.startswith("test_golden_") or file.parent.name == "support" and file.name.startswith("golden")
+    return file.name.startswith("test_golden_") or (file.parent.name == "support" and file.name.startswith("golden"))
 
 
 def test_no_test_module_imports_another() -> None:

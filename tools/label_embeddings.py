@@ -72,6 +72,7 @@ def noise(setting: Setting, batch: int) -> Labels:
 
 
 def one_hot_product(patches: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The chunked one-hot product that runs on GPUs."""
     return ChunkedOneHotLinear.apply(patches, weight)
 
 
@@ -137,6 +138,7 @@ def compare(name: str, setting: Setting, labels: Labels, device: torch.device, r
 
 
 def main() -> None:
+    """Prints a table of all candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only settings whose name contains this text")
     parser.add_argument("--batch", type=int, help="batch size (default: 32 on a GPU; on a CPU 2, quickstart 32)")

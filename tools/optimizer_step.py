@@ -70,6 +70,7 @@ def optimizers(sizes: Sizes, model: nn.Module) -> dict[str, torch.optim.Optimize
 
 
 def give_gradients(model: nn.Module) -> None:
+    """Small constant gradients for all parameters."""
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
 
@@ -83,6 +84,7 @@ def count(step: Callable[[], object]) -> Counting:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a table of seconds and operators per optimizer step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/nyu_depth/lm.yaml", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")

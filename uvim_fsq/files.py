@@ -45,7 +45,8 @@ def disk_is_full(error: BaseException) -> bool:
 @contextmanager
 def writing(what: str | Path) -> Iterator[None]:
     """Converts write errors that the user can fix (full disk, no permission, a file where a folder should be) into a
-    UserError that names `what`, a file or folder."""
+    UserError that names `what`, a file or folder.
+    """
     try:
         yield
     except UserError:
@@ -166,7 +167,8 @@ def inside(folder: Path, file: Path) -> Path:
 
 def refuse_links(folder: Path) -> None:
     """Raises UserError if any link in `folder` leads out of it: writing or deleting through it could touch other
-    people's files."""
+    people's files.
+    """
     for place, folders, files in os.walk(folder):
         for entry in (Path(place, name) for name in (*folders, *files)):
             if entry.is_symlink():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ class FakeInception:
     """Coarse colours instead of features: as many numbers, and sensitive to every preprocessing step."""
 
     sha256 = "fake"
-    calls: list[tuple[int, ...]] = []
+    calls: ClassVar[list[tuple[int, ...]]] = []
 
     def __init__(self, weights: str, device: torch.device) -> None:
         del weights, device

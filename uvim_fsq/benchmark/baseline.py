@@ -123,7 +123,8 @@ class BaselineLM(nn.Module):
 
 def baseline_model(run: OracleRun | LMRun, task: Task, oracle: Oracle | None) -> BaselineOracle | BaselineLM:
     """An untrained baseline model with the sizes of a resolved run. Stage II needs the oracle for its vocabulary size
-    and code length."""
+    and code length.
+    """
     if isinstance(run, OracleRun):
         return BaselineOracle(run.model, task, run.data.image_size)
     assert oracle is not None

@@ -23,7 +23,8 @@ def measure_decoding(
     sizes: Sizes, peak: DevicePeak, device: torch.device, *, batches: Sequence[int], repeats: int
 ) -> list[Measurement]:
     """Times greedy generation. Models with cached decoding are also timed with 8-bit cross-attention keys and values,
-    and with `eval.compile` also compiled."""
+    and with `eval.compile` also compiled.
+    """
     assert sizes.lm is not None
     lm, task = fresh_lm(sizes, device)
     cost, precision = lm.cost(), precision_on(device)

@@ -21,7 +21,8 @@ from uvim_fsq.lm.autoregressive import AutoregressiveLM
 
 def hugging_face_model(lm: AutoregressiveLM) -> Any:
     """An untrained `VisionEncoderDecoderModel` with the LM's depths, widths, heads, vocabulary, image size, device and
-    dtype. Its start symbol is token V, one above the LM's vocabulary."""
+    dtype. Its start symbol is token V, one above the LM's vocabulary.
+    """
     hf: Any = importlib.import_module("transformers")
     vit, config = lm.encoder, lm.config
     blocks: list[Any] = list(vit.blocks.children())
@@ -58,6 +59,7 @@ def hugging_face_model(lm: AutoregressiveLM) -> Any:
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Numbers in all parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -292,7 +293,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """Maps each field to the documentation string under it in the class body."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs: dict[str, str] = {}
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in itertools.pairwise(body):
         if (
             isinstance(node, ast.AnnAssign)
             and isinstance(node.target, ast.Name)

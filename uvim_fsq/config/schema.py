@@ -27,6 +27,8 @@ TOKEN_MODELS = ("autoregressive",)
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The keys under `data:`: the data set and how samples are prepared."""
+
     root: str = ""
     """Data set folder; relative paths are looked up in $UVIM_FSQ_DATA (default: datasets/), then in the current one."""
     image_size: int = 512
@@ -56,6 +58,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QuantizerConfig:
+    """The keys under `model.quantizer:`; each quantizer uses those that concern it."""
+
     kind: str = "fsq"
     """Quantizer of the bottleneck: fsq, vq (the baseline that FSQ replaces), or one registered by a plugin."""
     levels: tuple[int, ...] | Literal["2^8", "2^10", "2^12", "2^14", "2^16"] = (7, 5, 5, 5, 5)
@@ -76,6 +80,8 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class OracleModelConfig:
+    """The keys under `model:` in stage I: the oracle's architecture."""
+
     patch_size: int = 16
     """Side of a patch in pixels."""
     width: int = 768
@@ -99,6 +105,8 @@ class OracleModelConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """The keys under `model.encoder:` in stage II: the image encoder."""
+
     name: str = "vit_large_patch16_224"
     """Name of a timm ViT; the class token is dropped and the input size follows data.image_size."""
     weights: str = "none"
@@ -119,6 +127,8 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class LMModelConfig:
+    """The keys under `model:` in stage II: the token model's architecture."""
+
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     width: int = 1024
     """Width of the token decoder."""
@@ -136,6 +146,8 @@ class LMModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """The keys under `optim:`: optimizer and learning rate."""
+
     name: Literal["adafactor", "adamw"] = "adafactor"
     """adafactor (as in the reference) or adamw (torch's)."""
     lr: float = 1e-3
@@ -156,6 +168,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The keys under `train:`: length, batch, precision, logging and checkpoints."""
+
     out: str = ""
     """Run directory."""
     batch_size: int = 1024
@@ -195,6 +209,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """The keys under `eval:`: how predictions are made and evaluated."""
+
     batch_size: int = 32
     """Images per batch and process; metrics do not depend on it."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -23,7 +23,8 @@ def picture_bytes(pixels: np.ndarray, format: str = "PNG", **options: Any) -> by
 
 def hdf5_bytes(arrays: Mapping[str, np.ndarray], *, checked: bool = False) -> bytes:
     """An HDF5 file with one dataset per entry. `checked` adds checksums of values and structure, so that reading a
-    damaged file fails."""
+    damaged file fails.
+    """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver="v110" if checked else None) as file:
         for name, array in arrays.items():

@@ -159,7 +159,8 @@ class _Samples(Dataset[Item | dict[int, str]]):
 
 class Collated(NamedTuple):
     """What a loader process returns: a batch of the samples that could be read (None if there are none), their
-    evaluation views, and index -> error message for those that could not."""
+    evaluation views, and index -> error message for those that could not.
+    """
 
     batch: Batch | None
     views: list[Sample | None]

@@ -62,7 +62,8 @@ def _start(processes: dict[Connection, BaseProcess], function: Callable[[Any], A
 @contextmanager
 def _worker_environment() -> Iterator[None]:
     """Sets the environment for processes started in the block: one thread each, since there is a process per core, and
-    (from Python 3.11 on) a module path without the working directory."""
+    (from Python 3.11 on) a module path without the working directory.
+    """
     changes = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     previous = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

@@ -1,5 +1,6 @@
 """The holdout split: a fixed part of the training set for tuning, chosen by md5 of each name, so that it is the same on
-every machine."""
+every machine.
+"""
 
 from __future__ import annotations
 

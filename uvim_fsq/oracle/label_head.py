@@ -57,7 +57,6 @@ def chunked_label_loss(
     Returns:
         (B,) float32 loss and the task's logs, each (B,).
     """
-
     device = hidden.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 

@@ -100,7 +100,8 @@ class TokenModelCost(ABC):
     @abstractmethod
     def generate_seconds(self, batch: int, peak: DevicePeak, *, number_bytes: int, cross_bytes: float) -> float:
         """Roofline limit: the shortest time in which a device with these peak rates generates the tokens of `batch`
-        images greedily, image encoder included."""
+        images greedily, image encoder included.
+        """
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class AutoregressiveCost(TokenModelCost):
 
     def step_bytes(self, batch: int, past: int, *, number_bytes: int, cross_bytes: float) -> float:
         """Bytes read by one decoding step: all weights once, and for each image the cross-attention's keys and values
-        and those of its `past` tokens."""
+        and those of its `past` tokens.
+        """
         own = self.self_numbers * past
         return self.step_weights * number_bytes + batch * (self.cross_numbers * cross_bytes + own * number_bytes)
 

@@ -91,7 +91,8 @@ def autoregressive_activations(
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:
     """The smallest number of micro-batches, at least `train.accumulate`, with which a process fits into `available`
-    bytes. None if not even single images fit."""
+    bytes. None if not even single images fit.
+    """
     for count in range(train.accumulate, train.batch_size + 1):
         # Only divisors of the batch size, besides the user's own value.
         allowed = train.batch_size % count == 0 or count == train.accumulate

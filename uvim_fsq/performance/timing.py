@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ class Measurement:
 
 
 def more_is_better(unit: str) -> bool:
+    """Whether a larger value is better: of rates, not of durations."""
     return unit.endswith("/s")
 
 
@@ -82,7 +84,7 @@ def time_repeats(work: Callable[[], object], device: torch.device, *, warmup: in
         work()
         event.record()
     torch.cuda.synchronize(device)
-    seconds_between = [start.elapsed_time(end) / 1000 for start, end in zip(events, events[1:], strict=False)]
+    seconds_between = [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(events)]
     return Timing(tuple(seconds_between), torch.cuda.max_memory_allocated(device))
 
 

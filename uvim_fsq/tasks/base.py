@@ -129,7 +129,8 @@ class Task(ABC):
     @classmethod
     def placeholder_config(cls, config: Any) -> Any:
         """Replaces `resolve_config` where there is no data and only sizes matter (benchmarks): the standard data set's
-        settings."""
+        settings.
+        """
         return config
 
     @property

@@ -65,7 +65,8 @@ class Grid:
 @dataclass(frozen=True)
 class Cell:
     """One row with one seed: the arguments of the two training commands, their run directories, and their
-    configurations as far as they are known without data."""
+    configurations as far as they are known without data.
+    """
 
     row: str
     seed: int

@@ -37,13 +37,12 @@ class Runner:
         say: Callable[[str], None],
         after_cell: Callable[[Mapping[str, str]], object] = lambda failures: None,
     ) -> None:
-        """
-        Args:
-            out: folder of the grid; logs are written to its subfolder "logs".
-            jobs: number of cells trained at a time.
-            devices: values of CUDA_VISIBLE_DEVICES, assigned to the jobs in turn; may be empty.
-            say: gets a line for each event.
-            after_cell: gets `failures` after each cell.
+        """Args:
+        out: folder of the grid; logs are written to its subfolder "logs".
+        jobs: number of cells trained at a time.
+        devices: values of CUDA_VISIBLE_DEVICES, assigned to the jobs in turn; may be empty.
+        say: gets a line for each event.
+        after_cell: gets `failures` after each cell.
         """
         self.out, self.say, self.jobs = out, say, jobs
         self.failures: dict[str, str] = {}

@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class CocoPanopticConfig:
+    """The keys under `task:` of panoptic segmentation."""
+
     changeable = ("min_fraction", "image_dir")
 
     max_instances: int = 99

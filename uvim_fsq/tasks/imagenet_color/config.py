@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ImagenetColorConfig:
+    """The keys under `task:` of colorization."""
+
     changeable = ("protocol", "inception_weights", "fid_reference", "keep_luma")
 
     protocol: Literal["psnr", "coltran", "fid"] = "psnr"

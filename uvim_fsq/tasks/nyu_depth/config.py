@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class NYUDepthConfig:
+    """The keys under `task:` of depth prediction."""
+
     changeable = ("protocol", "decoding", "ground_truth", "image_dir", "depth_dir", "depth_scale")
 
     num_bins: int = 256

@@ -1,5 +1,6 @@
 """Reads depth maps, and pairs of image and depth files, as a `SampleSource` with one map `depth`: (H, W) float32
-meters, 0 where invalid."""
+meters, 0 where invalid.
+"""
 
 from __future__ import annotations
 
