@@ -142,7 +142,7 @@ def assert_same_shapes(found: dict[str, torch.Tensor], expected: dict[str, Any])
          r"1 missing \(encoder_head/kernel\) and 1 unknown \(encoder_haed/kernel\)"),
         ({"params/decoder_stem/bias": np.zeros(7)}, r"1 arrays do not match the shapes .* decoder_stem.bias: \[7\]"),
         ({"params/pos_embedding_encoder": np.zeros((3, 3))}, r"pos_embedding_encoder has shape \[3, 3\]"),
-        ({"params/decoder_stem/bias": np.array([{"a": 1}], object)}, "pickled data are never loaded"),
+        ({"params/decoder_stem/bias": np.array([{"a": 1}], object)}, "pickled data is never loaded"),
         ({"params/decoder_stem/bias": np.array(["a"] * 32)}, "decoder_stem/bias holds <U1, not real numbers"),
     ],
 )  # fmt: skip
@@ -175,7 +175,7 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, imported: Path)
         import_lm(fewer, imported / "oracle", tmp_path / "out")
     text = tmp_path / "text.npz"
     text.write_text("no arrays")
-    with pytest.raises(UserError, match="pickled data are never loaded|truncated or not an .npz"):
+    with pytest.raises(UserError, match="pickled data is never loaded|truncated or not an .npz"):
         read_npz(text)
     cut = tmp_path / "cut.npz"
     cut.write_bytes(color.read_bytes()[:5000])
