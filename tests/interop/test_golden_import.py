@@ -77,7 +77,7 @@ def test_imported_runs_evaluate_predict_and_train_a_new_lm(imported: Path, tmp_p
     assert prediction.shape == (30, 40)
     new = train(resolve(load_run(SMALL_LM, [f"oracle={imported / 'oracle'}", f"train.out={tmp_path / 'new'}"])))
     assert json.loads((new / "evaluation.json").read_text())["images"] == 6
-    with pytest.raises(UserError, match="was imported, its training cannot go on"):
+    with pytest.raises(UserError, match="was imported, so its training cannot be resumed"):
         config = imported / "oracle" / "config.yaml"
         train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8", "optim.warmup_steps=0"])))
 
@@ -140,7 +140,7 @@ def assert_same_shapes(found: dict[str, torch.Tensor], expected: dict[str, Any])
         ({"params/stranger": np.zeros(3)}, r"1 unknown \(stranger\) arrays"),
         ({"params/encoder_head/kernel": None, "params/encoder_haed/kernel": np.zeros((32, 16))},
          r"1 missing \(encoder_head/kernel\) and 1 unknown \(encoder_haed/kernel\)"),
-        ({"params/decoder_stem/bias": np.zeros(7)}, r"1 arrays do not have the shapes .* decoder_stem.bias: \[7\]"),
+        ({"params/decoder_stem/bias": np.zeros(7)}, r"1 arrays do not match the shapes .* decoder_stem.bias: \[7\]"),
         ({"params/pos_embedding_encoder": np.zeros((3, 3))}, r"pos_embedding_encoder has shape \[3, 3\]"),
         ({"params/decoder_stem/bias": np.array([{"a": 1}], object)}, "pickled data is never loaded"),
         ({"params/decoder_stem/bias": np.array(["a"] * 32)}, "decoder_stem/bias holds <U1, not real numbers"),
@@ -157,7 +157,7 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, imported: Path)
     color = published(tmp_path / "color.npz", "oracle_vq_color.npz")
     with pytest.raises(UserError, match="checkpoint for labels {'color': 3}, but task nyu_depth has {'depth': 256}"):
         import_oracle(color, "depth", tmp_path / "out")
-    with pytest.raises(UserError, match="no stage I checkpoint.*give --stage lm"):
+    with pytest.raises(UserError, match="not a stage I checkpoint.*give --stage lm"):
         import_oracle(imported / "lm.npz", "depth", tmp_path / "out")
     with pytest.raises(UserError, match="EmbedPatches/kernel is missing"):
         import_lm(color, imported / "oracle", tmp_path / "out")
@@ -175,11 +175,11 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, imported: Path)
         import_lm(fewer, imported / "oracle", tmp_path / "out")
     text = tmp_path / "text.npz"
     text.write_text("no arrays")
-    with pytest.raises(UserError, match="pickled data are never loaded|truncated or no .npz"):
+    with pytest.raises(UserError, match="pickled data is never loaded|truncated or not an .npz"):
         read_npz(text)
     cut = tmp_path / "cut.npz"
     cut.write_bytes(color.read_bytes()[:5000])
-    with pytest.raises(UserError, match="truncated or no .npz"):
+    with pytest.raises(UserError, match="truncated or not an .npz"):
         read_npz(cut)
     with pytest.raises(UserError, match="no such file"):
         read_npz(tmp_path / "nowhere.npz")

@@ -209,7 +209,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     adamw.step()
-    with pytest.raises(UserError, match="not this Adafactor's"):
+    with pytest.raises(UserError, match="not from this Adafactor"):
         optimizer.load_state_dict(adamw.state_dict())
 
 

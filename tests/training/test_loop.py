@@ -117,7 +117,7 @@ def test_a_run_starts_with_its_files_and_one_line(
     [
         ("loss", 2, "no checkpoint was written yet"),
         ("loss", 5, "step_00000003. "),
-        ("gradient's norm", 6, "step_00000003. "),
+        ("gradient norm", 6, "step_00000003. "),
     ],
 )
 def test_the_first_step_that_is_not_finite_is_named(

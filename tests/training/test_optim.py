@@ -115,9 +115,9 @@ def test_a_loaded_state_keeps_the_configured_rates_and_decay(name: str) -> None:
         assert second.state[p].keys() == first.state[p].keys()
         for key, value in first.state[p].items():
             assert torch.equal(torch.as_tensor(second.state[p][key]), torch.as_tensor(value))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="belongs to a different model"):
         load_optimizers({"model": build_optimizer(nn.Linear(2, 2), other, "lm")}, {"model": first.state_dict()})
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="belongs to a different model"):
         load_optimizers({"model": second, "other": second}, {"model": first.state_dict()})
 
 

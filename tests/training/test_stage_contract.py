@@ -107,7 +107,7 @@ def test_a_loss_changes_only_the_gradients_of_its_own_optimizer(run: OracleRun, 
 
 def test_a_run_of_one_optimizer_is_no_checkpoint_for_two(run: OracleRun, data: Path, tmp_path: Path) -> None:
     fit(OracleStage(run), run)
-    with pytest.raises(UserError, match="optimizer state is of another model"):
+    with pytest.raises(UserError, match="optimizer state belongs to a different model"):
         resumed(run, data, tmp_path / "again")
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints and run directories: reading, writing and loading them."""

@@ -1,0 +1,1 @@
+"""Predictions from trained models, for batches, single images and folders."""

@@ -1,4 +1,4 @@
-"""`uvim-fsq import-uvim`: published UViM checkpoints become run directories like those of our own training."""
+"""Converts published UViM checkpoints to run directories like those of our own training (`uvim-fsq import-uvim`)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,16 @@ TASKS = {"depth": "nyu_depth", "panoptic": "coco_panoptic", "color": "imagenet_c
 
 
 def import_oracle(file: Path, task: str, out: Path, overrides: Sequence[str] = ()) -> Path:
-    """A stage I .npz -> run directory `out`; `overrides` are `key=value`, e.g. data.root= for the categories.
+    """Imports a stage I checkpoint.
 
-    Raises UserError for a file of another task or size, for arrays that are missing or unknown, and for an `out` that
-    already holds checkpoints.
+    Args:
+        file: the .npz file.
+        task: "depth", "panoptic" or "color", or the name of our task.
+        out: the run directory to create.
+        overrides: `key=value` strings, e.g. data.root=... for the category names.
+
+    Returns `out`. Raises UserError for a file of another task or size, for missing or unknown arrays, and if `out`
+    already contains checkpoints.
     """
     _refuse_existing(out)
     if task not in (*TASKS, *TASKS.values()):
@@ -52,14 +58,21 @@ def import_oracle(file: Path, task: str, out: Path, overrides: Sequence[str] = (
     real = {name: isinstance(channel, Real) for name, channel in built.label_channels.items()}
     with torch.device("meta"):
         oracle = build_oracle(run, built)
-    weights = _fitting(oracle, translate(tensors, oracle_rules(shape, real), str(file)), file)
+    weights = _check_shapes(oracle, translate(tensors, oracle_rules(shape, real), str(file)), file)
     return _write(out, run, weights, file)
 
 
 def import_lm(file: Path, oracle: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
-    """A stage II .npz -> run directory `out`, on an imported (or own) oracle.
+    """Imports a stage II checkpoint.
 
-    Raises UserError as `import_oracle`, and for a vocabulary, length or image size that is not the oracle's.
+    Args:
+        file: the .npz file.
+        oracle: the run or checkpoint directory of its oracle, imported or trained here.
+        out: the run directory to create.
+        overrides: `key=value` strings.
+
+    Returns `out`. Raises UserError as `import_oracle` does, and if vocabulary, code length or image size differ from
+    the oracle's.
     """
     _refuse_existing(out)
     tensors = read_npz(file)
@@ -74,14 +87,16 @@ def import_lm(file: Path, oracle: Path, out: Path, overrides: Sequence[str] = ()
         ("image patches", shape.num_patches, patches),
     ):
         if found != wanted:
-            raise UserError(f"{file} has {found} {what}, the oracle {oracle} {wanted}; import the oracle it belongs to")
+            raise UserError(
+                f"{file} has {found} {what}, the oracle {oracle} has {wanted}; import the oracle that belongs to it"
+            )
     with torch.device("meta"):
         lm = build_lm(run, frozen, published=False)
     half = torch.full((1, 3, 1, 1), 0.5)  # images in [-1, 1]
     weights = translate(tensors, lm_rules(shape), str(file)) | {"mean": half, "std": half.clone()}
-    fitting = _fitting(lm, weights, file)
+    checked = _check_shapes(lm, weights, file)
     copy_checkpoint(resolve_checkpoint(oracle), out / "oracle")
-    return _write(out, run, fitting, file, weights_hash(out / "oracle"))
+    return _write(out, run, checked, file, weights_hash(out / "oracle"))
 
 
 def _refuse_existing(out: Path) -> None:
@@ -99,7 +114,7 @@ def _oracle_tree(shape: OracleShape, task: str, out: Path) -> dict[str, Any]:
         "data": {"image_size": round(shape.num_patches**0.5) * shape.patch_size},
         "model": {
             **{key: getattr(shape, key) for key in keys},
-            # Half the patch grid in both directions; no array says so.
+            # Half the patch grid in both directions. No array shows the code length.
             "code_length": shape.num_patches // 4,
             "quantizer": {"kind": "vq", "codebook_size": shape.codebook_size, "codeword_dim": shape.codeword_dim},
         },
@@ -134,18 +149,21 @@ def _check_channels(task: Task, shape: OracleShape, file: Path) -> None:
         for name, channel in task.label_channels.items()
     }
     if wanted != shape.classes:
-        raise UserError(f"{file} is a checkpoint for labels {shape.classes}, but task {task.name} has {wanted}")
+        raise UserError(
+            f"{file} is a checkpoint for labels {shape.classes}, but task {task.name} has {wanted}; "
+            "give the --task that it was trained on"
+        )
 
 
-def _fitting(model: nn.Module, weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """The weights, if they are all of the model's, each in its shape."""
+def _check_shapes(model: nn.Module, weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights. Raises UserError unless they match the model's names and shapes exactly."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = [name for name in sorted(expected.keys() | weights.keys()) if not _same_shape(name, expected, weights)]
     if wrong:
         name = wrong[0]
         found = list(weights[name].shape) if name in weights else "nothing"
         raise UserError(
-            f"{file}: {len(wrong)} arrays do not have the shapes of one model, e.g. {name}: "
+            f"{file}: {len(wrong)} arrays do not match the shapes of the model, e.g. {name}: "
             f"{found} instead of {list(expected.get(name, ()))}"
         )
     return weights

@@ -1,8 +1,10 @@
-"""Published UViM checkpoints (.npz, names and layouts of its public code) -> our models' state dicts.
+"""Converts published UViM checkpoints to state dicts of our models.
 
-Theirs: dense kernels (in, out), attention kernels (width, heads, head size), convolutions HWIO, label embeddings
-(classes, pixels, width), heads (width, classes, pixels). Ours: (out, in), label tables and heads pixel-major. Their LM
-counts a start symbol, 0, to its vocabulary; ours has a start vector beside it, so our token t is their t + 1.
+The checkpoints are .npz files with the names and layouts of the UViM reference code (big_vision, JAX). There, dense
+kernels are (in, out), attention kernels (width, heads, head size), convolutions HWIO, label embeddings
+(classes, pixels, width) and heads (width, classes, pixels). Our linear maps are (out, in), and our label tables and
+heads are pixel-major. The reference's LM includes the start symbol 0 in its vocabulary. Ours has a separate start
+vector, so our token t is the reference's t + 1.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
+#: (our name, names of the published arrays, function that makes our tensor from them).
 Rule = tuple[str, tuple[str, ...], Callable[..., torch.Tensor]]
 
 
 def read_npz(file: Path) -> dict[str, torch.Tensor]:
-    """All arrays of a published checkpoint as float32, names without "params/". Never unpickles.
+    """Reads all arrays of a published checkpoint as float32, with "params/" removed from their names. Never unpickles.
 
-    Raises UserError for a missing or broken file, for objects and for anything that is no real array.
+    Raises UserError for a missing or damaged file, and for anything but arrays of real numbers.
     """
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -41,19 +44,19 @@ def read_npz(file: Path) -> dict[str, torch.Tensor]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{file} is no .npz of plain arrays ({error}); pickled data are never loaded") from error
+        raise UserError(f"{file} is not an .npz of plain arrays ({error}); pickled data is never loaded") from error
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"{file} is truncated or no .npz file ({error}); fetch it again") from error
+        raise UserError(f"{file} is truncated or not an .npz file ({error}); download it again") from error
     return tensors
 
 
 def translate(tensors: Tensors, rules: list[Rule], file: str) -> dict[str, torch.Tensor]:
-    """Applies the rules; every array of the file is used by exactly one of them.
+    """Applies the rules to the arrays of a file: our name -> tensor.
 
-    Raises UserError that lists arrays that are missing and arrays that nothing uses.
+    Raises UserError, listing the arrays, if rules need arrays that are missing or if no rule uses an array.
     """
     wanted = [name for _, theirs, _ in rules for name in theirs]
-    # Start vector and token table are two rows of one array, and so on; a name may be wanted by several rules of ours.
+    # Several rules may use the same array. The start vector and the token table, for example, are slices of one.
     missing = sorted(set(wanted) - set(tensors))
     unknown = sorted(set(tensors) - set(wanted))
     if missing or unknown:
@@ -62,7 +65,10 @@ def translate(tensors: Tensors, rules: list[Rule], file: str) -> dict[str, torch
             for kind, names in (("missing", missing), ("unknown", unknown))
             if names
         ]
-        raise UserError(f"{file} does not hold what its shapes promise: {' and '.join(parts)} arrays")
+        raise UserError(
+            f"{file} does not contain the arrays that its shapes imply: {' and '.join(parts)} arrays; "
+            "check --stage, or download the file again"
+        )
     return {ours: make(*(tensors[name] for name in theirs)).contiguous() for ours, theirs, make in rules}
 
 
@@ -103,7 +109,7 @@ def _attention(ours: str, theirs: str, *, bias: bool) -> Iterator[Rule]:
 
 
 def _encoder_block(ours: str, theirs: str, *, fused: bool) -> Iterator[Rule]:
-    """A ViT block; `fused` as timm has it, query, key and value in one map."""
+    """A ViT block. `fused`: query, key and value are one map, as in timm."""
     attention = f"{theirs}/MultiHeadDotProductAttention_0"
     yield from _norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0")
     yield from _norm(f"{ours}.norm2", f"{theirs}/LayerNorm_1")
@@ -142,7 +148,7 @@ def _label_rules(channel: str, real: bool) -> Iterator[Rule]:
 
 @dataclass(frozen=True)
 class OracleShape:
-    """What the shapes of a stage I file say. `classes`: channel -> classes (or real channels)."""
+    """The architecture given by the array shapes of a stage I file. `classes`: channel -> classes or real channels."""
 
     patch_size: int
     width: int
@@ -164,16 +170,16 @@ def _count(tensors: Tensors, prefix: str) -> int:
 def _shape(tensors: Tensors, name: str, file: str, dims: int) -> tuple[int, ...]:
     if name not in tensors or tensors[name].dim() != dims:
         found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
-        raise UserError(f"{file} is no such checkpoint: array {name} {found}")
+        raise UserError(f"{file} is not such a checkpoint: array {name} {found}; check --stage")
     return tuple(tensors[name].shape)
 
 
 def oracle_shape(tensors: Tensors, file: str) -> OracleShape:
-    """The architecture of a stage I file. Raises UserError when it is none."""
+    """The architecture of a stage I file. Raises UserError if it is not a stage I file."""
     channels = sorted(name.split("/")[0][10:] for name in tensors if name.startswith("embedding_") and "kernel" in name)
     if not channels:
         raise UserError(
-            f"{file} is no stage I checkpoint: it holds no embedding_*/kernel; give --stage lm for stage II"
+            f"{file} is not a stage I checkpoint: it contains no embedding_*/kernel; give --stage lm for stage II"
         )
     shapes = {channel: _shape(tensors, f"embedding_{channel}/kernel", file, 3) for channel in channels}
     _, pixels, width = shapes[channels[0]]
@@ -198,7 +204,7 @@ def oracle_shape(tensors: Tensors, file: str) -> OracleShape:
 
 
 def oracle_rules(shape: OracleShape, real: Mapping[str, bool]) -> list[Rule]:
-    """`real`: label channel of the task -> whether it holds real numbers."""
+    """The rules for our oracle. `real`: label channel -> whether it has real values instead of classes."""
     rules: list[Rule] = []
     for side, short in (("encoder", "enc"), ("decoder", "dec")):
         if shape.context in ("both", side):
@@ -219,7 +225,7 @@ def oracle_rules(shape: OracleShape, real: Mapping[str, bool]) -> list[Rule]:
 
 @dataclass(frozen=True)
 class LMShape:
-    """What the shapes of a stage II file say; `codes` without their start symbol."""
+    """The architecture given by the array shapes of a stage II file. `codes` does not count the start symbol."""
 
     patch_size: int
     encoder_width: int
@@ -236,7 +242,7 @@ class LMShape:
 
 
 def lm_shape(tensors: Tensors, file: str) -> LMShape:
-    """The architecture of a stage II file. Raises UserError when it is none."""
+    """The architecture of a stage II file. Raises UserError if it is not a stage II file."""
     patch = _shape(tensors, "EmbedPatches/kernel", file, 4)
     query = "encoder/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
     decoder_query = _shape(tensors, "decoder/EncDecBlock0/SelfAttn/query/kernel", file, 3)
@@ -257,7 +263,7 @@ def lm_shape(tensors: Tensors, file: str) -> LMShape:
 
 
 def lm_rules(shape: LMShape) -> list[Rule]:
-    """Everything of our LM but the normalisation of its images."""
+    """The rules for all parameters of our LM. The mean and std of the image normalization are not in the file."""
     table = ("decoder/EmbedTargets/embedding",)
     rules: list[Rule] = [
         ("encoder.patch_embed.proj.weight", ("EmbedPatches/kernel",), lambda kernel: kernel.permute(3, 2, 0, 1)),

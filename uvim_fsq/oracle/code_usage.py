@@ -26,9 +26,11 @@ class CodeStatistics:
         self.counts += np.bincount(flat, minlength=self.quantizer.codebook_size)
 
     def state(self) -> dict[str, np.ndarray]:
+        """The counts as `code_counts`, (codebook_size,) float64, to be summed over processes."""
         return {"code_counts": self.counts.astype(np.float64)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replaces the counts by those of a (summed) state."""
         self.counts = state["code_counts"].astype(np.int64)
 
     def level_histogram(self) -> list[list[int]]:

@@ -108,6 +108,7 @@ class Oracle(nn.Module):
 
     @property
     def code_length(self) -> int:
+        """L."""
         return self.config.code_length
 
     def cost(self) -> OracleCost:

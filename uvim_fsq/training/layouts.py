@@ -1,7 +1,8 @@
-"""The shapes in which the reference holds our parameters: its Adafactor depends on them. Knows nothing of optimizers.
+"""The shapes of our parameters in the UViM reference code (big_vision, JAX), on which its Adafactor depends.
+
+`interop.published` converts weights between the same layouts.
 
 H heads, h head size, E input width, D output width, p patch side, P = p*p pixels, C classes or channels.
-`published.py` moves weights by the same facts.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """Our parameter is `view(sizes)`; that view's axes in the order `order` are the reference's parameter."""
+    """How to get the reference's parameter from ours: `parameter.view(sizes).permute(order)`."""
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
 
 
 def layout_of(parameter: torch.Tensor, sizes: tuple[int, ...] = (), order: tuple[int, ...] = ()) -> Layout:
-    """As in `Layout`; one of the sizes may be -1. Without `order`, the axes stay in theirs; without both, the shape."""
+    """The layout of a parameter. One size may be -1; `sizes` defaults to its shape and `order` to the same order."""
     shape = parameter.view(sizes).shape if sizes else parameter.shape
     return Layout(tuple(shape), order or tuple(range(len(shape))))
 
 
 def reference_layouts(model: nn.Module) -> dict[torch.Tensor, Layout]:
-    """Layouts of a model's parameters. A plain linear map keeps its two axes, whose order makes no difference.
+    """The layouts of a model's parameters.
 
-    Two differ from the reference: it holds the LM's start vector as a row of the token table, and the head has a
-    column for it.
+    Plain linear maps are not transposed, because the order of their two axes makes no difference to Adafactor. Two
+    parameters differ from the reference: there the LM's start vector is a row of the token table, and the output head
+    has a column for it.
     """
     layouts: dict[torch.Tensor, Layout] = {parameter: layout_of(parameter) for parameter in model.parameters()}
     for module in model.modules():
@@ -48,7 +50,7 @@ def reference_layouts(model: nn.Module) -> dict[torch.Tensor, Layout]:
 
 
 def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
-    """A module's own parameters that the reference shapes otherwise, with their sizes and order."""
+    """Yields (parameter, sizes, order) for a module's own parameters that have another shape in the reference."""
     if isinstance(module, Attention):
         for projection in (module.query, module.key, module.value):
             yield from _attention(projection, module.out, module.num_heads, parts=1)
@@ -72,7 +74,7 @@ def _views(module: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[int, ...], t
 
 
 def _is_timm_attention(module: nn.Module) -> TypeGuard[TimmAttention]:
-    # Whoever has such a module has imported timm, which takes seconds.
+    # A model that contains such a module has imported timm already. Importing it here would take seconds.
     timm_attention = sys.modules.get("timm.layers.attention")
     return timm_attention is not None and isinstance(module, timm_attention.Attention)
 
@@ -80,7 +82,7 @@ def _is_timm_attention(module: nn.Module) -> TypeGuard[TimmAttention]:
 def _attention(
     into: nn.Linear, out: nn.Linear, heads: int, *, parts: int
 ) -> Iterator[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
-    """Query, key and value, each by itself or three `parts` in one, and the output map."""
+    """Layouts of an input map, which merges 1 or 3 `parts` (query, key, value), and of the output map."""
     yield into.weight, (parts, heads, -1, into.in_features), (0, 3, 1, 2)  # theirs (E, H, h) each
     if into.bias is not None:
         yield into.bias, (parts, heads, -1), (0, 1, 2)  # theirs (H, h) each

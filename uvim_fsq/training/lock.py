@@ -1,4 +1,4 @@
-"""One training per run directory: a lock that the kernel takes back when the process dies."""
+"""A lock that allows only one training per run directory. The kernel releases it when the process dies."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LOCK = ".lock"
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds the lock of a run directory, which is made if there is none.
+    """Holds the lock of a run directory, which is created if needed.
 
-    Raises UserError where another process holds it. On a file system without locks it warns and goes on.
+    Raises UserError if another process holds the lock. On a file system without locks it only warns.
     """
     file = run_dir / LOCK
     with writing(run_dir):
@@ -29,16 +29,16 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            # A lock of this process alone: loader workers, which may outlive it for seconds, do not inherit it.
+            # A POSIX lock, because forked loader workers, which may outlive this process by seconds, do not inherit it.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
                 raise UserError(
-                    f"{run_dir} is being trained by {holder}; wait for its end, or choose another train.out"
+                    f"{run_dir} is being trained by {holder}; wait until it ends, or choose another train.out"
                 ) from None
             warnings.warn(
-                f"{run_dir} lies on a file system without locks ({error.strerror}): see to it that nothing else "
+                f"{run_dir} is on a file system without locks ({error.strerror}): make sure that nothing else "
                 "trains there",
                 stacklevel=3,
             )

@@ -1,7 +1,7 @@
-"""The one training loop, for both stages. It knows no task.
+"""The training loop of both stages. Independent of tasks.
 
-Resume is exact: the data order is a pure function of (seed, step), and every step seeds its own random numbers, so
-that no generator state has to travel.
+Resuming is exact: the data order is a pure function of (seed, step), and every step seeds the random number generator,
+so that no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from uvim_fsq.training.signals import Interrupted, StopSignals
 from uvim_fsq.training.stages import Stage
 from uvim_fsq.training.trainer import Trainer
 
-#: After so many steps it is certain whether any label counts.
-EARLY = 10
+#: After this many steps, training fails if all losses were exactly 0, i.e. if no label counted.
+LABEL_CHECK_STEPS = 10
 
 
 def fit(stage: Stage, run: Run) -> Path:
     """Trains a stage to the end of its schedule and returns the run directory.
 
-    Raises UserError for a non-finite loss (naming the step), unreadable data, loader processes that die, or a disk that
-    is full; `Interrupted` after SIGINT or SIGTERM, with everything saved.
+    Raises UserError for a non-finite loss (naming the step), unreadable data, loader processes that die, or a full
+    disk. Raises `Interrupted` after SIGINT or SIGTERM, with everything saved.
     """
     trainer = Trainer(stage, run)
-    with _alone(trainer.out):
+    with _locked(trainer.out):
         trainer.resume()
         if processes.is_main():
             trainer.write_run_files()
         processes.wait()
         unevaluated = trainer.lacks_evaluation()
-        _say_start(trainer)
+        _print_start(trainer)
         progress = Progress(
             run.train,
             stage.name,
             trainer.total,
             trainer.step,
             main=processes.is_main(),
-            ceiling=_ceiling(trainer),
+            peak_rate=_peak_rate(trainer),
             unevaluated=unevaluated,
         )
         try:
@@ -67,8 +67,8 @@ def fit(stage: Stage, run: Run) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory's lock in the main process; what a killed process left behind is removed."""
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Holds the lock of the run directory in the main process. Removes what a killed process left behind."""
     if processes.is_main():
         refuse_links(run_dir)
     with run_lock(run_dir) if processes.is_main() else contextlib.nullcontext():
@@ -78,7 +78,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _say_start(trainer: Trainer) -> None:
+def _print_start(trainer: Trainer) -> None:
     train, count = trainer.train, trainer.accelerator.num_processes
     parameters = sum(p.numel() for p in trainer.stage.model.parameters()) / 1e6
     micro = train.batch_size / (train.accumulate * count)
@@ -90,9 +90,9 @@ def _say_start(trainer: Trainer) -> None:
     )
 
 
-def _ceiling(trainer: Trainer) -> float:
-    """Images/s of all processes' devices at the rate of a large matrix product."""
-    # bf16 and fp16 products are no quicker than float32's on most CPUs; on a GPU they are what training is made of.
+def _peak_rate(trainer: Trainer) -> float:
+    """Training images/s of all processes' devices if they ran at the rate of a large matrix product."""
+    # On most CPUs, bf16 and fp16 products are no faster than float32, so the rate in float32 is the reference there.
     precision = trainer.train.precision if trainer.device.type == "cuda" else "fp32"
     rate = matrix_rate(trainer.device, precision) * trainer.accelerator.num_processes
     return rate / trainer.stage.train_flops()
@@ -107,10 +107,10 @@ def _train(trainer: Trainer, progress: Progress, signals: StopSignals) -> None:
         while trainer.step < trainer.total:
             window.append(trainer.stepper.optimizer_step(batches, progress.waited))
             progress.stepped(trainer.step)
-            if trainer.step <= EARLY:
+            if trainer.step <= LABEL_CHECK_STEPS:
                 early.append(window[-1].get("reconstruction", window[-1]["loss"]))
-                if trainer.step in (EARLY, trainer.total):
-                    _refuse_empty(trainer, torch.stack(early))
+                if trainer.step in (LABEL_CHECK_STEPS, trainer.total):
+                    _refuse_zero_losses(trainer, torch.stack(early))
             stop, news = agreement.ask(signals.number is not None, trainer.loader.news)
             if news:
                 trainer.loader.merge_bad(processes.gather(trainer.loader.bad))
@@ -133,33 +133,33 @@ def _evaluate(trainer: Trainer, progress: Progress, signals: StopSignals) -> Non
     try:
         with signals.at_once():
             trainer.evaluate(progress)
-            # The main process draws pictures meanwhile.
+            # The other processes wait here while the main process draws the panel.
             processes.wait()
     except (Interrupted, RuntimeError):
-        # Who waits for a process that the signal has ended first finds a lost connection.
+        # If the signal ends another process first, waiting for it fails with a lost connection.
         if signals.number is None:
             raise
         raise _stopped(progress, signals, f"during the evaluation of step {trainer.step}") from None
-    # Not before the newest is evaluated: until then the best is not known.
+    # Only after the evaluation, because until then the best checkpoint is not known.
     trainer.tidy()
 
 
 def _stopped(progress: Progress, signals: StopSignals, when: str) -> Interrupted:
-    """Says so. In another process the signal may have come first, or alone."""
+    """Prints that training was stopped, and returns the exception. Other processes may have received the signal."""
     number = signals.number or signal.SIGTERM
     progress.say(f"stopped by signal {int(number)} {when}; saved. Continue with the same command and train.resume=auto")
     return Interrupted(128 + number)
 
 
 def _reduced(trainer: Trainer, values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes."""
+    """The mean over all processes."""
     result = trainer.accelerator.reduce(values, "mean")
     assert isinstance(result, torch.Tensor)
     return result
 
 
-def _refuse_empty(trainer: Trainer, losses: torch.Tensor) -> None:
-    """Of the first steps: no loss begins at 0, unless there is nothing to learn from."""
+def _refuse_zero_losses(trainer: Trainer, losses: torch.Tensor) -> None:
+    """Raises UserError if all losses of the first steps are 0, which happens only if no pixel has a valid label."""
     if not bool(_reduced(trainer, losses).any()):
         raise UserError(
             f"the loss of the first {len(losses)} steps is exactly 0: no pixel has a label that counts. Look at the "
@@ -168,16 +168,16 @@ def _refuse_empty(trainer: Trainer, losses: torch.Tensor) -> None:
 
 
 def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, torch.Tensor]]) -> None:
-    """Means over the steps since the last line and over processes; stops at the first non-finite loss."""
+    """Logs means over the steps since the last line and over processes. Raises UserError for a non-finite loss."""
     losses = torch.stack([logs["loss"] for logs in window])
     names = sorted(window[-1])
     means = torch.stack([torch.stack([logs[name].to(trainer.device) for logs in window]).mean() for name in names])
     losses, means = _reduced(trainer, losses), _reduced(trainer, means)
-    _stop_at(trainer, losses, len(window), "loss")
-    # fp16's scaler leaves out steps whose gradient is not finite.
+    _check_finite(trainer, losses, len(window), "loss")
+    # With fp16, the gradient scaler skips steps with non-finite gradients.
     if "grad_norm" in window[-1] and trainer.accelerator.scaler is None:
         norms = torch.stack([logs["grad_norm"].to(trainer.device) for logs in window])
-        _stop_at(trainer, norms, len(window), "gradient's norm")
+        _check_finite(trainer, norms, len(window), "gradient norm")
     values = dict(zip(names, means.tolist(), strict=True))
     rate = learning_rate(trainer.step - 1, trainer.total, trainer.run.optim)
     ordered = {"loss": values.pop("loss"), "lr": rate, **values}
@@ -186,8 +186,8 @@ def _log_window(trainer: Trainer, progress: Progress, window: list[dict[str, tor
     progress.log(trainer.step, ordered)
 
 
-def _stop_at(trainer: Trainer, values: torch.Tensor, steps: int, what: str) -> None:
-    """Raises UserError, naming the step, if one of the values of the last `steps` steps is not finite."""
+def _check_finite(trainer: Trainer, values: torch.Tensor, steps: int, what: str) -> None:
+    """Raises UserError, naming the step, if a value of the last `steps` steps is not finite."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         first = trainer.step - steps + 1 + int(np.argmin(finite.cpu().numpy()))

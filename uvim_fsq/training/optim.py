@@ -1,4 +1,4 @@
-"""The schedule as a pure function of the step, parameter groups, and the choice of the optimizer."""
+"""The learning rate schedule, parameter groups and optimizers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from uvim_fsq.training.layouts import reference_layouts
 
 
 def schedule(step: int, total: int, optim: OptimConfig) -> float:
-    """Share of the peak rate in the step-th update of `total`, counted from 0.
+    """The learning rate of update `step` of `total`, counted from 0, as a fraction of the peak rate in [0, 1].
 
-    Linear from 0 over `warmup_steps`, then a cosine from 1 down to `final_lr_ratio`.
+    Linear warmup from 0 over `warmup_steps`, then a cosine from 1 down to `final_lr_ratio`.
     """
     if step < optim.warmup_steps:
         return step / optim.warmup_steps
@@ -28,19 +28,21 @@ def schedule(step: int, total: int, optim: OptimConfig) -> float:
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
-    """Rate of the step-th update of `total`, counted from 0."""
+    """The learning rate of update `step` of `total`, counted from 0."""
     return optim.lr * schedule(step, total, optim)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to kernels only, as the reference. Tables, positions and biases are none."""
+    """Whether weight decay applies: only to kernels, not to tables, positions or biases (as in the reference code)."""
     return parameter.ndim >= 2 and name.endswith("weight") and name != "token_embedding.weight"
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str) -> list[dict[str, Any]]:
-    """Groups by decay and rate; `lr_ratio` multiplies the schedule's rate (LM: `encoder.` learns slower).
+    """Parameter groups by weight decay and learning rate.
 
-    Which parameter is in which group does not depend on `optim`, so that a saved state fits another.
+    A group's `lr_ratio` multiplies the scheduled rate; it is `optim.encoder_lr_ratio` for the LM's image encoder.
+    The assignment of parameters to groups does not depend on `optim`, so that a saved state can be loaded after these
+    settings change.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -59,25 +61,34 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConf
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, stage: str) -> torch.optim.Optimizer:
-    """adamw (torch's, fused: decay times the rate) or adafactor (the reference's: decay times the schedule alone)."""
+    """Builds AdamW or Adafactor.
+
+    AdamW scales weight decay by the learning rate. Adafactor, as in the UViM reference code, scales it by the schedule
+    alone.
+
+    Args:
+        model: the model.
+        optim: `optim.name` is "adamw" or "adafactor".
+        stage: "oracle" or "lm".
+    """
     groups = parameter_groups(model.named_parameters(), optim, stage)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
     return Adafactor(groups, reference_layouts(model), betas=optim.betas)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, peak: float, share: float) -> None:
-    """Writes the schedule's `share` of the peak rate into every group, the rate times the group's ratio."""
+def set_rates(optimizer: torch.optim.Optimizer, peak: float, fraction: float) -> None:
+    """Sets every group's learning rate to `peak * fraction * lr_ratio`; `fraction` comes from `schedule`."""
     for group in optimizer.param_groups:
-        group["lr"], group["schedule"] = peak * share * group["lr_ratio"], share
+        group["lr"], group["schedule"] = peak * fraction * group["lr_ratio"], fraction
 
 
 def load_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], saved: Mapping[str, dict[str, Any]]) -> None:
-    """Takes over the moments and counts of saved states, by name; rates and decay stay those of the configuration.
+    """Loads moments and step counts of saved states by optimizer name. Rates and decay stay as configured.
 
-    Raises UserError where the saved states are of another model or stage.
+    Raises UserError if the saved states belong to a different model or stage.
     """
-    other = UserError("the saved optimizer state is of another model; its training cannot go on from it")
+    other = UserError("the saved optimizer state belongs to a different model; training cannot resume from it")
     if saved.keys() != optimizers.keys():
         raise other
     for name, optimizer in optimizers.items():

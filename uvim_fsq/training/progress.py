@@ -1,4 +1,4 @@
-"""What a user sees of training: a line now and then and a bar below; TensorBoard and metrics.jsonl.
+"""Progress of training: printed lines and a progress bar, TensorBoard and metrics.jsonl.
 
 Only the main process prints and writes.
 """
@@ -20,11 +20,16 @@ from uvim_fsq.files import read_json_lines, write_text
 
 
 class Progress:
-    """Logs of one run. `start_step` > 0 continues an earlier one: lines past it are dropped from metrics.jsonl.
+    """Prints and logs the progress of one run.
 
-    With `unevaluated` also the evaluation at that step, which is done again.
-
-    `ceiling`: the images/s that all devices together would reach at the rate of a large matrix product.
+    Args:
+        train: the training settings.
+        title: the name of the stage.
+        total: optimizer steps of the whole run.
+        start_step: the step to continue from; later lines of metrics.jsonl are dropped.
+        main: whether this is the main process.
+        peak_rate: images/s of all devices together if they ran at the rate of a large matrix product; for the MFU.
+        unevaluated: also drop the evaluation at `start_step`, because it will be repeated.
     """
 
     def __init__(
@@ -35,12 +40,12 @@ class Progress:
         start_step: int,
         *,
         main: bool,
-        ceiling: float | None = None,
+        peak_rate: float | None = None,
         unevaluated: bool = False,
     ) -> None:
-        self.train, self.title, self.total, self.main, self.ceiling = train, title, total, main, ceiling
+        self.train, self.title, self.total, self.main, self.peak_rate = train, title, total, main, peak_rate
         self.last_step, self.last_time = start_step, time.perf_counter()
-        # In a log file only where the lines of `log` are long in coming.
+        # In a log file, the bar prints only if the lines of `log` are far apart.
         self.bar, self.last_line = Bar(title, total, start_step, every=2 * LINES), -math.inf
         self.waiting = 0.0
         self.out = Path(train.out)
@@ -63,23 +68,25 @@ class Progress:
         write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def waited(self, seconds: float) -> None:
-        """Adds time spent waiting for data."""
+        """Adds seconds spent waiting for data."""
         self.waiting += seconds
 
     def stepped(self, step: int) -> None:
-        """Moves the bar; nothing is waited for."""
+        """Updates the bar, without host synchronization."""
         if self.main:
             self.bar.update(step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Records what the steps up to `step` gave, and says it now and then: `values` plus images/s, the share of the
-        devices' arithmetic that this takes (MFU, see benchmark/floors.py), and of the time spent waiting for data."""
+        """Logs `values` for the steps up to `step`, and prints them every few seconds.
+
+        Adds images/s, the MFU (model FLOPs utilization) and the fraction of time spent waiting for data.
+        """
         now = time.perf_counter()
         elapsed = max(now - self.last_time, 1e-9)
         rate = (step - self.last_step) * self.train.batch_size / elapsed
         speed = {"images_per_second": rate}
-        if self.ceiling is not None:
-            speed["mfu"] = rate / self.ceiling
+        if self.peak_rate is not None:
+            speed["mfu"] = rate / self.peak_rate
         speed["data_wait"] = min(1.0, self.waiting / elapsed)
         self.last_step, self.last_time, self.waiting = step, now, 0.0
         if not self.main:
@@ -96,8 +103,8 @@ class Progress:
         self.say(text)
 
     def evaluated(self, step: int, figures: dict[str, float], panel: np.ndarray | None, seconds: float) -> None:
-        """Figures and picture of a periodic evaluation."""
-        self.last_time += seconds  # evaluation is no training time
+        """Logs and prints the metrics of an evaluation, which took `seconds`; `panel` is (H, W, 3) uint8."""
+        self.last_time += seconds  # evaluation does not count as training time
         self.bar.pause(seconds)
         if not self.main:
             return
@@ -108,7 +115,7 @@ class Progress:
         self.say(f"{self.title} {step}/{self.total}  evaluation: {shown}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line above the bar."""
         if self.main:
             say(text)
             self.bar.wait()
@@ -122,7 +129,7 @@ class Progress:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the bar and the writers."""
+        """Clears the bar and closes the writers."""
         if not self.main:
             return
         clear()

@@ -1,4 +1,4 @@
-"""From a configuration to a trained run directory, for both stages."""
+"""Trains either stage from a configuration and evaluates the result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from uvim_fsq.training.stages import build_stage
 def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
     """Trains the stage that a configuration names, evaluates the result and writes RUN/evaluation.json.
 
-    The checkpoint evaluated is the best on the selection split if there is one (`data.selection_split`), else the last.
+    The best checkpoint on `data.selection_split` is evaluated if that is set, else the last one.
 
     Args:
         config: a YAML file, the name of a shipped configuration such as "nyu_depth/oracle", or a loaded `Run`.
         overrides: `key=value` strings, e.g. "train.out=runs/depth_oracle"; only with a file or a name.
 
-    Returns the run directory. Raises UserError for everything that the user can correct.
+    Returns the run directory. Raises UserError for problems that the user can fix.
     """
     if isinstance(config, (str, Path)):
         config = load_run(config, overrides)
@@ -38,8 +38,8 @@ def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
 
 
 def train_inherited(run: Run) -> Path:
-    """`train` for a run that `inherit` has already filled and checked."""
-    # Before the data are read, which takes time.
+    """Like `train`, for a configuration that `inherit` has already completed and checked."""
+    # Set up the process group first, because reading the data takes time.
     processes.state()
     run = resolve_task(run) if run.stage == "oracle" else run
     with enough_memory(TRAINING_REMEDY):

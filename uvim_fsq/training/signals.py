@@ -1,4 +1,7 @@
-"""SIGINT (Ctrl-C) and SIGTERM (launchers, `timeout`, systemd, Slurm): training ends after a step, all else at once."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (launchers, `timeout`, systemd, Slurm).
+
+Training stops after the current step; everything else stops immediately.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """Training ended early on a signal, after saving; the exit code is 128 + the signal's number."""
+    """Training was stopped by a signal, after saving. The exit code is 128 + the signal number."""
 
 
 class StopSignals:
-    """Inside, a signal is noted in `number` and obeyed by whoever looks, except where `at_once` says otherwise.
+    """A context in which a signal is only recorded in `number`, for the training loop to check.
 
-    A second SIGINT acts at once, unless there is a launcher: there the terminal and the launcher send one each.
+    Inside `at_once`, a signal raises immediately. So does a second SIGINT, except under a launcher, because there the
+    terminal and the launcher each send one.
     """
 
     def __init__(self) -> None:
@@ -38,7 +42,7 @@ class StopSignals:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            return  # a loader process that was forked a moment ago
+            return  # a loader process that was just forked
         first = self.number is None
         if first:
             self.number = number
@@ -49,7 +53,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, where nothing can be lost, a signal raises `Interrupted`; also one that came before."""
+        """A context in which nothing can be lost: a signal, including an earlier one, raises `Interrupted`."""
         self._at_once = True
         try:
             if self.number is not None:
@@ -61,7 +65,7 @@ class StopSignals:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the command as Ctrl-C does: files in the making are removed, exit code 143, one line."""
+    """A context in which SIGTERM ends the command like Ctrl-C, with cleanup, one line of output and exit code 143."""
     owner = os.getpid()
 
     def end(number: int, _frame: FrameType | None) -> None:

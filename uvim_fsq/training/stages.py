@@ -1,7 +1,7 @@
-"""The two stages as small objects that the one training loop drives. They know tasks by their contract only.
+"""The two training stages, which share one training loop. They use tasks only through the `Task` interface.
 
-A stage is no nn.Module: the model it trains is `stage.model`; stage II's frozen oracle is a plain attribute that no
-optimizer, wrapper or checkpoint ever sees. B batch.
+A stage is not an nn.Module. The model it trains is `stage.model`. The frozen oracle of stage II is a plain attribute,
+so that no optimizer, wrapper or checkpoint includes it.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ MAIN = "model"
 
 
 def selection_data(data: DataConfig) -> DataConfig:
-    """The data as training evaluates on them: `data.selection_split`, if there is one."""
+    """The data that training evaluates on: `data.selection_split` if set, else `data.eval_split`."""
     return replace(data, eval_split=data.selection_split or data.eval_split)
 
 
 class Stage(ABC):
-    """What the training loop needs of a stage.
+    """The interface between a stage and the training loop.
 
     Attributes:
-        model: what is trained, saved and evaluated.
-        auxiliary: name -> modules that only training needs, such as a discriminator. They are saved for resuming, in
-            the trainer's state, and are no part of the result.
+        model: the model that is trained, saved and evaluated.
+        auxiliary: name -> module that only training needs, such as a discriminator. The trainer's state includes them,
+            so that training can resume, but they are not part of the result.
         task: the task of the labels.
-        oracle_sha256: of the frozen oracle's weights, if there is one and it came from a file.
+        oracle_sha256: SHA-256 of the frozen oracle's weights; None without an oracle or if it was not loaded from a
+            file.
     """
 
     name: ClassVar[str]
@@ -64,26 +65,27 @@ class Stage(ABC):
         self.auxiliary = {}
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Name -> optimizer of what the stage trains; the first is that of `model`, under the name `MAIN`."""
+        """Name -> optimizer. The first is the optimizer of `model`, under the name `MAIN`."""
         return {MAIN: build_optimizer(self.model, self.run.optim, self.run.stage)}
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
-        """The mean loss of a micro batch and its scalar logs, all on the device.
+        """The mean loss of a micro batch, a scalar, and its scalar logs, all on the device.
 
         Args:
-            model: `self.model`, perhaps wrapped; to be called, so that wrappers work.
+            model: `self.model`, possibly wrapped. It must be used by calling it, so that wrappers work.
+            batch: the micro batch, on the device.
         """
 
     def steps(
         self, model: nn.Module, auxiliary: Mapping[str, nn.Module], batch: Batch
     ) -> Iterator[tuple[str, torch.Tensor, Logs]]:
-        """One (optimizer's name, loss, logs) for each optimizer; each loss is backpropagated before the next is asked
-        for, and changes only the gradients of that optimizer's parameters.
+        """Yields (optimizer name, loss, logs) for each optimizer.
 
-        A stage with several optimizers overrides this. Where a loss passes through another optimizer's module, call
-        the plain module (`self.auxiliary`), and the wrapped one (`auxiliary`) only for its own loss: a wrapper expects
-        gradients after each of its forward passes.
+        Each loss is backpropagated before the next one is requested, and only into the parameters of its own optimizer.
+        A stage with several optimizers overrides this method. If a loss passes through the module of another optimizer,
+        it must call the unwrapped module (`self.auxiliary`). The wrapped one (`auxiliary`) is only for the module's own
+        loss, because a wrapper expects gradients after each of its forward passes.
         """
         yield MAIN, *self.step(model, batch)
 
@@ -97,34 +99,34 @@ class Stage(ABC):
 
     @abstractmethod
     def train_flops(self) -> float:
-        """Floating-point operations of a training step, per image."""
+        """Floating-point operations of a training step per image."""
 
     @abstractmethod
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
-        """How the stage predicts, with everything that takes part on the device."""
+        """The stage's predict function for `model`, with all modules that take part moved to the device."""
 
     @property
     @abstractmethod
     def quantizer(self) -> Quantizer:
-        """The oracle's."""
+        """The quantizer of the oracle."""
 
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
-        """The task's metric and the codebook's use over the selection split, or its first `limit` images."""
+        """The task's metrics and the codebook usage on the selection split, or on its first `limit` images."""
         evaluator = Evaluator(
             self.task, selection_data(self.run.data), self.run.eval, limit=limit, quantizer=self.quantizer
         )
         return evaluator.run(self.predictions(model, device), device)
 
     def panel(self, model: nn.Module, device: torch.device) -> np.ndarray:
-        """A picture (H, W, 3) uint8 of a few evaluation images: input, prediction, truth, error."""
+        """A panel (H, W, 3) uint8 of a few evaluation images: input, prediction, ground truth, error."""
         return panel_picture(self.task, selection_data(self.run.data), self.predictions(model, device), device)
 
     def write_artifacts(self, out: Path) -> None:
-        """Writes what the run directory holds besides checkpoints; nothing by default."""
+        """Writes files other than checkpoints to the run directory; none by default."""
 
 
 class OracleStage(Stage):
-    """Stage I: reconstruct the labels through the tokens."""
+    """Stage I: trains the oracle to reconstruct labels through discrete tokens."""
 
     name = "oracle"
 
@@ -134,11 +136,11 @@ class OracleStage(Stage):
         torch.manual_seed(run.train.seed)
         self.oracle = build_oracle(run, self.task)
         self.model = self.oracle
-        # Found once: without it no whole logit maps are made.
+        # None unless the task overrides it, because it requires logits of whole label maps.
         self.image_loss = self.task.image_loss if type(self.task).image_loss is not Task.image_loss else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
-        """The task's loss, and the quantizer's auxiliary one if it has one."""
+        """The task's loss plus the quantizer's auxiliary loss, if any."""
         out = model(batch["labels"], batch["image"], self.task.loss, self.image_loss)
         self.quantizer.accumulate(out.bottleneck, out.tokens)
         return out.loss.mean(), {name: value.mean() for name, value in out.logs.items()}
@@ -159,17 +161,14 @@ class OracleStage(Stage):
 
 
 class LMStage(Stage):
-    """Stage II: predict the frozen oracle's tokens from the image.
-
-    `oracle_sha256`: of the oracle's weights; None for an oracle that came from no file.
-    """
+    """Stage II: trains a token model to predict the frozen oracle's tokens from the image."""
 
     name = "lm"
 
     def __init__(self, run: LMRun, oracle: tuple[Oracle, Task] | None = None) -> None:
-        """`oracle`: a frozen oracle and its task, in place of the checkpoint that `run` names."""
+        """`oracle`: a frozen oracle and its task, to use instead of the checkpoint that `run` names."""
         super().__init__(run)
-        # Found once: the oracle's best checkpoint may have changed by the time it is copied.
+        # Determined once, because the oracle's best checkpoint may change before it is copied.
         self.oracle_dir = oracle_to_train_on(run) if oracle is None else None
         self.oracle_sha256 = weights_hash(self.oracle_dir) if self.oracle_dir is not None else None
         self.oracle, self.task = oracle or load_oracle(self.oracle_dir or run.oracle, run)
@@ -179,7 +178,7 @@ class LMStage(Stage):
         self.model = self.lm
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
-        """The token model's loss against the oracle's tokens."""
+        """The loss of the token model on the oracle's tokens."""
         if next(self.oracle.parameters()).device != batch["image"].device:
             self.oracle.to(batch["image"].device)
         with torch.no_grad():
@@ -199,11 +198,11 @@ class LMStage(Stage):
         return self.oracle.quantizer
 
     def write_artifacts(self, out: Path) -> None:
-        """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run can be moved alone."""
+        """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run is self-contained."""
         if self.oracle_dir is not None:
             copy_checkpoint(self.oracle_dir, out / "oracle")
 
 
 def build_stage(run: Run) -> Stage:
-    """The stage that a resolved configuration asks for; weights are drawn from `train.seed`."""
+    """Builds the stage of a resolved configuration. Weights are initialized with `train.seed`."""
     return OracleStage(run) if isinstance(run, OracleRun) else LMStage(run)

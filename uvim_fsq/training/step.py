@@ -1,4 +1,4 @@
-"""One optimizer step of either stage, and the one place that configures Accelerate. It knows no task and no data."""
+"""The optimizer step of either stage, and the configuration of Accelerate. Independent of tasks and data sets."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
-    """Accelerate as this project uses it."""
+    """Builds the Accelerator for the given training settings."""
     processes.state()
-    # A process may train several stages in turn, each in its own precision; the process group stays.
+    # A process may train several stages one after the other, with different precisions. The process group is kept.
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=PRECISION[train.precision],
-        # An object, not the plain integer, which loses to an environment variable; the end of a loader means nothing.
+        # A plugin, because an environment variable would override a plain integer. The end of a loader must not trigger
+        # an optimizer step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulate, sync_with_dataloader=False),
     )
 
 
 class Stepper:
-    """A stage's model and optimizers under Accelerate, and the number of steps they have taken.
+    """A stage's model and optimizers under Accelerate, and the number of steps taken.
 
     Attributes:
-        total: length of the learning rate's schedule.
-        optimizers: name -> prepared optimizer, the model's first.
-        ema: name -> averaged weights, or None.
+        total: length of the learning rate schedule in steps.
+        model: the model, compiled if configured, and wrapped by Accelerate.
+        auxiliary: name -> wrapped auxiliary module.
+        optimizers: name -> wrapped optimizer, that of the model first.
+        ema: parameter name -> exponential moving average, or None.
         step: optimizer steps taken.
     """
 
@@ -51,12 +54,12 @@ class Stepper:
         self.device = self.accelerator.device
         optimizers = stage.build_optimizers()
         modules = [stage.model, *stage.auxiliary.values()]
-        # In the modules' order, not that of the optimizers' groups: the norm's rounding depends on it.
+        # In the order of the modules, not of the optimizers' groups, because the rounding of the norm depends on it.
         in_order = [p for module in modules for p in module.parameters()]
         owned = {name: {id(p) for group in o.param_groups for p in group["params"]} for name, o in optimizers.items()}
         self._parameters = {name: [p for p in in_order if id(p) in ids] for name, ids in owned.items()}
         model = compiled(stage.model) if run.train.compile else stage.model
-        # The schedule is not prepared: it would step once per process.
+        # The schedule is not passed to Accelerate, which would step it once per process.
         self.model = self.accelerator.prepare(model)
         self.auxiliary = {name: self.accelerator.prepare(module) for name, module in stage.auxiliary.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -64,13 +67,17 @@ class Stepper:
         self.step = 0
 
     def ema_start(self) -> dict[str, torch.Tensor]:
-        """A copy of the present weights, from which averaging starts."""
+        """A copy of the current weights, from which averaging starts."""
         return {name: p.detach().to(self.device, copy=True) for name, p in self.stage.model.named_parameters()}
 
     def optimizer_step(self, batches: Iterator[Batch], waited: Callable[[float], object]) -> dict[str, torch.Tensor]:
-        """Micro batches, backward, clip, update. Returns device tensors: loss, logs and gradient norm.
+        """One optimizer step: forward and backward passes of all micro batches, gradient clipping and update.
 
-        `waited` is told the seconds that each batch had to be waited for.
+        Args:
+            batches: yields micro batches.
+            waited: called with the seconds spent waiting for each of them.
+
+        Returns scalar tensors on the device: the loss, the logs and the gradient norm.
         """
         rank = self.accelerator.process_index
         for optimizer in self.optimizers.values():
@@ -78,14 +85,14 @@ class Stepper:
         for module in (self.model, *self.auxiliary.values()):
             module.train()
         sums: dict[str, torch.Tensor] = {}
-        # Micro batches differ by one image where the batch does not divide evenly. Accelerate averages them as equals
-        # over accumulation and processes, so each is weighted by its share of the batch.
+        # If the batch does not divide evenly, micro batches differ by one image. Accelerate averages them with equal
+        # weights over accumulation and processes, so each loss is weighted by its share of the batch.
         parts = self.train.accumulate * self.accelerator.num_processes
         for micro in range(self.train.accumulate):
             start = time.perf_counter()
             batch = to_device(next(batches), self.device)
             waited(time.perf_counter() - start)
-            # After the loader, whose start draws from the same generator.
+            # After fetching the batch, because starting the loader draws from the same generator.
             torch.manual_seed(derive_seed(self.train.seed, self.step, rank, micro))
             weight = len(batch["image"]) * parts / self.train.batch_size
             with self.accelerator.accumulate(self.model, *self.auxiliary.values()):
@@ -100,14 +107,14 @@ class Stepper:
         self.stage.on_optimizer_step(self.sum, derive_seed(self.train.seed, self.step))
         if self.ema is not None:
             assert self.train.ema is not None
-            # One kernel for many tensors, without gradients.
+            # Updates many tensors with one kernel.
             average = get_ema_multi_avg_fn(self.train.ema)
             average(list(self.ema.values()), list(self.stage.model.parameters()), self.step)
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
 
     def _backward(self, batch: Batch, weight: float) -> Iterator[tuple[str, torch.Tensor]]:
-        """Backpropagates the losses of one micro batch, each into its own optimizer's parameters; yields all logs."""
+        """Backpropagates each loss of a micro batch into the parameters of its optimizer. Yields losses and logs."""
         losses = self.stage.steps(self.model, self.auxiliary, batch)
         several = len(self.optimizers) > 1
         while True:
@@ -122,11 +129,11 @@ class Stepper:
             yield from logs.items()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """Sums a tensor over all processes."""
         total = self.accelerator.reduce(values, "sum")
         assert isinstance(total, torch.Tensor)
         return total
 
 
-def _log_name(optimizer: str, figure: str) -> str:
-    return figure if optimizer == MAIN else f"{optimizer}_{figure}"
+def _log_name(optimizer: str, name: str) -> str:
+    return name if optimizer == MAIN else f"{optimizer}_{name}"

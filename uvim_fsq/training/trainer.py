@@ -1,4 +1,4 @@
-"""The state of one training run: what is saved, how it goes on, and how it is evaluated. `loop.fit` drives it."""
+"""The state of a training run: saving, resuming and evaluating it. `loop.fit` drives it."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ from uvim_fsq.training.step import Stepper
 
 
 class Trainer:
-    """State of one training run: the `Stepper`, the loader and the run directory. `fit` drives it."""
+    """The state of a training run: the `Stepper`, the loader and the run directory.
+
+    Raises UserError for missing or unreadable data.
+    """
 
     def __init__(self, stage: Stage, run: Run) -> None:
         self.stage, self.run, self.train, self.out = stage, run, run.train, Path(run.train.out)
         source = stage.task.source(run.data.root, run.data.train_split)
-        # What evaluation lacks is reported now rather than after hours of training.
+        # Fail now, rather than after hours of training, if evaluation lacks something.
         stage.task.metric(stage.task.source(run.data.root, run.data.eval_split))
         self.selection = self._selection()
         state = processes.state()
@@ -81,7 +84,7 @@ class Trainer:
         task, data, train = self.stage.task, selection_data(self.run.data), self.run.train
         source = task.source(data.root, data.eval_split)
         limit = train.eval_limit if train.eval_limit is not None else self.run.eval.limit
-        # A checkpoint must not be chosen by what is reported.
+        # A checkpoint must not be selected by the results that will be reported.
         chooses = data.eval_split != self.run.data.eval_split
         return Selection(
             split=data.eval_split,
@@ -95,14 +98,14 @@ class Trainer:
 
     @property
     def last_checkpoint(self) -> Path:
-        """Where the checkpoint of the present step lies, if it was saved."""
+        """The path of the current step's checkpoint, whether or not it was saved."""
         return self.out / "checkpoints" / step_name(self.step)
 
     def resume(self) -> None:
-        """Goes on from train.resume, if there is something.
+        """Loads the checkpoint that `train.resume` asks for, if any.
 
-        Raises UserError where a process lacks the checkpoint or loads another than the main one, for a damaged
-        checkpoint, and where a run would be overwritten.
+        Raises UserError if a process lacks the checkpoint or loads a different one than the main process, if the
+        checkpoint is damaged, and if a run would be overwritten.
         """
         path = processes.broadcast(self._resume_from() if processes.is_main() else None)
         if path is None:
@@ -110,31 +113,33 @@ class Trainer:
             return
         processes.same(self._load(path), path)
         if processes.is_main():
-            self._leave_newer()
+            self._set_newer_aside()
 
     def _resume_from(self) -> Path | None:
-        # Damaged records of evaluations are better found now than when old checkpoints are deleted.
+        # Detect damaged evaluation records now, rather than when old checkpoints are deleted.
         best(self.out)
         return resume_from(self.out, self.train.resume)
 
     def _load(self, path: Path) -> tuple[Any, ...]:
-        """Loads a checkpoint; returns what must be equal in all processes."""
+        """Loads a checkpoint. Returns values that must be equal in all processes."""
         if not path.is_dir():
             raise UserError(
-                f"process {self.accelerator.process_index} has no {path}; the run directory must be one that all "
-                "machines share"
+                f"process {self.accelerator.process_index} has no {path}; the run directory must be shared by all "
+                "machines"
             )
         with suggesting_earlier(self.run, path):
             trained = read_config(path)
             state, state_hash = ckpt.load_trainer_state(path)
             if "optimizers" not in state:
-                raise UserError(f"{path} was imported, its training cannot go on; evaluate it, or train an LM on it")
+                raise UserError(
+                    f"{path} was imported, so its training cannot be resumed; evaluate it, or train an LM on it"
+                )
         check_resume(self.run, trained)
         with suggesting_earlier(self.run, path):
             weights_hash = ckpt.load_model_weights(self.stage.model, path)
         stepper = self.stepper
         if stepper.ema is not None:
-            # Without an average in the checkpoint, it starts from the weights.
+            # If the checkpoint has no average, averaging starts from its weights.
             stepper.ema = stepper.ema_start()
         if "raw" in state:
             self.stage.model.load_state_dict({**self.stage.model.state_dict(), **state["raw"]})
@@ -147,28 +152,28 @@ class Trainer:
         stepper.step = int(state["step"])
         if self.step > self.total:
             raise UserError(
-                f"{path} is at step {self.step} and training would end after {self.total} steps; "
+                f"{path} is at step {self.step}, but training ends after {self.total} steps; "
                 "give a longer train.steps or train.epochs, or resume from an earlier checkpoint"
             )
         return self.step, weights_hash, state_hash, self.stage.oracle_sha256
 
-    def _leave_newer(self) -> None:
+    def _set_newer_aside(self) -> None:
         moved = ckpt.set_aside(self.out, self.step)
         if self.step < self.total:
-            # The result of a run that goes on is none.
+            # The result of a run is invalid once its training continues.
             (self.out / "evaluation.json").unlink(missing_ok=True)
         if moved:
             say(
-                f"going on from step {self.step}; {len(moved)} newer checkpoint(s) moved to {moved[0].parent}, "
-                "delete them if they are of no use"
+                f"continuing from step {self.step}; {len(moved)} newer checkpoint(s) moved to {moved[0].parent}, "
+                "delete them if they are not needed"
             )
 
     def save(self) -> None:
-        """Writes a checkpoint of the present step (main process).
+        """Writes a checkpoint of the current step from the main process.
 
-        Raises UserError in all processes for weights or a state that are not finite, and leaves them unsaved.
+        Raises UserError in all processes, without saving, if weights or optimizer state are not finite.
         """
-        self._refuse_to_save_nonsense()
+        self._check_finite()
         if processes.is_main():
             state: dict[str, Any] = {
                 "step": self.step,
@@ -192,7 +197,7 @@ class Trainer:
             )
         processes.wait()
 
-    def _refuse_to_save_nonsense(self) -> None:
+    def _check_finite(self) -> None:
         modules = (self.stage.model, *self.stage.auxiliary.values())
         tensors = [x for module in modules for x in module.state_dict().values()]
         tensors += (self.stepper.ema or {}).values()
@@ -203,7 +208,7 @@ class Trainer:
             for value in state.values()
         ]
         checked = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel()]
-        # The largest number of all, in few kernels; an inf or NaN comes through, and no square overflows.
+        # The infinity norm takes few kernels, propagates inf and NaN, and cannot overflow as a sum of squares could.
         largest = nn.utils.get_total_norm(checked, math.inf)
         broken = self.stepper.sum((~torch.isfinite(largest)).float())
         if broken:
@@ -212,7 +217,7 @@ class Trainer:
             )
 
     def last_good(self) -> str:
-        """What to do when training has gone wrong."""
+        """The last good checkpoint and advice, for error messages about diverged training."""
         kept = checkpoints(self.out)
         remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         return (
@@ -221,26 +226,26 @@ class Trainer:
         )
 
     def tidy(self) -> None:
-        """Deletes checkpoints that are not to be kept; not before the newest is evaluated, if it is to be."""
+        """Deletes old checkpoints. If the newest one is to be evaluated, call this only afterwards."""
         if processes.is_main():
             ckpt.prune(self.out, self.train.keep)
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
     def evaluates_now(self) -> bool:
-        """Whether the present step is one to evaluate after."""
+        """Whether to evaluate after the current step."""
         every = self.train.eval_every
         return self.step == self.total or (every is not None and self.step > 0 and self.step % every == 0)
 
     def lacks_evaluation(self) -> bool:
-        """Whether the checkpoint of the present step was to be evaluated and a kill came in between."""
-        # A run that continues another's checkpoint does not hold it.
+        """Whether the current step's checkpoint still has to be evaluated, because training was killed before that."""
+        # A run that continues the checkpoint of another run does not contain that checkpoint.
         saved = self.last_checkpoint.is_dir() and self.evaluates_now()
         return processes.broadcast(saved and read_evaluation(self.last_checkpoint) is None)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
-        """The model to evaluate and save: its weights are the EMA's inside, if there is one."""
+        """A context in which the model has its averaged weights, if there are any, and is in evaluation mode."""
         model = self.stage.model
         raw = {name: p.detach().clone() for name, p in model.named_parameters()} if self.stepper.ema is not None else {}
         model.load_state_dict({**model.state_dict(), **(self.stepper.ema or {})})
@@ -252,8 +257,10 @@ class Trainer:
             model.train(was_training)
 
     def evaluate(self, progress: Progress) -> None:
-        """The real metric and a picture. A checkpoint of this step must exist: it is marked as evaluated at the end,
-        so that what a kill prevents is done again."""
+        """Evaluates the current step's checkpoint, and saves metrics and a panel.
+
+        The checkpoint must exist. It is marked as evaluated at the end, so that a killed evaluation is repeated.
+        """
         start = time.perf_counter()
         with self.averaged_weights() as model:
             figures = self.stage.evaluate(model, self.train.eval_limit, self.device)
@@ -267,6 +274,6 @@ class Trainer:
             ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.selection, figures))
 
     def write_run_files(self) -> None:
-        """What lies in the run directory beside the checkpoints."""
+        """Writes the files of the run directory other than checkpoints."""
         write_text(self.out / "config.yaml", dump_yaml(self.run))
         self.stage.write_artifacts(self.out)
