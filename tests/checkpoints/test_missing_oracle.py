@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import sign_all
 from tests.support.small import lm_run
 from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.errors import UserError
@@ -18,8 +19,8 @@ def test_a_missing_oracle_is_one_line(tmp_path: Path, lm_dir: Path, oracle_dir: 
     shutil.copytree(lm_dir, run)
     shutil.rmtree(run / "oracle")
     config = resolve_checkpoint(run) / "config.yaml"
-    (resolve_checkpoint(run) / "sha256.json").unlink(missing_ok=True)
     config.write_text(config.read_text().replace(f"oracle: {oracle_dir}", f"oracle: {gone}"))
+    sign_all(run)
     with pytest.raises(UserError) as caught:
         evaluate(run)
     assert f"{run / 'oracle'} is missing" in str(caught.value) and str(gone) in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.support.cli import failure
-from tests.support.runs import forget_sums
+from tests.support.runs import sign_all
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.cli import main
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("no_trusted_plugins")
 
 
 def change_config(run: Path, **changes: Any) -> None:
-    forget_sums(run)
     for file in (run / "config.yaml", resolve_checkpoint(run) / "config.yaml"):
         tree = yaml.safe_load(file.read_text())
         for key, value in changes.items():
             section, _, name = key.rpartition("__")
             (tree[section] if section else tree)[name] = value
         file.write_text(yaml.safe_dump(tree))
+    sign_all(run)
 
 
 def test_a_runs_configuration_refers_to_nothing_else(
@@ -74,7 +74,6 @@ def test_impossible_settings_of_a_run_are_one_line(
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(lm_dir, run)
-        forget_sums(run)
         change_config(run / "oracle" if place == "oracle" else run, **change)
         assert said in failure(capsys, "predict", run, photo, "--out", tmp_path / "out"), change
     # Training settings no longer matter.

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests.support.runs import sign_all
 from uvim_fsq.cli import main
 from uvim_fsq.inference.predictor import Predictor
 
@@ -43,5 +44,5 @@ def test_an_lm_run_can_be_moved_without_its_oracle(tmp_path: Path, lm_dir: Path)
     config = next((tmp_path / "moved" / "checkpoints").glob("step_*")) / "config.yaml"
     tree = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**tree, "oracle": str(tmp_path / "gone")}))
-    config.with_name("sha256.json").unlink()  # the checksum of the original file
+    sign_all(tmp_path / "moved")
     assert Predictor.from_run(tmp_path / "moved").predict(np.zeros((9, 9, 3), np.uint8)).shape == (9, 9)

@@ -13,7 +13,7 @@ import yaml
 
 from tests.support.cli import failure
 from tests.support.paths import ROOT
-from tests.support.runs import forget_sums
+from tests.support.runs import sign_all
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
 from uvim_fsq.config import plugins
@@ -44,7 +44,6 @@ def stranger(folder: Path, run: Path, name: str, where: Path) -> tuple[Path, Pat
     """A copy of `run` that names a plugin in the folder `where`, and the file that the plugin creates when imported."""
     copy, mark = folder / "downloaded", folder / "executed"
     shutil.copytree(run, copy)
-    forget_sums(copy)
     (where / f"{name}.py").write_text(PLUGIN.format(mark=str(mark), name=f"task_{name}"))
     for place in (copy, *([copy / "oracle"] if (copy / "oracle").exists() else [])):
         files = [place / "config.yaml", *place.glob("checkpoints/step_*/config.yaml")]
@@ -53,6 +52,7 @@ def stranger(folder: Path, run: Path, name: str, where: Path) -> tuple[Path, Pat
             tree["plugins"] = [name]
             tree["task"]["name"] = f"task_{name}"
             file.write_text(yaml.safe_dump(tree))
+    sign_all(copy)
     return copy, mark
 
 

@@ -99,7 +99,7 @@ def another_process(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def forget_sums(run: Path) -> None:
-    """Deletes the checksums of a run, which an attacker could also recompute."""
-    for sums in run.rglob("sha256.json"):
-        sums.unlink()
+def sign_all(run: Path) -> None:
+    """`sign` for every checkpoint of a run, its copy of the oracle included."""
+    for sums in run.rglob(ckpt.SUMS):
+        sign(sums.parent)
