@@ -11,6 +11,7 @@ from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.synthetic.writers import write_dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "task"), [("nyu", "nyu_depth"), ("coco_panoptic", "coco_panoptic")])
 def test_preparation_continues_after_a_full_disk(tmp_path: Path, kind: str, task: str) -> None:
     """Finished files are kept; the rest is written once there is space."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.cli import run_command
 
 
+@pytest.mark.slow
 def test_synth_and_data_check(tmp_path: Path) -> None:
     out = tmp_path / "rooms"
     done = run_command("synth", "--format", "nyu", "--num", "4", "--num-val", "2", "--size", "16x20", "--out", out)

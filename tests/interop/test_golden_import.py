@@ -175,7 +175,7 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, imported: Path)
         import_lm(fewer, imported / "oracle", tmp_path / "out")
     text = tmp_path / "text.npz"
     text.write_text("no arrays")
-    with pytest.raises(UserError, match="pickled data are never loaded|truncated or not an .npz"):
+    with pytest.raises(UserError, match="pickled data is never loaded|truncated or not an .npz"):
         read_npz(text)
     cut = tmp_path / "cut.npz"
     cut.write_bytes(color.read_bytes()[:5000])

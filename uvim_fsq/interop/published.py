@@ -44,9 +44,9 @@ def read_npz(file: Path) -> dict[str, torch.Tensor]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{file} is not an .npz of plain arrays ({error}); pickled data are never loaded") from error
+        raise UserError(f"{file} is not an .npz of plain arrays ({error}); pickled data is never loaded") from error
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"{file} is truncated or not an .npz file ({error}); fetch it again") from error
+        raise UserError(f"{file} is truncated or not an .npz file ({error}); download it again") from error
     return tensors
 
 
@@ -67,7 +67,7 @@ def translate(tensors: Tensors, rules: list[Rule], file: str) -> dict[str, torch
         ]
         raise UserError(
             f"{file} does not contain the arrays that its shapes imply: {' and '.join(parts)} arrays; "
-            "check --stage, or fetch the file again"
+            "check --stage, or download the file again"
         )
     return {ours: make(*(tensors[name] for name in theirs)).contiguous() for ours, theirs, make in rules}
 

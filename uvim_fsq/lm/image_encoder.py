@@ -167,7 +167,7 @@ def _check_npz(file: Path) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"model.encoder.weights={file} is truncated or not an .npz file ({error}); fetch it again"
+            f"model.encoder.weights={file} is truncated or not an .npz file ({error}); download it again"
         ) from error
 
 
