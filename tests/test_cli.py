@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.support.cli import run_command
 from tests.support.small import ORACLE
 
 
+@pytest.mark.slow
 def test_help_lists_commands_and_keys() -> None:
     assert "quickstart" in run_command("--help").stdout
     text = run_command("train-oracle", "--help").stdout

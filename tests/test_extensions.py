@@ -60,6 +60,7 @@ def test_training_uses_them(runs: Path) -> None:
     assert all("parallel_loss" in line for line in read_json_lines(runs / "lm" / "metrics.jsonl") if "loss" in line)
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_stopped(runs: Path, configs: Path, data: Path, tmp_path: Path) -> None:
     command = [
         "train-oracle",
@@ -76,6 +77,7 @@ def test_training_goes_on_where_it_stopped(runs: Path, configs: Path, data: Path
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_their_codes_and_bits(runs: Path, tmp_path: Path) -> None:
     main(["evaluate", str(runs / "lm"), PLUGINS, "--report", str(tmp_path / "page.html")])
     result = json.loads((runs / "lm" / "evaluation.json").read_text())
@@ -102,11 +104,13 @@ def test_predictions_are_made_for_photos(runs: Path, tmp_path: Path) -> None:
     assert Predictor.from_run(runs / "lm", [PLUGINS]).predict(photo).shape == (20, 30)
 
 
+@pytest.mark.slow
 def test_analysis_describes_codes_without_levels(runs: Path, tmp_path: Path) -> None:
     main(["analyze", str(runs / "lm"), PLUGINS, "--out", str(tmp_path / "analysis")])
     assert "codebook is zero" not in (tmp_path / "analysis" / "analysis.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["train-oracle", "train-lm", "decode", "side-by-side"])
 def test_they_are_benchmarked(
     job: str, configs: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]

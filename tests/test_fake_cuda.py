@@ -44,6 +44,7 @@ def batch_on_cuda(task: str, mode: FakeTensorMode) -> tuple[dict[str, torch.Tens
     return {name: mode.from_tensor(x).to(CUDA) for name, x in labels.items()}, mode.from_tensor(image).to(CUDA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     ("kind", "context", "chunked"), [("fsq", "both", False), ("vq", "none", False), ("fsq", "none", True)]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import uvim_fsq
 
 PACKAGE = Path(uvim_fsq.__file__).parent
@@ -94,6 +96,7 @@ def test_no_import_goes_upward() -> None:
     assert not upward, "\n".join(upward)
 
 
+@pytest.mark.slow
 def test_no_two_modules_import_each_other_in_a_circle() -> None:
     edges, done, path = graph(), set[str](), list[str]()
 

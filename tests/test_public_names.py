@@ -26,6 +26,7 @@ def test_the_package_is_imported_without_heavy_libraries() -> None:
     assert heavy_after("import uvim_fsq; uvim_fsq.__version__; dir(uvim_fsq)") == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["--help", "train-oracle --help", "ablate --help", "data check --help"])
 def test_help_needs_no_heavy_libraries(arguments: str) -> None:
     code = f"from uvim_fsq.cli import main\ntry:\n    main({arguments.split()!r})\nexcept SystemExit:\n    pass"
@@ -53,6 +54,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_public_ones() -> N
         from uvim_fsq import no_such_name  # noqa: F401
 
 
+@pytest.mark.slow
 def test_training_evaluating_and_predicting_from_python(data: Path, tmp_path: Path) -> None:
     import numpy as np
     import yaml

@@ -64,6 +64,7 @@ def kept(module: nn.Module, forward: Callable[[], object]) -> int:
     return sum(size for _, size in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_an_oracle_keeps_the_counted_bytes(task: str, fake: FakeTensorMode) -> None:
     batch = 5
@@ -105,6 +106,7 @@ def test_twelve_recipes_name_their_hardware() -> None:
     assert len(SHIPPED) == 12 and {header(file) for file in SHIPPED} == {(8, 0.92 * 80e9), (1, 0.92 * 80e9)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_recipes_fit_the_hardware_they_name(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

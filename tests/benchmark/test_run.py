@@ -47,6 +47,7 @@ def test_the_job_all_continues_without_data(
     assert "not measured: " in said and "| train-lm nyu_depth" in said and "| decode nyu_depth" in said
 
 
+@pytest.mark.slow
 def test_training_on_synthetic_data_is_fed_by_the_loader(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS / "nyu_depth" / "quickstart_oracle.yaml"
     keys = [f"data.root={data}", "data.workers=1", "task.protocol=full"]
@@ -55,6 +56,7 @@ def test_training_on_synthetic_data_is_fed_by_the_loader(data: Path, capsys: pyt
     assert "batch 2, fed by 1 workers |" in said and "batch 2, baseline code |" in said and "batch 2 |" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["side-by-side", "metrics"])
 def test_all_lines_of_the_other_jobs_are_printed(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

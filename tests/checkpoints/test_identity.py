@@ -36,6 +36,7 @@ def refusal(make: Any, run_dir: Path, source: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -56,6 +57,7 @@ def test_resume_keeps_model_and_labels(half: Path, data: Path, override: str, sa
         assert said in message and "train.out" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -13,6 +13,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.training.run import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", ["checkpoints", "panels", "tensorboard", "checkpoints/.tmp_step_00000009", "oracle"])
 def test_training_writes_and_deletes_nothing_behind_a_link(
     lm_dir: Path, oracle_dir: Path, tmp_path: Path, link: str
@@ -30,6 +31,7 @@ def test_training_writes_and_deletes_nothing_behind_a_link(
     assert sorted(mine.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_evaluation_and_analysis_replace_links(lm_dir: Path, tmp_path: Path) -> None:
     run, precious = tmp_path / "run", tmp_path / "precious"
     shutil.copytree(lm_dir, run)

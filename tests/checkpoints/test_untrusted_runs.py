@@ -56,6 +56,7 @@ def test_a_runs_configuration_refers_to_nothing_else(
     assert load_run({"task": {"name": "nyu_depth"}, "data": {"root": "${oc.env:MY_SECRET}"}}).data.root == "hunter2"
 
 
+@pytest.mark.slow
 def test_impossible_settings_of_a_run_are_one_line(
     tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

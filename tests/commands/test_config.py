@@ -31,6 +31,7 @@ def test_yaml_booleans_for_text_keys_are_explained(
     assert yaml.safe_load(capsys.readouterr().out)["train"]["resume"] == "no"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config_reads_every_shipped_file(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from tests.support.terminal import everything
 from uvim_fsq.cli import main
 
 
+@pytest.mark.slow
 def test_commands_print_their_progress_and_the_next_step(
     tmp_path: Path, data: Path, oracle_dir: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

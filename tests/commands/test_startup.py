@@ -39,6 +39,7 @@ def probe(heavy: list[str], *arguments: str | Path) -> tuple[int, list[str], str
     return code, imported, done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_before_torch_is_imported(tmp_path: Path, oracle_dir: Path, lm_dir: Path) -> None:
     oracle, lm = tmp_path / "oracle.yaml", tmp_path / "lm.yaml"
     oracle.write_text(yaml.safe_dump(ORACLE))
@@ -70,6 +71,7 @@ def test_mistakes_are_refused_before_torch_is_imported(tmp_path: Path, oracle_di
         assert len(said.splitlines()) == 1 and message in said, (arguments, said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["uvim_fsq.inference.predictor", "uvim_fsq.training.run"])
 def test_importing_does_not_load_slow_libraries(module: str) -> None:
     heavy = ["torch._dynamo", "torch._inductor", "torchvision", "albumentations", "matplotlib", "tensorboard", "timm"]

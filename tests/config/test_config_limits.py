@@ -44,6 +44,7 @@ def test_no_message_quotes_another_file(
     assert "hunter2" not in said and len(said) < 400
 
 
+@pytest.mark.slow
 def test_oversized_configurations_are_one_line(
     tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,7 @@ def test_the_plugin_of_an_untrusted_run_is_not_imported(
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["flag", "override", "environment", "python", "named before", "entry point"])
 def test_a_trusted_plugin_is_imported(tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -115,6 +116,7 @@ def test_a_trusted_plugin_is_imported(tmp_path: Path, lm_dir: Path, monkeypatch:
             load_checkpoint(other)
 
 
+@pytest.mark.slow
 def test_files_in_the_current_folder_shadow_no_package(tmp_path: Path) -> None:
     """Stray files in the current folder have the names of packages that the command imports."""
     for name in ("timm", "omegaconf", "h5py", "wandb", "cv2"):

@@ -19,6 +19,7 @@ from uvim_fsq.tasks.configuration import load_run
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "ablations")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(path.parents[2])))
 def test_a_shipped_configuration_builds_its_model(file: Path) -> None:
     run = load_run(file, ["train.out=runs/x"])

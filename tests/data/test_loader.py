@@ -112,6 +112,7 @@ class Stuck:
         return self.source[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "match"),
     [

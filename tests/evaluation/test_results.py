@@ -19,6 +19,7 @@ def run_dir(tmp_path: Path, lm_dir: Path) -> Path:
     return shutil.copytree(lm_dir, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation_*"))
 
 
+@pytest.mark.slow
 def test_a_partial_evaluation_does_not_replace_the_full_one(run_dir: Path) -> None:
     before = (run_dir / "evaluation.json").read_bytes()
     for settings, name in (

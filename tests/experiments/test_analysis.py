@@ -63,6 +63,7 @@ def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
     assert np.array_equal(Painter(few, CPU).tokens, tokens[np.linspace(0, 5, 5).astype(int)])
 
 
+@pytest.mark.slow
 def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = analysed(oracle_dir, tmp_path / "a")
     said = capsys.readouterr().out
@@ -83,6 +84,7 @@ def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.
         assert (tmp_path / "a" / f"{name}.png").read_bytes() == (tmp_path / "b" / f"{name}.png").read_bytes(), name
 
 
+@pytest.mark.slow
 def test_analysis_of_an_lm_also_counts_its_tokens(tmp_path: Path, lm_dir: Path, oracle_dir: Path) -> None:
     run = shutil.copytree(lm_dir, tmp_path / "run")
     main(["analyze", str(run), "--limit", "4"])  # into RUN/analysis
@@ -95,6 +97,7 @@ def test_analysis_of_an_lm_also_counts_its_tokens(tmp_path: Path, lm_dir: Path, 
     assert {file.stem for file in (run / "analysis").glob("*.png")} == PICTURES | {"usage_lm"}
 
 
+@pytest.mark.slow
 def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(oracle_run(tmp_path / "run", data, "model.context=none", "model.code_dropout=none", *VQ_KEYS))
     found = analyze_run(run, out=tmp_path / "out")

@@ -17,6 +17,7 @@ from uvim_fsq.experiments import quickstart as quickstart_module
 from uvim_fsq.experiments.quickstart import Scale, quickstart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["nyu_depth", "coco_panoptic", "imagenet_color"])
 def test_quickstart_writes_the_same_table_for_every_task(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -48,6 +49,7 @@ def test_the_quickstart_refuses_an_unknown_task(tmp_path: Path) -> None:
         quickstart(tmp_path / "q", task="nothing_like_it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "seconds.json", "evaluation.json", "lm/evaluation.json"])
 @pytest.mark.parametrize("text", ["", "[1]", "{}"])
 def test_the_quickstart_continues_with_damaged_files(

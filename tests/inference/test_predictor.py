@@ -46,6 +46,7 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -77,6 +78,7 @@ def test_grey_images_and_an_empty_batch(lm_dir: Path) -> None:
     assert predictor.predict_batch([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [

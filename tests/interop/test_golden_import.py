@@ -70,6 +70,7 @@ def test_an_imported_lm_gives_the_references_numbers(imported: Path) -> None:
     np.testing.assert_array_equal(tokens.numpy(), given["out/greedy"] - 1)
 
 
+@pytest.mark.slow
 def test_imported_runs_evaluate_predict_and_train_a_new_lm(imported: Path, tmp_path: Path, data: Path) -> None:
     result = evaluate(imported / "lm")
     assert result["protocol"] == "nyu_depth/full" and np.isfinite(result["figures"]["lm"]["rmse"])

@@ -35,6 +35,7 @@ class Code:
         return os.system, (f"touch {self.mark}",)
 
 
+@pytest.mark.slow
 def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_tiny_patch16_224"
 

@@ -27,6 +27,7 @@ def test_cached_generation_equals_the_uncached_one_in_any_batch(temperature: flo
     assert int(cached.min()) >= 0 and int(cached.max()) < 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [CACHE_BLOCK - 1, CACHE_BLOCK, CACHE_BLOCK + 1, 2 * CACHE_BLOCK + 7])
 def test_codes_longer_than_a_cache_block_equal_uncached_generation(length: int) -> None:
     lm, batch = make_lm(length), make_images(2)

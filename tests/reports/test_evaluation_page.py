@@ -29,6 +29,7 @@ def test_the_page_shows_the_curves_of_both_stages(
     assert device == torch.device("cpu") and where == folders and loaded.run.eval.limit == 1
 
 
+@pytest.mark.slow
 def test_evaluate_writes_a_page_only_if_asked(random_runs: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["evaluate", str(random_runs[0]), "--limit", "4", "--json", str(tmp_path / "result.json")]
     main(command)

@@ -30,6 +30,7 @@ def group_is_gone(process: subprocess.Popen[str]) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_ends_all_processes_and_removes_partial_files(
     tmp_path: Path, number: signal.Signals, code: int
@@ -46,6 +47,7 @@ def test_a_signal_ends_all_processes_and_removes_partial_files(
     assert number == signal.SIGKILL or not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "limit", "workers"),
     [
@@ -68,6 +70,7 @@ def test_a_write_error_is_one_line_and_leaves_nothing_behind(
     assert "Traceback" not in said and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs a file system of its own")
 @pytest.mark.parametrize("layout", ["h5", "mat"])
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path, layout: str) -> None:

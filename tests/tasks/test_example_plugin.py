@@ -27,6 +27,7 @@ def photos(tmp_path: Path) -> Path:
     return camvid_data(tmp_path / "camvid")
 
 
+@pytest.mark.slow
 def test_plugin_from_configuration_to_prediction(photos: Path, tmp_path: Path) -> None:
     oracle, lm = tmp_path / "oracle", tmp_path / "lm"
     section = {"task": {"name": "camvid_segmentation"}, "plugins": [PLUGIN]}

@@ -123,6 +123,7 @@ def take(optimizer: Adafactor, parameters: list[nn.Parameter], step: int, withou
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 9000, 2**26])
 def test_stacked_updates_equal_a_line_by_line_calculation(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many parameters are updated together."""

@@ -54,6 +54,7 @@ def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, data: Path) 
     assert last["bad_samples"] >= 1
 
 
+@pytest.mark.slow
 def test_which_steps_are_logged_saved_and_evaluated(tmp_path: Path, data: Path) -> None:
     keys = ["train.steps=9", "train.keep=99"]
     every = training_lines(fit_run(oracle_run(tmp_path / "every", data, *keys)))
@@ -156,6 +157,7 @@ def test_bad_samples_of_all_processes_are_logged(tmp_path: Path, data: Path, mon
         fit_run(oracle_run(tmp_path / "strict", data, "data.max_bad_samples=2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True], ids=["here", "in another process"])
 def test_a_signal_ends_training_after_the_step(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: bool

@@ -15,6 +15,7 @@ from tests.support.small import lm_run, oracle_run
 CURVES = Path(__file__).parent / "loss_curves.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_losses_equal_the_recorded_ones(tmp_path: Path, data: Path, oracle_dir: Path, stage: str) -> None:
     """Twenty steps against recorded losses. UVIM_FSQ_RECORD=1 writes them anew, after a change that is meant."""

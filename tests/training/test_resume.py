@@ -21,6 +21,7 @@ from uvim_fsq.training.step import Stepper
 from uvim_fsq.training.trainer import Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["0.9", "null"])
 @pytest.mark.parametrize("before", ["0.9", "null"])
 def test_averaging_can_be_switched_on_and_off_when_resuming(
@@ -47,6 +48,7 @@ def test_averaging_can_be_switched_on_and_off_when_resuming(
         assert all(average[name].data_ptr() != now[name].data_ptr() for name in now)
 
 
+@pytest.mark.slow
 def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(
     tmp_path: Path, data: Path, quick_evaluation: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

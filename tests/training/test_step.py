@@ -26,6 +26,7 @@ def trainer_of(run: Run) -> Trainer:
     return Trainer(build_stage(run), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsq", "vq", "lm"])
 def test_accumulation_equals_one_batch(tmp_path: Path, data: Path, oracle_dir: Path, kind: str) -> None:
     """Also where micro batches differ: 8 images as 3 + 3 + 2."""

@@ -25,6 +25,7 @@ def test_training_without_any_label_stops_early(
         train(run)
 
 
+@pytest.mark.slow
 def test_training_with_few_labels_continues(own_depth_folder: Path, tmp_path: Path) -> None:
     for file in sorted(own_depth_folder.glob("train/depth/*.npy"))[1:]:
         np.save(file, np.zeros((24, 32), np.float32))

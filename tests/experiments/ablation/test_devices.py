@@ -14,6 +14,7 @@ from uvim_fsq.experiments.ablation.devices import USABLE, Devices, fit_cells
 from uvim_fsq.experiments.ablation.grid import plan, read_grid
 
 
+@pytest.mark.slow
 def test_cells_accumulate_to_fit_a_device(tmp_path: Path) -> None:
     def accumulates(devices: Devices, jobs: int = 1, **settings: Any) -> list[str]:
         rows = {"A": {}, "B": {"lm": {"train.steps": 4}}}

@@ -21,6 +21,7 @@ from uvim_fsq.experiments.ablation.grid import plan, read_grid
 from uvim_fsq.experiments.ablation.runner import Runner
 
 
+@pytest.mark.slow
 def test_a_grid_trains_its_cells_and_writes_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = write_grid(tmp_path), tmp_path / "out"
     main(["ablate", str(file), "--out", str(out), "--dry-run"])
@@ -57,6 +58,7 @@ def test_a_grid_trains_its_cells_and_writes_tables(tmp_path: Path, capsys: pytes
     assert "holds the results of another grid" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_ends_its_processes_and_keeps_checkpoints(tmp_path: Path) -> None:
     file, out = write_grid(tmp_path, rows={"FSQ": {"oracle": {"train.steps": 100000}}}), tmp_path / "out"
     command = [sys.executable, "-m", "uvim_fsq", "ablate", str(file), "--out", str(out)]

@@ -12,6 +12,7 @@ from uvim_fsq.experiments.ablation.devices import USABLE, Devices, fit_cells
 from uvim_fsq.experiments.ablation.grid import plan, read_grid
 
 
+@pytest.mark.slow
 def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     files = [file for file in sorted((ROOT / "configs/ablations").glob("*.yaml")) if "80 GB" in file.read_text()]
@@ -30,6 +31,7 @@ def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch:
         assert lm.of(512 // 16) <= USABLE * 80e9 < lm.of(512 // 8)
 
 
+@pytest.mark.slow
 def test_shipped_grids_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = sorted((ROOT / "configs/ablations").glob("*.yaml"))
     assert files

@@ -158,6 +158,7 @@ def test_an_unused_codeword_keeps_its_direction_without_splitting() -> None:
     assert bool(torch.isfinite(vq.codebook()).all())
 
 
+@pytest.mark.slow
 def test_a_vq_run_trains_resumes_and_evaluates(tmp_path: Path, data: Path) -> None:
     whole = train(oracle_run(tmp_path / "whole", data, *KEYS, "train.save_every=3", "model.quantizer.commitment=0.25"))
     found = load_checkpoint(whole).oracle.quantizer

@@ -30,6 +30,7 @@ def panoptic_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "lm"
 
 
+@pytest.mark.slow
 def test_official_result_files_and_scores(
     panoptic_lm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_the_selection_split_chooses_the_checkpoint(root: Path, tmp_path: Path) 
         assert load_checkpoint(out, [f"task.protocol={protocol}"]).chosen == "last", "PSNR picked what FID reports"
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: list[tuple[int, ...]]) -> None:
     oracle, lm = tmp_path / "oracle", tmp_path / "lm"
     section = {"task": {"name": "imagenet_color"}}

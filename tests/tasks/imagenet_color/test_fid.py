@@ -123,6 +123,7 @@ def test_missing_or_wrong_inception_weights_are_one_line(tmp_path: Path) -> None
         )
 
 
+@pytest.mark.slow
 def test_inception_features_equal_the_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights; their hash replaces the published one."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")

@@ -57,6 +57,7 @@ def expected_fid(predictions: np.ndarray, reference: list[np.ndarray]) -> float:
     return frechet_distance(*moments)
 
 
+@pytest.mark.slow
 def test_fid_of_a_split_against_training_photos(root: Path, fake: list[tuple[int, ...]], own_cache: Path) -> None:
     task = fid_task()
     source = task.source(str(root), "val")
@@ -83,6 +84,7 @@ def test_fid_of_a_split_against_training_photos(root: Path, fake: list[tuple[int
     assert again.compute() == whole and len(fake) == before  # the reference came from the cache
 
 
+@pytest.mark.slow
 def test_real_predictions_have_the_distance_of_the_real_images(root: Path, fake: list[tuple[int, ...]]) -> None:
     task = fid_task()
     source = task.source(str(root), "val")
@@ -96,6 +98,7 @@ def test_real_predictions_have_the_distance_of_the_real_images(root: Path, fake:
     assert metric.protocol == "imagenet_color/fid" and figures["psnr"] == 100
 
 
+@pytest.mark.slow
 def test_only_the_full_coltran_lists_are_called_fid_5k(
     root: Path, fake: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
 CONFIG = NYUDepthConfig(protocol="full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_prepared_images_equal_their_sources(tmp_path: Path, own: bool) -> None:
     root = small_data(tmp_path / "data", num=21, num_val=2, layout="png")
