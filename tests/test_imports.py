@@ -76,6 +76,7 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+@pytest.mark.slow
 def test_every_room_has_its_place_in_the_order() -> None:
     assert {room(module) for module in graph()} == set(ORDER)
 
@@ -86,6 +87,7 @@ def test_the_documentation_shows_the_same_order() -> None:
     assert [line.partition(":")[0] for line in block.splitlines()] == ORDER[2:]
 
 
+@pytest.mark.slow
 def test_no_import_goes_upward() -> None:
     upward = [
         f"{source} imports {target}"

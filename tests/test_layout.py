@@ -44,11 +44,13 @@ def may_read_golden_numbers(file: Path) -> bool:
     return file.name.startswith("test_golden_") or (file.parent.name == "support" and file.name.startswith("golden"))
 
 
+@pytest.mark.slow
 def test_no_test_module_imports_another() -> None:
     found = {str(file.relative_to(TESTS)): names for file in TESTS.rglob("*.py") if (names := wrong_imports(file))}
     assert not found
 
 
+@pytest.mark.slow
 def test_golden_numbers_are_read_only_in_files_that_say_so() -> None:
     found = [file for file in TESTS.rglob("*.py") if reads_golden_numbers(file) and not may_read_golden_numbers(file)]
     assert not found

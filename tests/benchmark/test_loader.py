@@ -11,6 +11,7 @@ from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.errors import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_steps_add_up_to_the_whole(data: Path, workers: int) -> None:
     run = oracle_run(Path("x"), data, f"data.workers={workers}")

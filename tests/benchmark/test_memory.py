@@ -79,6 +79,7 @@ def test_an_oracle_keeps_the_counted_bytes(task: str, fake: FakeTensorMode) -> N
     assert found == pytest.approx(batch * oracle_memory(oracle, RUN).image, rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> None:
     batch = 5

@@ -70,6 +70,7 @@ def test_all_lines_of_the_other_jobs_are_printed(
     assert ("naive loop" if job == "side-by-side" else "FID") in said
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

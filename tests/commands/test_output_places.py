@@ -14,6 +14,7 @@ from tests.support.small import ORACLE
 from uvim_fsq import cli
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "file/under", "/proc/nowhere/under"])
 def test_places_that_cannot_be_written_are_refused_before_the_work(
     tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str

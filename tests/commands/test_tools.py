@@ -61,6 +61,7 @@ def test_every_command_that_trains_or_uses_a_run_has_a_script() -> None:
     assert scripts == set(MISTAKES)
 
 
+@pytest.mark.slow
 def test_a_script_behaves_as_the_command_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "train_oracle.py"), "nyu_depth/quickstart_oracle", "optim.lrr=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}

@@ -99,6 +99,7 @@ def test_too_little_memory_for_an_image_is_one_line(tmp_path: Path, monkeypatch:
         decode_png(file.read_bytes(), "ids")
 
 
+@pytest.mark.slow
 def test_npz_headers_are_checked_before_reading(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez_compressed(file, a=np.zeros(30_000_000, np.float32))

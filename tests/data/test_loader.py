@@ -54,6 +54,7 @@ def test_errors_are_kept_with_and_without_a_replacement_sample() -> None:
     assert collate([{8: "b is broken"}]) == (None, [], {8: "b is broken"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_samples_are_counted_with_any_number_of_workers(tmp_path: Path, data: Path, workers: int) -> None:
     run = oracle_run(Path("x"), data)

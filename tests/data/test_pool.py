@@ -32,6 +32,7 @@ def full_at_20(job: int) -> int:
     return job
 
 
+@pytest.mark.slow
 def test_results_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert list(in_processes(square, range(50), 3)) == [i * i for i in range(50)]

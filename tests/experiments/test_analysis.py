@@ -120,6 +120,7 @@ def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, mon
     assert (painter.decoded(painter.tokens[1], 1) == 128).all()
 
 
+@pytest.mark.slow
 def test_wrong_arguments_of_analyze_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], oracle_dir: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_an_input_image_is_never_replaced(tmp_path: Path, lm_dir: Path, capsys: 
         (own / "pic.png").unlink()
 
 
+@pytest.mark.slow
 def test_only_results_are_replaced(tmp_path: Path, lm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two, out = photo(tmp_path / "one.jpg"), photo(tmp_path / "two.jpg", 1), tmp_path / "out"
     out.mkdir()

@@ -109,6 +109,7 @@ def test_an_unusable_image_is_one_line(lm_dir: Path, given: Any, message: str) -
         predictor.predict_batch([RGB, given])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [RGB, "a.png", b"", bytearray(b"x"), Path("a.png"), Image.fromarray(RGB), None, 5])
 def test_a_single_image_is_not_a_batch(lm_dir: Path, given: Any) -> None:
     with pytest.raises(UserError, match="takes a list"):

@@ -98,6 +98,7 @@ def test_the_import_command(tmp_path: Path, data: Path, capsys: pytest.CaptureFi
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL)
 def test_full_size_oracles_fit_by_name_and_shape(kind: str) -> None:
     tensors = full_size(kind)

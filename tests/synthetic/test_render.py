@@ -36,6 +36,7 @@ def test_same_seed_and_index_give_the_same_scene(difficulty):
     assert np.abs(first.depth - render(SEED + 1, 3, SIZE, difficulty).depth).mean() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 @pytest.mark.parametrize("size", [32, 96, (48, 64)])
 def test_fields_have_the_promised_types_and_ranges(difficulty, size):

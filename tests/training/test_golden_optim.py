@@ -118,6 +118,7 @@ def run_of(case: str) -> Any:
     return load_run(LM, ["train.out=unused", "oracle=unused", f"train.steps={STEPS}", *keys])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 @pytest.mark.parametrize("case", CASES)
 def test_twelve_steps_equal_the_reference(case: str, packed: bool) -> None:

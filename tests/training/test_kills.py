@@ -59,6 +59,7 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, data: Path, quick_eva
         assert load_checkpoint(out).checkpoint.name == best
 
 
+@pytest.mark.slow
 def test_a_missing_evaluation_is_done_before_any_step(
     tmp_path: Path, data: Path, quick_evaluation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def lm_of_own_oracle(tmp_path: Path, data: Path, oracle_dir: Path) -> tuple[Path
     return out, oracle
 
 
+@pytest.mark.slow
 def test_a_resumed_lm_keeps_its_oracle(tmp_path: Path, lm_dir: Path, lm_of_own_oracle: tuple[Path, Path]) -> None:
     out, oracle = lm_of_own_oracle
     wanted = recorded_hashes(at(out, 3))["oracle"]

@@ -113,6 +113,7 @@ def test_a_run_starts_with_its_files_and_one_line(
     assert line["images_per_second"] / line["mfu"] == pytest.approx(1e12 / stage.train_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "bad", "kept"),
     [

@@ -130,6 +130,7 @@ def test_a_warmup_that_is_as_long_as_the_run_is_refused(tmp_path: Path, data: Pa
     assert len(losses(fit_run(oracle_run(tmp_path / "b", data, *keys, "optim.warmup_steps=3")))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
 def test_both_optimizers_reduce_the_loss_in_bf16(tmp_path: Path, data: Path, name: str) -> None:
     curve = losses(fit_run(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))

@@ -120,6 +120,7 @@ def test_a_signal_to_an_evaluation_ends_it_without_a_traceback(
     assert process.returncode == 128 + number and len(said.strip().splitlines()) == 2, said
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_acts_at_once(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

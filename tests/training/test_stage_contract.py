@@ -68,6 +68,7 @@ def final_state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     return state, safetensors.torch.load_file(checkpoint / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_optimizers_train_their_own_parameters_and_resume_exactly(
     run: OracleRun, data: Path, tmp_path: Path
 ) -> None:

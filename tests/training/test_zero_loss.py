@@ -12,6 +12,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.training.run import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["fsq", "vq"])
 @pytest.mark.parametrize("steps", [6, 30])
 def test_training_without_any_label_stops_early(

@@ -53,6 +53,7 @@ def reference(kind: str, seed: int) -> np.ndarray:
     return slow_counts(*random_case(kind, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seed"), CASES)
 def test_counts_equal_the_slow_reference(kind: str, seed: int) -> None:
     prediction, truth = random_case(kind, seed)

@@ -21,6 +21,7 @@ from uvim_fsq.tasks.nyu_depth.task import NYUDepthConfig
 CONFIG = NYUDepthConfig(protocol="full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "letter"), [("h5", "B"), ("mat", "A"), ("png", "C")])
 def test_layouts_are_found_by_content(tmp_path: Path, layout: str, letter: str) -> None:
     root = small_data(tmp_path / "data", num=25, num_val=3, layout=layout)

@@ -27,6 +27,7 @@ def test_splits_are_read_as_scipy_reads_them(tmp_path: Path, packed: bool, kind:
     assert read_splits(file) == ([*range(0, 99, 2)], [1, 3, 119])
 
 
+@pytest.mark.slow
 def test_large_compressed_splits_are_read_in_little_memory(tmp_path: Path) -> None:
     file, size = tmp_path / "splits.mat", 8_000_000
     arrays = {f"v{i}": np.zeros((size, 1), np.uint8) for i in range(12)}
