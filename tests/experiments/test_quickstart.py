@@ -58,7 +58,7 @@ def test_the_quickstart_continues_with_damaged_files(
     trained: list[str] = []
     monkeypatch.setattr(quickstart_module, "_make_data", lambda *_: pytest.fail("the data are there"))
     monkeypatch.setattr(quickstart_module, "_run_config", lambda scale, task, stage, out, given: stage)
-    monkeypatch.setattr(quickstart_module, "write_evaluation", lambda *_: None)
+    monkeypatch.setattr(quickstart_module, "write_evaluation_page", lambda *_: None)
 
     def train(stage: Any) -> None:
         trained.append(stage)

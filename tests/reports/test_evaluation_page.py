@@ -21,7 +21,7 @@ def test_the_page_shows_the_curves_of_both_stages(
     oracle, lm = random_runs
     run, folders = (oracle, {"oracle": oracle}) if stage == "oracle" else (lm, {"oracle": oracle, "lm": lm})
     written: list[Any] = []
-    monkeypatch.setattr(evaluation_page, "write_evaluation", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(evaluation_page, "write_evaluation_page", lambda *arguments: written.append(arguments))
     result = evaluate(run, limit=1)
     evaluation_page.write_run_page(tmp_path / "page.html", run, ["eval.limit=1"], result)
     ((page, title, loaded, shown, where, device),) = written

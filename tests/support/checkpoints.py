@@ -17,7 +17,7 @@ def save(run_dir: Path, step: int, value: float | None = None, watch: Selection 
     weights = {"weight": torch.tensor([[float(step)]])}
     path = ckpt.save_checkpoint(run_dir, step, config="a: 1\n", weights=weights, state={"step": step})
     if value is not None:
-        ckpt.write_evaluation(path, Evaluation(watch, {"rmse": value, "images": 10.0}))
+        ckpt.record_evaluation(path, Evaluation(watch, {"rmse": value, "images": 10.0}))
     return path
 
 

@@ -32,8 +32,8 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "after a save": (Trainer, "evaluate", "before"),
     "after the evaluation": (trainer, "write_whole", "before"),
     "after the picture": (Progress, "evaluated", "before"),
-    "after the log line": (ckpt, "write_evaluation", "before"),
-    "after the mark": (ckpt, "write_evaluation", "after"),
+    "after the log line": (ckpt, "record_evaluation", "before"),
+    "after the mark": (ckpt, "record_evaluation", "after"),
     "in the middle of deleting": (shutil, "rmtree", "before"),
     "after deleting": (ckpt, "prune", "after"),
 }

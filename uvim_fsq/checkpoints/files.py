@@ -111,7 +111,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         sync(target.parent)
 
 
-def write_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
+def record_evaluation(checkpoint: Path, evaluation: Evaluation) -> None:
     """Records the results of training's own evaluation of a checkpoint."""
     write_json(checkpoint / FIGURES, {**asdict(evaluation.selection), "figures": evaluation.figures})
 

@@ -91,12 +91,12 @@ def check_resume(asked: Run, trained: Run) -> None:
     }
     if fixed:
         raise UserError(
-            f"{describe(fixed)}: a run keeps its model, labels and optimizer; "
+            f"{describe_overrides(fixed)}: a run keeps its model, labels and optimizer; "
             "leave these settings as they were, or start a new run with another train.out"
         )
     if changed and not asked.train.resume_changes:
         raise UserError(
-            f"these settings differ from the checkpoint's: {describe(changed, 'was')}; "
+            f"these settings differ from the checkpoint's: {describe_overrides(changed, 'was')}; "
             "leave them as they were, or continue with the new ones by setting train.resume_changes=true"
         )
 
@@ -109,11 +109,11 @@ def check_overrides(asked: Run, trained: Run) -> dict[str, list[Any]]:
     changed = differences(trained, asked)
     fixed = {key: values for key, values in changed.items() if is_fixed(key, trained.task)}
     if fixed:
-        raise UserError(f"{describe(fixed)}: a trained model cannot change these; leave these settings out")
+        raise UserError(f"{describe_overrides(fixed)}: a trained model cannot change these; leave these settings out")
     return {key: list(values) for key, values in changed.items()}
 
 
-def describe(changed: Mapping[str, Any], verb: str = "trained with") -> str:
+def describe_overrides(changed: Mapping[str, Any], verb: str = "trained with") -> str:
     """Formats changed settings, given as (trained, requested) pairs, e.g. "eval.temperature=0.7 (trained with 0.0)"."""
     return ", ".join(f"{key}={_text(after)} ({verb} {_text(before)})" for key, (before, after) in changed.items())
 

@@ -74,7 +74,7 @@ class Evaluation:
 
 
 def read_evaluation(checkpoint: Path) -> Evaluation | None:
-    """What `write_evaluation` recorded, or None. Raises UserError for a damaged file."""
+    """What `record_evaluation` wrote, or None. Raises UserError for a damaged file."""
     file = checkpoint / FIGURES
     remedy = "remove it; its checkpoint then counts as not evaluated"
     try:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains the grid and writes its tables. Exits with code 1 if a cell fails."""
     from uvim_fsq.evaluation.results import finished
     from uvim_fsq.experiments.ablation.devices import find_devices, fit_cells
-    from uvim_fsq.experiments.ablation.grid import claim, command_line, plan, prepare, read_grid
+    from uvim_fsq.experiments.ablation.grid import claim, command_line, make_scenes, plan, read_grid
     from uvim_fsq.experiments.ablation.report import write_results, write_tables
     from uvim_fsq.experiments.ablation.runner import Runner
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         return
     check_places(folders=[out])
     claim(out, grid, args.overrides)
-    prepare(grid, out, print)
+    make_scenes(grid, out, print)
     runner = Runner(
         out,
         jobs,

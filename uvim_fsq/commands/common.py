@@ -59,7 +59,7 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from uvim_fsq.checkpoints.identity import describe
+    from uvim_fsq.checkpoints.identity import describe_overrides
 
     figures: dict[str, dict[str, float]] = result["figures"]
     data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
@@ -72,5 +72,5 @@ def print_result(result: dict[str, Any]) -> None:
     Console().print(table)
     limit = f", first {result['limit']} images only" if result["limit"] else ""
     if result["overrides"]:
-        print(describe(result["overrides"]))
+        print(describe_overrides(result["overrides"]))
     print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")

@@ -86,7 +86,7 @@ def import_plugin(module: str) -> None:
             f"plugin {module!r} cannot be imported ({error}); install it, or add its folder to PYTHONPATH"
         ) from error
     except Exception as error:
-        raise UserError(f"plugin {module!r} cannot be imported: {describe(error)}") from error
+        raise UserError(f"plugin {module!r} cannot be imported: {describe_fault(error)}") from error
 
 
 @contextmanager
@@ -97,10 +97,10 @@ def plugin_code(what: str) -> Generator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} fails: {describe(error)}") from error
+        raise UserError(f"{what} fails: {describe_fault(error)}") from error
 
 
-def describe(error: Exception) -> str:
+def describe_fault(error: Exception) -> str:
     """A plugin's exception in one line, with the file and line of its code."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"

@@ -69,7 +69,7 @@ def evaluate_loaded(
         if evaluator.statistics is not None:
             codes[name] = evaluator.statistics
     if csv_file is not None and processes.is_main():
-        write_csv(csv_file, rows)
+        write_rows(csv_file, rows)
     return {
         **provenance(loaded, evaluator, device),
         "checkpoint_sha256": checkpoint_sha256,
@@ -104,7 +104,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
     }
 
 
-def write_csv(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+def write_rows(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Writes one line per predict function and image: the function's name, the image's id and its metrics."""
     flat = [{"way": name, **row} for name, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))

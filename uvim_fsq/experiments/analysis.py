@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.checkpoints.identity import describe
+from uvim_fsq.checkpoints.identity import describe_overrides
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash, find_oracle, resolve_checkpoint
 from uvim_fsq.config.schema import LMRun
@@ -125,7 +125,7 @@ def write_pages(out: Path, loaded: LoadedRun, result: Mapping[str, Any], picture
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
         "images": f"{result['images']}" + (f" (the first {result['limit']})" if result["limit"] else ""),
         "seed": str(result["seed"]),
-        **({"settings": describe(result["overrides"])} if result["overrides"] else {}),
+        **({"settings": describe_overrides(result["overrides"])} if result["overrides"] else {}),
         **{key: result[key][:16] for key in ("checkpoint_sha256", "oracle_sha256") if key in result},
     }
     lines = "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items())

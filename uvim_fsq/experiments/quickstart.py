@@ -22,7 +22,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import finished, result_file
 from uvim_fsq.evaluation.run import evaluate_loaded
 from uvim_fsq.files import read_json, write_json
-from uvim_fsq.reports.evaluation_page import result_table, write_evaluation
+from uvim_fsq.reports.evaluation_page import result_table, write_evaluation_page
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.registry import task_class
@@ -183,7 +183,7 @@ def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     result = evaluate_loaded(loaded, device=device, baseline=True)
     write_json(result_file(out), result)
     title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
-    write_evaluation(out / "report.html", title, loaded, result, runs, device)
+    write_evaluation_page(out / "report.html", title, loaded, result, runs, device)
     figures, metric = result["figures"], loaded.task.main_metric
     return {
         **{f"{name}_{metric}": figures[name][metric] for name in figures},

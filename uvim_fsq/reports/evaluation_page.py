@@ -54,7 +54,7 @@ def _facts(result: Mapping[str, Any]) -> str:
     return "<p>" + "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items()) + "</p>"
 
 
-def write_evaluation(
+def write_evaluation_page(
     path: Path, title: str, loaded: LoadedRun, result: Mapping[str, Any], runs: Mapping[str, Path], device: torch.device
 ) -> None:
     """Writes the report of one evaluation: metrics, panels of eight images, training curves and code usage.
@@ -91,4 +91,4 @@ def write_run_page(path: Path, run_dir: str | Path, overrides: Sequence[str], re
     runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
     if isinstance(loaded.run, LMRun):
         runs = {"oracle": Path(loaded.run.oracle), **runs}
-    write_evaluation(path, f"{loaded.task.name}: {result['protocol']}", loaded, result, runs, device)
+    write_evaluation_page(path, f"{loaded.task.name}: {result['protocol']}", loaded, result, runs, device)

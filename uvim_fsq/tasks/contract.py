@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvim_fsq.config.plugins import describe
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
@@ -55,7 +54,7 @@ class _Trial:
         except Fault as fault:
             self.faults.append(f"task {self.task.name}, {method}: {fault}")
         except Exception as error:
-            self.faults.append(f"task {self.task.name}, {method} fails: {describe(error)}")
+            self.faults.append(f"task {self.task.name}, {method} fails: {describe_fault(error)}")
 
 
 def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:

@@ -271,7 +271,7 @@ class Trainer:
             write_whole(place, lambda path: picture.save(path, format="PNG"))
         progress.evaluated(self.step, figures, panel, time.perf_counter() - start)
         if processes.is_main():
-            ckpt.write_evaluation(self.last_checkpoint, Evaluation(self.selection, figures))
+            ckpt.record_evaluation(self.last_checkpoint, Evaluation(self.selection, figures))
 
     def write_run_files(self) -> None:
         """Writes the files of the run directory other than checkpoints."""

@@ -231,7 +231,7 @@ def command_line(command: Sequence[str]) -> str:
     return shlex.join(["uvim-fsq", *command])
 
 
-def prepare(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
+def make_scenes(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
     """Renders the scenes of a synthetic grid, unless they exist."""
     from uvim_fsq.synthetic.writers import write_dataset
 

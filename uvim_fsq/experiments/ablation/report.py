@@ -144,7 +144,7 @@ def _format(summary: Mapping[str, Any] | None) -> str:
     return f"{summary['mean']:.{digits}f}{deviation}"
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def results_markdown(results: Mapping[str, Any]) -> str:
     """The table in Markdown, below a line about protocol, images and seeds."""
     head, *body = table(results)
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
@@ -192,7 +192,7 @@ def write_tables(out: Path, grid: Grid, cells: Sequence[Cell], failures: Mapping
     """Writes table.md, table.csv and results.json of all finished cells into `out`; returns the results."""
     results = collect(grid, cells, failures)
     write_json(out / "results.json", results, indent=1)
-    write_text(out / "table.md", markdown(results))
+    write_text(out / "table.md", results_markdown(results))
     lines = [
         [row["name"], title, summary["mean"], summary["std"], summary["n"]]
         for row in results["rows"]

@@ -22,8 +22,7 @@ from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
 from uvim_fsq.tasks.nyu_depth.files import PairSource, h5_dataset, metres, one_line
-from uvim_fsq.tasks.nyu_depth.prepared import prepare as prepare_pairs
-from uvim_fsq.tasks.nyu_depth.prepared import use_prepared
+from uvim_fsq.tasks.nyu_depth.prepared import use_prepared, write_prepared
 from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 
 #: layout -> split -> official number of images.
@@ -272,4 +271,4 @@ def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], No
             missing.append(f"{split} was skipped: {error}")
     if not sources:
         raise UserError("; ".join(missing))
-    return "; ".join([prepare_pairs(sources, progress), *missing])
+    return "; ".join([write_prepared(sources, progress), *missing])

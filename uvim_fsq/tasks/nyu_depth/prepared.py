@@ -63,7 +63,7 @@ def use_prepared(source: PairSource) -> PairSource:
     return replace(source, pairs=pairs, info=info, broken=_advice(source.root))
 
 
-def prepare(sources: list[PairSource], progress: Callable[[int, int], None]) -> str:
+def write_prepared(sources: list[PairSource], progress: Callable[[int, int], None]) -> str:
     """Writes every sample of `sources` as .h5 (2.1 MB at 480 x 640, depth in meters) and returns a one-line summary.
 
     Continues where it was stopped, and converts changed originals again. Unreadable samples are skipped and counted.
