@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uvim_fsq.config.plugins import describe_fault
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
