@@ -47,7 +47,7 @@ def test_ranks_resume_the_same_checkpoint_or_stop(tmp_path: Path, data: Path, or
     process = start_ranks(2, "tests.training.test_resume_ranks:rank_in_own_folder", str(tmp_path), str(data))
     said = finish(process)
     wanted = {
-        "missing": "error: process 1 has no run/checkpoints/step_00000006; the run directory must be one",
+        "missing": "error: process 1 has no run/checkpoints/step_00000006; the run directory must be shared",
         "damaged": "error: run/checkpoints/step_00000006/model.safetensors is damaged",
         "another": "error: the processes loaded different checkpoints from run/checkpoints/step_00000006",
     }
