@@ -49,7 +49,7 @@ def loaded(run: Path) -> LoadedRun:
     return load_checkpoint(run, [PLUGINS])
 
 
-def test_training_uses_them(runs: Path) -> None:
+def test_training_uses_the_registered_quantizer_and_token_model(runs: Path) -> None:
     run = loaded(runs / "lm")
     assert isinstance(run.oracle.quantizer, Binary) and run.oracle.quantizer.codebook_size == 32
     assert isinstance(run.lm, Parallel) and run.lm.vocab_size == 32 and run.lm.length == 4

@@ -65,8 +65,12 @@ def _config_epilog(stage: str) -> str:
 
     lines = ["configuration keys (key=value on the command line, nested in YAML files):", ""]
     for key, kind, default, doc in describe_keys(OracleRun if stage == "oracle" else LMRun):
-        lines += [f"  {key}  [{kind}; default {default}]", f"      {doc}"]
+        lines += [f"  {key}  [{kind}; {_default(default)}]", f"      {doc}"]
     return "\n".join([*lines, "", "keys of each task, under task.:", *_task_keys()])
+
+
+def _default(value: str) -> str:
+    return "required" if value == "required" else f"default {value or '(empty)'}"
 
 
 def _task_keys() -> list[str]:
@@ -77,7 +81,7 @@ def _task_keys() -> list[str]:
     for name in task_names():
         lines.append(f"  task.name={name}")
         for key, kind, default, doc in describe_keys(config_class(name), "task."):
-            lines += [f"    {key}  [{kind}; default {default}]", f"        {doc}"]
+            lines += [f"    {key}  [{kind}; {_default(default)}]", f"        {doc}"]
     return lines
 
 
@@ -190,6 +194,11 @@ def _parse_and_run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG and not debug:
+            print(
+                f"error: a file name is too long ({str(error.filename)[:60]}...); give a shorter one", file=sys.stderr
+            )
+            raise SystemExit(2) from None
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""

@@ -88,7 +88,7 @@ class Bar:
         self.last = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Leaves `seconds` in which the job stood still out of the speed."""
+        """Excludes `seconds` of waiting from the measured speed."""
         self.begin += seconds
 
     def __enter__(self) -> Bar:

@@ -83,7 +83,7 @@ def test_imported_runs_evaluate_predict_and_train_a_new_lm(imported: Path, tmp_p
         train(resolve(load_run(config, ["train.resume=auto", "train.batch_size=8", "optim.warmup_steps=0"])))
 
 
-def test_the_import_command(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_imports_a_run(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = published(tmp_path / "color.npz", "oracle_vq_color.npz")
     main(["import-uvim", str(file), "--task", "color", "--out", str(tmp_path / "color")])
     assert "imported: " in capsys.readouterr().out

@@ -65,7 +65,7 @@ def vit_npz(state: dict[str, torch.Tensor], heads: int) -> dict[str, np.ndarray]
     return {name: value.detach().numpy() for name, value in arrays.items()}
 
 
-def test_public_vit_npz(tmp_path: Path) -> None:
+def test_weights_in_the_public_npz_layout_are_loaded(tmp_path: Path) -> None:
     name = "vit_tiny_patch16_224.augreg_in21k"
     published = timm.create_model(name)
     np.savez(tmp_path / "vit.npz", **vit_npz(published.state_dict(), heads=3))

@@ -1,5 +1,5 @@
 """The commands of `uvim-fsq`, one module each: HELP, `add_arguments(parser)` and `run(args)`.
 
-Heavy imports stand inside `run`, after all checks that do not need them, so that --help and a misspelled key are
+Heavy imports are inside `run`, after the checks that do not need them, so that --help and a misspelled key are
 answered at once.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from uvim_fsq.tasks.base import Task
 
 HELP = "print the layout and size of a data set and find broken samples"
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 #: Number of problems listed per split; the rest are only counted.
 SHOWN = 5
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_data(
-    name: str, root: str, overrides: Sequence[str] = (), progress: Progress | None = None
+    name: str, root: str, overrides: Sequence[str] = (), progress: ProgressCallback | None = None
 ) -> tuple[list[str], bool]:
     """Reads all samples of the splits train and val under `root` with the task `name`.
 
@@ -108,7 +108,7 @@ def _describe(source: SampleSource) -> str:
     return f"layout {layout}, {count} images{agrees}{rest}"
 
 
-def _read_all(task: Task, source: SampleSource, progress: Progress | None) -> tuple[list[str], str]:
+def _read_all(task: Task, source: SampleSource, progress: ProgressCallback | None) -> tuple[list[str], str]:
     """All problems, and the size of the first image."""
     problems: list[str] = []
     size = "unknown"

@@ -16,14 +16,21 @@ TASKS = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imag
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("--format", required=True, choices=tuple(TASKS))
+    parser.add_argument("--format", required=True, choices=tuple(TASKS), help="on-disk format to write")
     parser.add_argument("--num", type=int, required=True, help="number of training scenes")
     parser.add_argument("--num-val", type=int, default=100, help="number of validation scenes (default 100)")
     parser.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--layout", default="h5", choices=("h5", "mat", "png"), help="of --format nyu (default h5)")
-    parser.add_argument("--difficulty", default="varied", choices=("varied", "plain"))
+    parser.add_argument(
+        "--layout", default="h5", choices=("h5", "mat", "png"), help="file layout of --format nyu (default h5)"
+    )
+    parser.add_argument(
+        "--difficulty",
+        default="varied",
+        choices=("varied", "plain"),
+        help="plain: one camera height, focal length and texture scale (default varied)",
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
 
 

@@ -230,7 +230,8 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, args))
     if origin is tuple:
-        return "a list of " + ", ".join(dict.fromkeys(_type_name(arg) for arg in args if arg is not Ellipsis))
+        items = dict.fromkeys(_type_name(arg) for arg in args if arg is not Ellipsis)
+        return "a list of " + ", ".join(re.sub(r"^an? (\w+)$", r"\1s", item) for item in items)
     names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if hint is type(None):
         return "null"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uvim_fsq.config.schema import LEVEL_PRESETS, QUANTIZERS, TOKEN_MODELS, OracleRun, Run
+from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
@@ -149,7 +149,7 @@ def _problems(run: Run) -> Iterator[str]:
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
     else:
-        yield from _unknown_kind("model.kind", run.model.kind, TOKEN_MODELS, run)
+        yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -162,7 +162,7 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
             "lower it, or the patch size"
         )
     quantizer = model.quantizer
-    yield from _unknown_kind("model.quantizer.kind", quantizer.kind, QUANTIZERS, run)
+    yield from _unknown_kind("model.quantizer.kind", quantizer.kind, BUILT_IN_QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
 
 

@@ -21,8 +21,8 @@ LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
 }
 
 #: Built-in quantizers and token models; plugins may register others.
-QUANTIZERS = ("fsq", "vq")
-TOKEN_MODELS = ("autoregressive",)
+BUILT_IN_QUANTIZERS = ("fsq", "vq")
+BUILT_IN_TOKEN_MODELS = ("autoregressive",)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def find_config(name: str | Path) -> Path:
 
     Raises UserError with the closest shipped name if there is neither.
     """
+    if not str(name):
+        raise UserError("the configuration's name is empty; give a file, or a shipped name such as nyu_depth/oracle")
     path = Path(name)
     if path.is_file():
         return path

@@ -130,7 +130,7 @@ class TokenModel(nn.Module, ABC):
         return self.loss(image, tokens)
 
 
-TOKEN_MODELS: dict[str, type[TokenModel]] = {}
+_TOKEN_MODELS: dict[str, type[TokenModel]] = {}
 M = TypeVar("M", bound=type[TokenModel])
 
 
@@ -144,10 +144,10 @@ def register_token_model(name: str) -> Callable[[M], M]:
     """
 
     def register(cls: M) -> M:
-        known = TOKEN_MODELS.get(name)
+        known = _TOKEN_MODELS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"token model {name!r} is already registered by {known.__module__}.{known.__qualname__}")
-        TOKEN_MODELS[name] = cls
+        _TOKEN_MODELS[name] = cls
         return cls
 
     return register
@@ -155,9 +155,9 @@ def register_token_model(name: str) -> Callable[[M], M]:
 
 def build_token_model(config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> TokenModel:
     """Builds the freshly initialized token model that `model.kind` selects. Raises UserError for an unknown kind."""
-    if config.kind not in TOKEN_MODELS:
+    if config.kind not in _TOKEN_MODELS:
         raise UserError(
-            f"model.kind={config.kind}: known token models are {', '.join(sorted(TOKEN_MODELS))}; "
+            f"model.kind={config.kind}: known token models are {', '.join(sorted(_TOKEN_MODELS))}; "
             "one of your own must be registered by a module in `plugins`"
         )
-    return TOKEN_MODELS[config.kind](config, image_size=image_size, vocab_size=vocab_size, length=length)
+    return _TOKEN_MODELS[config.kind](config, image_size=image_size, vocab_size=vocab_size, length=length)

@@ -35,7 +35,7 @@ NYU_LAYOUTS = ("h5", "mat", "png")
 WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
 
 Size = int | tuple[int, int]
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Plan:
     seed: int
     difficulty: str
     workers: int | None
-    progress: Progress | None
+    progress: ProgressCallback | None
 
     def jobs(self, root: Path) -> list[_Job]:
         common = (self.size, self.seed, self.difficulty)
@@ -100,7 +100,7 @@ def write_dataset(
     layout: str = "h5",
     difficulty: str = "varied",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic" or "imagenet".
 
@@ -137,7 +137,7 @@ def write_nyu(
     layout: str = "h5",
     difficulty: str = "varied",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """NYU Depth v2: one .h5 per frame ("h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
 
@@ -159,7 +159,7 @@ def write_coco_panoptic(
     num_val: int,
     difficulty: str = "varied",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """COCO panoptic 2017: images, id PNGs and the two JSON files. Arguments and errors as for `write_dataset`."""
     plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
@@ -189,7 +189,7 @@ def write_imagenet(
     num_val: int,
     difficulty: str = "varied",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """ImageNet-1k: class folders for training, a flat val/; the classes are arbitrary. Errors as `write_dataset`."""
     plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
@@ -204,7 +204,13 @@ def write_imagenet(
 
 
 def _plan(
-    num: int, num_val: int, size: Size, seed: int, difficulty: str, workers: int | None, progress: Progress | None
+    num: int,
+    num_val: int,
+    size: Size,
+    seed: int,
+    difficulty: str,
+    workers: int | None,
+    progress: ProgressCallback | None,
 ) -> _Plan:
     """Checks the arguments before anything is written. Raises UserError."""
     if not 1 <= num <= VAL_START or num_val < 0:

@@ -56,7 +56,9 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports modules that register tasks. The caller trusts them; see `config.plugins.refuse_strangers` for a run's.
+    """Imports plugins, which register tasks, quantizers or token models.
+
+    The caller trusts them; see `config.plugins.refuse_strangers` for those of a run.
 
     Raises UserError naming a module that cannot be imported.
     """

@@ -71,7 +71,7 @@ def test_our_metrics_survive_a_failure_of_the_official_program(
     assert "pq_stuff" in capsys.readouterr().out
 
 
-def test_prediction_files(panoptic_lm: Path, tmp_path: Path) -> None:
+def test_predictions_are_written_as_picture_and_segments(panoptic_lm: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)).save(photo)
     main(["predict", str(panoptic_lm), str(photo), "--out", str(tmp_path / "out")])

@@ -69,7 +69,7 @@ def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: l
     np.testing.assert_allclose((own @ LUMA)[unclipped], (image @ LUMA)[unclipped], atol=1)
 
 
-def test_lists_and_checks_from_the_command_line(
+def test_coltran_lists_are_written_and_photo_folders_checked(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path
 ) -> None:
     main(["data", "coltran-lists", "--out", str(tmp_path / "lists")])

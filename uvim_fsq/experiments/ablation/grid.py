@@ -201,7 +201,7 @@ def _refuse_mixed(cells: Sequence[Cell]) -> None:
             if value != first[key]:
                 raise UserError(
                     f"{key} is {first[key]} in cell {cells[0].name!r} and {value} in cell {cell.name!r}: their figures "
-                    "cannot stand in one table; make a grid of each"
+                    "cannot be compared; make a grid of each"
                 )
 
 

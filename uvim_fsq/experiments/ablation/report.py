@@ -96,7 +96,7 @@ def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str,
                 other = results[0][0]
                 raise UserError(
                     f"{key} is {first.get(key)} in cell {other.name!r} and {about.get(key)} in cell {cell.name!r}: "
-                    "their figures cannot stand in one table; evaluate both alike with uvim-fsq evaluate "
+                    "their figures cannot be compared; evaluate both alike with uvim-fsq evaluate "
                     f"{other.lm_dir} and {cell.lm_dir}"
                 )
     return first or {"main_metric": "", "protocol": "", "images": 0, "limit": None}
