@@ -48,6 +48,11 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
+def is_package(module: str, modules: set[str]) -> bool:
+    """Packages are named in strings for other reasons, such as the group of entry points."""
+    return any(other.startswith(f"{module}.") for other in modules)
+
+
 def imported(file: Path, modules: set[str]) -> Iterator[str]:
     """Every module of the package that a file imports or names in a string, wherever in the file."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -59,7 +64,7 @@ def imported(file: Path, modules: set[str]) -> Iterator[str]:
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}"
                     yield inner if inner in modules else node.module
-        elif isinstance(node, ast.Constant) and node.value in modules:
+        elif isinstance(node, ast.Constant) and node.value in modules and not is_package(node.value, modules):
             yield node.value  # for importlib
 
 

@@ -53,7 +53,7 @@ def test_the_users_own_file_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
         ("nyu_depth/oracel", "^nyu_depth/oracel: no such configuration file.*; did you mean nyu_depth/oracle.$"),
         ("qqqq", "^qqqq: no such .*; shipped configurations have names such as nyu_depth/oracle$"),
         ("", "the configuration's name is empty; give a file"),
-        ("../../etc/passwd", "no such configuration file"),
+        ("../../no/such/file", "no such configuration file"),
         (str(CONFIGS / "nyu_depth"), r"nyu_depth is a folder; give one of its files, e.g. .*lm.yaml"),
     ],
 )

@@ -27,7 +27,7 @@ from uvim_fsq.experiments.ablation.grid import plan, read_grid
         ({"oracle": "lm.yaml"}, "is not a configuration of stage oracle"),
         (
             {"rows": {"x": {}, "y": {"lm": {"eval.limit": 10}}}},
-            "eval.limit is None in cell 'x, seed 3' and 10 in cell 'y, seed 3': their figures cannot stand in one",
+            "eval.limit is None in cell 'x, seed 3' and 10 in cell 'y, seed 3': their figures cannot be compared",
         ),
         (
             {"rows": {"x": {}, "y": {"oracle": {"task.protocol": "uvim"}}}},
