@@ -62,6 +62,11 @@ def test_what_is_not_found_is_named(name: str, message: str) -> None:
         find_config(name)
 
 
+def test_a_folder_without_configurations_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file, and no shipped configuration of that name"):
+        find_config(tmp_path)
+
+
 def test_a_name_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["config", "y" * 300])
