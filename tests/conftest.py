@@ -141,3 +141,11 @@ def no_trusted_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     path = list(sys.path)
     yield
     sys.path[:] = path
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graphs compiled by other tests, and none left for them."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -176,10 +176,10 @@ def test_an_unknown_kind_is_refused_before_anything_is_built(
 def test_an_unknown_kind_is_refused_where_plugins_might_have_registered_it() -> None:
     oracle = load_run(ORACLE, ["train.out=unused", "model.quantizer.kind=nothing"])
     with pytest.raises(UserError, match="known quantizers are .*fsq.*vq"):
-        build_quantizer(oracle.model.quantizer)  # type: ignore[union-attr]
+        build_quantizer(oracle.model.quantizer)
     lm = load_run(LM, ["train.out=unused", "oracle=unused", "model.kind=nothing"])
     with pytest.raises(UserError, match="known token models are autoregressive"):
-        build_token_model(lm.model, image_size=16, vocab_size=2, length=4)  # type: ignore[arg-type]
+        build_token_model(lm.model, image_size=16, vocab_size=2, length=4)
 
 
 def test_a_name_belongs_to_one_quantizer() -> None:

@@ -128,7 +128,7 @@ def test_shipped_recipes_fit_the_hardware_they_name(
 
 def test_bytes_per_parameter_follow_precision_optimizer_and_processes() -> None:
     def fixed(optim: str = "adamw", processes: int = 1, **train: Any) -> float:
-        run = replace(RUN, train=TrainConfig(**train), optim=OptimConfig(name=optim))  # type: ignore[arg-type]
+        run = replace(RUN, train=TrainConfig(**train), optim=OptimConfig(name=optim))
         with torch.device("meta"):
             oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
         count = sum(p.numel() for p in oracle.parameters())

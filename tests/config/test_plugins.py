@@ -10,6 +10,7 @@ from tests.support.camvid import camvid_data
 from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.config.plugins import import_plugin
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.registry import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_plugin_given_as_a_file_name_is_refused(photos: Path) -> None:
         ),
         ("import no_such_thing\n", "No module named 'no_such_thing'"),
         (
-            "from uvim_fsq.tasks.registry import register_task\n@register_task('mine')\nclass Mine:\n    pass\n",
+            "from uvim_fsq.tasks.registry import TASKS, register_task\n@register_task('mine')\nclass Mine:\n    pass\n",
             r"Mine.Config must be a frozen dataclass \(.*broken_plugin.py, line 2",
         ),
     ],
@@ -62,4 +63,4 @@ def test_a_task_without_its_methods_is_one_line(photos: Path, tmp_path: Path, mo
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="task half, its start fails: TypeError: Can't instantiate abstract class Half"):
         check_data("half", str(photos), ["plugins=[half_plugin]"])
-    monkeypatch.delitem(__import__("uvim_fsq.tasks.registry", fromlist=["_TASKS"])._TASKS, "half")
+    monkeypatch.delitem(TASKS.entries, "half")

@@ -12,8 +12,8 @@ from uvim_fsq.config import shipped
 from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS
 from uvim_fsq.config.shipped import find_config, shipped_folder, shipped_names
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm import base as token_models
-from uvim_fsq.oracle.quantizers import base as quantizers
+from uvim_fsq.lm.base import TOKEN_MODELS
+from uvim_fsq.oracle.quantizers.base import QUANTIZERS
 
 
 def test_the_folder_is_the_clones_unless_the_package_holds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,6 @@ def test_an_own_file_extends_a_shipped_one_by_name(tmp_path: Path, capsys: pytes
 
 
 def test_the_built_in_kinds_are_those_that_the_package_registers() -> None:
-    own = [name for name, made in quantizers._QUANTIZERS.items() if made.__module__.startswith("uvim_fsq.")]
-    assert sorted(own) == sorted(BUILT_IN_QUANTIZERS)
-    models = [name for name, made in token_models._TOKEN_MODELS.items() if made.__module__.startswith("uvim_fsq.")]
-    assert sorted(models) == sorted(BUILT_IN_TOKEN_MODELS)
+    for registry, built_in in ((QUANTIZERS, BUILT_IN_QUANTIZERS), (TOKEN_MODELS, BUILT_IN_TOKEN_MODELS)):
+        own = [name for name, entry in registry.entries.items() if entry.__module__.startswith("uvim_fsq.")]
+        assert sorted(own) == sorted(built_in)

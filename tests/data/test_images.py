@@ -62,7 +62,7 @@ def test_unsupported_formats_are_refused(tmp_path: Path) -> None:
         decode_ids((tmp_path / "b.bmp").read_bytes(), "b")
     for data in (b"", images._PNG, png(3, 2)[:30]):
         assert decode_png(data, "x") is None
-    assert decode_png(png(3, 2), "x").shape == (2, 3, 3)  # type: ignore[union-attr]
+    assert decode_png(png(3, 2), "x").shape == (2, 3, 3)
 
 
 def test_16_bit_images_are_converted_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,6 @@ def test_a_closed_or_text_file_is_one_line(tmp_path: Path, lm_dir: Path) -> None
     with pytest.raises(UserError, match="cannot be read from the open file"):
         predictor.predict(file)
     with (tmp_path / "a.png").open(encoding="utf-8") as text, pytest.raises(UserError, match="open it in binary mode"):
-        predictor.predict(text)  # type: ignore[arg-type]
+        predictor.predict(text)
     with (tmp_path / "a.png").open("rb") as one, pytest.raises(UserError, match="takes a list"):
-        predictor.predict_batch(one)  # type: ignore[arg-type]
+        predictor.predict_batch(one)

@@ -98,6 +98,11 @@ def lm_run(out: Path, oracle: Path, *overrides: str) -> Run:
     return resolve(load_run(LM, [f"train.out={out}", f"oracle={oracle}", *overrides]))
 
 
+def stage_run(stage: str, out: Path, data: Path, oracle: Path, *overrides: str) -> Run:
+    """`oracle_run` or `lm_run`."""
+    return oracle_run(out, data, *overrides) if stage == "oracle" else lm_run(out, oracle, *overrides)
+
+
 def generate(
     lm: TokenModel,
     images: torch.Tensor,

@@ -10,7 +10,7 @@ import pytest
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.configuration import load_run
-from uvim_fsq.tasks.registry import register_task, task_class
+from uvim_fsq.tasks.registry import TASKS, register_task, task_class
 
 
 def test_duplicates_are_refused_and_unknown_names_list_the_known() -> None:
@@ -34,4 +34,4 @@ def test_a_task_from_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(tmp_path)
     run = load_run({"task": {"name": "my_depth", "num_bins": 9}}, ["plugins=[my_plugin]"])
     assert run.task.options.num_bins == 9 and task_class("my_depth").name == "my_depth"
-    monkeypatch.delitem(__import__("uvim_fsq.tasks.registry", fromlist=["_TASKS"])._TASKS, "my_depth")
+    monkeypatch.delitem(TASKS.entries, "my_depth")

@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.support.compiler import needs_compiler
 from tests.support.runs import last_weights, losses
-from tests.support.small import lm_run, oracle_run
+from tests.support.small import stage_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.training import stages, step
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 #: Dynamo and autograd's tracing without the C++ compiler, which takes a minute a model; a graph break is an error.
 one_graph = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def run_of(stage: str, out: Path, data: Path, oracle_dir: Path, *keys: str) -> Any:
-    return oracle_run(out, data, *keys) if stage == "oracle" else lm_run(out, oracle_dir, *keys)
 
 
 def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, precision: str) -> None:
     """Losses as without compilation, ordinary names of weights, resumption, evaluation and averaged weights."""
     keys = [f"train.precision={precision}", "train.ema=0.9", "train.save_every=3", "train.accumulate=2"]
     keys += ["model.code_dropout=none"] if stage == "oracle" else []
-    eager, whole, halves = (run_of(stage, tmp_path / n, data, oracle_dir, *keys) for n in ("eager", "whole", "halves"))
+    eager, whole, halves = (
+        stage_run(stage, tmp_path / n, data, oracle_dir, *keys) for n in ("eager", "whole", "halves")
+    )
     fit(build_stage(eager), eager)
     for run in (whole, halves):
         run = replace(run, train=replace(run.train, compile=True))

@@ -17,7 +17,6 @@ from uvim_fsq.config.schema import Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.inference.predictions import PredictFn
 from uvim_fsq.layers import Attention
-from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.optim import decays, schedule
 from uvim_fsq.training.stages import Stage
@@ -94,10 +93,6 @@ class GivenGradients(Stage):
         raise NotImplementedError
 
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
-        raise NotImplementedError
-
-    @property
-    def quantizer(self) -> Quantizer:
         raise NotImplementedError
 
 

@@ -12,23 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.host_sync import NoHostSync
-from tests.support.small import lm_run, oracle_run
+from tests.support.small import stage_run
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.layers import Attention
 from uvim_fsq.training.stages import build_stage
 from uvim_fsq.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def run_of(stage: str, out: Path, data: Path, oracle_dir: Path, *keys: str) -> Any:
-    return oracle_run(out, data, *keys) if stage == "oracle" else lm_run(out, oracle_dir, *keys)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Kernels(TorchDispatchMode):
@@ -45,7 +36,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    trainer, batches = trainer_and_batches(run_of(stage, tmp_path, data, oracle_dir))
+    trainer, batches = trainer_and_batches(stage_run(stage, tmp_path, data, oracle_dir))
     with Kernels() as kernels:
         trainer.stepper.optimizer_step(batches, unheard)
     attention = {name for name in kernels.names if "attention" in name}
@@ -80,7 +71,7 @@ def trainer_and_batches(run: Any) -> tuple[Trainer, Iterator[Batch]]:
 
 @pytest.mark.parametrize("stage", ["oracle", "lm"])
 def test_no_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
-    run = run_of(stage, tmp_path, data, oracle_dir, "train.ema=0.9", "train.precision=bf16")
+    run = stage_run(stage, tmp_path, data, oracle_dir, "train.ema=0.9", "train.precision=bf16")
     trainer, batches = trainer_and_batches(run)
     trainer.stepper.optimizer_step(batches, unheard)
     with NoHostSync():
@@ -98,7 +89,7 @@ def test_no_step_waits_for_the_gpu(
     stage: str, optimizer: str, compile: bool, tmp_path: Path, data: Path, oracle_dir: Path
 ) -> None:
     keys = ["train.ema=0.9", "train.precision=bf16", f"optim.name={optimizer}", f"train.compile={compile}".lower()]
-    trainer, batches = trainer_and_batches(run_of(stage, tmp_path, data, oracle_dir, *keys))
+    trainer, batches = trainer_and_batches(stage_run(stage, tmp_path, data, oracle_dir, *keys))
     for _ in range(2):
         trainer.stepper.optimizer_step(batches, unheard)
     torch.cuda.synchronize()

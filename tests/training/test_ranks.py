@@ -134,7 +134,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path, data: Pa
 
 def different(value: object) -> list[object]:
     """In place of `processes.gather`: what a second process would give that has loaded something else."""
-    return [value, None if isinstance(value, Path) or value is None else value[::-1]]  # type: ignore[index]
+    return [value, None if isinstance(value, Path) or value is None else value[::-1]]
 
 
 def test_processes_that_loaded_different_checkpoints_stop(

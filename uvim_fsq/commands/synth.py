@@ -11,12 +11,12 @@ from uvim_fsq.errors import UserError
 
 HELP = "write a synthetic data set in the on-disk format of a real one"
 #: Format -> the task that reads it.
-TASKS = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}
+TASK_OF_FORMAT = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("--format", required=True, choices=tuple(TASKS), help="on-disk format to write")
+    parser.add_argument("--format", required=True, choices=tuple(TASK_OF_FORMAT), help="on-disk format to write")
     parser.add_argument("--num", type=int, required=True, help="number of training scenes")
     parser.add_argument("--num-val", type=int, default=100, help="number of validation scenes (default 100)")
     parser.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
@@ -66,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
             progress=bar.update,
         )
     say(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
-    say_next_of_data(TASKS[args.format], args.out)
+    say_next_of_data(TASK_OF_FORMAT[args.format], args.out)

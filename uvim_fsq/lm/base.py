@@ -16,6 +16,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
+from uvim_fsq.config.registry import Registry
 from uvim_fsq.config.schema import LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.sampling import GREEDY, Sampling
@@ -130,7 +131,7 @@ class TokenModel(nn.Module, ABC):
         return self.loss(image, tokens)
 
 
-_TOKEN_MODELS: dict[str, type[TokenModel]] = {}
+TOKEN_MODELS: Registry[type[TokenModel]] = Registry("token model", "model.kind")
 M = TypeVar("M", bound=type[TokenModel])
 
 
@@ -144,10 +145,7 @@ def register_token_model(name: str) -> Callable[[M], M]:
     """
 
     def register(cls: M) -> M:
-        known = _TOKEN_MODELS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"token model {name!r} is already registered by {known.__module__}.{known.__qualname__}")
-        _TOKEN_MODELS[name] = cls
+        TOKEN_MODELS.add(name, cls)
         return cls
 
     return register
@@ -155,9 +153,4 @@ def register_token_model(name: str) -> Callable[[M], M]:
 
 def build_token_model(config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> TokenModel:
     """Builds the freshly initialized token model that `model.kind` selects. Raises UserError for an unknown kind."""
-    if config.kind not in _TOKEN_MODELS:
-        raise UserError(
-            f"model.kind={config.kind}: known token models are {', '.join(sorted(_TOKEN_MODELS))}; "
-            "one of your own must be registered by a module in `plugins`"
-        )
-    return _TOKEN_MODELS[config.kind](config, image_size=image_size, vocab_size=vocab_size, length=length)
+    return TOKEN_MODELS.find(config.kind)(config, image_size=image_size, vocab_size=vocab_size, length=length)

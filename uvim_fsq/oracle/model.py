@@ -184,6 +184,6 @@ class Oracle(nn.Module):
             image_value, image_logs = image_loss(self.logits(hidden), labels)
             value, logs = value + image_value, {**logs, **image_logs}
         if quantized.loss is not None:
-            logs = {**logs, "reconstruction": value.detach(), **quantized.logs}
+            logs = {**logs, "reconstruction": value.detach(), **(quantized.logs or {})}
             value = value + quantized.loss
         return OracleOutput(value, logs, quantized.indices, bottleneck.detach())

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 from uvim_fsq.config.plugins import GROUP, import_plugin, name_plugins
+from uvim_fsq.config.registry import Registry
 from uvim_fsq.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ BUILT_IN = {
     "imagenet_color": "ImagenetColorConfig",
     "nyu_depth": "NYUDepthConfig",
 }
-_TASKS: dict[str, type[Task]] = {}
+TASKS: Registry[type[Task]] = Registry("task", "task.name")
 T = TypeVar("T", bound="Task")
 
 
@@ -40,16 +41,13 @@ def register_task(name: str) -> Callable[[type[T]], type[T]]:
     """
 
     def register(cls: type[T]) -> type[T]:
-        known = _TASKS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"task {name!r} is already registered by {known.__module__}.{known.__qualname__}")
         if name in BUILT_IN and cls.__module__ != _built_in_module(name, "task"):
             raise ValueError(f"task {name!r} is already registered by {_built_in_module(name, 'task')}")
         config = getattr(cls, "Config", None)
         if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise ValueError(f"{cls.__qualname__}.Config must be a frozen dataclass")
+        TASKS.add(name, cls)
         cls.name = name
-        _TASKS[name] = cls
         return cls
 
     return register
@@ -78,21 +76,21 @@ def _load_installed() -> None:
 def task_names() -> list[str]:
     """All task names, sorted: built in, from installed packages, and registered so far."""
     _load_installed()
-    return sorted({*BUILT_IN, *_TASKS})
+    return sorted({*BUILT_IN, *TASKS.entries})
 
 
 def task_class(name: str) -> type[Task]:
     """The class registered under `name`. Raises UserError listing the known tasks."""
     if name in BUILT_IN:
         importlib.import_module(_built_in_module(name, "task"))
-    elif name not in _TASKS:
+    elif name not in TASKS.entries:
         names = task_names()
-        if name not in _TASKS:
+        if name not in TASKS.entries:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
             advice = f"your own task needs plugins=[MODULE], and @register_task({name!r}) in that module"
             hint = f"did you mean {close[0]!r}?" if close else f"{advice}."
             raise UserError(f"unknown task {name!r}; {hint} Known tasks: {', '.join(names)}")
-    return _TASKS[name]
+    return TASKS.entries[name]
 
 
 def config_class(name: str) -> type:

@@ -26,7 +26,6 @@ from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.inference.predictions import PredictFn, lm_predictions, oracle_predictions
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.reports.panels import panel_picture
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.optim import build_optimizer
@@ -49,6 +48,7 @@ class Stage(ABC):
         model: the model that is trained, saved and evaluated.
         auxiliary: name -> module that only training needs, such as a discriminator. The trainer's state includes them,
             so that training can resume, but they are not part of the result.
+        oracle: the oracle whose tokens the stage is about: the model itself in stage I, frozen in stage II.
         task: the task of the labels.
         oracle_sha256: SHA-256 of the frozen oracle's weights; None without an oracle or if it was not loaded from a
             file.
@@ -57,6 +57,7 @@ class Stage(ABC):
     name: ClassVar[str]
     model: nn.Module
     auxiliary: dict[str, nn.Module]
+    oracle: Oracle
     task: Task
     oracle_sha256: str | None = None
 
@@ -105,15 +106,10 @@ class Stage(ABC):
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
         """The stage's predict function for `model`, with all modules that take part moved to the device."""
 
-    @property
-    @abstractmethod
-    def quantizer(self) -> Quantizer:
-        """The quantizer of the oracle."""
-
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
         """The task's metrics and the codebook usage on the selection split, or on its first `limit` images."""
         evaluator = Evaluator(
-            self.task, selection_data(self.run.data), self.run.eval, limit=limit, quantizer=self.quantizer
+            self.task, selection_data(self.run.data), self.run.eval, limit=limit, quantizer=self.oracle.quantizer
         )
         return evaluator.run(self.predictions(model, device), device)
 
@@ -142,11 +138,11 @@ class OracleStage(Stage):
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The task's loss plus the quantizer's auxiliary loss, if any."""
         out = model(batch["labels"], batch["image"], self.task.loss, self.image_loss)
-        self.quantizer.accumulate(out.bottleneck, out.tokens)
+        self.oracle.quantizer.accumulate(out.bottleneck, out.tokens)
         return out.loss.mean(), {name: value.mean() for name, value in out.logs.items()}
 
     def on_optimizer_step(self, reduce: Reduce, seed: int) -> None:
-        self.quantizer.on_optimizer_step(reduce, seed)
+        self.oracle.quantizer.on_optimizer_step(reduce, seed)
 
     def train_flops(self) -> float:
         return self.oracle.cost().train
@@ -154,10 +150,6 @@ class OracleStage(Stage):
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
         assert isinstance(model, Oracle)
         return oracle_predictions(model, self.task)
-
-    @property
-    def quantizer(self) -> Quantizer:
-        return self.oracle.quantizer
 
 
 class LMStage(Stage):
@@ -192,10 +184,6 @@ class LMStage(Stage):
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
         assert isinstance(model, TokenModel)
         return lm_predictions(model, self.oracle.to(device), self.task, self.run.eval)
-
-    @property
-    def quantizer(self) -> Quantizer:
-        return self.oracle.quantizer
 
     def write_artifacts(self, out: Path) -> None:
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run is self-contained."""

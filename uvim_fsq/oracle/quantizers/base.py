@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from uvim_fsq.config.registry import Registry
 from uvim_fsq.config.schema import QuantizerConfig
-from uvim_fsq.errors import UserError
 
 
 class Quantized(NamedTuple):
@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
     codes: torch.Tensor
     indices: torch.Tensor
     loss: torch.Tensor | None = None
-    logs: dict[str, torch.Tensor] = {}  # noqa: RUF012  (a NamedTuple's default; never written to)
+    logs: dict[str, torch.Tensor] | None = None
 
 
 class Quantizer(nn.Module, ABC):
@@ -90,7 +90,7 @@ class Quantizer(nn.Module, ABC):
 
 Factory = Callable[[QuantizerConfig], Quantizer]
 F = TypeVar("F", bound=Factory)
-_QUANTIZERS: dict[str, Factory] = {}
+QUANTIZERS: Registry[Factory] = Registry("quantizer", "model.quantizer.kind")
 
 
 def register_quantizer(name: str) -> Callable[[F], F]:
@@ -103,10 +103,7 @@ def register_quantizer(name: str) -> Callable[[F], F]:
     """
 
     def register(factory: F) -> F:
-        known = _QUANTIZERS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
-            raise ValueError(f"quantizer {name!r} is already registered by {known.__module__}.{known.__qualname__}")
-        _QUANTIZERS[name] = factory
+        QUANTIZERS.add(name, factory)
         return factory
 
     return register
@@ -114,9 +111,4 @@ def register_quantizer(name: str) -> Callable[[F], F]:
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """Builds the quantizer that `model.quantizer` selects. Raises UserError for an unknown kind."""
-    if config.kind not in _QUANTIZERS:
-        raise UserError(
-            f"model.quantizer.kind={config.kind}: known quantizers are {', '.join(sorted(_QUANTIZERS))}; "
-            "one of your own must be registered by a module in `plugins`"
-        )
-    return _QUANTIZERS[config.kind](config)
+    return QUANTIZERS.find(config.kind)(config)
