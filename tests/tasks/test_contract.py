@@ -142,6 +142,21 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("sum", {"loss": summed}, "the loss is not a mean over pixels"),
     ("no gradient", {"loss": loss(lambda x, logs: (x.detach(), logs))}, "the loss has no gradient"),
     (
+        "scalar image loss",
+        {"image_loss": lambda self, logits, labels: (logits["classes"].mean(), {})},
+        r"image_loss: the loss of 2 images is float32 \(\)",
+    ),
+    (
+        "image loss without gradient",
+        {"image_loss": lambda self, logits, labels: (logits["classes"].detach().mean((1, 2, 3)), {})},
+        "image_loss: the loss has no gradient",
+    ),
+    (
+        "image loss of other shapes",
+        {"image_loss": lambda self, logits, labels: logits["classes"][:, :, 99999]},
+        "image_loss fails: IndexError",
+    ),
+    (
         "decode",
         {"decode": lambda self, logits: logits["classes"].argmax(-1)},
         r"decode: expected a list of one item .* int64",

@@ -217,6 +217,11 @@ class Task(ABC):
         """
         raise NotImplementedError(f"task {self.name} has no image-level loss")
 
+    @property
+    def has_image_loss(self) -> bool:
+        """Whether the task overrides `image_loss`."""
+        return type(self).image_loss is not Task.image_loss
+
     @abstractmethod
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Any]:
         """Channel -> (B, S, S, C) logits to one prediction per image: NumPy, at label size."""

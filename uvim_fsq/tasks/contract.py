@@ -76,6 +76,9 @@ def contract_faults(task: Task, root: str, split: str = "val") -> list[str]:
     logits = _logits(task)
     with trial.step("loss"):
         _check_loss(task, logits, _on_device(labels))
+    if task.has_image_loss:
+        with trial.step("image_loss"):
+            _check_image_loss(task, logits, _on_device(labels))
     with trial.step("decode"):
         decoded = task.decode(logits)
         right = isinstance(decoded, list) and len(decoded) == 2
@@ -191,16 +194,7 @@ def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[
 
     def loss(pixels: slice) -> torch.Tensor:
         result = task.loss({n: x[:, pixels] for n, x in flat.items()}, {n: x[:, pixels] for n, x in truth.items()})
-        right = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
-        _require(right, f"expected (loss, logs), got {_kind(result)}")
-        values, logs = result
-        right = isinstance(values, torch.Tensor) and values.shape == (2,) and values.is_floating_point()
-        _require(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
-        for name, value in logs.items():
-            right = isinstance(value, torch.Tensor) and value.shape == (2,)
-            _require(right, f"log {name!r} of 2 images is {_kind(value)}, expected a tensor (2,)")
-        _require(bool(torch.isfinite(values).all()), f"the loss is {values.tolist()} for random logits")
-        return values
+        return _checked_values(result)
 
     whole, half = loss(slice(None)), SIDE * SIDE // 2
     halves = (loss(slice(half)) + loss(slice(half, None))) / 2
@@ -208,8 +202,31 @@ def _check_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[
         torch.allclose(halves, whole, rtol=1e-3, atol=1e-5),
         "the loss is not a mean over pixels: the loss of all pixels is not the mean of the losses of two halves",
     )
-    _require(whole.requires_grad, "the loss has no gradient with respect to the logits")
-    whole.sum().backward()
+    _check_gradient(whole)
+
+
+def _check_image_loss(task: Task, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]) -> None:
+    maps = {name: x.detach().requires_grad_() for name, x in logits.items()}
+    _check_gradient(_checked_values(task.image_loss(maps, labels)))
+
+
+def _checked_values(result: Any) -> torch.Tensor:
+    """The loss of two images, if `result` is a pair of losses and logs as the contract has it."""
+    right = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
+    _require(right, f"expected (loss, logs), got {_kind(result)}")
+    values, logs = result
+    right = isinstance(values, torch.Tensor) and values.shape == (2,) and values.is_floating_point()
+    _require(right, f"the loss of 2 images is {_kind(values)}, expected float32 (2,): one value per image")
+    for name, value in logs.items():
+        right = isinstance(value, torch.Tensor) and value.shape == (2,)
+        _require(right, f"log {name!r} of 2 images is {_kind(value)}, expected a tensor (2,)")
+    _require(bool(torch.isfinite(values).all()), f"the loss is {values.tolist()} for random logits")
+    return values
+
+
+def _check_gradient(values: torch.Tensor) -> None:
+    _require(values.requires_grad, "the loss has no gradient with respect to the logits")
+    values.sum().backward()
 
 
 def _check_use(trial: _Trial, source: SampleSource, view: Sample, item: Any) -> None:

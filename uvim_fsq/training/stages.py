@@ -133,7 +133,7 @@ class OracleStage(Stage):
         self.oracle = build_oracle(run, self.task)
         self.model = self.oracle
         # None unless the task overrides it, because it requires logits of whole label maps.
-        self.image_loss = self.task.image_loss if type(self.task).image_loss is not Task.image_loss else None
+        self.image_loss = self.task.image_loss if self.task.has_image_loss else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The task's loss plus the quantizer's auxiliary loss, if any."""
