@@ -15,7 +15,7 @@ import torch
 
 from tests.support.small import oracle_run
 from uvim_fsq.checkpoints.loading import build_task
-from uvim_fsq.data.loader import Item, TrainLoader, collate, eval_batches
+from uvim_fsq.data.loader import Item, TrainLoader, _start_worker, collate, eval_batches
 from uvim_fsq.data.sample import smallest_integer
 from uvim_fsq.errors import UserError
 
@@ -135,6 +135,22 @@ def test_a_stuck_or_killed_worker_is_one_line(data: Path, monkeypatch: pytest.Mo
     for worker in set(multiprocessing.active_children()) - before:
         worker.join(60)
     assert set(multiprocessing.active_children()) <= before, "a stuck process would keep the command from ending"
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_worker_that_is_starting_is_ignored(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _start_worker
+
+    def start(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(number)
+
+    monkeypatch.setattr("uvim_fsq.data.loader._start_worker", start)
+    run = oracle_run(Path("x"), data)
+    task = build_task(run)
+    source = task.source(str(data), "train")
+    read = [name for batch, _ in eval_batches(source, task, run.data, batch_size=8, workers=2) for name in batch["id"]]
+    assert len(read) == len(source)
 
 
 def test_a_worker_hands_over_shared_tensors_and_views(data: Path) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.images import limit_pixels
+from uvim_fsq.data.pool import signals_blocked
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import Encoding, JointTransform
 from uvim_fsq.errors import UserError
@@ -258,7 +259,8 @@ def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, 
         timeout=BATCH_TIMEOUT if workers else 0,
     )
     with worker_errors():
-        iterator = iter(loader)
+        with signals_blocked():  # until the workers ignore them
+            iterator = iter(loader)
         try:
             yield from iterator
         finally:

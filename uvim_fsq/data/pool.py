@@ -50,7 +50,7 @@ def _start(processes: dict[Connection, BaseProcess], function: Callable[[Any], A
     with _worker_environment():
         # Start it now: if Process.start() started it, it would unblock the signals again.
         resource_tracker.ensure_running()
-        with _signals_blocked():
+        with signals_blocked():
             for _ in range(workers):
                 connection, worker_connection = context.Pipe()
                 process = context.Process(target=_work, args=(worker_connection, function))
@@ -78,7 +78,7 @@ def _worker_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Blocks SIGINT and SIGTERM in this process and, from their first moment, in processes started in the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
