@@ -145,6 +145,15 @@ class LMModelConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The keys under `loss:` in stage II."""
+
+    task_weight: float = 0.0
+    """Weight of the task's loss of the labels that the frozen oracle decodes from soft codes, the expected codes under
+    the predicted distributions (All in Tokens, arXiv 2301.02229); 0: only the loss on tokens, as in the papers."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The keys under `optim:`: optimizer and learning rate."""
 
@@ -270,6 +279,7 @@ class LMRun:
     """Modules to import first. The oracle's are added, but must be listed here too unless trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

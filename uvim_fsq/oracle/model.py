@@ -159,6 +159,31 @@ class Oracle(nn.Module):
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
         return self.decode(self.quantizer.indices_to_codes(tokens), image)
 
+    def label_loss(
+        self,
+        codes: torch.Tensor,
+        labels: Mapping[str, torch.Tensor],
+        image: torch.Tensor | None,
+        loss: Loss,
+        image_loss: Loss | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The task's loss of the labels decoded from codes, which may be soft: (B,) float32, and logs name -> (B,).
+
+        Args:
+            codes: (B, L, d).
+            labels: channel -> (B, S, S[, C]).
+            image: the context; may be None for a decoder without context.
+            loss: `Task.loss`, computed in chunks of examples and patches.
+            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
+        """
+        hidden = self.decode_hidden(codes, image)
+        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
+        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
+        if image_loss is None:
+            return value, logs
+        image_value, image_logs = image_loss(self.logits(hidden), labels)
+        return value + image_value, {**logs, **image_logs}
+
     def forward(
         self,
         labels: Mapping[str, torch.Tensor],
@@ -171,18 +196,13 @@ class Oracle(nn.Module):
         Args:
             labels: channel -> (B, S, S[, C]).
             image: the context; may be None for an oracle without context.
-            loss: `Task.loss`, computed in chunks of examples and patches.
-            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
+            loss: see `label_loss`.
+            image_loss: see `label_loss`.
         """
         bottleneck = self.encode(labels, image)
         quantized = self.quantizer(bottleneck)
         codes = drop_codes(quantized.codes, self.config.code_dropout) if self.training else quantized.codes
-        hidden = self.decode_hidden(codes, image)
-        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
-        if image_loss is not None:
-            image_value, image_logs = image_loss(self.logits(hidden), labels)
-            value, logs = value + image_value, {**logs, **image_logs}
+        value, logs = self.label_loss(codes, labels, image, loss, image_loss)
         if quantized.loss is not None:
             logs = {**logs, "reconstruction": value.detach(), **(quantized.logs or {})}
             value = value + quantized.loss
