@@ -52,9 +52,9 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
         return Sizes(run, None)
     oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
+    validate(run)
     # Download nothing: random weights take the same time.
     run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
-    validate(run)
     return Sizes(oracle_run, run)
 
 

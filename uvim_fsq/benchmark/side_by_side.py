@@ -131,10 +131,11 @@ def compare_decoding(lm: AutoregressiveLM, repeats: int, batches: Sequence[int])
     if module is not None:
         model = hugging_face_model(lm)
         other["Hugging Face parameters"] = parameter_count(model)
-    (side, _) = lm.encoder.patch_embed.img_size or (0, 0)
     lines: list[Measurement] = []
     for batch in batches:
-        images = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0))
+        images = torch.randint(
+            0, 256, (batch, 3, lm.image_size, lm.image_size), generator=torch.Generator().manual_seed(0)
+        )
         images = images.to(torch.uint8).to(device)
         ours = {name: functools.partial(_tokens, generator, images) for name, generator in generators.items()}
         decoders = {**ours, **alternative_decoders(lm, images, model)}

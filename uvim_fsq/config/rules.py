@@ -8,7 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, OracleRun, Run
+from uvim_fsq.config.schema import (
+    BUILT_IN_QUANTIZERS,
+    BUILT_IN_TOKEN_MODELS,
+    LEVEL_PRESETS,
+    EncoderConfig,
+    OracleRun,
+    Run,
+)
 from uvim_fsq.errors import UserError
 
 
@@ -95,18 +102,19 @@ _ABOVE_ZERO = """
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
-    model.encoder.num_heads model.encoder.mlp_dim"""
+    model.encoder.num_heads model.encoder.mlp_dim model.encoder.image_size model.encoder.out_width
+    optim.encoder_layer_decay"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
-    model.quantizer.commitment loss.task_weight"""
+    model.quantizer.commitment model.encoder.drop_path loss.task_weight"""
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
-    ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("optim.final_lr_ratio eval.top_p optim.encoder_layer_decay", lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
-    ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
+    ("model.dropout model.quantizer.momentum model.encoder.drop_path", lambda value: value < 1, "must be below 1"),
 )
 
 
@@ -150,6 +158,7 @@ def _problems(run: Run) -> Iterator[str]:
         yield from _oracle_problems(run)
     else:
         yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
+        yield from _encoder_problems(run.model.encoder)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -164,6 +173,18 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
     quantizer = model.quantizer
     yield from _unknown_kind("model.quantizer.kind", quantizer.kind, BUILT_IN_QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _encoder_problems(encoder: EncoderConfig) -> Iterator[str]:
+    if encoder.stages is not None and not encoder.stages:
+        yield "model.encoder.stages=[] is empty; name at least one stage, or null for the last one"
+    if encoder.frozen and encoder.weights == "none":
+        yield (
+            "model.encoder.frozen=true with model.encoder.weights=none: a frozen encoder with random weights learns "
+            "nothing; give its weights, or set frozen to false"
+        )
+    if encoder.frozen and encoder.drop_path:
+        yield f"model.encoder.drop_path={encoder.drop_path} has no effect on a frozen encoder; set it to 0"
 
 
 def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:

@@ -85,6 +85,41 @@ def oracle_cost(config: OracleModelConfig, label_width: int, image_size: int, co
     )
 
 
+@dataclass(frozen=True)
+class EncoderSize:
+    """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    patch_size: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """FLOP of an image encoder per image, and the size of its output.
+
+    Attributes:
+        width: channels of a feature.
+        patches: features per image.
+        forward: FLOP of the forward pass.
+        train: FLOP of forward and backward pass, without the image's gradient.
+    """
+
+    width: int
+    patches: int
+    forward: float
+    train: float
+
+
+def vit_cost(vit: EncoderSize) -> EncoderCost:
+    """The cost of a plain ViT."""
+    patch_embed = 2 * vit.width * 3 * vit.patch_size**2 * vit.patches
+    forward = patch_embed + vit.depth * encoder_layer(vit.width, vit.mlp_dim, vit.patches)
+    return EncoderCost(width=vit.width, patches=vit.patches, forward=forward, train=3 * forward - patch_embed)
+
+
 class TokenModelCost(ABC):
     """Cost of a token model: FLOP per image in training, memory traffic and time of generating tokens."""
 
@@ -121,8 +156,7 @@ class AutoregressiveCost(TokenModelCost):
         length: number of tokens per image.
     """
 
-    patch_embed: float
-    encoder: float
+    image_encoder: EncoderCost
     decoder: float
     cross_kv: float
     head: float
@@ -133,12 +167,12 @@ class AutoregressiveCost(TokenModelCost):
 
     @property
     def train(self) -> float:
-        return 3 * (self.patch_embed + self.encoder + self.decoder + self.head) - self.patch_embed
+        return self.image_encoder.train + 3 * (self.decoder + self.head)
 
     @property
     def encode(self) -> float:
         """FLOP spent once per image when decoding: the encoder and the cross-attention's keys and values."""
-        return self.patch_embed + self.encoder + self.cross_kv
+        return self.image_encoder.forward + self.cross_kv
 
     def step_bytes(self, batch: int, past: int, *, number_bytes: int, cross_bytes: float) -> float:
         """Bytes read by one decoding step: all weights once, and for each image the cross-attention's keys and values
@@ -161,27 +195,15 @@ class AutoregressiveCost(TokenModelCost):
         return seconds
 
 
-@dataclass(frozen=True)
-class EncoderSize:
-    """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    patch_size: int
-    patches: int
-
-
 def autoregressive_cost(
-    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int
+    encoder: EncoderCost, config: LMModelConfig, *, vocab_size: int, length: int
 ) -> AutoregressiveCost:
     """FLOP per image of stage II with the autoregressive token model."""
     e, n = encoder.width, encoder.patches
     d, m, t = config.width, config.mlp_dim, length
     layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, query and output of the cross-attention, MLP
     return AutoregressiveCost(
-        patch_embed=2 * e * 3 * encoder.patch_size**2 * n,
-        encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, n),
+        image_encoder=encoder,
         decoder=config.depth * decoder_layer(d, m, e, t, n),
         cross_kv=config.depth * 4 * d * e * n,
         head=2 * d * vocab_size * t,

@@ -87,17 +87,27 @@ def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> f
     return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
 
 
+def vit_activations(vit: EncoderSize, b: int) -> float:
+    """Bytes per image saved for a plain ViT's backward pass."""
+    e, n = vit.width, vit.patches
+    # The input of the final norm and the image's patches, besides the blocks.
+    return vit.depth * encoder_block(e, vit.mlp_dim, n, b, fused=True) + 4 * n * e + 3 * b * n * vit.patch_size**2
+
+
 def autoregressive_activations(
-    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, b: int
+    encoder_bytes: float, memory: tuple[int, int], config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:
-    """Bytes per image saved for the autoregressive token model's backward pass."""
-    e, n = encoder.width, encoder.patches
-    image = encoder.depth * encoder_block(e, encoder.mlp_dim, n, b, fused=True)
-    image += config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)
+    """Bytes per image saved for the autoregressive token model's backward pass.
+
+    Args:
+        encoder_bytes: those of the image encoder.
+        memory: (M, E), the number and width of its features.
+    """
+    n, e = memory
+    image = encoder_bytes + config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)
     if config.dropout:
         image += config.depth * 3 * length * config.width
-    # Log-probabilities and gradients of the logits, the encoder's final norm, the image's patches.
-    return image + 12 * length * vocab_size + 4 * n * e + 3 * b * n * encoder.patch_size**2
+    return image + 12 * length * vocab_size  # log-probabilities and gradients of the logits
 
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:
