@@ -119,7 +119,8 @@ class ImageEncoder(nn.Module):
     def depths(self) -> dict[nn.Parameter, int]:
         """The number of layers above each parameter of the timm model, from 0 for its last layer.
 
-        What counts as a layer is up to timm: blocks, with embeddings as the first layer and a final norm as the last.
+        What counts as a layer is up to timm: mostly blocks, with embeddings as a layer of their own and a final norm as
+        part of the last block.
 
         Raises UserError for a model whose layers timm does not order.
         """
@@ -135,7 +136,7 @@ class ImageEncoder(nn.Module):
 
     def cost(self) -> EncoderCost:
         """FLOP per image, and the size of the features."""
-        vit = self._plain_sizes()
+        vit = self.vit_size()
         if vit is not None:
             return vit_cost(vit)
         projection = 0.0
@@ -148,13 +149,13 @@ class ImageEncoder(nn.Module):
 
     def activation_bytes(self, number_bytes: int) -> float:
         """Bytes per image kept for the backward pass, at `number_bytes` bytes per forward activation."""
-        vit = self._plain_sizes()
+        vit = self.vit_size()
         if vit is not None:
             return vit_activations(vit, number_bytes)
         return saved_bytes(self, (2, 3, self.size, self.size), bf16=number_bytes < 4) / 2
 
-    def _plain_sizes(self) -> EncoderSize | None:
-        """The sizes of a plain ViT whose last features are used as they are; None for any other model."""
+    def vit_size(self) -> EncoderSize | None:
+        """The sizes of a plain ViT that has no class token and whose features are not projected; else None."""
         model = self.model
         if not is_plain_vit(model) or model.num_prefix_tokens or not isinstance(self.projection, nn.Identity):
             return None
@@ -180,11 +181,11 @@ class ImageEncoder(nn.Module):
                 f"model.encoder.stages={list(asked)}: {name} has the stages 0 to {count - 1}; name each at most once"
             )
         stride = max(reductions[stage] for stage in stages)
-        if self.size % stride:
+        if self.size % stride and self.size != self.model.pretrained_cfg["input_size"][-1]:
             key = "data.image_size" if self.config.image_size is None else "model.encoder.image_size"
             raise UserError(
-                f"{key}={self.size} is not divisible by {stride}, the patch size or stride of the image encoder "
-                f"({name}); set model.encoder.image_size, e.g. to {-(-self.size // stride) * stride}"
+                f"{key}={self.size} is not divisible by {stride}, the image encoder's patch size or stride ({name}); "
+                f"set model.encoder.image_size, e.g. to {-(-self.size // stride) * stride}"
             )
         # The norm after the last block also fits the others if all blocks have one width and one grid.
         norm = getattr(self.model, "norm", None)
