@@ -39,7 +39,7 @@ def test_a_run_survives_a_round_trip_through_yaml(tmp_path: Path) -> None:
         ("=3", "not of the form key=value"),
         ("model.quantizer.levels=[8,6", "is not valid YAML"),
         ("plugins=my_module", "plugins='my_module': must be a list, e.g. plugins=[my_module]"),
-        ("stage=[1]", "must be oracle or lm"),
+        ("stage=[1]", "must be one of oracle, lm, direct"),
         ("task.name=[1]", "task.name=[1]: must be text"),
         ("train.out=${nope}", "Interpolation key 'nope' not found"),
     ],

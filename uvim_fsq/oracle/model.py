@@ -20,16 +20,13 @@ from uvim_fsq.config.schema import OracleModelConfig
 from uvim_fsq.layers import (
     PatchEmbed,
     init_transformer_,
-    patchify,
     position_embedding,
     resize_tokens,
     signed_pixels,
-    unpatchify,
 )
 from uvim_fsq.oracle.backbones.transformer import Transformer
-from uvim_fsq.oracle.chunking import chunk_slices
 from uvim_fsq.oracle.label_embedding import LabelEmbed
-from uvim_fsq.oracle.label_head import LabelHead, Loss, chunked_label_loss
+from uvim_fsq.oracle.label_head import LabelHead, Loss
 from uvim_fsq.oracle.quantizers.base import build_quantizer
 from uvim_fsq.performance.flops import OracleCost, oracle_cost
 from uvim_fsq.tasks.base import LabelChannel
@@ -147,13 +144,11 @@ class Oracle(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
-        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
+        return self.label_head.maps(hidden)
 
     def iter_logits(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
         """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
-        hidden = self.decode_hidden(codes, image)
-        for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
-            yield self.logits(hidden[rows])
+        yield from self.label_head.iter_maps(self.decode_hidden(codes, image))
 
     def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
@@ -171,18 +166,14 @@ class Oracle(nn.Module):
         Args:
             labels: channel -> (B, S, S[, C]).
             image: the context; may be None for an oracle without context.
-            loss: `Task.loss`, computed in chunks of examples and patches.
-            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
+            loss: `Task.loss`.
+            image_loss: `Task.image_loss`, added to `loss`.
         """
         bottleneck = self.encode(labels, image)
         quantized = self.quantizer(bottleneck)
         codes = drop_codes(quantized.codes, self.config.code_dropout) if self.training else quantized.codes
         hidden = self.decode_hidden(codes, image)
-        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
-        if image_loss is not None:
-            image_value, image_logs = image_loss(self.logits(hidden), labels)
-            value, logs = value + image_value, {**logs, **image_logs}
+        value, logs = self.label_head.loss(hidden, labels, loss, image_loss)
         if quantized.loss is not None:
             logs = {**logs, "reconstruction": value.detach(), **(quantized.logs or {})}
             value = value + quantized.loss
