@@ -16,47 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
-from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding, signed_pixels
-from uvim_fsq.lm.base import Generated, Generator, TokenModel, register_token_model
+from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding, signed_pixels
+from uvim_fsq.lm.base import CodeLoss, Generated, Generator, TokenModel, register_token_model, total_loss
+from uvim_fsq.lm.decoder_block import DecoderBlock
 from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.lm.kv_cache import DecoderCache, LayerCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling
 from uvim_fsq.lm.token_generator import TokenGenerator
 from uvim_fsq.performance.flops import AutoregressiveCost, EncoderSize, autoregressive_cost
 from uvim_fsq.performance.memory import autoregressive_activations
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm block of causal self-attention, cross-attention and MLP. Attention projections have no bias."""
-
-    def __init__(self, config: LMModelConfig, memory_dim: int) -> None:
-        super().__init__()
-        dim = config.width
-        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.self_attn = Attention(dim, config.num_heads, bias=False)
-        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.cross_attn = Attention(dim, config.num_heads, bias=False, memory_dim=memory_dim)
-        self.norm3 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.mlp = MLP(dim, config.mlp_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced pass over all positions: (B, L, D), memory (B, M, E) -> (B, L, D)."""
-        x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=True))
-        x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
-        return x + self.dropout(self.mlp(self.norm3(x)))
-
-    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One position: (B, 1, D) -> (B, 1, D). It attends to the first `span` positions under the mask (1, span)."""
-        attn, cross = self.self_attn, self.cross_attn
-        y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
-        y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
-        cache.own.index_copy_(3, position, y[1:])
-        key, value = cache.own[:, :, :, : mask.shape[-1]]
-        x = x + attn.attend(y[0], key, value, mask=mask)
-        attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
-        x = x + cross.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm3(x))
 
 
 @register_token_model("autoregressive")
@@ -158,11 +126,18 @@ class AutoregressiveLM(TokenModel):
         """Teacher-forced logits (B, L, V) for images (B, 3, S, S) and targets (B, L) int64."""
         return self.decode(tokens, self.encode(image))
 
-    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy, averaged over the tokens of each example; logs the accuracy of the most likely token."""
-        logits = self.logits(image, tokens)
+    def loss(
+        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy, averaged over the tokens of each example; logs the accuracy of the most likely token.
+
+        The probabilities that `code_loss` receives are teacher-forced: each depends on the true earlier tokens.
+        """
+        memory = self.encode(image)
+        logits = self.decode(tokens, memory)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-        return loss.view(tokens.shape).mean(1), {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+        logs = {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+        return total_loss(loss.view(tokens.shape).mean(1), logs, code_loss, logits, memory)
 
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.logits(image, tokens).float()

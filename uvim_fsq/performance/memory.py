@@ -76,6 +76,17 @@ def oracle_activations(config: OracleModelConfig, image_size: int, b: int) -> fl
     return blocks + (4 + 4 + 4) * n * d + 2 * 3 * b * image_size**2
 
 
+def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> float:
+    """Bytes per image saved for the backward pass through a frozen oracle's decoder, without label logits.
+
+    The inputs of products with frozen weights are not saved, because only these weights' gradients need them.
+    """
+    d, n = config.width, (image_size // config.patch_size) ** 2
+    frozen = 4 + 4 + 3 * b + b  # the streams, whose norms need them; query, key, value and the weighted sum
+    # Input of the final norm, and hidden states.
+    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
+
+
 def autoregressive_activations(
     encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:

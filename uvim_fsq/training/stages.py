@@ -27,7 +27,8 @@ from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.inference.predictions import PredictFn, direct_predictions, lm_predictions, oracle_predictions
-from uvim_fsq.lm.base import TokenModel
+from uvim_fsq.lm.base import CodeLoss, TokenModel
+from uvim_fsq.oracle.label_head import Loss
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.reports.panels import panel_picture
@@ -71,6 +72,11 @@ class Stage(ABC):
     def quantizer(self) -> Quantizer | None:
         """The quantizer of the stage's tokens; None if it has no tokens."""
         return None
+
+    @property
+    def image_loss(self) -> Loss | None:
+        """The task's image-level loss; None unless the task has one, because it requires logits of whole label maps."""
+        return self.task.image_loss if self.task.has_image_loss else None
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Name -> optimizer. The first is the optimizer of `model`, under the name `MAIN`."""
@@ -142,8 +148,6 @@ class OracleStage(Stage):
         torch.manual_seed(run.train.seed)
         self.oracle = build_oracle(run, self.task)
         self.model = self.oracle
-        # None unless the task overrides it, because it requires logits of whole label maps.
-        self.image_loss = self.task.image_loss if self.task.has_image_loss else None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -174,7 +178,6 @@ class LMStage(Stage):
     def __init__(self, run: LMRun, oracle: tuple[Oracle, Task] | None = None) -> None:
         """`oracle`: a frozen oracle and its task, to use instead of the checkpoint that `run` names."""
         super().__init__(run)
-        self.eval = run.eval
         # Determined once, because the oracle's best checkpoint may change before it is copied.
         self.oracle_dir = oracle_to_train_on(run) if oracle is None else None
         self.oracle_sha256 = weights_hash(self.oracle_dir) if self.oracle_dir is not None else None
@@ -183,6 +186,7 @@ class LMStage(Stage):
         torch.manual_seed(run.train.seed)
         self.lm = build_lm(run, self.oracle)
         self.model = self.lm
+        self.run: LMRun = run
 
     @property
     def quantizer(self) -> Quantizer:
@@ -194,15 +198,34 @@ class LMStage(Stage):
             self.oracle.to(batch["image"].device)
         with torch.no_grad():
             tokens = self.tokenize(batch["labels"], batch["image"])
-        loss, logs = model(batch["image"], tokens)
+        loss, logs = model(batch["image"], tokens, self._code_loss(batch))
         return loss.mean(), {name: value.mean() for name, value in logs.items()}
 
+    def _code_loss(self, batch: Batch) -> CodeLoss | None:
+        """The weighted task loss of soft codes, decoded by the frozen oracle; None if its weight is 0."""
+        weight = self.run.loss.task_weight
+        if not weight:
+            return None
+
+        def code_loss(
+            probabilities: torch.Tensor, _: torch.Tensor | None
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            codes = self.oracle.quantizer.expected_codes(probabilities)
+            labels, image = batch["labels"], batch["image"]
+            value, logs = self.oracle.label_loss(codes, labels, image, self.task.loss, self.image_loss)
+            return weight * value, {"task_loss": value.detach(), **logs}
+
+        return code_loss
+
     def train_flops(self) -> float:
-        return self.lm.cost().train + self.oracle.cost().tokenize
+        oracle = self.oracle.cost()
+        # The frozen decoder passes gradients on, but needs none for its weights.
+        decode = 2 * oracle.decode if self.run.loss.task_weight else 0.0
+        return self.lm.cost().train + oracle.tokenize + decode
 
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
         assert isinstance(model, TokenModel)
-        return lm_predictions(model, self.oracle.to(device), self.task, self.eval)
+        return lm_predictions(model, self.oracle.to(device), self.task, self.run.eval)
 
     def write_artifacts(self, out: Path) -> None:
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run is self-contained."""
@@ -221,7 +244,6 @@ class DirectStage(Stage):
         torch.manual_seed(run.train.seed)
         self.direct = build_direct(run, self.task)
         self.model = self.direct
-        self.image_loss = self.task.image_loss if self.task.has_image_loss else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The task's loss."""
