@@ -100,6 +100,9 @@ class OracleModelConfig:
     """Number of tokens per image, a square number."""
     code_dropout: Literal["none", "random", "ordered"] = "random"
     """Zero a random number of codes in training: at random positions (random) or always the last ones (ordered)."""
+    dropped_code: Literal["zero", "learned"] = "zero"
+    """What the decoder sees for a dropped code: zeros, as in the papers, which may also be a code of the codebook; or
+    learned, a vector of its own, by a channel that is 1 for present codes and 0 for dropped ones."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
 

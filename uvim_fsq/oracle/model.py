@@ -100,7 +100,8 @@ class Oracle(nn.Module):
         self.encoder = Transformer(width, config.encoder_depth, config.num_heads, config.mlp_dim)
         self.decoder = Transformer(width, config.decoder_depth, config.num_heads, config.mlp_dim)
         self.encoder_head = nn.Linear(width, self.quantizer.dim)
-        self.decoder_stem = nn.Linear(self.quantizer.dim, width)
+        self.marks_dropped = config.dropped_code == "learned"
+        self.decoder_stem = nn.Linear(self.quantizer.dim + self.marks_dropped, width)
         for stem in (self.encoder_head, self.decoder_stem):
             init_transformer_(stem)
         self.label_head = LabelHead(channels, patch, width)
@@ -136,13 +137,29 @@ class Oracle(nn.Module):
         with torch.autocast(self.encoder_positions.device.type, enabled=False):
             return self.quantizer(self.encode(labels, image)).indices
 
+    def mark_present(self, codes: torch.Tensor) -> torch.Tensor:
+        """Appends the presence channel, which is 1, if the decoder has one: (B, L, d) -> (B, L, d + 1).
+
+        A dropped code is zero in all channels (`empty_codes`), so multiplying the result by s in [0, 1] moves it from a
+        dropped code to a present one. Codes are returned unchanged if they have the channel already or the decoder has
+        none, i.e. with `dropped_code="zero"`.
+        """
+        if not self.marks_dropped or codes.shape[-1] > self.quantizer.dim:
+            return codes
+        return torch.cat([codes, torch.ones_like(codes[..., :1])], -1)
+
+    def empty_codes(self, count: int) -> torch.Tensor:
+        """The input of the decoder if all codes of `count` images are dropped: (count, L, d) zeros, or (.., d + 1)."""
+        channels = self.decoder_stem.in_features
+        return torch.zeros(count, self.code_length, channels, device=self.decoder_positions.device)
+
     def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""
-        x = resize_tokens(self.decoder_stem(codes), self.num_patches)
+        x = resize_tokens(self.decoder_stem(self.mark_present(codes)), self.num_patches)
         return self.decoder(x + self._context(self.decoder_context, image) + self.decoder_positions)
 
     def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zeros leave only the context."""
+        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. `empty_codes` leave only the context."""
         return self.logits(self.decode_hidden(codes, image))
 
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -201,7 +218,9 @@ class Oracle(nn.Module):
         """
         bottleneck = self.encode(labels, image)
         quantized = self.quantizer(bottleneck)
-        codes = drop_codes(quantized.codes, self.config.code_dropout) if self.training else quantized.codes
+        codes = self.mark_present(quantized.codes)
+        if self.training:
+            codes = drop_codes(codes, self.config.code_dropout)
         value, logs = self.label_loss(codes, labels, image, loss, image_loss)
         if quantized.loss is not None:
             logs = {**logs, "reconstruction": value.detach(), **(quantized.logs or {})}

@@ -83,7 +83,8 @@ def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> f
     """
     d, n = config.width, (image_size // config.patch_size) ** 2
     frozen = 4 + 4 + 3 * b + b  # the streams, whose norms need them; query, key, value and the weighted sum
-    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + 4 * n * d
+    # Input of the final norm, and hidden states.
+    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
 
 
 def encoder_decoder_activations(
