@@ -27,7 +27,7 @@ def encoder_block(d: int, m: int, n: int, b: int, *, fused: bool = False) -> flo
 
 
 def decoder_block(d: int, m: int, e: int, t: int, n: int, b: int) -> float:
-    """Bytes saved by one LM block: causal self-attention, cross-attention to n memory tokens, MLP."""
+    """Bytes saved by one LM block: self-attention, cross-attention to n memory tokens, MLP."""
     copies = 2 if b < 4 else 0  # copies of the memory, for keys and for values
     cross = (4 + 3 * b) * t * d + b * n * (copies * e + 2 * d)
     return encoder_block(d, m, t, b) + cross
@@ -87,10 +87,10 @@ def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> f
     return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
 
 
-def autoregressive_activations(
+def encoder_decoder_activations(
     encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:
-    """Bytes per image saved for the autoregressive token model's backward pass."""
+    """Bytes per image saved for the backward pass of a built-in token model."""
     e, n = encoder.width, encoder.patches
     image = encoder.depth * encoder_block(e, encoder.mlp_dim, n, b, fused=True)
     image += config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)
