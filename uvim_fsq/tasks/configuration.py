@@ -74,16 +74,27 @@ def _build_run(tree: Tree, untrusted: Path | None) -> Run:
     return dataclasses.replace(run, task=section, given=given)
 
 
+def _token_keys() -> dict[str, str]:
+    """Key -> stage, for the keys that runs with tokens have and direct runs lack."""
+    known = {key for key, *_ in describe_keys(DirectRun)}
+    stages = ("oracle", "lm")
+    return {key: stage for stage in stages for key, *_ in describe_keys(STAGES[stage]) if key not in known}
+
+
 def _refuse_token_keys(tree: Tree) -> None:
     """Refuses keys of the stages with tokens in the configuration of a direct run, by the name of their stage."""
-    known = {key for key, *_ in describe_keys(DirectRun)}
-    for stage in ("oracle", "lm"):
-        for key, *_ in describe_keys(STAGES[stage]):
-            value: Any = tree
-            for name in key.split("."):
-                value = typing.cast(Tree, value).get(name, MISSING) if isinstance(value, dict) else MISSING
-            if value is not MISSING and key not in known:
-                raise UserError(f"{key} is a key of stage {stage}; a direct run has no tokens, remove it")
+    for key, stage in _token_keys().items():
+        value: Any = tree
+        for name in key.split("."):
+            value = typing.cast(Tree, value).get(name, MISSING) if isinstance(value, dict) else MISSING
+        if value is not MISSING:
+            raise UserError(f"{key} is a key of stage {stage}; a direct run has no tokens, remove it")
+
+
+def without_token_keys(overrides: Sequence[str]) -> list[str]:
+    """The `key=value` overrides of a run with tokens that a direct run can have too."""
+    dropped = _token_keys()
+    return [override for override in overrides if override.partition("=")[0] not in dropped]
 
 
 def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:
