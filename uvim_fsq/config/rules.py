@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, OracleRun, Run
+from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, LMRun, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
@@ -133,6 +133,8 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:
         yield from _warmup_problems(run, train.steps)
+    if isinstance(run, LMRun) and run.model.decoder == "trained" and not run.loss.task_weight:
+        yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 
@@ -150,6 +152,8 @@ def _problems(run: Run) -> Iterator[str]:
         yield from _oracle_problems(run)
     else:
         yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
+        if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
+            yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:

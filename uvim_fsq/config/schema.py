@@ -143,6 +143,11 @@ class LMModelConfig:
     """Hidden width of the token decoder's MLP."""
     dropout: float = 0.0
     """Dropout rate on the decoder's residual branches and token embeddings in training."""
+    decoder: Literal["frozen", "trained"] = "frozen"
+    """What turns codes into labels: the oracle's decoder, frozen; or a copy of it that is trained with the token model
+    on soft codes (needs loss.task_weight)."""
+    decoder_context: Literal["pixels", "encoder"] = "pixels"
+    """What a trained decoder sees of the image: pixels, like the oracle's; or the image encoder's features as well."""
     kind: str = "autoregressive"
     """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
 
