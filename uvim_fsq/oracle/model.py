@@ -142,17 +142,25 @@ class Oracle(nn.Module):
         return self.decoder(x + self._context(self.decoder_context, image) + self.decoder_positions)
 
     def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zeros leave only the context."""
+        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32."""
         return self.logits(self.decode_hidden(codes, image))
 
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
         return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
 
+    def empty_codes(self, count: int) -> torch.Tensor:
+        """What the decoder gets for codes that are all dropped: (count, L, d) float32. It leaves only the context."""
+        return torch.zeros(count, self.code_length, self.quantizer.dim, device=self.encoder_positions.device)
+
+    def image_chunks(self, count: int) -> list[slice]:
+        """Slices of `count` images whose logits together are few enough for the memory; see `iter_logits`."""
+        return chunk_slices(count, self.num_patches * self.label_head.logits)
+
     def iter_logits(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
         """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
         hidden = self.decode_hidden(codes, image)
-        for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
+        for rows in self.image_chunks(len(hidden)):
             yield self.logits(hidden[rows])
 
     def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
