@@ -12,7 +12,7 @@ import torch
 from tests.support.evaluation import shake
 from tests.support.oracles import CONFIG
 from tests.support.small import TASKS
-from uvim_fsq.config.schema import EncoderConfig, EvalConfig, LMModelConfig
+from uvim_fsq.config.schema import EncoderConfig, EvalConfig, LMModelConfig, OracleModelConfig
 from uvim_fsq.data.loader import derive_seed
 from uvim_fsq.inference.code_decoding import LMDecoder, LogitMean, image_seeds, sample_seeds
 from uvim_fsq.inference.predictions import context_predictions
@@ -58,12 +58,12 @@ class World:
         return self.oracle.decode(codes, self.image)
 
 
-def make_world(task: Task) -> World:
-    oracle = Oracle(CONFIG, task.label_channels, SIDE).eval()
+def make_world(task: Task, config: OracleModelConfig = CONFIG) -> World:
+    oracle = Oracle(config, task.label_channels, SIDE).eval()
     shake(oracle)
     encoder = EncoderConfig(name="vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
-    config = LMModelConfig(encoder=encoder, width=16, depth=1, num_heads=2, mlp_dim=32)
-    lm = AutoregressiveLM(config, image_size=SIDE, vocab_size=25, length=4).eval()
+    lm_config = LMModelConfig(encoder=encoder, width=16, depth=1, num_heads=2, mlp_dim=32)
+    lm = AutoregressiveLM(lm_config, image_size=SIDE, vocab_size=25, length=4).eval()
     shake(lm)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), generator=generator).to(torch.uint8)
@@ -146,6 +146,13 @@ def test_the_scale_moves_codes_away_from_the_empty_code(depth: World, monkeypatc
         assert close(depth.predict(code_scale=scale), by_hand)
     assert equal(depth.predict(code_scale=1.0), depth.task.decode(depth.logits(codes)))
     assert equal(depth.predict(code_scale=0.0), depth.context())
+
+
+def test_a_scale_moves_the_presence_of_codes_as_well() -> None:
+    world = make_world(DEPTH, replace(CONFIG, dropped_code="learned"))
+    assert equal(world.predict(code_scale=0.0), world.context())
+    codes = world.oracle.mark_present(world.oracle.quantizer.indices_to_codes(world.tokens()))
+    assert close(world.predict(code_scale=0.5), world.task.decode(world.logits(codes / 2)))
 
 
 def test_weights_zero_and_one_are_the_codes_and_the_context(world: World) -> None:

@@ -92,9 +92,9 @@ def describe_predictions(oracle: Oracle, images: int) -> dict[str, str]:
     else:
         name, zero = "zero_codes", "all codes zero and no image for the decoder, so one constant prediction"
     zero += f"; trained with code dropout ({dropout})" if dropout != "none" else "; trained without code dropout"
-    empty = oracle.empty_codes(1)[0, 0]
-    code = int(quantizer.codes_to_indices(empty))
-    if torch.equal(quantizer.codebook()[code], empty):
+    zero_codes = torch.zeros(quantizer.dim, device=quantizer.device)
+    code = int(quantizer.codes_to_indices(zero_codes))
+    if oracle.config.dropped_code == "zero" and not quantizer.codebook()[code].any():
         zero += f"; code {code} of the codebook is also zero"
     own = " with its own image" if sees_image(oracle) else ""
     return {

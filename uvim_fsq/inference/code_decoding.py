@@ -18,6 +18,7 @@ from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.loader import derive_seed
 from uvim_fsq.lm.base import Generated, Generator, TokenModel
 from uvim_fsq.lm.sampling import Sampling
+from uvim_fsq.oracle.label_decoder import LabelDecoder
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.base import Categorical, LabelChannel, Task
@@ -65,9 +66,12 @@ def chosen_codes(quantizer: Quantizer, generated: Generated, kind: str) -> torch
     return quantizer.expected_codes(generated.probabilities)
 
 
-def scale_codes(codes: torch.Tensor, empty: torch.Tensor, scale: float) -> torch.Tensor:
-    """Codes on the line from the empty codes (`scale` 0) to the given ones (`scale` 1); all (B, L, d)."""
-    return codes if scale == 1 else empty + scale * (codes - empty)
+def scale_codes(decoder: LabelDecoder, codes: torch.Tensor, scale: float) -> torch.Tensor:
+    """Codes on the line from the decoder's empty codes (`scale` 0) to the given ones (`scale` 1), (B, L, d)."""
+    if scale == 1:
+        return codes
+    empty = decoder.empty_codes(len(codes))
+    return empty + scale * (decoder.mark_present(codes) - empty)
 
 
 class LogitMean:
@@ -111,26 +115,26 @@ class LogitMean:
 
 
 def iter_mixed_logits(
-    oracle: Oracle,
+    decoder: LabelDecoder,
     channels: Mapping[str, LabelChannel],
     parts: Sequence[tuple[float, torch.Tensor]],
     image: torch.Tensor,
 ) -> Iterator[Logits]:
-    """Decodes several codes per image and averages them. Yields a few images at a time, as `Oracle.iter_logits` does.
+    """Decodes several codes per image and averages them. Yields a few images at a time, like `iter_logits`.
 
     Args:
-        oracle: the oracle.
+        decoder: decodes codes to logits.
         channels: the task's label channels.
         parts: weights above 0 and codes (B, L, d). A single part is decoded as it is.
         image: (B, 3, S, S).
     """
     if len(parts) == 1:
-        yield from oracle.iter_logits(parts[0][1], image)
+        yield from decoder.iter_logits(parts[0][1], image)
         return
-    for rows in oracle.image_chunks(len(image)):
+    for rows in decoder.image_chunks(len(image)):
         mean = LogitMean(channels)
         for weight, codes in parts:
-            mean.add(oracle.decode(codes[rows], image[rows]), weight)
+            mean.add(decoder.decode(codes[rows], image[rows]), weight)
         yield mean.logits()
 
 
@@ -159,16 +163,16 @@ class LMDecoder:
 
         Returns one prediction per image, as `Task.decode` does, and the tokens (B, L) int64 of the first sample.
         """
-        config, empty = self.config, self.oracle.empty_codes(len(image))
+        config, oracle = self.config, self.oracle
         parts: list[tuple[float, torch.Tensor]] = []
         tokens: list[torch.Tensor] = []
         for number in range(config.samples):
             generated = self.generator(image, sample_seeds(seeds, number))
-            codes = chosen_codes(self.oracle.quantizer, generated, config.codes)
-            parts.append(((1 - config.context_weight) / config.samples, scale_codes(codes, empty, config.code_scale)))
+            codes = scale_codes(oracle, chosen_codes(oracle.quantizer, generated, config.codes), config.code_scale)
+            parts.append(((1 - config.context_weight) / config.samples, codes))
             tokens = tokens or [generated.tokens]
         if config.context_weight > 0:
-            parts.append((config.context_weight, empty))
+            parts.append((config.context_weight, oracle.empty_codes(len(image))))
         parts = [(weight, codes) for weight, codes in parts if weight > 0]
-        logits = iter_mixed_logits(self.oracle, self.task.label_channels, parts, image)
+        logits = iter_mixed_logits(oracle, self.task.label_channels, parts, image)
         return [item for chunk in logits for item in self.task.decode(chunk)], tokens[0]

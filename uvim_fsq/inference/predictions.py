@@ -1,4 +1,4 @@
-"""Functions that predict a batch: the oracle, its decoder with all codes dropped, the language model, or a baseline.
+"""Functions that predict a batch: the oracle, its decoder with dropped codes, the language model, or a baseline.
 
 B batch, L code length, d code channels.
 """
