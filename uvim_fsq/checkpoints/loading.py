@@ -19,6 +19,7 @@ from uvim_fsq.checkpoints.run_directory import (
     resolve_checkpoint,
 )
 from uvim_fsq.config.plugins import plugin_code
+from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError, enough_memory
@@ -91,9 +92,12 @@ def resolve(run: Run) -> Run:
 def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:
     """Loads the oracle of a run or checkpoint directory, frozen and in evaluation mode, and its task.
 
-    If `run` is given and resolved, the task is built from its options, so that the LM's decoding options apply.
+    If `run` is given and resolved, the task is built from its options, so that the LM's decoding options apply. Raises
+    UserError if the run mixes its predictions with a context that the oracle does not have.
     """
     oracle_run, checkpoint = read_oracle_config(path)
+    if run is not None:
+        check_context_weight(run.eval.context_weight, oracle_run.model.context, path)
     task = build_task(run if run is not None and run.task is not None else oracle_run)
     oracle = build_oracle(oracle_run, task)
     load_model_weights(oracle, checkpoint)
