@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.runs import losses
 from tests.support.small import TASKS, lm_run, random_batch
 from uvim_fsq.checkpoints.loading import load_checkpoint
-from uvim_fsq.config.schema import LMRun
+from uvim_fsq.config.schema import EvalConfig, LMRun
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import LMStage
 
@@ -77,6 +79,27 @@ def test_a_trained_decoder_is_saved_and_resumed_with_the_token_model(tmp_path: P
     again = make_run(tmp_path / "again", oracle_dir, *settings)
     fit(LMStage(again), again)
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")[3:]
+
+
+@pytest.mark.parametrize("settings", [TRAINED, WITH_FEATURES])
+def test_predictions_come_from_the_trained_decoder(
+    tmp_path: Path, oracle_dir: Path, batch: Batch, settings: tuple[str, ...]
+) -> None:
+    stage = LMStage(make_run(tmp_path, oracle_dir, *settings))
+    decoder = stage.lm.label_decoder
+    assert decoder is not None
+    predict = LMDecoder(stage.lm.eval(), stage.oracle, stage.task, EvalConfig(codes="soft"))
+    with torch.inference_mode():
+        before, _ = predict(batch["image"], torch.arange(6))
+        features = stage.lm.encode(batch["image"])
+        for p in decoder.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.3)
+        after, _ = predict(batch["image"], torch.arange(6))
+        # The untrained token model predicts all codes equally often.
+        codes = stage.oracle.quantizer.codebook().mean(0).expand(6, stage.oracle.code_length, -1)
+        expected = stage.task.decode(decoder.decode(codes, batch["image"], features))
+    assert not np.allclose(before, after)
+    np.testing.assert_allclose(np.stack(after), np.stack(list(expected)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

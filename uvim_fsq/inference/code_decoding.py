@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -114,32 +114,49 @@ class LogitMean:
         }
 
 
+class Part(NamedTuple):
+    """Codes that `iter_mixed_logits` decodes, and how much they count.
+
+    Attributes:
+        weight: above 0.
+        decoder: decodes the codes to logits.
+        codes: (B, L, d).
+        features: (B, M, E), the token model's image features, for a decoder that sees them.
+    """
+
+    weight: float
+    decoder: LabelDecoder
+    codes: torch.Tensor
+    features: torch.Tensor | None = None
+
+
 def iter_mixed_logits(
-    decoder: LabelDecoder,
-    channels: Mapping[str, LabelChannel],
-    parts: Sequence[tuple[float, torch.Tensor]],
-    image: torch.Tensor,
+    channels: Mapping[str, LabelChannel], parts: Sequence[Part], image: torch.Tensor
 ) -> Iterator[Logits]:
     """Decodes several codes per image and averages them. Yields a few images at a time, like `iter_logits`.
 
     Args:
-        decoder: decodes codes to logits.
         channels: the task's label channels.
-        parts: weights above 0 and codes (B, L, d). A single part is decoded as it is.
+        parts: at least one. A single part is decoded as it is.
         image: (B, 3, S, S).
     """
     if len(parts) == 1:
-        yield from decoder.iter_logits(parts[0][1], image)
+        _, decoder, codes, features = parts[0]
+        yield from decoder.iter_logits(codes, image, features)
         return
-    for rows in decoder.image_chunks(len(image)):
+    for rows in parts[0].decoder.image_chunks(len(image)):
         mean = LogitMean(channels)
-        for weight, codes in parts:
-            mean.add(decoder.decode(codes[rows], image[rows]), weight)
+        for weight, decoder, codes, features in parts:
+            seen = None if features is None else features[rows]
+            mean.add(decoder.decode(codes[rows], image[rows], seen), weight)
         yield mean.logits()
 
 
 class LMDecoder:
     """Predicts label maps from images through a token model and its oracle, according to the `eval` settings.
+
+    Codes are decoded by the oracle or, with `model.decoder: trained`, by the token model's copy of its decoder. What
+    `eval.context_weight` mixes in is always the oracle's prediction without codes.
 
     Args:
         lm: the token model, in evaluation mode.
@@ -152,6 +169,7 @@ class LMDecoder:
 
     def __init__(self, lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> None:
         self.oracle, self.task, self.config = oracle, task, config
+        self.decoder = lm.label_decoder or oracle
         self.generator = build_generator(lm, config)
 
     def __call__(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
@@ -164,15 +182,17 @@ class LMDecoder:
         Returns one prediction per image, as `Task.decode` does, and the tokens (B, L) int64 of the first sample.
         """
         config, oracle = self.config, self.oracle
-        parts: list[tuple[float, torch.Tensor]] = []
+        parts: list[Part] = []
         tokens: list[torch.Tensor] = []
         for number in range(config.samples):
             generated = self.generator(image, sample_seeds(seeds, number))
             codes = scale_codes(oracle, chosen_codes(oracle.quantizer, generated, config.codes), config.code_scale)
-            parts.append(((1 - config.context_weight) / config.samples, codes))
+            weight = (1 - config.context_weight) / config.samples
+            features = generated.features if self.decoder.feature_projection is not None else None
+            parts.append(Part(weight, self.decoder, codes, features))
             tokens = tokens or [generated.tokens]
         if config.context_weight > 0:
-            parts.append((config.context_weight, oracle.empty_codes(len(image))))
-        parts = [(weight, codes) for weight, codes in parts if weight > 0]
-        logits = iter_mixed_logits(oracle, self.task.label_channels, parts, image)
+            parts.append(Part(config.context_weight, oracle, oracle.empty_codes(len(image))))
+        parts = [part for part in parts if part.weight > 0]
+        logits = iter_mixed_logits(self.task.label_channels, parts, image)
         return [item for chunk in logits for item in self.task.decode(chunk)], tokens[0]
