@@ -165,9 +165,9 @@ def test_weight_zero_decodes_nothing_twice(world: World, monkeypatch: pytest.Mon
     passes: list[int] = []
     decode = Oracle.decode_hidden
 
-    def counted(self: Oracle, codes: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
+    def counted(self: Oracle, codes: torch.Tensor, *inputs: Any) -> torch.Tensor:
         passes.append(len(codes))
-        return decode(self, codes, *given)
+        return decode(self, codes, *inputs)
 
     monkeypatch.setattr(Oracle, "decode_hidden", counted)
     world.predict()
