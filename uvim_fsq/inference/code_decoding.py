@@ -181,6 +181,11 @@ class LMDecoder:
 
         Returns one prediction per image, as `Task.decode` does, and the tokens (B, L) int64 of the first sample.
         """
+        parts, tokens = self.parts(image, seeds)
+        return self.decode(parts, image), tokens
+
+    def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
+        """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""
         config, oracle = self.config, self.oracle
         parts: list[Part] = []
         tokens: list[torch.Tensor] = []
@@ -193,6 +198,9 @@ class LMDecoder:
             tokens = tokens or [generated.tokens]
         if config.context_weight > 0:
             parts.append(Part(config.context_weight, oracle, oracle.empty_codes(len(image))))
-        parts = [part for part in parts if part.weight > 0]
+        return [part for part in parts if part.weight > 0], tokens[0]
+
+    def decode(self, parts: Sequence[Part], image: torch.Tensor) -> list[Any]:
+        """One prediction per image, as `Task.decode` returns it, from what `parts` returned for these images."""
         logits = iter_mixed_logits(self.task.label_channels, parts, image)
-        return [item for chunk in logits for item in self.task.decode(chunk)], tokens[0]
+        return [item for chunk in logits for item in self.task.decode(chunk)]
