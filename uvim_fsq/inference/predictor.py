@@ -25,8 +25,9 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.files import disk_is_full
+from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
-from uvim_fsq.inference.predictions import build_generator, direct_label_maps, eval_autocast, label_maps
+from uvim_fsq.inference.predictions import direct_label_maps, eval_autocast
 
 #: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
 Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -124,14 +125,9 @@ def _image_predictor(loaded: LoadedRun | LoadedDirect) -> Callable[[torch.Tensor
         raise UserError(
             f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
         )
-    generator, oracle, seed = build_generator(loaded.lm, loaded.run.eval), loaded.oracle, loaded.run.eval.seed
-
-    def predict(image: torch.Tensor) -> list[Any]:
-        # All images share one seed, so each samples the same tokens as when it is predicted alone.
-        tokens = generator(image, torch.full((len(image),), seed)).tokens
-        return label_maps(oracle, task, oracle.quantizer.indices_to_codes(tokens), image)
-
-    return predict
+    decode, seed = LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded.run.eval.seed
+    # All images share one seed, so each samples the same tokens as when it is predicted alone.
+    return lambda image: decode(image, torch.full((len(image),), seed))[0]
 
 
 def _device(device: str | torch.device) -> torch.device:

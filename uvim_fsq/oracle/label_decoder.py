@@ -16,6 +16,7 @@ from torch import nn
 from uvim_fsq.config.schema import OracleModelConfig
 from uvim_fsq.layers import PatchEmbed, resize_tokens, signed_pixels
 from uvim_fsq.oracle.backbones.transformer import Transformer
+from uvim_fsq.oracle.chunking import chunk_slices
 from uvim_fsq.oracle.label_head import LabelHead, Loss
 
 
@@ -91,6 +92,10 @@ class LabelDecoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
         return self.label_head.maps(hidden)
+
+    def image_chunks(self, count: int) -> list[slice]:
+        """Slices of `count` images that have few enough logits to be in memory together; see `iter_logits`."""
+        return chunk_slices(count, self.num_patches * self.label_head.logits)
 
     def iter_logits(
         self, codes: torch.Tensor, image: torch.Tensor | None, features: torch.Tensor | None = None

@@ -20,6 +20,7 @@ from uvim_fsq.config.parse import (
     to_plain,
 )
 from uvim_fsq.config.plugins import name_plugins, refuse_strangers
+from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import STAGES, DirectRun, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.config.yaml_files import Tree
 from uvim_fsq.errors import UserError
@@ -118,7 +119,8 @@ def changeable(task: TaskSection) -> tuple[str, ...]:
 def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
     """Fills an LM's task, plugins and data in from its oracle; keys of `data` that are not set are inherited.
 
-    Raises UserError if the LM sets another task, another image size or other label settings.
+    Raises UserError if the LM sets another task, another image size or other label settings, or mixes its predictions
+    with a context that the oracle does not have.
     """
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
     own: Tree = to_plain(run.task) or {}
@@ -144,4 +146,5 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}; "
             "remove it to use the oracle's"
         )
+    check_context_weight(run.eval.context_weight, oracle.model.context, run.oracle)
     return dataclasses.replace(run, plugins=plugins, task=section, data=data, given=INHERITED)
