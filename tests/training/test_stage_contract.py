@@ -127,7 +127,7 @@ def test_an_image_level_loss_is_added_to_the_pixels_loss(run: OracleRun) -> None
     task = Smooth(TASKS["depth"].config)
     stage = OracleStage(run)
     nn.init.normal_(stage.oracle.label_head.heads["depth"].weight)
-    stage.task, stage.image_loss = task, task.image_loss
+    stage.task = task
     labels = {"depth": torch.randint(16, (3, 16, 16), dtype=torch.uint8)}
     batch = Batch(
         image=torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8),
