@@ -53,9 +53,9 @@ def fed_batches(run: Run, task: Task, batch_size: int) -> Iterator[Batch] | None
 
 def has_baseline(stage: Stage) -> bool:
     """Whether the baseline code covers a stage: FSQ, and the autoregressive LM with a plain ViT at the image size."""
-    if not isinstance(stage, LMStage):
+    if isinstance(stage, OracleStage):
         return stage.oracle.config.quantizer.kind == "fsq"
-    lm = stage.lm
+    lm = stage.lm if isinstance(stage, LMStage) else None
     return isinstance(lm, AutoregressiveLM) and lm.encoder.size == lm.image_size and lm.encoder.vit_size() is not None
 
 

@@ -16,44 +16,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
-from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding
-from uvim_fsq.lm.base import CodeLoss, Generated, Generator, TokenModel, register_token_model, total_loss
+from uvim_fsq.lm.base import CodeLoss, Generated, Generator, register_token_model, total_loss
 from uvim_fsq.lm.decoder_block import DecoderBlock
-from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.lm.encoder_decoder import EncoderDecoder
 from uvim_fsq.lm.kv_cache import DecoderCache, LayerCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling
 from uvim_fsq.lm.token_generator import TokenGenerator
 from uvim_fsq.performance.flops import AutoregressiveCost, autoregressive_cost
-from uvim_fsq.performance.memory import autoregressive_activations
 
 
 @register_token_model("autoregressive")
-class AutoregressiveLM(TokenModel):
-    """An encoder-decoder transformer.
-
-    The start symbol is a vector outside the vocabulary, so every output is a valid code.
-    """
+class AutoregressiveLM(EncoderDecoder):
+    """An encoder-decoder transformer with a causal decoder, whose first input is the learned vector `start`."""
 
     has_cached_decoding = True
+    start: nn.Parameter
 
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
-        super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
-        self.encoder = build_image_encoder(config.encoder, image_size)
-        dim = config.width
-        self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.start = nn.Parameter(torch.randn(1, 1, dim))
-        self.positions = position_embedding(length, dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(DecoderBlock(config, self.encoder.num_features) for _ in range(config.depth))
-        init_transformer_(self.blocks)
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
-        self.head = nn.Linear(dim, vocab_size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
-        return self.encoder(image)
+        super().__init__(
+            config, image_size=image_size, vocab_size=vocab_size, length=length, causal=True, symbol="start"
+        )
 
     def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Teacher-forced logits of all positions: targets (B, L) int64, shifted right inside -> (B, L, V)."""
@@ -94,9 +76,9 @@ class AutoregressiveLM(TokenModel):
         """Per block, the tensors that all steps share: the merged projection, cross-attention keys and values."""
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
-            own, cross = block.self_attn, block.cross_attn
+            own = block.self_attn
             projection = torch.cat([own.query.weight, own.key.weight, own.value.weight])
-            yield projection, cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+            yield projection, *block.memory_heads(memory)
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
         """Creates the cache for `memory` (B, M, E), and computes its cross-attention keys and values.
@@ -164,17 +146,3 @@ class AutoregressiveLM(TokenModel):
 
     def cost(self) -> AutoregressiveCost:
         return autoregressive_cost(self.encoder.cost(), self.config, vocab_size=self.vocab_size, length=self.length)
-
-    def activation_bytes(self, number_bytes: int) -> float:
-        return autoregressive_activations(
-            self.encoder.activation_bytes(number_bytes),
-            (self.encoder.num_patches, self.encoder.num_features),
-            self.config,
-            vocab_size=self.vocab_size,
-            length=self.length,
-            b=number_bytes,
-        )
-
-    def randomize_head_(self) -> None:
-        # The head is initialized to 0, so every token would be code 0.
-        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))

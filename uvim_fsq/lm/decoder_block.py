@@ -1,6 +1,6 @@
 """The transformer block of the token models' decoders.
 
-B batch, L code length, D decoder width, M memory tokens, E encoder width.
+B batch, L code length, D decoder width, M memory tokens, E encoder width, H heads, hd head size.
 """
 
 from __future__ import annotations
@@ -37,8 +37,18 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """One pass over all positions: (B, L, D), memory (B, M, E) -> (B, L, D)."""
+        return self.attend(x, *self.memory_heads(memory))
+
+    def memory_heads(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the cross-attention, (B, H, M, hd) each, which all passes over an image share."""
+        cross = self.cross_attn
+        return cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+
+    def attend(self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`forward` with the keys and values of `memory_heads`: (B, L, D) -> (B, L, D)."""
+        cross = self.cross_attn
         x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=self.causal))
-        x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
+        x = x + self.dropout(cross.attend(cross.heads(self.norm2(x), cross.query), key, value))
         return x + self.dropout(self.mlp(self.norm3(x)))
 
     def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
+from uvim_fsq.config.schema import DirectModelConfig, LMModelConfig, OracleModelConfig
 from uvim_fsq.performance.device_peak import DevicePeak
 
 
@@ -211,4 +211,35 @@ def autoregressive_cost(
         cross_numbers=config.depth * 2 * n * d,
         self_numbers=config.depth * 2 * d,
         length=t,
+    )
+
+
+@dataclass(frozen=True)
+class DirectCost:
+    """Forward FLOP per image of the parts of the direct baseline."""
+
+    image_encoder: EncoderCost
+    stem: float
+    blocks: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return self.image_encoder.forward + self.stem + self.blocks + self.head
+
+    @property
+    def train(self) -> float:
+        """Forward and backward, without the image's gradient."""
+        return self.image_encoder.train + 3 * (self.stem + self.blocks + self.head)
+
+
+def direct_cost(encoder: EncoderCost, config: DirectModelConfig, label_width: int, image_size: int) -> DirectCost:
+    """FLOP per image of the direct baseline; `label_width` as in `oracle_cost`."""
+    e, d, p = encoder.width, config.width, config.patch_size**2
+    n = (image_size // config.patch_size) ** 2
+    return DirectCost(
+        image_encoder=encoder,
+        stem=2 * e * d * encoder.patches,
+        blocks=config.depth * encoder_layer(d, config.mlp_dim, n),
+        head=2 * d * label_width * p * n,
     )

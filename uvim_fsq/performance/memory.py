@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uvim_fsq.config.schema import LMModelConfig, OptimConfig, OracleModelConfig, TrainConfig
+from uvim_fsq.config.schema import DirectModelConfig, LMModelConfig, OptimConfig, OracleModelConfig, TrainConfig
 from uvim_fsq.performance.flops import EncoderSize
 
 #: Bytes per logit of the label head's largest chunk: the logit, its float32 copy, its log-softmax and gradients.
@@ -27,7 +27,7 @@ def encoder_block(d: int, m: int, n: int, b: int, *, fused: bool = False) -> flo
 
 
 def decoder_block(d: int, m: int, e: int, t: int, n: int, b: int) -> float:
-    """Bytes saved by one LM block: causal self-attention, cross-attention to n memory tokens, MLP."""
+    """Bytes saved by one LM block: self-attention, cross-attention to n memory tokens, MLP."""
     copies = 2 if b < 4 else 0  # copies of the memory, for keys and for values
     cross = (4 + 3 * b) * t * d + b * n * (copies * e + 2 * d)
     return encoder_block(d, m, t, b) + cross
@@ -76,15 +76,18 @@ def oracle_activations(config: OracleModelConfig, image_size: int, b: int) -> fl
     return blocks + (4 + 4 + 4) * n * d + 2 * 3 * b * image_size**2
 
 
-def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> float:
-    """Bytes per image saved for the backward pass through a frozen oracle's decoder, without label logits.
+def decoder_activations(config: OracleModelConfig, image_size: int, b: int, *, frozen: bool) -> float:
+    """Bytes per image saved for the backward pass through an oracle's decoder, without label logits.
 
-    The inputs of products with frozen weights are not saved, because only these weights' gradients need them.
+    Of a frozen one, the inputs of products with weights are not saved, because only the weights' gradients need them.
     """
     d, n = config.width, (image_size // config.patch_size) ** 2
-    frozen = 4 + 4 + 3 * b + b  # the streams, whose norms need them; query, key, value and the weighted sum
+    # Of a frozen block: the streams, whose norms need them; query, key and value, the weighted sum; the MLP.
+    block = (4 + 4 + 3 * b + b) * n * d + b * n * config.mlp_dim
+    if not frozen:
+        block = encoder_block(d, config.mlp_dim, n, b)
     # Input of the final norm, and hidden states.
-    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
+    return config.decoder_depth * block + (4 + 4) * n * d
 
 
 def vit_activations(vit: EncoderSize, b: int) -> float:
@@ -94,10 +97,10 @@ def vit_activations(vit: EncoderSize, b: int) -> float:
     return vit.depth * encoder_block(e, vit.mlp_dim, n, b, fused=True) + 4 * n * e + 3 * b * n * vit.patch_size**2
 
 
-def autoregressive_activations(
+def encoder_decoder_activations(
     encoder_bytes: float, memory: tuple[int, int], config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:
-    """Bytes per image saved for the autoregressive token model's backward pass.
+    """Bytes per image saved for the backward pass of a built-in token model.
 
     Args:
         encoder_bytes: those of the image encoder.
@@ -108,6 +111,21 @@ def autoregressive_activations(
     if config.dropout:
         image += config.depth * 3 * length * config.width
     return image + 12 * length * vocab_size  # log-probabilities and gradients of the logits
+
+
+def direct_activations(
+    encoder_bytes: float, features: tuple[int, int], config: DirectModelConfig, image_size: int, b: int
+) -> float:
+    """Bytes per image saved for the direct baseline's backward pass, without label logits.
+
+    Args:
+        encoder_bytes: those of the image encoder.
+        features: (M, E), the number and width of its features.
+    """
+    (m, e), d, n = features, config.width, (image_size // config.patch_size) ** 2
+    image = encoder_bytes + config.depth * encoder_block(d, config.mlp_dim, n, b)
+    # Inputs of the stem and of the final norm, hidden states.
+    return image + b * m * e + (4 + 4) * n * d
 
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:
