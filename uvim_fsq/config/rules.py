@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, LMRun, OracleRun, Run
+from uvim_fsq.config.schema import (
+    BUILT_IN_QUANTIZERS,
+    BUILT_IN_TOKEN_MODELS,
+    LEVEL_PRESETS,
+    DirectRun,
+    EvalConfig,
+    LMRun,
+    OracleRun,
+    Run,
+)
 from uvim_fsq.errors import UserError
 
 
@@ -170,12 +179,16 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
-    yield from _problems_of(lambda: check_sampling(evaluation.temperature, evaluation.top_k, evaluation.top_p, "eval."))
-    yield from _problems_of(lambda: check_samples(evaluation.samples, evaluation.temperature))
+    if isinstance(evaluation, EvalConfig):
+        sampling = evaluation.temperature, evaluation.top_k, evaluation.top_p
+        yield from _problems_of(lambda: check_sampling(*sampling, "eval."))
+        yield from _problems_of(lambda: check_samples(evaluation.samples, evaluation.temperature))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
+    elif isinstance(run, DirectRun):
+        yield from _problems_of(lambda: check_patches(run.data.image_size, run.model.patch_size))
     else:
         yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
         if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
