@@ -9,9 +9,10 @@ N images, R resamples.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from uvim_fsq.tasks.base import Metric
 #: Largest state of an image, in numbers, that is recorded. Those of Fréchet distances, with a matrix, are larger.
 MAX_NUMBERS = 10_000
 RESAMPLES = 1000
+
+
+#: Ids of N images and, by name of the array, (N, ...) float64.
+Stacked = tuple[list[str], dict[str, Array]]
 
 
 @dataclass
@@ -42,9 +47,16 @@ class ImageStates:
         self.ids.append(image)
         self.states.append({name: after[name] - before[name] for name in after})
 
-    def stacked(self) -> dict[str, Array]:
-        """Name -> (N, ...) float64."""
-        return {name: np.stack([state[name] for state in self.states]) for name in self.states[0]}
+    @classmethod
+    def joined(cls, parts: Sequence[ImageStates]) -> ImageStates:
+        """Those of several processes."""
+        return cls([x for part in parts for x in part.ids], [x for part in parts for x in part.states])
+
+    def stacked(self) -> Stacked:
+        """The images' ids in order and, by name of the array, (N, ...) float64, sorted by id."""
+        order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
+        arrays = {name: np.stack([self.states[i][name] for i in order]) for name in self.states[0]}
+        return [self.ids[i] for i in order], arrays
 
 
 def is_recordable(metric: Metric) -> bool:
@@ -52,20 +64,19 @@ def is_recordable(metric: Metric) -> bool:
     return sum(x.size for x in metric.state().values()) <= MAX_NUMBERS
 
 
-def write_states(file: Path, found: Mapping[str, ImageStates]) -> None:
+def write_states(file: Path, found: Mapping[str, Stacked]) -> None:
     """Writes states by name of the predict function to an .npz file."""
     arrays: dict[str, Array] = {}
-    for name, states in found.items():
-        if states.ids:
-            arrays[f"{name}/ids"] = np.array(states.ids)
-            arrays |= {f"{name}/{key}": x for key, x in states.stacked().items()}
+    for name, (ids, states) in found.items():
+        arrays[f"{name}/ids"] = np.array(ids)
+        arrays |= {f"{name}/{key}": x for key, x in states.items()}
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_whole(file, lambda path: Path(path).write_bytes(content.getvalue()))
 
 
-def read_states(file: Path, name: str) -> tuple[list[str], dict[str, Array]]:
-    """The ids and the stacked states (N, ...) of one predict function, sorted by id.
+def read_states(file: Path, name: str) -> Stacked:
+    """The states of one predict function.
 
     Raises UserError if the file is missing or damaged, or does not have the function.
     """
@@ -78,9 +89,7 @@ def read_states(file: Path, name: str) -> tuple[list[str], dict[str, Array]]:
         raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
     if "ids" not in found:
         raise UserError(f"{file} has no images of {name!r}; {remedy}")
-    ids = [str(x) for x in found.pop("ids")]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    return [ids[i] for i in order], {key: x[order] for key, x in found.items()}
+    return [str(x) for x in found.pop("ids")], found
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,10 @@ class Interval:
 
 
 def paired_bootstrap(
-    metric: Callable[[], Metric],
+    metric: Metric,
     key: str,
-    first: tuple[Sequence[str], Mapping[str, Array]],
-    second: tuple[Sequence[str], Mapping[str, Array]],
+    first: Stacked,
+    second: Stacked,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -116,15 +125,15 @@ def paired_bootstrap(
     """The 95% percentile interval of a difference, from images drawn with replacement, the same for both (Efron 1979).
 
     Args:
-        metric: makes an empty metric.
+        metric: computes the figures; its state is replaced.
         key: the name of the figure, e.g. "rmse".
-        first, second: ids and stacked states, as `read_states` returns them.
+        first, second: the states of the two predictions.
         resamples: R.
         seed: of the draws.
 
     Raises UserError if the images are not the same.
     """
-    if list(first[0]) != list(second[0]):
+    if first[0] != second[0]:
         raise UserError("a paired interval needs two predictions of the same images; evaluate both on the same split")
     count = len(first[0])
     generator = np.random.default_rng(seed)
@@ -135,11 +144,32 @@ def paired_bootstrap(
         sums = {name: np.tensordot(weights, x, axes=1) for name, x in states.items()}
         found = np.empty(len(weights))
         for i in range(len(weights)):
-            accumulator = metric()
-            accumulator.load_state({name: x[i] for name, x in sums.items()})
-            found[i] = accumulator.compute()[key]
+            metric.load_state({name: x[i] for name, x in sums.items()})
+            try:
+                found[i] = metric.compute()[key]
+            except UserError:  # a resample of images that do not count
+                found[i] = np.nan
         return found
 
     differences = figures(first[1]) - figures(second[1])
-    low, high = np.percentile(differences[1:], [2.5, 97.5])
-    return Interval(float(differences[0]), float(low), float(high), float(differences[1:].std(ddof=1)))
+    low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
+    return Interval(float(differences[0]), float(low), float(high), float(np.nanstd(differences[1:], ddof=1)))
+
+
+#: What the predictions of an LM or a direct model are compared with.
+PAIRS = (("lm", "context_only"), ("lm", "direct"), ("lm", "oracle"), ("lm", "baseline"), ("direct", "baseline"))
+
+
+def intervals(metric: Metric, key: str, found: Mapping[str, Stacked]) -> list[dict[str, Any]]:
+    """The paired intervals of all predictions that are compared with others, for an evaluation's result.
+
+    Args:
+        metric: computes the figures; its state is replaced.
+        key: the name of the figure.
+        found: states by name of the predict function.
+    """
+    pairs = [(a, b) for a, b in PAIRS if a in found and b in found and len(found[a][0]) > 1]
+    return [
+        {"first": a, "second": b, "metric": key, **asdict(paired_bootstrap(metric, key, found[a], found[b]))}
+        for a, b in pairs
+    ]
