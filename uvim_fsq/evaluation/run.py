@@ -14,6 +14,7 @@ from uvim_fsq import files, processes
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.config.parse import to_dict
+from uvim_fsq.config.schema import SAMPLING_KEYS
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
@@ -21,7 +22,7 @@ from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
-DECODING_KEYS = ("temperature", "top_k", "top_p", "seed", "precision", "int8_cross_kv")
+DECODING_KEYS = (*SAMPLING_KEYS, "seed", "precision", "int8_cross_kv")
 
 
 def evaluate_loaded(

@@ -67,9 +67,8 @@ def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
 
 def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
     """Builds the LM's generator from the `eval` settings. Raises UserError if the token model does not support them."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
     return lm.generator(
-        sampling, precision=config.precision, int8_cross_kv=config.int8_cross_kv, compile=config.compile
+        Sampling.of(config), precision=config.precision, int8_cross_kv=config.int8_cross_kv, compile=config.compile
     )
 
 
