@@ -75,7 +75,8 @@ def test_a_configuration_gives_the_same_settings() -> None:
 
 def test_results_depend_on_seeds_only_if_something_is_drawn() -> None:
     assert not Sampling(steps=4).is_random
-    assert Sampling(0.1).is_random and Sampling(choice_temperature=0.1).is_random
+    assert not Sampling(choice_temperature=0.1).is_random  # one step takes all tokens
+    assert Sampling(0.1).is_random and Sampling(steps=2, choice_temperature=0.1).is_random
 
 
 def test_random_numbers_depend_on_the_seed_of_each_image() -> None:

@@ -67,7 +67,7 @@ def test_a_learned_dropped_code_differs_from_every_codeword() -> None:
 def test_code_dropout_drops_the_presence_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = Oracle(replace(CONFIG, dropped_code="learned"), CHANNELS, 16)
     seen = []
-    monkeypatch.setattr(oracle, "decode_hidden", lambda codes, _: seen.append(codes) or torch.zeros(2, 16, 16))
+    monkeypatch.setattr(oracle, "decode_hidden", lambda codes, *_: seen.append(codes) or torch.zeros(2, 16, 16))
     monkeypatch.setattr(model, "drop_codes", lambda codes, _: codes * torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None])
     for training in (True, False):
         oracle.train(training)(labels_of(), image_of(), lambda *_: (torch.zeros(2), {}))

@@ -6,6 +6,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from uvim_fsq.config.schema import (
@@ -13,6 +14,7 @@ from uvim_fsq.config.schema import (
     BUILT_IN_TOKEN_MODELS,
     LEVEL_PRESETS,
     SAMPLING_KEYS,
+    LMRun,
     OracleRun,
     Run,
 )
@@ -89,6 +91,35 @@ def refuse_steps(steps: int | None, choice_temperature: float, kind: str) -> Non
             raise UserError(f"eval.{key}={value}: model.kind={kind} does not decode in steps; set it to {unset}")
 
 
+def is_random(temperature: float, steps: int | None, choice_temperature: float) -> bool:
+    """Whether decoding depends on seeds: tokens are drawn, or there is noise in the order in which steps keep them."""
+    return temperature > 0 or (choice_temperature > 0 and (steps or 1) > 1)
+
+
+def check_samples(samples: int, random: bool) -> None:
+    """Raises UserError for several samples of greedy decoding, which would all be equal."""
+    if samples > 1 and not random:
+        raise UserError(
+            f"eval.samples={samples} with eval.temperature=0: greedy decoding has only one prediction; "
+            "set eval.temperature=1, or eval.samples=1"
+        )
+
+
+def check_context_weight(weight: float, context: str, oracle: str | Path) -> None:
+    """Raises UserError if predictions are to be mixed with context alone, but there is none.
+
+    Args:
+        weight: `eval.context_weight`.
+        context: `model.context` of the oracle.
+        oracle: its run or checkpoint directory, for the message.
+    """
+    if weight > 0 and context in ("none", "encoder"):
+        raise UserError(
+            f"eval.context_weight={weight}: the decoder of the oracle {oracle} does not see the image "
+            f"(model.context={context}), so there is no context alone to mix with; set eval.context_weight=0"
+        )
+
+
 def resolve_levels(levels: Sequence[int] | str, shift: str = "published", prefix: str = "") -> tuple[int, ...]:
     """FSQ's levels per channel, from a sequence or the name of a preset ("2^12").
 
@@ -118,17 +149,17 @@ def _problems_of(check: Callable[[], object]) -> Iterator[str]:
 
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
-    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p eval.steps data.image_size
+    train.keep train.eval_limit eval.batch_size eval.limit eval.samples eval.top_k eval.top_p eval.steps data.image_size
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
-    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature model.dropout
-    model.quantizer.momentum model.quantizer.commitment model.label_smoothing model.mask_floor model.all_masked
-    loss.task_weight"""
-_AT_MOST_ONE = "optim.final_lr_ratio eval.top_p model.mask_floor model.all_masked"
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature eval.code_scale
+    eval.context_weight model.dropout model.quantizer.momentum model.quantizer.commitment model.label_smoothing
+    model.mask_floor model.all_masked loss.task_weight"""
+_AT_MOST_ONE = "optim.final_lr_ratio eval.top_p eval.context_weight model.mask_floor model.all_masked"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
@@ -162,6 +193,8 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:
         yield from _warmup_problems(run, train.steps)
+    if isinstance(run, LMRun) and run.model.decoder == "trained" and not run.loss.task_weight:
+        yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 
@@ -174,12 +207,16 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
     sampling = {key: getattr(evaluation, key) for key in SAMPLING_KEYS}
     yield from _problems_of(lambda: check_sampling(**sampling, prefix="eval."))
+    random = is_random(evaluation.temperature, evaluation.steps, evaluation.choice_temperature)
+    yield from _problems_of(lambda: check_samples(evaluation.samples, random))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
     else:
         yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
+        if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
+            yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
         if (kind := run.model.kind) == "autoregressive":
             yield from _problems_of(lambda: refuse_steps(evaluation.steps, evaluation.choice_temperature, kind))
 

@@ -86,7 +86,9 @@ class MaskedGenerator:
         """
         drawn = self._draw(len(images), seeds, images.device) if self.sampling.is_random else None
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self._decode(len(images), self.model.memory_heads(self.model.encode(images)), drawn)
+            memory = self.model.encode(images)
+            tokens, kept = self._decode(len(images), self.model.memory_heads(memory), drawn)
+        return Generated(tokens, kept, memory)
 
     def _draw(self, batch: int, seeds: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Random numbers (T, 2, B, L) float64 in [0, 1): per step and position one for the token, one for its order."""
@@ -95,7 +97,9 @@ class MaskedGenerator:
         drawn = example_uniforms(seeds, 2 * steps * length).view(batch, steps, 2, length)
         return drawn.permute(1, 2, 0, 3).to(device)
 
-    def _decode(self, batch: int, attended: CrossAttended, drawn: torch.Tensor | None) -> Generated:
+    def _decode(
+        self, batch: int, attended: CrossAttended, drawn: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         length, vocab, device = self.model.length, self.model.vocab_size, attended[0][0].device
         tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
         known = torch.zeros_like(tokens, dtype=torch.bool)
@@ -112,7 +116,7 @@ class MaskedGenerator:
             if kept is not None:
                 kept.scatter_(1, positions.unsqueeze(-1).expand(-1, -1, vocab), _at(logits, chosen).softmax(-1))
             unknown = unknown.gather(1, rest)
-        return Generated(tokens, kept)
+        return tokens, kept
 
     def _candidates(self, logits: torch.Tensor, uniforms: list[torch.Tensor] | None) -> torch.Tensor:
         """The predicted tokens (B, n) of logits (B, n, V)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uvim_fsq.config.rules import check_sampling
+from uvim_fsq.config.rules import check_sampling, is_random
 from uvim_fsq.config.schema import SAMPLING_KEYS, EvalConfig
 
 
@@ -45,7 +45,7 @@ class Sampling:
     @property
     def is_random(self) -> bool:
         """Whether the result depends on the seeds."""
-        return self.temperature > 0 or self.choice_temperature > 0
+        return is_random(self.temperature, self.steps, self.choice_temperature)
 
 
 GREEDY = Sampling()
