@@ -14,6 +14,8 @@ from uvim_fsq.config.schema import (
     BUILT_IN_TOKEN_MODELS,
     LEVEL_PRESETS,
     SAMPLING_KEYS,
+    DirectRun,
+    EvalConfig,
     LMRun,
     OracleRun,
     Run,
@@ -205,20 +207,19 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
-    sampling = {key: getattr(evaluation, key) for key in SAMPLING_KEYS}
-    yield from _problems_of(lambda: check_sampling(**sampling, prefix="eval."))
-    random = is_random(evaluation.temperature, evaluation.steps, evaluation.choice_temperature)
-    yield from _problems_of(lambda: check_samples(evaluation.samples, random))
+    if isinstance(evaluation, EvalConfig):
+        sampling = {key: getattr(evaluation, key) for key in SAMPLING_KEYS}
+        yield from _problems_of(lambda: check_sampling(**sampling, prefix="eval."))
+        random = is_random(evaluation.temperature, evaluation.steps, evaluation.choice_temperature)
+        yield from _problems_of(lambda: check_samples(evaluation.samples, random))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
+    elif isinstance(run, DirectRun):
+        yield from _problems_of(lambda: check_patches(run.data.image_size, run.model.patch_size))
     else:
-        yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
-        if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
-            yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
-        if (kind := run.model.kind) == "autoregressive":
-            yield from _problems_of(lambda: refuse_steps(evaluation.steps, evaluation.choice_temperature, kind))
+        yield from _lm_problems(run)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -233,6 +234,15 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
     quantizer = model.quantizer
     yield from _unknown_kind("model.quantizer.kind", quantizer.kind, BUILT_IN_QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _lm_problems(run: LMRun) -> Iterator[str]:
+    kind, evaluation = run.model.kind, run.eval
+    yield from _unknown_kind("model.kind", kind, BUILT_IN_TOKEN_MODELS, run)
+    if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
+        yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
+    if kind == "autoregressive":
+        yield from _problems_of(lambda: refuse_steps(evaluation.steps, evaluation.choice_temperature, kind))
 
 
 def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:

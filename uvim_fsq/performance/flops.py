@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
+from uvim_fsq.config.schema import DirectModelConfig, LMModelConfig, OracleModelConfig
 from uvim_fsq.performance.device_peak import DevicePeak
 
 
@@ -243,3 +243,36 @@ def _encoder_decoder_parts(
         "cross_numbers": config.depth * 2 * n * d,
         "length": t,
     }
+
+
+@dataclass(frozen=True)
+class DirectCost:
+    """Forward FLOP per image of the parts of the direct baseline."""
+
+    patch_embed: float
+    encoder: float
+    stem: float
+    blocks: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return self.patch_embed + self.encoder + self.stem + self.blocks + self.head
+
+    @property
+    def train(self) -> float:
+        """Forward and backward, without the image's gradient."""
+        return 3 * self.forward - self.patch_embed
+
+
+def direct_cost(encoder: EncoderSize, config: DirectModelConfig, label_width: int, image_size: int) -> DirectCost:
+    """FLOP per image of the direct baseline; `label_width` as in `oracle_cost`."""
+    e, d, p = encoder.width, config.width, config.patch_size**2
+    n = (image_size // config.patch_size) ** 2
+    return DirectCost(
+        patch_embed=2 * e * 3 * encoder.patch_size**2 * encoder.patches,
+        encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, encoder.patches),
+        stem=2 * e * d * encoder.patches,
+        blocks=config.depth * encoder_layer(d, config.mlp_dim, n),
+        head=2 * d * label_width * p * n,
+    )
