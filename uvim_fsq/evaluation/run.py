@@ -13,6 +13,7 @@ from uvim_fsq import files, processes
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.config.parse import to_dict
+from uvim_fsq.config.schema import SAMPLING_KEYS
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
@@ -27,9 +28,7 @@ DECODING_KEYS = (
     "code_scale",
     "context_weight",
     "samples",
-    "temperature",
-    "top_k",
-    "top_p",
+    *SAMPLING_KEYS,
     "seed",
     "precision",
     "int8_cross_kv",
