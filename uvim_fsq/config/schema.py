@@ -23,7 +23,7 @@ LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
 
 #: Built-in quantizers and token models; plugins may register others.
 BUILT_IN_QUANTIZERS = ("fsq", "vq")
-BUILT_IN_TOKEN_MODELS = ("autoregressive",)
+BUILT_IN_TOKEN_MODELS = ("autoregressive", "masked")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class LMModelConfig:
-    """The keys under `model:` in stage II: the token model's architecture."""
+    """The keys under `model:` in stage II: the token model; each kind uses those that concern it."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     width: int = 1024
@@ -163,7 +163,14 @@ class LMModelConfig:
     decoder_context: Literal["pixels", "encoder"] = "pixels"
     """What a trained decoder sees of the image: pixels, like the oracle's; or the image encoder's features as well."""
     kind: str = "autoregressive"
-    """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
+    """Token model: autoregressive (the papers' encoder-decoder), masked (predicts tokens in parallel, MaskGIT), or one
+    registered by a plugin."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread evenly over all tokens in training."""
+    mask_floor: float = 0.45
+    """Masked: smallest share of tokens that is masked in training; shares follow a cosine between it and 1."""
+    all_masked: float = 0.5
+    """Masked: probability that all tokens of an example are masked in training, as in the first step of decoding."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +293,10 @@ class EvalConfig(BasicEvalConfig):
     """Sample from the k most likely tokens."""
     top_p: float | None = None
     """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
+    steps: int | None = None
+    """Masked: decoding steps, at most the number of tokens; null: one, all tokens in parallel."""
+    choice_temperature: float = 0.0
+    """Masked: noise in the order in which tokens are chosen; 0: the most confident first. No effect with one step."""
     seed: int = 0
     """Seed of sampling; each image has its own random stream."""
     codes: Literal["hard", "soft"] = "hard"
@@ -297,6 +308,10 @@ class EvalConfig(BasicEvalConfig):
     """Mixes the prediction with context alone: 0 is the codes' prediction, 1 context alone; classes by probability."""
     samples: int = 1
     """Average this many sampled predictions per image (classes by probability); above 1 needs a temperature above 0."""
+
+
+#: The keys of `eval` that say how tokens are chosen, as in `lm.sampling.Sampling`.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "steps", "choice_temperature")
 
 
 @dataclass(frozen=True)

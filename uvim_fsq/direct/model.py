@@ -40,11 +40,11 @@ class DirectModel(nn.Module):
         check_patches(image_size, config.patch_size)
         self.config, self.image_size = config, image_size
         side = image_size // config.patch_size
-        self.grid = (side, side)
+        self.grid, self.num_patches = (side, side), side * side
         self.encoder = build_image_encoder(config.encoder, image_size)
         self.stem = nn.Linear(self.encoder.num_features, config.width)
         init_transformer_(self.stem)
-        self.positions = position_embedding(side * side, config.width)
+        self.positions = position_embedding(self.num_patches, config.width)
         self.blocks = Transformer(config.width, config.depth, config.num_heads, config.mlp_dim)
         self.label_head = LabelHead(channels, config.patch_size, config.width)
 

@@ -6,6 +6,7 @@ B batch, S image side, M memory tokens, E encoder width, L code length, V vocabu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
@@ -50,6 +51,16 @@ class EncoderDecoder(TokenModel):
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
         return self.encoder(image)
+
+    def token_loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (B, L) float32 of logits (B, L, V) for true tokens (B, L), with `model.label_smoothing`."""
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            tokens.flatten(),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss.view(tokens.shape)
 
     def activation_bytes(self, number_bytes: int) -> float:
         return encoder_decoder_activations(

@@ -28,6 +28,7 @@ from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.inference.predictions import PredictFn, direct_predictions, lm_predictions, oracle_predictions
 from uvim_fsq.lm.base import CodeLoss, TokenModel
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.label_head import Loss
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.quantizers.base import Quantizer
@@ -185,6 +186,8 @@ class LMStage(Stage):
         self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)
         self.lm = build_lm(run, self.oracle)
+        # Now, not at the first evaluation.
+        self.lm.check_sampling(Sampling.of(run.eval))
         self.model = self.lm
         self.run: LMRun = run
 
