@@ -57,9 +57,9 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
         raise UserError(f"{config} is a configuration of stage {run.stage!r}; the benchmark measures oracles and LMs")
     oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
+    validate(run)
     # Download nothing: random weights take the same time.
     run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
-    validate(run)
     return Sizes(oracle_run, run)
 
 
