@@ -27,6 +27,7 @@ from uvim_fsq.commands import (
     synth,
     train_lm,
     train_oracle,
+    tune,
 )
 from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import clear
@@ -39,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train-lm": train_lm,
     "config": config,
     "evaluate": evaluate,
+    "tune": tune,
     "analyze": analyze,
     "predict": predict,
     "synth": synth,
@@ -52,11 +54,14 @@ DATA_COMMANDS: dict[str, ModuleType] = {
     "coltran-lists": coltran_lists,
 }
 #: Command -> the stage whose configuration keys its --help lists.
-LISTS_KEYS = {"train-oracle": "oracle", **dict.fromkeys(("train-lm", "config", "evaluate", "analyze", "predict"), "lm")}
+LISTS_KEYS = {
+    "train-oracle": "oracle",
+    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "analyze", "predict"), "lm"),
+}
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth",)
 #: Commands that can run in several processes. With any other, each process would write the same files.
-SHARED = (train_oracle, train_lm, evaluate, analyze)
+SHARED = (train_oracle, train_lm, evaluate, tune, analyze)
 
 
 def _config_epilog(stage: str) -> str:

@@ -15,9 +15,9 @@ from uvim_fsq.checkpoints.run_directory import (
     find_oracle,
     inherit,
     read_oracle_config,
-    read_overridden,
     resolve_checkpoint,
 )
+from uvim_fsq.checkpoints.tuned import DECODING, FROM_RUN, Tuned, read_for_prediction, refuse_chosen_images
 from uvim_fsq.config.plugins import plugin_code
 from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
@@ -116,6 +116,7 @@ class LoadedRun:
         checkpoint: the checkpoint directory.
         chosen: how the checkpoint was chosen: "given", "last", or a description of the metric it is the best by.
         overrides: key -> [trained value, current value] of the changed settings.
+        decoding_from: where the decoding settings come from: "the run", or a description of the tuning.
     """
 
     run: Run
@@ -125,6 +126,7 @@ class LoadedRun:
     checkpoint: Path
     chosen: str = "given"
     overrides: dict[str, list[Any]] = field(default_factory=dict)
+    decoding_from: str = FROM_RUN
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> LoadedRun:
@@ -132,7 +134,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
 
     Of a run, this is the best checkpoint if training selected one by the metric that is reported now, and on a split
     other than the one evaluated now. Otherwise it is the last checkpoint. An LM's run contains a copy of its oracle, so
-    it can be moved on its own.
+    it can be moved on its own. Settings that `uvim-fsq tune` chose for the checkpoint apply; see `tuned`.
 
     Args:
         path: the run or checkpoint directory.
@@ -146,7 +148,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
 
 
 def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device) -> LoadedRun:
-    checkpoint, chosen, run, changed = _choose(path, overrides)
+    checkpoint, chosen, run, changed, tuned = _choose(path, overrides)
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
@@ -160,16 +162,25 @@ def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device
     oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
-    return LoadedRun(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen, changed)
+    source = tuned.describe(run.eval) if tuned is not None else FROM_RUN
+    return LoadedRun(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen, changed, source)
 
 
-def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]]]:
+def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]], Tuned | None]:
     checkpoint, selection = choose(path)
-    run, changed = read_overridden(checkpoint, overrides)
-    if selection is None:
-        return checkpoint, "given" if checkpoint == Path(path) else "last", run, changed
-    if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:
-        # The reported results must not have selected the checkpoint.
-        checkpoint = resolve_checkpoint(path, prefer="last")
-        return checkpoint, "last", *read_overridden(checkpoint, overrides)
-    return checkpoint, selection.describe(), run, changed
+    run, changed, tuned = read_for_prediction(checkpoint, overrides)
+    chosen = "given" if checkpoint == Path(path) else "last"
+    if selection is not None:
+        chosen = selection.describe()
+        if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:
+            # The reported results must not have selected the checkpoint.
+            checkpoint, chosen = resolve_checkpoint(path, prefer="last"), "last"
+            run, changed, tuned = read_for_prediction(checkpoint, overrides)
+    if tuned is not None:
+        refuse_chosen_images(tuned, run, checkpoint)
+        if tuned.metric != build_task(run).choosing_metric:
+            raise UserError(
+                f"{checkpoint / DECODING} was tuned by {tuned.metric}, but the task's protocol now reports another "
+                "metric; set eval.tuned=false"
+            )
+    return checkpoint, chosen, run, changed, tuned

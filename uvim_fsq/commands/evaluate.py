@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if official:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
-    file = args.json or variant_path(result_file(Path(args.run)), changed)
-    check_places([file, args.csv, args.report], [official] if official else [])
+    file = result_file(Path(args.run))
+    check_places([args.json or variant_path(file, changed), args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes
     from uvim_fsq.evaluation.run import evaluate
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if not processes.is_main():
         return
+    # The checkpoint, and with it the tuned settings, may be another one than `changed` is about.
+    file = args.json or variant_path(file, result["overrides"])
     if args.report is not None:
         write_run_page(args.report, args.run, [*args.overrides, *limited], result)
     write_json(file, result)

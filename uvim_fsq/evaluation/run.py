@@ -13,6 +13,7 @@ import torch
 from uvim_fsq import files, processes
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash
+from uvim_fsq.checkpoints.tuned import TUNED_KEYS
 from uvim_fsq.config.parse import to_dict
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
@@ -21,18 +22,7 @@ from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
-DECODING_KEYS = (
-    "codes",
-    "code_scale",
-    "context_weight",
-    "samples",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed",
-    "precision",
-    "int8_cross_kv",
-)
+DECODING_KEYS = (*TUNED_KEYS, "seed", "precision", "int8_cross_kv")
 
 
 def evaluate_loaded(
@@ -102,6 +92,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
+        "decoding_from": loaded.decoding_from,
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),

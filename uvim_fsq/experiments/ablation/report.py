@@ -180,7 +180,8 @@ def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]
     for cell in cells:
         if not finished(cell.lm_dir):
             continue
-        loaded = load_checkpoint(cell.lm_dir, device=device)
+        # As the cell's figures were obtained.
+        loaded = load_checkpoint(cell.lm_dir, ["eval.tuned=false"], device)
         functions = predict_functions(loaded)
         named = {title: functions[name] for name, title in (("oracle", "oracle"), ("lm", "LM")) if name in functions}
         rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)
