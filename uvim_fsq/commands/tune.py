@@ -88,8 +88,9 @@ def _print_table(result: dict[str, Any]) -> None:
     metric, keys = result["metric"], list(result["settings"])
     shown = [key for key in keys if len({str(row[key]) for row in result["candidates"]}) > 1]
     table = Table(title=f"{result['protocol']} on {result['split']}, {result['images']} images")
-    for head in ("", *shown):
-        table.add_column(head)
+    table.add_column("", no_wrap=True)
+    for key in shown:
+        table.add_column(key.replace("_", " "))
     table.add_column(metric, justify="right")
     sign = 1 if result["smaller_is_better"] else -1
     finite = [row for row in result["candidates"] if math.isfinite(row[metric])]
