@@ -29,7 +29,7 @@ def test_tune_prints_the_best_settings_and_stores_them(run_dir: Path, capsys: py
     file = checkpoints(run_dir)[-1] / "decoding.json"
     assert f"written: {file}; eval.tuned=false ignores it" in said and f"next: uvim-fsq evaluate {run_dir}" in said
     assert "nyu_depth/full on holdout, 5 images" in said
-    for word in ("chosen", "before", "context alone", "code scale", "rmse"):
+    for word in ("chosen", "before", "context alone", "scale", "rmse"):
         assert word in said
     result = json.loads(file.read_text())
     tried = {key: {row[key] for row in result["candidates"]} for key in result["settings"]}
@@ -62,6 +62,14 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert message in failure(capsys, "tune", run_dir, *arguments)
     assert not (checkpoints(run_dir)[-1] / "decoding.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("uvim_fsq.evaluation.tuning.tune", lambda *args, **keys: pytest.fail("the work began"))
+    (checkpoints(run_dir)[-1] / "decoding.json").mkdir()
+    assert "decoding.json: it is a folder" in failure(capsys, "tune", run_dir)
 
 
 @pytest.mark.slow
@@ -102,5 +110,7 @@ def test_predict_uses_the_settings_that_evaluate_uses(run_dir: Path, tmp_path: P
     found = np.load(entry["npy"])
     assert np.array_equal(found, by_hand.predict(photo))
     assert not np.array_equal(found, Predictor.from_run(run_dir, ["eval.tuned=false"]).predict(photo))
-    # The provenance is not taken for a file of results.
-    main(["predict", str(run_dir), str(photo), "--out", str(tmp_path / "tuned"), "eval.seed=1"])
+    # The provenance is not taken for a file of results, which would be missing.
+    other = shutil.copy(photo, tmp_path / "other.png")
+    main(["predict", str(run_dir), str(other), "--out", str(tmp_path / "tuned")])
+    assert len(json.loads((tmp_path / "tuned" / "predictions.json").read_text())) == 2
