@@ -20,7 +20,7 @@ from uvim_fsq.checkpoints.run_directory import (
     weights_hash,
 )
 from uvim_fsq.config.parse import convert
-from uvim_fsq.config.schema import DataConfig, EvalConfig, LMRun, Run
+from uvim_fsq.config.schema import SAMPLING_KEYS, DataConfig, EvalConfig, LMRun, Run
 from uvim_fsq.data.splits import share_images
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
@@ -28,7 +28,7 @@ from uvim_fsq.files import read_json
 #: The file, in the checkpoint directory.
 DECODING = "decoding.json"
 #: The keys of `eval` that are chosen together.
-TUNED_KEYS = ("codes", "code_scale", "context_weight", "samples", "temperature", "top_k", "top_p")
+TUNED_KEYS = ("codes", "code_scale", "context_weight", "samples", *SAMPLING_KEYS)
 #: `LoadedRun.decoding_from` of settings that were not tuned.
 FROM_RUN = "the run"
 #: How to get images that a run was neither trained on nor is reported for.
@@ -89,34 +89,35 @@ def read_tuned(checkpoint: Path) -> Tuned | None:
 
 
 def read_for_prediction(
-    checkpoint: Path, overrides: Sequence[str] = ()
+    checkpoint: Path, overrides: Sequence[str] = (), *, tuned: bool = True
 ) -> tuple[Run, dict[str, list[Any]], Tuned | None]:
     """Like `read_overridden`, with the settings that were tuned for the checkpoint.
 
     Args:
         checkpoint: the checkpoint directory.
         overrides: `key=value` strings.
+        tuned: False never applies the tuned settings, like `eval.tuned=false`.
 
     Returns the configuration; key -> [trained value, current value] of the changed settings, the tuned ones among them;
-    and what was tuned, or None if nothing was or `eval.tuned` is false.
+    and what was tuned, or None if nothing was or it does not apply.
 
     Raises UserError for a damaged or foreign decoding.json, if it is to be used, and like `read_overridden`.
     """
-    tuned = None
-    if (checkpoint / DECODING).exists():
+    found = None
+    if tuned and (checkpoint / DECODING).exists():
         run = parse_config(checkpoint, overrides)[0]
-        tuned = read_tuned(checkpoint) if isinstance(run, LMRun) and run.eval.tuned else None
-    if tuned is None:
+        found = read_tuned(checkpoint) if isinstance(run, LMRun) and run.eval.tuned else None
+    if found is None:
         run, changed = read_overridden(checkpoint, overrides)
     else:
         try:
-            run, changed = read_overridden(checkpoint, [*tuned.overrides(), *overrides])
+            run, changed = read_overridden(checkpoint, [*found.overrides(), *overrides])
         except UserError as error:
             read_overridden(checkpoint, overrides)  # raises if the tuned settings are not at fault
             raise UserError(
                 f"{error} (the rest is from {checkpoint / DECODING}, which eval.tuned=false ignores)"
             ) from (error)
-    return run, {key: values for key, values in changed.items() if key != "eval.tuned"}, tuned
+    return run, {key: values for key, values in changed.items() if key != "eval.tuned"}, found
 
 
 def refuse_chosen_images(tuned: Tuned, run: Run, checkpoint: Path) -> None:

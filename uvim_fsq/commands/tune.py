@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", metavar="LIST", help="eval.codes to try (default: hard,soft)")
     parser.add_argument("--scales", metavar="LIST", help="eval.code_scale to try (default: 0.5,0.7,0.85,1)")
     parser.add_argument("--weights", metavar="LIST", help="eval.context_weight to try (default: 0,0.1,0.2,0.3,0.4,0.5)")
+    parser.add_argument("--steps", metavar="LIST", help="also try these eval.steps (masked models), e.g. 4,8")
     parser.add_argument("--samples", metavar="LIST", help="also try averages of so many samples, e.g. 4,8")
     parser.add_argument("--temperature", type=float, default=1.0, help="eval.temperature of these samples (default: 1)")
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         "codes": _values(args.codes, "--codes", _code_kind),
         "scales": _values(args.scales, "--scales", float),
         "weights": _values(args.weights, "--weights", float),
+        "steps": _values(args.steps, "--steps", int),
         "samples": _values(args.samples, "--samples", int),
     }
     checkpoint = resolve_checkpoint(args.run)
@@ -76,7 +78,7 @@ def _values(text: str | None, flag: str, convert: Callable[[str], T]) -> tuple[T
     try:
         return tuple(convert(value.strip()) for value in text.split(","))
     except ValueError:
-        example = {"--codes": "hard,soft", "--samples": "4,8"}.get(flag, "0,0.5")
+        example = {"--codes": "hard,soft", "--steps": "4,8", "--samples": "4,8"}.get(flag, "0,0.5")
         raise UserError(f"{flag} {text}: give a list such as {example}") from None
 
 

@@ -1,7 +1,8 @@
 """The configuration schema: frozen dataclasses. The string under a field documents it and is shown by --help.
 
 OmegaConf merges YAML files and `key=value` overrides; `config.parse` converts the result into these dataclasses. Stage
-II (`LMRun`) repeats nothing of stage I: task, levels and architecture are read from the oracle's checkpoint.
+II (`LMRun`) repeats nothing of stage I: task, levels and architecture are read from the oracle's checkpoint. The direct
+baseline (`DirectRun`) has no tokens and stands alone.
 
 "The reference" below is the UViM reference code (big_vision, JAX). Does not import torch.
 """
@@ -22,7 +23,7 @@ LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
 
 #: Built-in quantizers and token models; plugins may register others.
 BUILT_IN_QUANTIZERS = ("fsq", "vq")
-BUILT_IN_TOKEN_MODELS = ("autoregressive",)
+BUILT_IN_TOKEN_MODELS = ("autoregressive", "masked")
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ class OracleModelConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The keys under `model.encoder:` in stage II: the image encoder."""
+    """The keys under `model.encoder:` of an LM or a direct model: the image encoder."""
 
     name: str = "vit_large_patch16_224"
-    """Name of a timm ViT; the class token is dropped and the input size follows data.image_size."""
+    """Name of a timm model: a ViT (also DINOv2, DINOv3, SigLIP 2), or a hierarchical or convolutional network."""
     weights: str = "none"
-    """none, hub (download timm's published weights), or the path of a local .safetensors / .npz / .pth file."""
+    """none, hub (download timm's published weights), package (tf_efficientnet_lite0, from the extra `pretrained`), or
+    the path of a local .safetensors / .npz / .pth file."""
     act_layer: Literal["default", "gelu", "gelu_tanh"] = "default"
     """Activation of the MLPs; the reference uses gelu_tanh."""
     patch_size: int | None = None
@@ -126,11 +128,23 @@ class EncoderConfig:
     """Overrides the attention heads of the named model."""
     mlp_dim: int | None = None
     """Overrides the MLP width of the named model."""
+    image_size: int | None = None
+    """Side in pixels of the encoder's own input, to which images are resized; null: data.image_size."""
+    stages: tuple[int, ...] | None = None
+    """Which of the model's stages (blocks of a ViT) give the features, from 0 or, negative, from the end. Several are
+    resized to the grid of the first one listed, concatenated and projected; null: the last one."""
+    out_width: int | None = None
+    """Width of the features, by a linear projection; null: the model's own (several stages: that of the widest)."""
+    frozen: bool = False
+    """Keep the published weights as they are: no gradient, no stochastic depth."""
+    drop_path: float = 0.0
+    """Stochastic depth: rate at which the last block's residual branches are skipped in training, rising from 0 at the
+    first block."""
 
 
 @dataclass(frozen=True)
 class LMModelConfig:
-    """The keys under `model:` in stage II: the token model's architecture."""
+    """The keys under `model:` in stage II: the token model; each kind uses those that concern it."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     width: int = 1024
@@ -149,7 +163,32 @@ class LMModelConfig:
     decoder_context: Literal["pixels", "encoder"] = "pixels"
     """What a trained decoder sees of the image: pixels, like the oracle's; or the image encoder's features as well."""
     kind: str = "autoregressive"
-    """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
+    """Token model: autoregressive (the papers' encoder-decoder), masked (predicts tokens in parallel, MaskGIT), or one
+    registered by a plugin."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread evenly over all tokens in training."""
+    mask_floor: float = 0.45
+    """Masked: smallest share of tokens that is masked in training; shares follow a cosine between it and 1."""
+    all_masked: float = 0.5
+    """Masked: probability that all tokens of an example are masked in training, as in the first step of decoding."""
+
+
+@dataclass(frozen=True)
+class DirectModelConfig:
+    """The keys under `model:` of the direct baseline: an image encoder, transformer blocks and a label head."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    patch_size: int = 16
+    """Side in pixels of the label patch that the head predicts at each position; it must divide data.image_size. The
+    encoder's features are resized to this grid."""
+    width: int = 1024
+    """Width of the blocks between image encoder and label head."""
+    depth: int = 2
+    """Number of these blocks."""
+    num_heads: int = 16
+    """Their attention heads."""
+    mlp_dim: int = 4096
+    """Hidden width of their MLP."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +219,9 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     """Clip the global gradient norm to this value; null: no clipping."""
     encoder_lr_ratio: float = 1.0
-    """Learning rate multiplier of the LM's image encoder (reference: 0.1); no effect in stage I."""
+    """Learning rate multiplier of the image encoder of an LM (reference: 0.1) or direct model; no effect in stage I."""
+    encoder_layer_decay: float = 1.0
+    """Further multiplier for each layer of the image encoder below its last one (layer-wise decay; e.g. 0.8)."""
 
 
 @dataclass(frozen=True)
@@ -225,27 +266,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """The keys under `eval:`: how predictions are made and evaluated."""
+class BasicEvalConfig:
+    """The keys under `eval:` of every run: how predictions are made and evaluated."""
 
     batch_size: int = 32
     """Images per batch and process; metrics do not depend on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of predictions; bf16 is several times faster on a GPU and changes a few tokens."""
-    int8_cross_kv: bool = False
-    """Keep the cross-attention keys and values in 8 bits: faster for large batches, changes a few tokens."""
-    compile: bool = False
-    """Use torch.compile for decoding; at full size this takes minutes, so it pays off for thousands of images."""
+    """Precision of predictions; bf16 is several times faster on a GPU and changes results slightly."""
     workers: int = 2
     """Loader processes per process."""
     limit: int | None = None
     """Evaluate only the first N images; recorded in the result."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(BasicEvalConfig):
+    """The keys under `eval:` of a run with tokens: how they are decoded, besides the basic ones."""
+
+    int8_cross_kv: bool = False
+    """Keep the cross-attention keys and values in 8 bits: faster for large batches, changes a few tokens."""
+    compile: bool = False
+    """Use torch.compile for decoding; at full size this takes minutes, so it pays off for thousands of images."""
     temperature: float = 0.0
     """Sampling temperature of the LM; 0 is greedy decoding."""
     top_k: int | None = None
     """Sample from the k most likely tokens."""
     top_p: float | None = None
     """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
+    steps: int | None = None
+    """Masked: decoding steps, at most the number of tokens; null: one, all tokens in parallel."""
+    choice_temperature: float = 0.0
+    """Masked: noise in the order in which tokens are chosen; 0: the most confident first. No effect with one step."""
     seed: int = 0
     """Seed of sampling; each image has its own random stream."""
     codes: Literal["hard", "soft"] = "hard"
@@ -260,6 +311,10 @@ class EvalConfig:
     tuned: bool = True
     """Apply the settings that `uvim-fsq tune` chose for the checkpoint (its decoding.json), except for keys that are
     given. Training's own evaluations never apply them."""
+
+
+#: The keys of `eval` that say how tokens are chosen, as in `lm.sampling.Sampling`.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "steps", "choice_temperature")
 
 
 @dataclass(frozen=True)
@@ -309,4 +364,27 @@ class LMRun:
     """Internal, not a setting: keys of `data` that were set explicitly and so are not inherited from the oracle."""
 
 
-Run = OracleRun | LMRun
+@dataclass(frozen=True)
+class DirectRun:
+    """The direct baseline: train an image encoder and a label head on the task's loss, without tokens."""
+
+    task: Any
+    """The task: `name` and the task's own keys."""
+    plugins: tuple[str, ...] = ()
+    """Python modules to import first; they can register your own tasks."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DirectModelConfig = field(default_factory=DirectModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: BasicEvalConfig = field(default_factory=BasicEvalConfig)
+    stage: Literal["direct"] = "direct"
+    """The stage that this file configures."""
+
+
+Run = OracleRun | LMRun | DirectRun
+#: The value of `stage` -> the class of its configuration.
+STAGES: dict[str, type[OracleRun] | type[LMRun] | type[DirectRun]] = {
+    "oracle": OracleRun,
+    "lm": LMRun,
+    "direct": DirectRun,
+}

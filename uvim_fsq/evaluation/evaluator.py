@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.config.schema import DataConfig, EvalConfig, Run
+from uvim_fsq.config.schema import BasicEvalConfig, DataConfig, Run
 from uvim_fsq.console import Bar
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.intervals import ImageStates, is_recordable
 from uvim_fsq.inference.predictions import PredictFn, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
@@ -35,11 +36,13 @@ class Evaluator:
         config: batch size, workers and precision.
         limit: evaluate only the first images; None means `eval.limit`.
         quantizer: if given, also count the codes it uses.
+        record: keep what each image added to the metric, for intervals, unless that is too much.
 
     Attributes:
         source: the samples of the split.
         protocol: the evaluation protocol, set by `run`.
         rows: metrics of each image of this process, set by `run`.
+        states: what each image of this process added to the metric, set by `run`.
         statistics: code counts over all processes, or None.
     """
 
@@ -47,10 +50,11 @@ class Evaluator:
         self,
         task: Task,
         data: DataConfig,
-        config: EvalConfig,
+        config: BasicEvalConfig,
         *,
         limit: int | None = None,
         quantizer: Quantizer | None = None,
+        record: bool = False,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.limit = limit if limit is not None else config.limit
@@ -58,6 +62,7 @@ class Evaluator:
         self.protocol = ""
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
+        self.states, self.record = ImageStates(), record
 
     @torch.inference_mode()
     def run(
@@ -81,14 +86,18 @@ class Evaluator:
         """
         metric = self.task.metric(self.source)
         self.protocol = metric.protocol
-        self.rows = []
+        self.rows, self.states = [], ImageStates()
+        record = self.record and is_recordable(metric)
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
         for batch, samples in self.batches(device, title):
             with eval_autocast(self.config, device):
                 predicted = predict(batch)
             for item, sample in zip(predicted.items, samples, strict=True):
+                before = metric.state() if record else {}
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                if record:
+                    self.states.add(sample.id, before, metric.state())
                 if official is not None:
                     entries.append(official.add(item, sample))
             if predicted.bits is not None and predicted.tokens is not None:

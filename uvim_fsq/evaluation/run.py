@@ -1,22 +1,23 @@
-"""Evaluates a checkpoint: metrics of the oracle, the context alone and the language model, with their provenance."""
+"""Evaluates a checkpoint: metrics of its predictions, e.g. of oracle, context alone and LM, with their provenance."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from uvim_fsq import files, processes
-from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.checkpoints.tuned import TUNED_KEYS
 from uvim_fsq.config.parse import to_dict
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
+from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
+from uvim_fsq.evaluation.intervals import ImageStates, Stacked, intervals, write_states
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
@@ -24,17 +25,22 @@ from uvim_fsq.version import __version__
 #: The keys of `eval` that may change the results; recorded with each result.
 DECODING_KEYS = (*TUNED_KEYS, "seed", "precision", "int8_cross_kv")
 
+#: Name of a predict function -> the metrics of each image.
+Rows = dict[str, list[dict[str, Any]]]
+
 
 def evaluate_loaded(
-    loaded: LoadedRun,
+    loaded: LoadedRun | LoadedDirect,
     *,
     device: torch.device,
     limit: int | None = None,
     csv_file: Path | None = None,
     baseline: bool = False,
     official: Path | None = None,
+    compared: LoadedDirect | None = None,
+    states_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM.
+    """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM; of a direct run, its model.
 
     Args:
         loaded: the checkpoint.
@@ -44,46 +50,78 @@ def evaluate_loaded(
         baseline: also evaluate the task's trivial baseline, built from the training split.
         official: folder for result files in the benchmark's own format, one subfolder per predict function. They are
             also scored if the benchmark's program is available.
+        compared: a direct run to evaluate too.
+        states_file: if given, write what each image added to the metrics to this .npz file, for `paired_bootstrap`.
 
-    Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `images`,
-    `limit`, `baseline`, `checkpoint_sha256`, and `code_counts` and `level_histogram` by name.
+    Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `intervals` (of
+    differences in the main metric, see `intervals`), `images`, `limit`, `baseline`, `checkpoint_sha256`, and
+    `code_counts` and `level_histogram` by name. With a compared run also `compared`: the provenance of its figures.
+
+    Raises UserError if the compared run would be evaluated on other images or by another protocol.
     """
+    limit = limit if limit is not None else loaded.run.eval.limit
+    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit, record=True)
+    if compared is None:
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
+    else:
+        other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit, record=True)
+        refuse_different(evaluator, other, loaded.checkpoint, compared.checkpoint)
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
+        second, other_rows, other_states = _evaluate(compared, other, device, False, official)
+        refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
+        about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
+        result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
+        rows |= other_rows
+        states |= other_states
+    result["intervals"] = intervals(loaded.task.metric(evaluator.source), loaded.task.main_metric, states)
+    if processes.is_main():
+        if csv_file is not None:
+            write_rows(csv_file, rows)
+        if states_file is not None:
+            write_states(states_file, states)
+    return result
+
+
+def _evaluate(
+    loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device, baseline: bool, official: Path | None
+) -> tuple[dict[str, Any], Rows, dict[str, Stacked]]:
+    """The result of one checkpoint, as `evaluate_loaded` returns it, and the metrics and states of each image."""
     checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
     processes.same(checkpoint_sha256, loaded.checkpoint)
-    run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
-    if loaded.lm is not None:
-        loaded.lm.to(device)
-    limit = limit if limit is not None else run.eval.limit
+    loaded.to(device)
+    task, quantizer = loaded.task, loaded.oracle.quantizer if isinstance(loaded, LoadedRun) else None
     predict_fns = predict_functions(loaded)
-    trivial = make_baseline(task, run) if baseline else None
+    trivial = make_baseline(task, loaded.run) if baseline else None
     if trivial is not None:
         predict_fns = {"baseline": baseline_predictions(trivial), **predict_fns}
-    evaluator = Evaluator(task, run.data, run.eval, limit=limit)
     figures: dict[str, dict[str, float]] = {}
     codes: dict[str, CodeStatistics] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: Rows = {}
+    states: dict[str, Stacked] = {}
     for name, predict in predict_fns.items():
-        evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
+        evaluator.statistics = CodeStatistics(quantizer) if quantizer is not None and name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
+        recorded = processes.gather(evaluator.states)
+        if any(part.ids for part in recorded):
+            states[name] = ImageStates.joined(recorded).stacked()
         if evaluator.statistics is not None:
             codes[name] = evaluator.statistics
-    if csv_file is not None and processes.is_main():
-        write_rows(csv_file, rows)
-    return {
+    result = {
         **provenance(loaded, evaluator, device),
         "checkpoint_sha256": checkpoint_sha256,
         "baseline": trivial.name if trivial is not None else None,
-        "limit": limit,
+        "limit": evaluator.limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
         "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
         "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
     }
+    return result, rows, states
 
 
-def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
+def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
     """How results were obtained: task, protocol, data, decoding settings, checkpoint and versions."""
     run, task = loaded.run, loaded.task
     return {
@@ -91,7 +129,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
         "protocol": evaluator.protocol,
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
-        "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
+        "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS if hasattr(run.eval, key)},
         "decoding_from": loaded.decoding_from,
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
@@ -106,7 +144,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
     }
 
 
-def write_rows(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Writes one line per predict function and image: the function's name, the image's id and its metrics."""
     flat = [{"way": name, **row} for name, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))
@@ -121,24 +159,37 @@ def evaluate(
     csv: Path | None = None,
     baseline: bool = False,
     official: Path | None = None,
+    compare: str | Path | None = None,
+    states: Path | None = None,
+    tuned: bool = True,
 ) -> dict[str, Any]:
     """Evaluates a run or checkpoint directory according to its task's protocol.
 
     Args:
-        run_dir: a run, whose checkpoint is chosen as in `load_checkpoint`, or a checkpoint directory.
-        overrides: `key=value` strings.
+        run_dir: a run, whose checkpoint is chosen as in `load_any`, or a checkpoint directory.
+        overrides: `key=value` strings. They apply to the run to compare with too, except for keys that it lacks.
         limit: evaluate only the first images; sets `eval.limit`.
         csv: if given, write the metrics of each image to this file.
         baseline: also evaluate the task's trivial baseline.
         official: folder for result files in the benchmark's own format.
+        compare: a direct run or checkpoint directory, whose figures are added under "direct".
+        states: if given, write what each image added to the metrics to this .npz file.
+        tuned: apply the settings that `uvim-fsq tune` chose for the checkpoint, unless `eval.tuned` is false.
 
-    Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded and for unreadable
-    images.
+    Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
+    and for two runs whose figures cannot be compared.
     """
     device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]
-    loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
-    loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
+    loaded = load_any(run_dir, [*overrides, *limited], device, tuned=tuned)
+    compared = load_compared(compare, loaded, overrides, device) if compare is not None else None
     with enough_memory(EVALUATION_REMEDY):
-        result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
-    return result
+        return evaluate_loaded(
+            loaded,
+            csv_file=csv,
+            device=device,
+            baseline=baseline,
+            official=official,
+            compared=compared,
+            states_file=states,
+        )

@@ -27,6 +27,7 @@ from uvim_fsq.evaluation.run import provenance
 from uvim_fsq.files import write_json
 from uvim_fsq.inference.code_decoding import LMDecoder, LogitMean, Logits, Part, decode_part, image_seeds
 from uvim_fsq.inference.predictions import eval_autocast
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.tasks.base import Metric, Task
 
 #: (codes, code_scale) of a setting.
@@ -41,6 +42,7 @@ class Grid:
         codes: values of `eval.codes`.
         scales: values of `eval.code_scale`.
         weights: values of `eval.context_weight`; None means 0 to 0.5, or 0 if there is no context alone.
+        steps: values of `eval.steps` besides the run's own.
         samples: values of `eval.samples` besides the run's own.
         temperature: `eval.temperature` of these samples.
     """
@@ -48,6 +50,7 @@ class Grid:
     codes: tuple[str, ...] = ("hard", "soft")
     scales: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
     weights: tuple[float, ...] | None = None
+    steps: tuple[int, ...] = ()
     samples: tuple[int, ...] = ()
     temperature: float = 1.0
 
@@ -58,8 +61,9 @@ class Grid:
             weights = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5) if has_context else (0.0,)
         sampled = [replace(own, samples=count, temperature=self.temperature) for count in sorted(self.samples)]
         tried = [
-            replace(base, codes=codes, code_scale=scale, context_weight=weight)
+            replace(base, steps=steps, codes=codes, code_scale=scale, context_weight=weight)
             for base in (own, *sampled)
+            for steps in (own.steps, *sorted(self.steps))
             for codes in sorted(self.codes)
             for scale in sorted(self.scales, key=lambda scale: abs(1 - scale))
             for weight in sorted(weights)
@@ -78,8 +82,8 @@ class Search:
 
     loaded: LoadedRun
     metrics: Mapping[EvalConfig | None, Metric]
-    decoders: dict[float, LMDecoder] = field(init=False)
-    groups: dict[float, dict[Variant, list[EvalConfig]]] = field(init=False)
+    decoders: dict[Sampling, LMDecoder] = field(init=False)
+    groups: dict[Sampling, dict[Variant, list[EvalConfig]]] = field(init=False)
 
     def __post_init__(self) -> None:
         loaded = self.loaded
@@ -88,11 +92,11 @@ class Search:
         settings = [setting for setting in self.metrics if setting is not None]
         soft = any(setting.codes == "soft" for setting in settings)
         for setting in settings:
-            temperature = setting.temperature
-            if temperature not in self.decoders:
+            sampling = Sampling.of(setting)
+            if sampling not in self.decoders:
                 generation = replace(setting, codes="soft" if soft else "hard")
-                self.decoders[temperature] = LMDecoder(loaded.lm, loaded.oracle, loaded.task, generation)
-            variants = self.groups.setdefault(temperature, {})
+                self.decoders[sampling] = LMDecoder(loaded.lm, loaded.oracle, loaded.task, generation)
+            variants = self.groups.setdefault(sampling, {})
             variants.setdefault((setting.codes, setting.code_scale), []).append(setting)
 
     @torch.inference_mode()
@@ -101,8 +105,8 @@ class Search:
         image, own = batch["image"], self.loaded.run.eval
         with eval_autocast(own, image.device):
             parts = {
-                temperature: self._generate(temperature, image, image_seeds(own.seed, batch["index"]))
-                for temperature in self.decoders
+                sampling: self._generate(sampling, image, image_seeds(own.seed, batch["index"]))
+                for sampling in self.decoders
             }
             decoder = next(iter(self.decoders.values()))
             nothing = decoder.context_part(len(image))
@@ -111,14 +115,14 @@ class Search:
                 if None in self.metrics:
                     context = decode_part(nothing, image, rows)
                     self._score(None, context, samples[rows])
-                for temperature, drawn in parts.items():
-                    for variant, settings in self.groups[temperature].items():
+                for sampling, drawn in parts.items():
+                    for variant, settings in self.groups[sampling].items():
                         chosen = [given[variant] for given in drawn]
                         self._try(settings, chosen, image, rows, context, samples[rows])
 
-    def _generate(self, temperature: float, image: torch.Tensor, seeds: torch.Tensor) -> list[dict[Variant, Part]]:
+    def _generate(self, sampling: Sampling, image: torch.Tensor, seeds: torch.Tensor) -> list[dict[Variant, Part]]:
         """For each sample, the codes of every variant."""
-        decoder, variants = self.decoders[temperature], self.groups[temperature]
+        decoder, variants = self.decoders[sampling], self.groups[sampling]
         count = max(setting.samples for settings in variants.values() for setting in settings)
         drawn: list[dict[Variant, Part]] = []
         for number in range(count):
@@ -212,7 +216,7 @@ def tune(
     split = tuning_split(resolve_checkpoint(run_dir), overrides, split, unseen=unseen)
     limited = [] if limit is None else [f"eval.limit={limit}"]
     device = processes.device()
-    loaded = load_checkpoint(run_dir, [*overrides, *limited, "eval.tuned=false"], device)
+    loaded = load_checkpoint(run_dir, [*overrides, *limited], device, tuned=False)
     metric = _choosing_metric(loaded.task)
     settings = checked_settings(loaded, grid or Grid())
     has_context = loaded.oracle.config.context in ("both", "decoder")

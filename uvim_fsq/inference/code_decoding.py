@@ -30,7 +30,7 @@ Logits = dict[str, torch.Tensor]
 def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
     """Builds the LM's generator from the `eval` settings. Raises UserError if the token model does not support them."""
     return lm.generator(
-        Sampling(config.temperature, config.top_k, config.top_p),
+        Sampling.of(config),
         precision=config.precision,
         int8_cross_kv=config.int8_cross_kv,
         compile=config.compile,
@@ -186,6 +186,11 @@ class LMDecoder:
 
         Returns one prediction per image, as `Task.decode` does, and the tokens (B, L) int64 of the first sample.
         """
+        parts, tokens = self.parts(image, seeds)
+        return self.decode(parts, image), tokens
+
+    def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
+        """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""
         config = self.config
         parts: list[Part] = []
         tokens: list[torch.Tensor] = []
@@ -196,9 +201,12 @@ class LMDecoder:
             tokens = tokens or [generated.tokens]
         if config.context_weight > 0:
             parts.append(self.context_part(len(image), config.context_weight))
-        parts = [part for part in parts if part.weight > 0]
+        return [part for part in parts if part.weight > 0], tokens[0]
+
+    def decode(self, parts: Sequence[Part], image: torch.Tensor) -> list[Any]:
+        """One prediction per image, as `Task.decode` returns it, from what `parts` returned for these images."""
         logits = iter_mixed_logits(self.task.label_channels, parts, image)
-        return [item for chunk in logits for item in self.task.decode(chunk)], tokens[0]
+        return [item for chunk in logits for item in self.task.decode(chunk)]
 
     def generate(self, image: torch.Tensor, seeds: torch.Tensor, number: int) -> Generated:
         """Sample `number` of each image (B, 3, S, S); `seeds` (B,) int64 are the images' own."""
