@@ -14,7 +14,7 @@ import pytest
 from tests.support.cli import failure
 from tests.support.runs import save_untrained
 from tests.support.small import lm_run
-from tests.support.tuning import SETTINGS, write_tuned
+from tests.support.tuning import DEFAULT, SETTINGS, write_tuned
 from uvim_fsq.checkpoints.identity import check_resume
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import checkpoints, read_config
@@ -38,7 +38,7 @@ def test_tuned_settings_apply_and_count_as_overrides(run_dir: Path) -> None:
     plain = load_checkpoint(run_dir)
     assert plain.decoding_from == "the run" and not plain.overrides
     write_tuned(run_dir)
-    assert used(run_dir) == {**SETTINGS, "top_p": None}
+    assert used(run_dir) == {**DEFAULT, **SETTINGS}
     loaded = load_checkpoint(run_dir)
     assert loaded.decoding_from == "tuned on holdout, 5 images"
     assert {key: now for key, (_, now) in loaded.overrides.items()} == {f"eval.{k}": v for k, v in SETTINGS.items()}
@@ -48,7 +48,7 @@ def test_tuned_settings_apply_and_count_as_overrides(run_dir: Path) -> None:
 
 def test_given_keys_take_precedence(run_dir: Path) -> None:
     write_tuned(run_dir)
-    assert used(run_dir, "eval.code_scale=0.9") == {**SETTINGS, "code_scale": 0.9, "top_p": None}
+    assert used(run_dir, "eval.code_scale=0.9") == {**DEFAULT, **SETTINGS, "code_scale": 0.9}
     loaded = load_checkpoint(run_dir, ["eval.code_scale=0.9", "eval.codes=hard", "eval.samples=2"])
     assert loaded.decoding_from == "tuned on holdout, 5 images, except for codes, code_scale"
 
@@ -189,5 +189,5 @@ def test_other_images_may_tune_if_the_user_says_so(tmp_path: Path, random_runs: 
 
 def test_an_oracle_has_nothing_to_tune(random_runs: tuple[Path, Path]) -> None:
     checkpoint = checkpoints(random_runs[0])[-1]
-    with pytest.raises(UserError, match="is an oracle's checkpoint, which has nothing to tune; give the run of its LM"):
+    with pytest.raises(UserError, match="is of stage oracle, which predicts no tokens; give the run of an LM"):
         tuning_split(checkpoint, split="holdout")

@@ -41,6 +41,8 @@ def test_tune_prints_the_best_settings_and_stores_them(run_dir: Path, capsys: py
         "temperature": {0.0, 0.5},
         "top_k": {None},
         "top_p": {None},
+        "steps": {None},
+        "choice_temperature": {0.0},
     }
     assert len(result["candidates"]) == 1 + 2 * 4
     assert ("add nothing" in said) == (result["context_only"] < result["value"])

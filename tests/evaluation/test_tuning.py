@@ -16,7 +16,7 @@ from tests.support.runs import save_untrained
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.tuned import TUNED_KEYS
-from uvim_fsq.config.schema import EvalConfig
+from uvim_fsq.config.schema import EvalConfig, LMRun
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.evaluation.tuning import Grid, best_setting, tune
@@ -48,7 +48,7 @@ def on_hold_out(loaded: LoadedRun, config: EvalConfig | None) -> float:
 @pytest.mark.slow
 def test_every_candidate_is_worth_what_an_evaluation_says(run_dir: Path) -> None:
     result = tune(run_dir, KEYS, grid=GRID)
-    loaded = load_checkpoint(run_dir, [*KEYS, "eval.tuned=false"])
+    loaded = load_checkpoint(run_dir, KEYS, tuned=False)
     assert len(result["candidates"]) == 2 * 2 * 2 * 3
     for row in result["candidates"]:
         config = replace(loaded.run.eval, **{key: row[key] for key in TUNED_KEYS})
@@ -104,6 +104,23 @@ def test_several_processes_tune_together(run_dir: Path) -> None:
     assert two["images"] == 5 and two["settings"] == one["settings"]
     for row, other in zip(one["candidates"], two["candidates"], strict=True):
         assert row["rmse"] == pytest.approx(other["rmse"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_masked_models_are_tuned_over_their_steps(tmp_path: Path, held_out_lm: Path) -> None:
+    trained = load_checkpoint(held_out_lm).run
+    assert isinstance(trained, LMRun)
+    run_dir = save_untrained(lm_run(tmp_path / "lm", Path(trained.oracle), "model.kind=masked"))
+    result = tune(run_dir, KEYS, grid=Grid(scales=(1.0,), weights=(0.0,), steps=(4, 2), samples=(2,)))
+    loaded = load_checkpoint(run_dir, KEYS, tuned=False)
+    assert [(row["samples"], row["steps"]) for row in result["candidates"]][::2] == [
+        (samples, steps) for samples in (1, 2) for steps in (None, 2, 4)
+    ]
+    for row in result["candidates"]:
+        config = replace(loaded.run.eval, **{key: row[key] for key in TUNED_KEYS})
+        assert row["rmse"] == pytest.approx(on_hold_out(loaded, config), abs=1e-5), row
+    with pytest.raises(UserError, match="eval.steps=5 exceeds the 4 tokens"):
+        tune(run_dir, grid=Grid(steps=(5,)))
 
 
 def test_candidates_go_from_simple_to_elaborate() -> None:

@@ -151,7 +151,7 @@ def tuning_split(
     """
     run, _ = read_overridden(checkpoint, overrides)
     if not isinstance(run, LMRun):
-        raise UserError(f"{checkpoint} is an oracle's checkpoint, which has nothing to tune; give the run of its LM")
+        raise UserError(f"{checkpoint} is of stage {run.stage}, which predicts no tokens; give the run of an LM")
     trained = read_overridden(checkpoint)[0].data
     if unseen:
         if _same_data(trained.root, run.data.root):
