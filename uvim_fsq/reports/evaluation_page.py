@@ -70,6 +70,8 @@ def _facts(result: Mapping[str, Any]) -> str:
         "protocol": result["protocol"],
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
         "task": ", ".join(f"{key}={value}" for key, value in result["task_options"].items()),
+        "decoding": ", ".join(f"{key}={value}" for key, value in result["decoding"].items()),
+        "decoding from": result["decoding_from"],
         "checkpoint": result["checkpoint_sha256"][:16],
         "versions": ", ".join(f"{key} {value}" for key, value in result["versions"].items()),
     }
