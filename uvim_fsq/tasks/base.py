@@ -114,6 +114,8 @@ class Task(ABC):
     secondary_metrics: ClassVar[tuple[str, ...]] = ()
     #: The `uvim-fsq synth` format of this task's data; None if there is none.
     synthetic: ClassVar[str | None] = None
+    #: The `uvim-fsq synth` world in which the quickstart shows the task.
+    synthetic_world: ClassVar[str] = "rooms"
 
     def __init__(self, config: Any) -> None:
         self.config = config

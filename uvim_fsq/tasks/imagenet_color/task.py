@@ -40,6 +40,7 @@ class ImagenetColor(Task):
     smaller_is_better = False
     secondary_metrics = ("mse",)
     synthetic = "imagenet"
+    synthetic_world = "still_life"
     config: ImagenetColorConfig
 
     @property
