@@ -13,7 +13,7 @@ from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig, QuantizerConfig
 from uvim_fsq.layers import signed_pixels
-from uvim_fsq.lm.base import Generated, TokenModel, register_token_model
+from uvim_fsq.lm.base import CodeLoss, Generated, TokenModel, register_token_model, total_loss
 from uvim_fsq.lm.sampling import GREEDY, Sampling, example_uniforms, sample
 from uvim_fsq.oracle.quantizers.base import Quantized, Quantizer, register_quantizer
 from uvim_fsq.performance.device_peak import DevicePeak
@@ -81,12 +81,15 @@ class Parallel(TokenModel):
         hidden = torch.tanh(self.stem(signed_pixels(image).flatten(1)))
         return self.head(hidden).float().view(-1, self.length, self.vocab_size)
 
-    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value = -self.log_prob(image, tokens).mean(1)
-        return value, {"parallel_loss": value.detach()}
+    def loss(
+        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = self.logits(image)
+        value = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
+        return total_loss(value, {"parallel_loss": value.detach()}, code_loss, logits, None)
 
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(self.logits(image), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return -F.cross_entropy(self.logits(image).transpose(1, 2), tokens, reduction="none")
 
     def generate(
         self,

@@ -23,7 +23,16 @@ from uvim_fsq.benchmark.memory import (
     oracle_memory,
 )
 from uvim_fsq.benchmark.setup import read_sizes
-from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OptimConfig, OracleModelConfig, OracleRun, TrainConfig
+from uvim_fsq.config.schema import (
+    EncoderConfig,
+    LMModelConfig,
+    LMRun,
+    LossConfig,
+    OptimConfig,
+    OracleModelConfig,
+    OracleRun,
+    TrainConfig,
+)
 from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.oracle import chunking
@@ -31,6 +40,7 @@ from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.performance.memory import OVERHEAD, smallest_accumulate
 
 RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
+LM_RUN = LMRun("", train=TrainConfig(), optim=OptimConfig())
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **given: Any) -> torch.Tensor:
@@ -91,7 +101,23 @@ def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> 
     lm = on_cuda(lm).train()
     tokens, image = fake.from_tensor(tokens).to(CUDA), fake.from_tensor(image).to(CUDA)
 
-    assert kept(lm, lambda: lm(image, tokens)) == pytest.approx(batch * lm_memory(lm, oracle, RUN).image, rel=0.04)
+    assert kept(lm, lambda: lm(image, tokens)) == pytest.approx(batch * lm_memory(lm, oracle, LM_RUN).image, rel=0.04)
+
+
+@pytest.mark.slow
+def test_the_task_loss_keeps_the_counted_bytes_of_the_frozen_decoder(fake: FakeTensorMode) -> None:
+    batch, task = 5, TASKS["depth"]
+    with unset_fake_temporarily():
+        oracle = Oracle(OracleModelConfig(8, 192, 1, 4, 3, 800, code_length=64), task.label_channels, 128)
+        lm = AutoregressiveLM(LMModelConfig(depth=1), image_size=128, vocab_size=50, length=64)
+        labels, image = random_batch(task, batch, 128)
+        codes = torch.zeros(batch, 64, oracle.quantizer.dim)
+    oracle = on_cuda(oracle).requires_grad_(False).eval()
+    labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
+    image, codes = fake.from_tensor(image).to(CUDA), fake.from_tensor(codes).to(CUDA).requires_grad_()
+    found = kept(oracle, lambda: oracle.label_loss(codes, labels, image, task.loss))
+    counted = lm_memory(lm, oracle, replace(LM_RUN, loss=LossConfig(1.0))).image - lm_memory(lm, oracle, LM_RUN).image
+    assert found == pytest.approx(batch * counted, rel=0.04)
 
 
 def header(file: Path) -> tuple[int, float] | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.token_models import make_images, make_lm
-from uvim_fsq.lm import autoregressive as model
+from uvim_fsq.lm import encoder_decoder as model
 from uvim_fsq.lm.token_generator import TokenGenerator
 
 

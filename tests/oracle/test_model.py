@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.support.oracles import CHANNELS, CONFIG, image_of, labels_of
+from uvim_fsq.config.schema import QuantizerConfig
+from uvim_fsq.oracle import model
 from uvim_fsq.oracle.model import Oracle, drop_codes
 
 
@@ -45,3 +47,42 @@ def test_code_dropout_keeps_half_of_the_codes() -> None:
     assert float((random.mean(0) - 0.5).abs().max()) < 0.05  # no position is preferred
     assert bool((ordered[:, :-1] >= ordered[:, 1:]).all())  # the first codes survive longest
     assert drop_codes(codes, "none") is codes
+
+
+def test_a_learned_dropped_code_differs_from_every_codeword() -> None:
+    torch.manual_seed(0)
+    quantizer = QuantizerConfig(levels=(5, 5))  # with a codeword of zeros
+    zero, learned = (
+        Oracle(replace(CONFIG, dropped_code=kind, quantizer=quantizer), CHANNELS, 16).eval()
+        for kind in ("zero", "learned")
+    )
+    for oracle, distinct in ((zero, False), (learned, True)):
+        centre = oracle.quantizer.codes_to_indices(torch.zeros(1, oracle.code_length, 2))
+        codes = oracle.quantizer.indices_to_codes(centre)
+        assert not codes.any()
+        hidden = [oracle.decode_hidden(x, image_of()[:1]) for x in (codes, oracle.empty_codes(1))]
+        assert torch.equal(*hidden) != distinct
+
+
+def test_code_dropout_drops_the_presence_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle(replace(CONFIG, dropped_code="learned"), CHANNELS, 16)
+    seen = []
+    monkeypatch.setattr(oracle, "decode_hidden", lambda codes, *_: seen.append(codes) or torch.zeros(2, 16, 16))
+    monkeypatch.setattr(model, "drop_codes", lambda codes, _: codes * torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None])
+    for training in (True, False):
+        oracle.train(training)(labels_of(), image_of(), lambda *_: (torch.zeros(2), {}))
+    dim = oracle.quantizer.dim
+    assert seen[0][..., dim].tolist() == [[1, 0, 1, 0]] * 2 and not seen[0][:, 1::2].any()
+    assert bool((seen[1][..., dim] == 1).all()) and seen[1].shape[-1] == dim + 1
+
+
+def test_a_scaled_code_moves_from_dropped_to_present() -> None:
+    torch.manual_seed(0)
+    oracle = Oracle(replace(CONFIG, dropped_code="learned"), CHANNELS, 16).eval()
+    codes = oracle.quantizer.indices_to_codes(torch.arange(8).view(2, 4))
+    marked = oracle.mark_present(codes)
+    assert oracle.mark_present(marked) is marked
+    for scale, same in ((0.0, oracle.empty_codes(2)), (1.0, codes)):
+        torch.testing.assert_close(
+            oracle.decode_hidden(marked * scale, image_of()), oracle.decode_hidden(same, image_of())
+        )

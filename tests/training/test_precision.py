@@ -45,7 +45,7 @@ def test_tokens_of_training_equal_those_of_evaluation(
     trainer, seen = Trainer(stage, run), []
 
     class Recorder(nn.Module):
-        def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, image: torch.Tensor, tokens: torch.Tensor, _: object) -> tuple[torch.Tensor, dict]:
             seen.append(tokens)
             return torch.zeros(len(tokens)), {}
 

@@ -11,7 +11,13 @@ from uvim_fsq.config.schema import LMRun, OracleRun, Run
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.performance.memory import TrainingMemory, fixed_bytes, number_bytes, oracle_activations
+from uvim_fsq.performance.memory import (
+    TrainingMemory,
+    decoder_activations,
+    fixed_bytes,
+    number_bytes,
+    oracle_activations,
+)
 
 
 def _numbers(model: nn.Module) -> int:
@@ -25,11 +31,15 @@ def oracle_memory(oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemor
     return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
 
-def lm_memory(lm: TokenModel, oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemory:
+def lm_memory(lm: TokenModel, oracle: Oracle, run: LMRun, processes: int = 1) -> TrainingMemory:
     """Training memory of stage II, frozen oracle included. The models may be on the meta device."""
     b = number_bytes(run.train)
     fixed = fixed_bytes(_numbers(lm), run.train, run.optim, processes) + _numbers(oracle) * (4 + b)
-    return TrainingMemory(fixed, lm.activation_bytes(b))
+    if not run.loss.task_weight:
+        return TrainingMemory(fixed, lm.activation_bytes(b))
+    # The gradient passes through the frozen oracle's decoder, which saves its activations.
+    image = lm.activation_bytes(b) + decoder_activations(oracle.config, oracle.image_size, b)
+    return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
 
 def memory_of(oracle_run: OracleRun, lm_run: LMRun | None = None, processes: int = 1) -> TrainingMemory:

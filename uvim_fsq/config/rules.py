@@ -99,7 +99,7 @@ _ABOVE_ZERO = """
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
-    model.quantizer.commitment"""
+    model.quantizer.commitment loss.task_weight"""
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
@@ -128,7 +128,7 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
-    yield from _out_of_range(run, ("train", "optim"))
+    yield from _out_of_range(run, ("train", "optim", "loss"))
     if not all(0 <= beta < 1 for beta in run.optim.betas):
         yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:

@@ -100,6 +100,9 @@ class OracleModelConfig:
     """Number of tokens per image, a square number."""
     code_dropout: Literal["none", "random", "ordered"] = "random"
     """Zero a random number of codes in training: at random positions (random) or always the last ones (ordered)."""
+    dropped_code: Literal["zero", "learned"] = "zero"
+    """What the decoder sees for a dropped code: zeros, as in the papers, which may also be a code of the codebook; or
+    learned, a vector of its own, by a channel that is 1 for present codes and 0 for dropped ones."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
 
@@ -142,6 +145,15 @@ class LMModelConfig:
     """Dropout rate on the decoder's residual branches and token embeddings in training."""
     kind: str = "autoregressive"
     """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The keys under `loss:` in stage II."""
+
+    task_weight: float = 0.0
+    """Weight of the task's loss of the labels that the frozen oracle decodes from soft codes, the expected codes under
+    the predicted distributions (All in Tokens, arXiv 2301.02229); 0: only the loss on tokens, as in the papers."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +282,7 @@ class LMRun:
     """Modules to import first. The oracle's are added, but must be listed here too unless trusted (--trust)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

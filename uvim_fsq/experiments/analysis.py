@@ -94,7 +94,7 @@ def describe_predictions(oracle: Oracle, images: int) -> dict[str, str]:
     zero += f"; trained with code dropout ({dropout})" if dropout != "none" else "; trained without code dropout"
     zero_codes = torch.zeros(quantizer.dim, device=quantizer.device)
     code = int(quantizer.codes_to_indices(zero_codes))
-    if not quantizer.codebook()[code].any():
+    if oracle.config.dropped_code == "zero" and not quantizer.codebook()[code].any():
         zero += f"; code {code} of the codebook is also zero"
     own = " with its own image" if sees_image(oracle) else ""
     return {

@@ -94,9 +94,9 @@ class Painter:
 
     @torch.inference_mode()
     def predicted(self, tokens: np.ndarray | None, row: int) -> Any:
-        """The prediction (an item of `Task.decode`) of tokens (L,), or of zero codes for None, for image `row`."""
+        """The prediction (an item of `Task.decode`) of tokens (L,), or of dropped codes for None, for image `row`."""
         image = self.batch["image"][row : row + 1]
-        codes = torch.zeros(1, self.oracle.code_length, self.oracle.quantizer.dim, device=image.device)
+        codes = self.oracle.empty_codes(1)
         if tokens is not None:
             codes = self.oracle.quantizer.indices_to_codes(torch.from_numpy(tokens)[None].to(image.device))
         return self.task.decode(self.oracle.decode(codes, image))[0]

@@ -1,4 +1,4 @@
-"""Functions that predict a batch: the oracle, its decoder with zeroed codes, the language model, or a baseline.
+"""Functions that predict a batch: the oracle, its decoder with dropped codes, the language model, or a baseline.
 
 B batch, L code length, d code channels.
 """
@@ -56,12 +56,11 @@ def oracle_predictions(oracle: Oracle, task: Task) -> PredictFn:
 
 
 def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
-    """The oracle's decoder with all codes set to zero, which shows how much it predicts from the image alone."""
+    """The oracle's decoder with all codes dropped, which shows how much it predicts from the image alone."""
 
     def predict(batch: Batch) -> Predictions:
         image = batch["image"]
-        codes = torch.zeros(len(image), oracle.code_length, oracle.quantizer.dim, device=image.device)
-        return Predictions(label_maps(oracle, task, codes, image), None)
+        return Predictions(label_maps(oracle, task, oracle.empty_codes(len(image)), image), None)
 
     return predict
 

@@ -16,86 +16,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
-from uvim_fsq.layers import LN_EPS, MLP, Attention, init_transformer_, position_embedding, signed_pixels
-from uvim_fsq.lm.base import Generated, Generator, TokenModel, register_token_model
-from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.lm.base import CodeLoss, Generated, Generator, register_token_model, total_loss
+from uvim_fsq.lm.decoder_block import DecoderBlock
+from uvim_fsq.lm.encoder_decoder import EncoderDecoder
 from uvim_fsq.lm.kv_cache import DecoderCache, LayerCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling
 from uvim_fsq.lm.token_generator import TokenGenerator
-from uvim_fsq.performance.flops import AutoregressiveCost, EncoderSize, autoregressive_cost
-from uvim_fsq.performance.memory import autoregressive_activations
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm block of causal self-attention, cross-attention and MLP. Attention projections have no bias."""
-
-    def __init__(self, config: LMModelConfig, memory_dim: int) -> None:
-        super().__init__()
-        dim = config.width
-        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.self_attn = Attention(dim, config.num_heads, bias=False)
-        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.cross_attn = Attention(dim, config.num_heads, bias=False, memory_dim=memory_dim)
-        self.norm3 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.mlp = MLP(dim, config.mlp_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced pass over all positions: (B, L, D), memory (B, M, E) -> (B, L, D)."""
-        x = x + self.dropout(self.self_attn(self.norm1(x), is_causal=True))
-        x = x + self.dropout(self.cross_attn(self.norm2(x), memory))
-        return x + self.dropout(self.mlp(self.norm3(x)))
-
-    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One position: (B, 1, D) -> (B, 1, D). It attends to the first `span` positions under the mask (1, span)."""
-        attn, cross = self.self_attn, self.cross_attn
-        y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
-        y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
-        cache.own.index_copy_(3, position, y[1:])
-        key, value = cache.own[:, :, :, : mask.shape[-1]]
-        x = x + attn.attend(y[0], key, value, mask=mask)
-        attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
-        x = x + cross.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm3(x))
+from uvim_fsq.performance.flops import AutoregressiveCost, autoregressive_cost
 
 
 @register_token_model("autoregressive")
-class AutoregressiveLM(TokenModel):
-    """An encoder-decoder transformer.
-
-    The start symbol is a vector outside the vocabulary, so every output is a valid code. The image size must be a
-    multiple of the encoder's patch size.
-    """
+class AutoregressiveLM(EncoderDecoder):
+    """An encoder-decoder transformer with a causal decoder, whose first input is the learned vector `start`."""
 
     has_cached_decoding = True
-    mean: torch.Tensor
-    std: torch.Tensor
+    start: nn.Parameter
 
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
-        super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
-        self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
-        # Saved in the checkpoint, because they belong to the encoder's weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-        dim = config.width
-        self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.start = nn.Parameter(torch.randn(1, 1, dim))
-        self.positions = position_embedding(length, dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(DecoderBlock(config, self.encoder.num_features) for _ in range(config.depth))
-        init_transformer_(self.blocks)
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
-        self.head = nn.Linear(dim, vocab_size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
-        return self.encoder.forward_features(self.normalize(image))
-
-    def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> encoder input in the weights' dtype."""
-        return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.start.dtype)
+        super().__init__(
+            config, image_size=image_size, vocab_size=vocab_size, length=length, causal=True, symbol="start"
+        )
 
     def decode(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Teacher-forced logits of all positions: targets (B, L) int64, shifted right inside -> (B, L, V)."""
@@ -136,9 +76,9 @@ class AutoregressiveLM(TokenModel):
         """Per block, the tensors that all steps share: the merged projection, cross-attention keys and values."""
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
-            own, cross = block.self_attn, block.cross_attn
+            own = block.self_attn
             projection = torch.cat([own.query.weight, own.key.weight, own.value.weight])
-            yield projection, cross.heads(memory, cross.key), cross.heads(memory, cross.value)
+            yield projection, *block.memory_heads(memory)
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
         """Creates the cache for `memory` (B, M, E), and computes its cross-attention keys and values.
@@ -158,11 +98,18 @@ class AutoregressiveLM(TokenModel):
         """Teacher-forced logits (B, L, V) for images (B, 3, S, S) and targets (B, L) int64."""
         return self.decode(tokens, self.encode(image))
 
-    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy, averaged over the tokens of each example; logs the accuracy of the most likely token."""
-        logits = self.logits(image, tokens)
+    def loss(
+        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy, averaged over the tokens of each example; logs the accuracy of the most likely token.
+
+        The probabilities that `code_loss` receives are teacher-forced: each depends on the true earlier tokens.
+        """
+        memory = self.encode(image)
+        logits = self.decode(tokens, memory)
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-        return loss.view(tokens.shape).mean(1), {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+        logs = {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
+        return total_loss(loss.view(tokens.shape).mean(1), logs, code_loss, logits, memory)
 
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.logits(image, tokens).float()
@@ -197,27 +144,5 @@ class AutoregressiveLM(TokenModel):
             probabilities=probabilities,
         )
 
-    @property
-    def encoder_size(self) -> EncoderSize:
-        """The dimensions of the image encoder."""
-        encoder = self.encoder
-        blocks = list(encoder.blocks.children())
-        return EncoderSize(
-            width=encoder.num_features,
-            depth=len(blocks),
-            mlp_dim=int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0]),
-            patch_size=encoder.patch_embed.patch_size[0],
-            patches=encoder.patch_embed.num_patches,
-        )
-
     def cost(self) -> AutoregressiveCost:
         return autoregressive_cost(self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length)
-
-    def activation_bytes(self, number_bytes: int) -> float:
-        return autoregressive_activations(
-            self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length, b=number_bytes
-        )
-
-    def randomize_head_(self) -> None:
-        # The head is initialized to 0, so every token would be code 0.
-        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))

@@ -37,6 +37,8 @@ class Generated:
     probabilities: torch.Tensor | None = None
 
 
+#: (probabilities (B, L, V) float32, image features (B, M, E) or None) -> loss (B,) float32 and logs name -> (B,).
+CodeLoss = Callable[[torch.Tensor, "torch.Tensor | None"], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 #: (images (B, 3, S, S), seeds (B,) int64 or None) -> Generated.
 Generator = Callable[[torch.Tensor, "torch.Tensor | None"], Generated]
 
@@ -59,8 +61,14 @@ class TokenModel(nn.Module, ABC):
         self.config, self.image_size, self.vocab_size, self.length = config, image_size, vocab_size, length
 
     @abstractmethod
-    def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss against the true tokens (B, L) int64: (B,) float32 per example, and logs name -> (B,)."""
+    def loss(
+        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss against the true tokens (B, L) int64: (B,) float32 per example, and logs name -> (B,).
+
+        If `code_loss` is given, it is called once with the predicted distributions, and its value is added. It lets
+        the labels that the oracle decodes from soft codes be part of the loss. `total_loss` does both.
+        """
 
     @abstractmethod
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -126,9 +134,33 @@ class TokenModel(nn.Module, ABC):
     def randomize_head_(self) -> None:
         """Makes an untrained model predict varied tokens, for benchmarks; by default does nothing."""
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Calls `loss`. Wrappers such as DistributedDataParallel and torch.compile require calls through `forward`."""
-        return self.loss(image, tokens)
+        return self.loss(image, tokens, code_loss)
+
+
+def total_loss(
+    loss: torch.Tensor,
+    logs: dict[str, torch.Tensor],
+    code_loss: CodeLoss | None,
+    logits: torch.Tensor,
+    features: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A token model's loss and logs, with `code_loss` of the softmax of `logits` added if it is given.
+
+    Args:
+        loss: (B,) loss on the tokens, which is then also logged as "token_loss".
+        logs: name -> (B,).
+        code_loss: see `TokenModel.loss`.
+        logits: (B, L, V).
+        features: the image features (B, M, E) that the tokens were predicted from; None if there are none.
+    """
+    if code_loss is None:
+        return loss, logs
+    value, more = code_loss(logits.float().softmax(-1), features)
+    return loss + value, {**logs, "token_loss": loss.detach(), **more}
 
 
 TOKEN_MODELS: Registry[type[TokenModel]] = Registry("token model", "model.kind")

@@ -9,7 +9,7 @@ Images are (B, 3, S, S), either uint8 or floating point in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +17,11 @@ from torch import nn
 
 from uvim_fsq.config.rules import check_code_length, check_patches
 from uvim_fsq.config.schema import OracleModelConfig
-from uvim_fsq.layers import (
-    PatchEmbed,
-    init_transformer_,
-    patchify,
-    position_embedding,
-    resize_tokens,
-    signed_pixels,
-    unpatchify,
-)
+from uvim_fsq.layers import PatchEmbed, init_transformer_, position_embedding, resize_tokens
 from uvim_fsq.oracle.backbones.transformer import Transformer
-from uvim_fsq.oracle.chunking import chunk_slices
+from uvim_fsq.oracle.label_decoder import LabelDecoder
 from uvim_fsq.oracle.label_embedding import LabelEmbed
-from uvim_fsq.oracle.label_head import LabelHead, Loss, chunked_label_loss
+from uvim_fsq.oracle.label_head import LabelHead, Loss
 from uvim_fsq.oracle.quantizers.base import build_quantizer
 from uvim_fsq.performance.flops import OracleCost, oracle_cost
 from uvim_fsq.tasks.base import LabelChannel
@@ -72,7 +64,7 @@ def drop_codes(codes: torch.Tensor, kind: str) -> torch.Tensor:
     return codes * (importance > threshold).to(codes.dtype).unsqueeze(-1)
 
 
-class Oracle(nn.Module):
+class Oracle(LabelDecoder):
     """The stage I autoencoder. With `context="none"` it never sees the image.
 
     Args:
@@ -100,32 +92,23 @@ class Oracle(nn.Module):
         self.encoder = Transformer(width, config.encoder_depth, config.num_heads, config.mlp_dim)
         self.decoder = Transformer(width, config.decoder_depth, config.num_heads, config.mlp_dim)
         self.encoder_head = nn.Linear(width, self.quantizer.dim)
-        self.decoder_stem = nn.Linear(self.quantizer.dim, width)
+        self.code_dim = self.quantizer.dim
+        self.marks_dropped = config.dropped_code == "learned"
+        self.decoder_stem = nn.Linear(self.quantizer.dim + self.marks_dropped, width)
         for stem in (self.encoder_head, self.decoder_stem):
             init_transformer_(stem)
         self.label_head = LabelHead(channels, patch, width)
         self.num_patches = num_patches
-
-    @property
-    def code_length(self) -> int:
-        """L."""
-        return self.config.code_length
+        self.feature_projection = None
 
     def cost(self) -> OracleCost:
         """Floating-point operations per image, by part."""
         logits = self.label_head.logits // self.config.patch_size**2
         return oracle_cost(self.config, logits, self.image_size, self.quantizer.dim)
 
-    def _context(self, embed: PatchEmbed | None, image: torch.Tensor | None) -> torch.Tensor | float:
-        if embed is None:
-            return 0.0
-        if image is None:
-            raise ValueError(f"an oracle with context={self.config.context} needs the image")
-        return embed(signed_pixels(image))
-
     def encode(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
         """Labels (B, S, S[, C]) and image -> continuous z (B, L, d), the input of the quantizer."""
-        x = self.label_embed(labels) + self._context(self.encoder_context, image) + self.encoder_positions
+        x = self.label_embed(labels) + self.embed_context(self.encoder_context, image) + self.encoder_positions
         return self.encoder_head(resize_tokens(self.encoder(x), self.code_length))
 
     def tokenize(self, labels: Mapping[str, torch.Tensor], image: torch.Tensor | None = None) -> torch.Tensor:
@@ -135,25 +118,6 @@ class Oracle(nn.Module):
         """
         with torch.autocast(self.encoder_positions.device.type, enabled=False):
             return self.quantizer(self.encode(labels, image)).indices
-
-    def decode_hidden(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes (B, L, d) and image -> hidden states (B, N, D) before the label heads."""
-        x = resize_tokens(self.decoder_stem(codes), self.num_patches)
-        return self.decoder(x + self._context(self.decoder_context, image) + self.decoder_positions)
-
-    def decode(self, codes: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Codes (B, L, d) and image -> channel -> logits (B, S, S, C) float32. Zeros leave only the context."""
-        return self.logits(self.decode_hidden(codes, image))
-
-    def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
-        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
-
-    def iter_logits(self, codes: torch.Tensor, image: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
-        """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
-        hidden = self.decode_hidden(codes, image)
-        for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
-            yield self.logits(hidden[rows])
 
     def detokenize(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tokens (B, L) int64 and image -> channel -> logits (B, S, S, C) float32."""
@@ -171,18 +135,15 @@ class Oracle(nn.Module):
         Args:
             labels: channel -> (B, S, S[, C]).
             image: the context; may be None for an oracle without context.
-            loss: `Task.loss`, computed in chunks of examples and patches.
-            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
+            loss: see `label_loss`.
+            image_loss: see `label_loss`.
         """
         bottleneck = self.encode(labels, image)
         quantized = self.quantizer(bottleneck)
-        codes = drop_codes(quantized.codes, self.config.code_dropout) if self.training else quantized.codes
-        hidden = self.decode_hidden(codes, image)
-        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
-        if image_loss is not None:
-            image_value, image_logs = image_loss(self.logits(hidden), labels)
-            value, logs = value + image_value, {**logs, **image_logs}
+        codes = self.mark_present(quantized.codes)
+        if self.training:
+            codes = drop_codes(codes, self.config.code_dropout)
+        value, logs = self.label_loss(codes, labels, image, loss, image_loss)
         if quantized.loss is not None:
             logs = {**logs, "reconstruction": value.detach(), **(quantized.logs or {})}
             value = value + quantized.loss

@@ -47,6 +47,11 @@ class OracleCost:
         return self.label_embed + self.context * self.num_contexts[0] + self.encoder + self.stems / 2
 
     @property
+    def decode(self) -> float:
+        """FLOP of turning codes and image into label logits."""
+        return self.stems / 2 + self.context * self.num_contexts[1] + self.decoder + self.head
+
+    @property
     def forward(self) -> float:
         contexts = self.context * sum(self.num_contexts)
         return self.label_embed + contexts + self.encoder + self.stems + self.decoder + self.head

@@ -27,7 +27,7 @@ def encoder_block(d: int, m: int, n: int, b: int, *, fused: bool = False) -> flo
 
 
 def decoder_block(d: int, m: int, e: int, t: int, n: int, b: int) -> float:
-    """Bytes saved by one LM block: causal self-attention, cross-attention to n memory tokens, MLP."""
+    """Bytes saved by one LM block: self-attention, cross-attention to n memory tokens, MLP."""
     copies = 2 if b < 4 else 0  # copies of the memory, for keys and for values
     cross = (4 + 3 * b) * t * d + b * n * (copies * e + 2 * d)
     return encoder_block(d, m, t, b) + cross
@@ -76,10 +76,21 @@ def oracle_activations(config: OracleModelConfig, image_size: int, b: int) -> fl
     return blocks + (4 + 4 + 4) * n * d + 2 * 3 * b * image_size**2
 
 
-def autoregressive_activations(
+def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> float:
+    """Bytes per image saved for the backward pass through a frozen oracle's decoder, without label logits.
+
+    The inputs of products with frozen weights are not saved, because only these weights' gradients need them.
+    """
+    d, n = config.width, (image_size // config.patch_size) ** 2
+    frozen = 4 + 4 + 3 * b + b  # the streams, whose norms need them; query, key, value and the weighted sum
+    # Input of the final norm, and hidden states.
+    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
+
+
+def encoder_decoder_activations(
     encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:
-    """Bytes per image saved for the autoregressive token model's backward pass."""
+    """Bytes per image saved for the backward pass of a built-in token model."""
     e, n = encoder.width, encoder.patches
     image = encoder.depth * encoder_block(e, encoder.mlp_dim, n, b, fused=True)
     image += config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)

@@ -24,7 +24,8 @@ from uvim_fsq.config.schema import DataConfig, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.inference.predictions import PredictFn, lm_predictions, oracle_predictions
-from uvim_fsq.lm.base import TokenModel
+from uvim_fsq.lm.base import CodeLoss, TokenModel
+from uvim_fsq.oracle.label_head import Loss
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.reports.panels import panel_picture
 from uvim_fsq.tasks.base import Task
@@ -64,6 +65,11 @@ class Stage(ABC):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.auxiliary = {}
+
+    @property
+    def image_loss(self) -> Loss | None:
+        """The task's image-level loss; None unless the task has one, because it requires logits of whole label maps."""
+        return self.task.image_loss if self.task.has_image_loss else None
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Name -> optimizer. The first is the optimizer of `model`, under the name `MAIN`."""
@@ -132,8 +138,6 @@ class OracleStage(Stage):
         torch.manual_seed(run.train.seed)
         self.oracle = build_oracle(run, self.task)
         self.model = self.oracle
-        # None unless the task overrides it, because it requires logits of whole label maps.
-        self.image_loss = self.task.image_loss if self.task.has_image_loss else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The task's loss plus the quantizer's auxiliary loss, if any."""
@@ -168,6 +172,7 @@ class LMStage(Stage):
         torch.manual_seed(run.train.seed)
         self.lm = build_lm(run, self.oracle)
         self.model = self.lm
+        self.run: LMRun = run
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The loss of the token model on the oracle's tokens."""
@@ -175,11 +180,30 @@ class LMStage(Stage):
             self.oracle.to(batch["image"].device)
         with torch.no_grad():
             tokens = self.tokenize(batch["labels"], batch["image"])
-        loss, logs = model(batch["image"], tokens)
+        loss, logs = model(batch["image"], tokens, self._code_loss(batch))
         return loss.mean(), {name: value.mean() for name, value in logs.items()}
 
+    def _code_loss(self, batch: Batch) -> CodeLoss | None:
+        """The weighted task loss of soft codes, decoded by the frozen oracle; None if its weight is 0."""
+        weight = self.run.loss.task_weight
+        if not weight:
+            return None
+
+        def code_loss(
+            probabilities: torch.Tensor, _: torch.Tensor | None
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            codes = self.oracle.quantizer.expected_codes(probabilities)
+            labels, image = batch["labels"], batch["image"]
+            value, logs = self.oracle.label_loss(codes, labels, image, self.task.loss, self.image_loss)
+            return weight * value, {"task_loss": value.detach(), **logs}
+
+        return code_loss
+
     def train_flops(self) -> float:
-        return self.lm.cost().train + self.oracle.cost().tokenize
+        oracle = self.oracle.cost()
+        # The frozen decoder passes gradients on, but needs none for its weights.
+        decode = 2 * oracle.decode if self.run.loss.task_weight else 0.0
+        return self.lm.cost().train + oracle.tokenize + decode
 
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
         assert isinstance(model, TokenModel)

@@ -1,0 +1,83 @@
+"""What the built-in token models share: an image encoder, and a transformer decoder that attends to its output.
+
+B batch, S image side, M memory tokens, E encoder width, L code length, V vocabulary, D decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from uvim_fsq.config.schema import LMModelConfig
+from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding, signed_pixels
+from uvim_fsq.lm.base import TokenModel
+from uvim_fsq.lm.decoder_block import DecoderBlock
+from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.performance.flops import EncoderSize
+from uvim_fsq.performance.memory import encoder_decoder_activations
+
+
+class EncoderDecoder(TokenModel):
+    """An image encoder and a decoder of `DecoderBlock`s over the embedded tokens.
+
+    The image size must be a multiple of the encoder's patch size.
+
+    Args:
+        causal: whether a position attends only to itself and earlier ones.
+        symbol: the attribute name of a learned vector (1, 1, D) that stands in for tokens that are not known. It is
+            outside the vocabulary, so every output is a valid code.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int, causal: bool, symbol: str
+    ) -> None:
+        super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
+        self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
+        # Saved in the checkpoint, because they belong to the encoder's weights.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        dim = config.width
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.register_parameter(symbol, nn.Parameter(torch.randn(1, 1, dim)))
+        self.positions = position_embedding(length, dim)
+        self.dropout = nn.Dropout(config.dropout)
+        memory_dim = self.encoder.num_features
+        self.blocks = nn.ModuleList(DecoderBlock(config, memory_dim, causal=causal) for _ in range(config.depth))
+        init_transformer_(self.blocks)
+        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        self.head = nn.Linear(dim, vocab_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
+        return self.encoder.forward_features(self.normalize(image))
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> encoder input in the weights' dtype."""
+        return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.positions.dtype)
+
+    @property
+    def encoder_size(self) -> EncoderSize:
+        """The dimensions of the image encoder."""
+        encoder = self.encoder
+        blocks = list(encoder.blocks.children())
+        return EncoderSize(
+            width=encoder.num_features,
+            depth=len(blocks),
+            mlp_dim=int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0]),
+            patch_size=encoder.patch_embed.patch_size[0],
+            patches=encoder.patch_embed.num_patches,
+        )
+
+    def activation_bytes(self, number_bytes: int) -> float:
+        return encoder_decoder_activations(
+            self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length, b=number_bytes
+        )
+
+    def randomize_head_(self) -> None:
+        # The head is initialized to 0, so every token would be code 0.
+        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(0))
