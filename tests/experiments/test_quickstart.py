@@ -27,7 +27,7 @@ def test_quickstart_writes_the_same_table_for_every_task(
     for name, tree in (("oracle", oracle), ("lm", {**LM, "oracle": "replaced"})):
         (tmp_path / task / f"quickstart_{name}.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setattr("uvim_fsq.config.shipped.shipped_folder", lambda: tmp_path)
-    monkeypatch.setattr(quickstart_module, "SMALL", Scale("quickstart", 12, 9, 16, "plain"))
+    monkeypatch.setattr(quickstart_module, "SMALL", Scale("quickstart", 12, 9, "plain"))
     monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     summary = quickstart(out, task=task)

@@ -18,7 +18,7 @@ from uvim_fsq.synthetic.rooms import STUFF, THINGS, Camera, Dice, Look, Room, So
 
 #: Ranges of the distance of an object, meters.
 _BANDS = ((2.65, 2.85), (3.4, 3.7), (4.5, 4.9), (5.8, 6.3))
-_PLACES = 24  # attempts to place one object beside the others
+_ATTEMPTS = 24  # to place one object beside the others
 #: Luma weights of display RGB: those of the gray images of the colorization task.
 _LUMA = (0.2989, 0.5870, 0.1140)
 
@@ -101,46 +101,53 @@ def furnish(dice: Dice, plain: bool) -> Room:
     `plain`: as in `uvim_fsq.synthetic.rooms.furnish`.
     """
     camera = draw_camera(dice, plain)
-    low = np.array([-dice.uniform(3.0, 4.2), -dice.uniform(0.7, 1.5), 0.0])
-    high = np.array([dice.uniform(3.0, 4.2), dice.uniform(7.3, 8.0), dice.uniform(2.4, 3.2)])
+    low = np.array([-dice.uniform(3.9, 4.4), -dice.uniform(0.7, 1.5), 0.0])
+    high = np.array([dice.uniform(3.9, 4.4), dice.uniform(7.4, 8.0), dice.uniform(2.4, 3.2)])
     light = np.array([dice.uniform(-1.2, 1.2), dice.uniform(0.2, 0.5) * high[1], high[2] - dice.uniform(0.15, 0.4)])
-    solids = _arrange(dice, camera, float(light[2]) - 0.25)
+    solids = _arrange(dice, camera, low, high, float(light[2]) - 0.25)
     return assemble(dice, plain, camera, (low, high), light, solids, draw_look)
 
 
-def _arrange(dice: Dice, camera: Camera, ceiling: float) -> tuple[Solid, ...]:
-    """Two to four solids on the floor, in different bands of distance, wholly in view and side by side."""
+def _arrange(dice: Dice, camera: Camera, low: np.ndarray, high: np.ndarray, ceiling: float) -> tuple[Solid, ...]:
+    """Two to four solids on the floor in different bands of distance, wholly in view and side by side.
+
+    If the camera is turned far to one side, the farthest ones may find no place in the room.
+    """
     bands = list(_BANDS)
     for _ in range(int(dice.uniform(0, 3))):
         bands.pop(int(dice.uniform(0, len(bands))))
-    solids: list[tuple[float, float, Solid]] = []
+    solids: list[Solid] = []
+    places: list[tuple[float, float]] = []  # center and half width of the solids, as tangents
     heading = math.atan2(camera.basis[2, 0], camera.basis[2, 1])
     for near, far in bands:
-        distance = dice.uniform(near, far)
-        width = dice.uniform(0.135, 0.165)  # tangent of half the angle that the object fills
+        distance, width = dice.uniform(near, far), dice.uniform(0.135, 0.165)
         spread = 0.46 / camera.focal - width
-        for _ in range(_PLACES):
+        for _ in range(_ATTEMPTS):
             place = dice.uniform(-spread, spread)
-            if all(abs(place - other) > 0.7 * (width + half) for other, half, _ in solids):
-                angle = heading + math.atan(place)
-                x, y = distance * math.sin(angle), distance * math.cos(angle)
-                solids.append((place, width, _solid(dice, x, y, width * distance, ceiling)))
+            angle = heading + math.atan(place)
+            x, y = distance * math.sin(angle), distance * math.cos(angle)
+            reach = 1.05 * width * distance
+            inside = low[0] + reach < x < high[0] - reach and y < high[1] - reach
+            if inside and all(abs(place - other) > 0.7 * (width + half) for other, half in places):
+                places.append((place, width))
+                solids.append(_solid(dice, x, y, width * distance, ceiling))
                 break
-    return tuple(solid for _, _, solid in solids)
+    return tuple(solids)
 
 
 def _solid(dice: Dice, x: float, y: float, radius: float, ceiling: float) -> Solid:
-    """One solid of the given half width, meters."""
-    kind = dice.pick(THINGS)
-    yaw = dice.uniform(0, math.pi)
-    height = min(radius * dice.uniform(1.9, 2.5), ceiling * 0.9)
+    """One solid whose footprint fits in a circle of the given radius, meters."""
+    kind, yaw = dice.pick(THINGS), dice.uniform(0, math.pi)
+    height = min(radius * dice.uniform(1.9, 2.5), 0.9 * ceiling)
     if kind == "sphere":
-        return Solid(kind, x, y, 0.0, (radius, radius, radius), yaw)
-    if kind == "box":
-        side = radius * 0.85
-        return Solid(kind, x, y, 0.0, (side, side * dice.uniform(0.75, 1.0), 0.42 * height), yaw)
-    radius *= 0.8 if kind == "cylinder" else 1.0
-    return Solid(kind, x, y, 0.0, (radius, radius, height / 2), yaw)
+        half = (radius, radius, radius)
+    elif kind == "box":
+        turn = dice.uniform(0.6, math.pi / 4)  # angle of the footprint's diagonal, which sets the aspect ratio
+        half = (radius * math.cos(turn), radius * math.sin(turn), 0.42 * height)
+    else:
+        radius *= 0.8 if kind == "cylinder" else 1.0
+        half = (radius, radius, height / 2)
+    return Solid(kind, x, y, 0.0, half, yaw)
 
 
 def draw_look(dice: Dice, name: str, plain: bool) -> Look:
