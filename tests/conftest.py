@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.evaluation import shake
+from tests.support.runs import save_untrained
 from tests.support.small import lm_run, oracle_run, small_data
 from tests.support.terminal import Clock
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
@@ -21,8 +21,7 @@ from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.training.run import train
-from uvim_fsq.training.stages import OracleStage, build_stage
-from uvim_fsq.training.trainer import Trainer
+from uvim_fsq.training.stages import OracleStage
 
 torch.set_num_threads(1)
 
@@ -110,13 +109,7 @@ def random_runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[P
     """An oracle's and an LM's run with random weights, saved once, not trained."""
     base = tmp_path_factory.mktemp("runs")
     for name in ("oracle", "lm"):
-        out = base / name
-        run = oracle_run(out, data) if name == "oracle" else lm_run(out, base / "oracle")
-        stage = build_stage(run)
-        shake(stage.model)
-        out.mkdir()
-        Trainer(stage, run).save()
-        stage.write_artifacts(out)
+        save_untrained(oracle_run(base / name, data) if name == "oracle" else lm_run(base / name, base / "oracle"))
     return base / "oracle", base / "lm"
 
 

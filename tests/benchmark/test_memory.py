@@ -36,6 +36,7 @@ from uvim_fsq.config.schema import (
 from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.oracle import chunking
+from uvim_fsq.oracle.label_decoder import TrainedDecoder
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.performance.memory import OVERHEAD, smallest_accumulate
 
@@ -105,18 +106,22 @@ def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> 
 
 
 @pytest.mark.slow
-def test_the_task_loss_keeps_the_counted_bytes_of_the_frozen_decoder(fake: FakeTensorMode) -> None:
+@pytest.mark.parametrize("decoder", ["frozen", "trained"])
+def test_the_task_loss_keeps_the_counted_bytes_of_the_decoder(decoder: str, fake: FakeTensorMode) -> None:
     batch, task = 5, TASKS["depth"]
     with unset_fake_temporarily():
         oracle = Oracle(OracleModelConfig(8, 192, 1, 4, 3, 800, code_length=64), task.label_channels, 128)
         lm = AutoregressiveLM(LMModelConfig(depth=1), image_size=128, vocab_size=50, length=64)
         labels, image = random_batch(task, batch, 128)
         codes = torch.zeros(batch, 64, oracle.quantizer.dim)
-    oracle = on_cuda(oracle).requires_grad_(False).eval()
+        if decoder == "trained":
+            lm.label_decoder = TrainedDecoder(oracle)
+    used = on_cuda(oracle if decoder == "frozen" else lm.label_decoder).requires_grad_(decoder == "trained")
     labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
     image, codes = fake.from_tensor(image).to(CUDA), fake.from_tensor(codes).to(CUDA).requires_grad_()
-    found = kept(oracle, lambda: oracle.label_loss(codes, labels, image, task.loss))
-    counted = lm_memory(lm, oracle, replace(LM_RUN, loss=LossConfig(1.0))).image - lm_memory(lm, oracle, LM_RUN).image
+    found = kept(used, lambda: used.label_loss(codes, labels, image, task.loss))
+    with_loss = replace(LM_RUN, loss=LossConfig(1.0))
+    counted = lm_memory(lm, oracle, with_loss).image - lm_memory(lm, oracle, LM_RUN).image
     assert found == pytest.approx(batch * counted, rel=0.04)
 
 

@@ -34,6 +34,13 @@ from uvim_fsq.tasks.configuration import load_run
         ("train.seed=-1", "must not be negative"),
         ("eval.top_p=2", "at most 1"),
         ("optim.betas=[1.5,2]", "at least 0 and below 1"),
+        ("eval.context_weight=1.5", "eval.context_weight=1.5: must be at most 1"),
+        ("eval.context_weight=-0.1", "eval.context_weight=-0.1: must not be negative"),
+        ("eval.code_scale=-1", "eval.code_scale=-1.0: must not be negative"),
+        ("eval.code_scale=inf", "eval.code_scale=inf: must not be negative"),
+        ("eval.samples=0", "eval.samples=0: must be above 0"),
+        ("eval.samples=4", "eval.samples=4 with eval.temperature=0: greedy decoding has only one prediction; set"),
+        ("eval.codes=both", "eval.codes"),
     ],
 )
 def test_an_impossible_value_is_refused(override: str, message: str) -> None:

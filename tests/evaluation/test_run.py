@@ -27,7 +27,15 @@ CPU = torch.device("cpu")
 IMAGES = 6
 
 
-KEYS = ["eval.temperature=0.5", "eval.top_k=4", "eval.seed=9"]
+KEYS = [
+    "eval.codes=soft",
+    "eval.code_scale=0.9",
+    "eval.context_weight=0.25",
+    "eval.samples=2",
+    "eval.temperature=0.5",
+    "eval.top_k=4",
+    "eval.seed=9",
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,18 @@ def test_the_table_holds_the_metrics_of_each_image(evaluated: tuple[dict[str, An
 def test_a_result_holds_its_provenance(evaluated: tuple[dict[str, Any], Path], random_runs: tuple[Path, Path]) -> None:
     result, _ = evaluated
     loaded = load_checkpoint(random_runs[1], KEYS)
-    decoding = {"temperature": 0.5, "top_k": 4, "top_p": None, "seed": 9, "precision": "fp32", "int8_cross_kv": False}
-    assert result["decoding"] == decoding
+    assert result["decoding"] == {
+        "codes": "soft",
+        "code_scale": 0.9,
+        "context_weight": 0.25,
+        "samples": 2,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": None,
+        "seed": 9,
+        "precision": "fp32",
+        "int8_cross_kv": False,
+    }
     assert (result["task"], result["protocol"], result["main_metric"]) == ("nyu_depth", "nyu_depth/full", "rmse")
     assert result["data"]["count"] == IMAGES and result["data"]["image_size"] == 16
     assert result["task_options"]["num_bins"] == 16

@@ -16,8 +16,15 @@ from tests.support.cli import failure
 from tests.support.small import oracle_run, small_data
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
+from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.evaluation.run import evaluate
-from uvim_fsq.experiments.analysis import analyze_run, collect_tokens, partners, shuffled_predictions
+from uvim_fsq.experiments.analysis import (
+    analyze_run,
+    collect_tokens,
+    partners,
+    shuffled_lm_predictions,
+    shuffled_predictions,
+)
 from uvim_fsq.experiments.code_pictures import Painter
 from uvim_fsq.reports.panels import spread_samples
 from uvim_fsq.training.run import train
@@ -52,6 +59,24 @@ def test_shuffled_predictions_decode_the_partners_tokens(oracle_dir: Path) -> No
         logits = loaded.oracle.detokenize(torch.from_numpy(tokens[partner]), batch["image"])
     for item, expected in zip(got.items, loaded.task.decode(logits), strict=True):
         assert np.array_equal(item, expected)
+
+
+def test_shuffled_lm_predictions_decode_the_codes_predicted_for_the_partner(lm_dir: Path) -> None:
+    loaded = load_checkpoint(lm_dir, ["eval.codes=soft", "eval.code_scale=0.5"])
+    assert loaded.lm is not None
+    loaded.lm.randomize_head_()
+    source = loaded.task.source(loaded.run.data.root, loaded.run.data.eval_split)
+    ((batch, _),) = eval_batches(source, loaded.task, loaded.run.data, batch_size=6, workers=0)
+    partner = np.array([1, 2, 3, 4, 5, 0])
+    predict = shuffled_lm_predictions(loaded, 6, torch.device("cpu"), partner)
+    with torch.inference_mode():
+        found = predict(batch).items
+        probabilities = loaded.lm.generate(batch["image"], probabilities=True).probabilities
+        assert probabilities is not None
+        codes = 0.5 * loaded.oracle.quantizer.expected_codes(probabilities)
+        assert not torch.allclose(codes, codes[partner])
+        expected = loaded.task.decode(loaded.oracle.decode(codes[partner], batch["image"]))
+    np.testing.assert_allclose(np.stack(found), np.stack(list(expected)), rtol=1e-5)
 
 
 def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
@@ -89,7 +114,7 @@ def test_analysis_of_an_lm_also_counts_its_tokens(tmp_path: Path, lm_dir: Path, 
     run = shutil.copytree(lm_dir, tmp_path / "run")
     main(["analyze", str(run), "--limit", "4"])  # into RUN/analysis
     found = json.loads((run / "analysis" / "analysis.json").read_text())
-    assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm"]
+    assert list(found["figures"]) == ["oracle", "shuffled_codes", "context_only", "lm", "lm_shuffled_codes"]
     assert found["images"] == found["limit"] == 4 and "all 4 images" in found["descriptions"]["shuffled_codes"]
     assert sum(found["code_counts"]["lm"]) == sum(found["level_histogram"]["lm"][1]) == 16
     assert found["oracle_sha256"] == evaluate(oracle_dir, limit=2)["checkpoint_sha256"]

@@ -12,9 +12,9 @@ import torch
 from tests.support.evaluation import batch_of
 from uvim_fsq.checkpoints.loading import LoadedRun
 from uvim_fsq.config.schema import EvalConfig
+from uvim_fsq.inference.code_decoding import build_generator
 from uvim_fsq.inference.predictions import (
     baseline_predictions,
-    build_generator,
     context_predictions,
     lm_predictions,
     oracle_predictions,
@@ -77,11 +77,13 @@ def test_the_generator_follows_the_configuration(random_lm: LoadedRun, monkeypat
         random_lm.lm, EvalConfig(temperature=0.5, top_k=3, precision="bf16", int8_cross_kv=True, compile=True)
     )
     build_generator(random_lm.lm, EvalConfig(temperature=0.25, top_p=0.5))
-    (one, keys), (two, plain) = asked
+    build_generator(random_lm.lm, EvalConfig(codes="soft"))
+    (one, keys), (two, plain), (_, soft) = asked
     assert (one.temperature, one.top_k, one.top_p) == (0.5, 3, None)
-    assert keys == {"precision": "bf16", "int8_cross_kv": True, "compile": True}
+    assert keys == {"precision": "bf16", "int8_cross_kv": True, "compile": True, "probabilities": False}
     assert (two.temperature, two.top_k, two.top_p) == (0.25, None, 0.5)
-    assert plain == {"precision": "fp32", "int8_cross_kv": False, "compile": False}
+    assert plain == {"precision": "fp32", "int8_cross_kv": False, "compile": False, "probabilities": False}
+    assert soft["probabilities"]
 
 
 def test_context_alone_needs_a_decoder_that_sees_the_image(

@@ -14,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from tests.support.evaluation import shake
 from tests.support.paths import ROOT
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.run_directory import checkpoints, file_hash, step_name
@@ -21,6 +22,7 @@ from uvim_fsq.config.schema import Run
 from uvim_fsq.files import read_json_lines
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
+from uvim_fsq.training.trainer import Trainer
 
 #: Of log lines, what differs from run to run by its nature.
 TIMED = ("images_per_second", "mfu", "data_wait")
@@ -43,6 +45,16 @@ def sign(checkpoint: Path) -> None:
 
 def fit_run(run: Run) -> Path:
     return fit(build_stage(run), run)
+
+
+def save_untrained(run: Run) -> Path:
+    """The run directory of a resolved configuration: one checkpoint with random weights."""
+    out, stage = Path(run.train.out), build_stage(run)
+    shake(stage.model)
+    out.mkdir()
+    Trainer(stage, run).save()
+    stage.write_artifacts(out)
+    return out
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:

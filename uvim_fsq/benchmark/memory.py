@@ -37,8 +37,9 @@ def lm_memory(lm: TokenModel, oracle: Oracle, run: LMRun, processes: int = 1) ->
     fixed = fixed_bytes(_numbers(lm), run.train, run.optim, processes) + _numbers(oracle) * (4 + b)
     if not run.loss.task_weight:
         return TrainingMemory(fixed, lm.activation_bytes(b))
-    # The gradient passes through the frozen oracle's decoder, which saves its activations.
-    image = lm.activation_bytes(b) + decoder_activations(oracle.config, oracle.image_size, b)
+    # The gradient passes through the decoder, which saves its activations.
+    frozen = lm.label_decoder is None
+    image = lm.activation_bytes(b) + decoder_activations(oracle.config, oracle.image_size, b, frozen=frozen)
     return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
 

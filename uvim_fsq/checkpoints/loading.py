@@ -19,10 +19,12 @@ from uvim_fsq.checkpoints.run_directory import (
     resolve_checkpoint,
 )
 from uvim_fsq.config.plugins import plugin_code
+from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.lm.base import TokenModel, build_token_model
+from uvim_fsq.oracle.label_decoder import TrainedDecoder
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.tasks.registry import load_plugins, task_class
@@ -44,15 +46,26 @@ def build_oracle(run: OracleRun, task: Task) -> Oracle:
 def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> TokenModel:
     """Builds a freshly initialized LM with the vocabulary and code length of the oracle.
 
-    `published=False` skips the published weights of the image encoder, because a checkpoint will replace them.
+    With `model.decoder: trained` it contains a copy of the oracle's decoder. `published=False` skips the published
+    weights of the image encoder, because a checkpoint will replace them.
+
+    Raises UserError if the decoder is to see image features and the token model has none.
     """
     model = run.model if published else replace(run.model, encoder=replace(run.model.encoder, weights="none"))
-    return build_token_model(
+    lm = build_token_model(
         model,
         image_size=run.data.image_size,
         vocab_size=oracle.quantizer.codebook_size,
         length=oracle.code_length,
     )
+    if model.decoder == "trained":
+        features = lm.num_features if model.decoder_context == "encoder" else None
+        if model.decoder_context == "encoder" and features is None:
+            raise UserError(
+                f"model.decoder_context=encoder: token model {model.kind} has no image features; set it to pixels"
+            )
+        lm.label_decoder = TrainedDecoder(oracle, features)
+    return lm
 
 
 def resolve_task(run: Run) -> Run:
@@ -79,9 +92,12 @@ def resolve(run: Run) -> Run:
 def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Task]:
     """Loads the oracle of a run or checkpoint directory, frozen and in evaluation mode, and its task.
 
-    If `run` is given and resolved, the task is built from its options, so that the LM's decoding options apply.
+    If `run` is given and resolved, the task is built from its options, so that the LM's decoding options apply. Raises
+    UserError if the run mixes its predictions with a context that the oracle does not have.
     """
     oracle_run, checkpoint = read_oracle_config(path)
+    if run is not None:
+        check_context_weight(run.eval.context_weight, oracle_run.model.context, path)
     task = build_task(run if run is not None and run.task is not None else oracle_run)
     oracle = build_oracle(oracle_run, task)
     load_model_weights(oracle, checkpoint)

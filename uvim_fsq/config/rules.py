@@ -6,9 +6,10 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, OracleRun, Run
+from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, LMRun, OracleRun, Run
 from uvim_fsq.errors import UserError
 
 
@@ -62,6 +63,30 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, p
         raise UserError(f"{prefix}top_p={top_p}: must be above 0 and at most 1")
 
 
+def check_samples(samples: int, temperature: float) -> None:
+    """Raises UserError for several samples of greedy decoding, which would all be equal."""
+    if samples > 1 and temperature == 0:
+        raise UserError(
+            f"eval.samples={samples} with eval.temperature=0: greedy decoding has only one prediction; "
+            "set eval.temperature=1, or eval.samples=1"
+        )
+
+
+def check_context_weight(weight: float, context: str, oracle: str | Path) -> None:
+    """Raises UserError if predictions are to be mixed with context alone, but there is none.
+
+    Args:
+        weight: `eval.context_weight`.
+        context: `model.context` of the oracle.
+        oracle: its run or checkpoint directory, for the message.
+    """
+    if weight > 0 and context in ("none", "encoder"):
+        raise UserError(
+            f"eval.context_weight={weight}: the decoder of the oracle {oracle} does not see the image "
+            f"(model.context={context}), so there is no context alone to mix with; set eval.context_weight=0"
+        )
+
+
 def resolve_levels(levels: Sequence[int] | str, shift: str = "published", prefix: str = "") -> tuple[int, ...]:
     """FSQ's levels per channel, from a sequence or the name of a preset ("2^12").
 
@@ -91,20 +116,20 @@ def _problems_of(check: Callable[[], object]) -> Iterator[str]:
 
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
-    train.keep train.eval_limit eval.batch_size eval.limit eval.top_k eval.top_p data.image_size
+    train.keep train.eval_limit eval.batch_size eval.limit eval.samples eval.top_k eval.top_p data.image_size
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
-    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature model.dropout model.quantizer.momentum
-    model.quantizer.commitment loss.task_weight"""
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.code_scale eval.context_weight model.dropout
+    model.quantizer.momentum model.quantizer.commitment loss.task_weight"""
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
-    ("optim.final_lr_ratio eval.top_p", lambda value: value <= 1, "must be at most 1"),
+    ("optim.final_lr_ratio eval.top_p eval.context_weight", lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
     ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
 )
@@ -133,6 +158,8 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:
         yield from _warmup_problems(run, train.steps)
+    if isinstance(run, LMRun) and run.model.decoder == "trained" and not run.loss.task_weight:
+        yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 
@@ -144,12 +171,15 @@ def _problems(run: Run) -> Iterator[str]:
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
     yield from _problems_of(lambda: check_sampling(evaluation.temperature, evaluation.top_k, evaluation.top_p, "eval."))
+    yield from _problems_of(lambda: check_samples(evaluation.samples, evaluation.temperature))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
     else:
         yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
+        if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
+            yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:

@@ -143,6 +143,11 @@ class LMModelConfig:
     """Hidden width of the token decoder's MLP."""
     dropout: float = 0.0
     """Dropout rate on the decoder's residual branches and token embeddings in training."""
+    decoder: Literal["frozen", "trained"] = "frozen"
+    """What turns codes into labels: the oracle's decoder, frozen; or a copy of it that is trained with the token model
+    on soft codes (needs loss.task_weight)."""
+    decoder_context: Literal["pixels", "encoder"] = "pixels"
+    """What a trained decoder sees of the image: pixels, like the oracle's; or the image encoder's features as well."""
     kind: str = "autoregressive"
     """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
 
@@ -243,6 +248,15 @@ class EvalConfig:
     """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
     seed: int = 0
     """Seed of sampling; each image has its own random stream."""
+    codes: Literal["hard", "soft"] = "hard"
+    """What the oracle's decoder gets: the codes of the LM's tokens (hard, as in the papers), or the mean code under the
+    LM's distribution of each token (soft)."""
+    code_scale: float = 1.0
+    """Moves the LM's codes towards the empty code of code dropout: 1 leaves them as they are, 0 is context alone."""
+    context_weight: float = 0.0
+    """Mixes the prediction with context alone: 0 is the codes' prediction, 1 context alone; classes by probability."""
+    samples: int = 1
+    """Average this many sampled predictions per image (classes by probability); above 1 needs a temperature above 0."""
 
 
 @dataclass(frozen=True)

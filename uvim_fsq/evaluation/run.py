@@ -21,7 +21,18 @@ from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
-DECODING_KEYS = ("temperature", "top_k", "top_p", "seed", "precision", "int8_cross_kv")
+DECODING_KEYS = (
+    "codes",
+    "code_scale",
+    "context_weight",
+    "samples",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "precision",
+    "int8_cross_kv",
+)
 
 
 def evaluate_loaded(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.evaluation.run import evaluate_loaded
 from uvim_fsq.experiments.code_pictures import Picture, draw, sees_image
 from uvim_fsq.files import check_folder, write_json, write_whole
-from uvim_fsq.inference.predictions import PredictFn, Predictions, context_predictions, label_maps
+from uvim_fsq.inference.code_decoding import LMDecoder, Part, image_seeds
+from uvim_fsq.inference.predictions import PredictFn, Predictions, context_predictions, eval_autocast, label_maps
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.reports.html import html_table, png_tag, write_report
 from uvim_fsq.tasks.base import Task
@@ -47,8 +48,13 @@ def partners(count: int, seed: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def collect_tokens(loaded: LoadedRun, limit: int | None, device: torch.device) -> np.ndarray:
-    """The oracle's tokens of all evaluation images, (N, L) int64 in the source's order, on every process."""
+def collect(
+    loaded: LoadedRun, limit: int | None, device: torch.device, compute: Callable[[Batch], torch.Tensor]
+) -> np.ndarray:
+    """What `compute` returns, (B, ...) for a batch, of all evaluation images.
+
+    Returns (N, ...) in the source's order, on every process.
+    """
     run, state = loaded.run, processes.state()
     source = loaded.task.source(run.data.root, run.data.eval_split)
     batches = eval_batches(
@@ -63,14 +69,41 @@ def collect_tokens(loaded: LoadedRun, limit: int | None, device: torch.device) -
     )
     local: dict[int, np.ndarray] = {}
     count = min(limit or len(source), len(source))
-    with Bar("tokens", count) as bar:
+    with Bar("codes", count) as bar:
         for batch, _ in batches:
             bar.update(min(len(local) * state.num_processes, count))
             batch = to_device(batch, device)
-            tokens = loaded.oracle.tokenize(batch["labels"], batch["image"]).cpu().numpy()
-            local |= zip(batch["index"].tolist(), tokens, strict=True)
-    tokens_of = {index: row for part in processes.gather(local) for index, row in part.items()}
-    return np.stack([tokens_of[index] for index in sorted(tokens_of)])
+            with eval_autocast(run.eval, device):
+                found = compute(batch)
+            local |= zip(batch["index"].tolist(), found.cpu().numpy(), strict=True)
+    found_by_index = {index: row for part in processes.gather(local) for index, row in part.items()}
+    return np.stack([found_by_index[index] for index in sorted(found_by_index)])
+
+
+def collect_tokens(loaded: LoadedRun, limit: int | None, device: torch.device) -> np.ndarray:
+    """The oracle's tokens of all evaluation images, (N, L) int64."""
+    return collect(loaded, limit, device, lambda batch: loaded.oracle.tokenize(batch["labels"], batch["image"]))
+
+
+def shuffled_lm_predictions(
+    loaded: LoadedRun, limit: int | None, device: torch.device, partner: np.ndarray
+) -> PredictFn:
+    """Predictions of an LM from each image's own context and features, and the codes predicted for another image."""
+    assert loaded.lm is not None
+    decoder = LMDecoder(loaded.lm, loaded.oracle, loaded.task, replace(loaded.run.eval, samples=1, context_weight=0.0))
+    seed = loaded.run.eval.seed
+
+    def parts(batch: Batch) -> list[Part]:
+        return decoder.parts(batch["image"], image_seeds(seed, batch["index"]))[0]
+
+    codes = collect(loaded, limit, device, lambda batch: parts(batch)[0].codes)
+
+    def predict(batch: Batch) -> Predictions:
+        given = torch.from_numpy(codes[partner[batch["index"].numpy()]]).to(device)
+        shuffled = [part._replace(codes=given) for part in parts(batch)]
+        return Predictions(decoder.decode(shuffled, batch["image"]), None)
+
+    return predict
 
 
 def shuffled_predictions(oracle: Oracle, task: Task, tokens: np.ndarray, partner: np.ndarray) -> PredictFn:
@@ -102,6 +135,7 @@ def describe_predictions(oracle: Oracle, images: int) -> dict[str, str]:
         "shuffled_codes": f"another image's codes{own}: one random cycle through all {images} images",
         name: zero,
         "lm": "codes predicted by the language model",
+        "lm_shuffled_codes": "codes that the language model predicts for another image, with its own image",
     }
 
 
@@ -145,8 +179,9 @@ def analyze_run(
     """Analyzes a run or checkpoint of either stage and writes the result to `out` (default: RUN/analysis).
 
     Returns:
-        The content of analysis.json: the result of `evaluate_loaded`, the additional figures `shuffled_codes` and, if
-        the decoder does not see the image, `zero_codes`, and `descriptions` of all predictions.
+        The content of analysis.json: the result of `evaluate_loaded`, the additional figures `shuffled_codes`, for an
+        LM `lm_shuffled_codes` and, if the decoder does not see the image, `zero_codes`, and `descriptions` of all
+        predictions.
 
     Raises:
         UserError: there are fewer than 2 evaluation images.
@@ -167,7 +202,10 @@ def analyze_run(
     tokens = collect_tokens(loaded, limit, device)
     evaluator = Evaluator(task, run.data, run.eval, limit=limit)
     figures, seed = result["figures"], run.eval.seed
-    added = {"shuffled_codes": shuffled_predictions(oracle, task, tokens, partners(count, seed))}
+    partner = partners(count, seed)
+    added = {"shuffled_codes": shuffled_predictions(oracle, task, tokens, partner)}
+    if loaded.lm is not None:
+        added["lm_shuffled_codes"] = shuffled_lm_predictions(loaded, limit, device, partner)
     if not sees_image(oracle):
         added["zero_codes"] = context_predictions(oracle, task)
     figures |= {name: evaluator.run(predict, device, title=f"evaluating {name}") for name, predict in added.items()}

@@ -78,6 +78,7 @@ class Painter:
     Attributes:
         tokens: (B, L) int64, the oracle's tokens of the images that are shown.
         lm_tokens: (B, L) int64, the LM's tokens, or None without an LM.
+        lm_items: the LM's predictions (items of `Task.decode`), which `eval.codes` and the keys after it make of them.
     """
 
     @torch.inference_mode()
@@ -87,10 +88,11 @@ class Painter:
         self.batch = to_device(batch, device)
         self.tokens = self.oracle.tokenize(self.batch["labels"], self.batch["image"]).cpu().numpy()
         self.lm_tokens: np.ndarray | None = None
+        self.lm_items: list[Any] = []
         if loaded.lm is not None:
             predicted = lm_predictions(loaded.lm, self.oracle, self.task, loaded.run.eval)(self.batch)
             assert predicted.tokens is not None
-            self.lm_tokens = predicted.tokens.cpu().numpy()
+            self.lm_tokens, self.lm_items = predicted.tokens.cpu().numpy(), predicted.items
 
     @torch.inference_mode()
     def predicted(self, tokens: np.ndarray | None, row: int) -> Any:
@@ -102,10 +104,14 @@ class Painter:
         return self.task.decode(self.oracle.decode(codes, image))[0]
 
     def decoded(self, tokens: np.ndarray | None, row: int) -> np.ndarray:
-        """The picture of `predicted`, on the scale of the image's ground truth."""
+        """The picture of `predicted`."""
+        return self.drawn(self.predicted(tokens, row), row)
+
+    def drawn(self, item: Any, row: int) -> np.ndarray:
+        """The picture of a prediction for image `row`, on the scale of the image's ground truth."""
         sample = self.samples[row]
         canvas = sample.image if sees_image(self.oracle) else np.full_like(sample.image, 128)
-        return self.task.render(canvas, self.task.to_size(self.predicted(tokens, row), canvas), sample)["prediction"]
+        return self.task.render(canvas, self.task.to_size(item, canvas), sample)["prediction"]
 
     def truth(self, row: int) -> np.ndarray | None:
         # Always over the photo: in colorization the photo is the ground truth.
@@ -123,7 +129,7 @@ class Painter:
             row = {"image": self.photo(i), "ground truth": self.truth(i), "own codes": self.decoded(tokens, i)}
             row |= {"codes of next row": self.decoded(np.roll(self.tokens, -1, 0)[i], i), zero: self.decoded(None, i)}
             if self.lm_tokens is not None:
-                row["LM's codes"] = self.decoded(self.lm_tokens[i], i)
+                row["LM's codes"] = self.drawn(self.lm_items[i], i)
             rows.append({title: picture for title, picture in row.items() if picture is not None})
         return tile(rows)
 

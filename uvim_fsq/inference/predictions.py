@@ -15,8 +15,8 @@ import torch
 from uvim_fsq.checkpoints.loading import LoadedRun
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.sample import Batch
-from uvim_fsq.lm.base import Generator, TokenModel
-from uvim_fsq.lm.sampling import Sampling
+from uvim_fsq.inference.code_decoding import LMDecoder, image_seeds
+from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Baseline, Task
 
@@ -27,7 +27,7 @@ class Predictions:
 
     Attributes:
         items: one prediction per image, as returned by `Task.decode`.
-        tokens: (B, L) int64, the tokens they were decoded from; None if there are none.
+        tokens: (B, L) int64, the tokens they were decoded from, with `eval.samples` the first; None if there are none.
         bits: (B,) float32, the cross-entropy of the true tokens under an LM in bits per image; None without an LM.
     """
 
@@ -65,33 +65,23 @@ def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
     return predict
 
 
-def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
-    """Builds the LM's generator from the `eval` settings. Raises UserError if the token model does not support them."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    return lm.generator(
-        sampling, precision=config.precision, int8_cross_kv=config.int8_cross_kv, compile=config.compile
-    )
-
-
 def eval_autocast(config: EvalConfig, device: torch.device) -> torch.autocast:
     """The autocast context for predictions, according to `eval.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> PredictFn:
-    """The complete model: the LM predicts tokens from the image and the oracle decodes them.
+    """The complete model: the LM predicts tokens from the image and the oracle decodes them, as `LMDecoder` says.
 
     Each image has its own random stream, seeded by `eval.seed` and its index.
     """
-    generator = build_generator(lm, config)
+    decode = LMDecoder(lm, oracle, task, config)
 
     def predict(batch: Batch) -> Predictions:
-        seeds = config.seed * 1_000_003 + batch["index"].cpu()
-        tokens = generator(batch["image"], seeds).tokens
-        codes = oracle.quantizer.indices_to_codes(tokens)
+        items, tokens = decode(batch["image"], image_seeds(config.seed, batch["index"]))
         truth = oracle.tokenize(batch["labels"], batch["image"])
         bits = -lm.log_prob(batch["image"], truth).sum(1) / math.log(2)
-        return Predictions(label_maps(oracle, task, codes, batch["image"]), tokens, bits)
+        return Predictions(items, tokens, bits)
 
     return predict
 

@@ -25,8 +25,9 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.files import disk_is_full
+from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
-from uvim_fsq.inference.predictions import build_generator, eval_autocast, label_maps
+from uvim_fsq.inference.predictions import eval_autocast
 
 #: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
 Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -47,7 +48,7 @@ class Predictor:
         self.lm, self.oracle, self.task, self.run = loaded.lm, loaded.oracle, loaded.task, loaded.run
         self.device = torch.device(device)
         self.transform = JointTransform(self.run.data, self.task, train=False)
-        self.generator = build_generator(self.lm, self.run.eval)
+        self.decode = LMDecoder(self.lm, self.oracle, self.task, self.run.eval)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and the overrides if there are any.
         self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
@@ -115,8 +116,7 @@ class Predictor:
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
             tensor = torch.from_numpy(np.stack(images)).to(self.device)
             # All images share one seed, so each samples the same tokens as when it is predicted alone.
-            tokens = self.generator(tensor, torch.full((len(images),), self.run.eval.seed)).tokens
-            return label_maps(self.oracle, self.task, self.oracle.quantizer.indices_to_codes(tokens), tensor)
+            return self.decode(tensor, torch.full((len(images),), self.run.eval.seed))[0]
 
 
 def _device(device: str | torch.device) -> torch.device:

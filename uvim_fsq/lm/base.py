@@ -20,6 +20,7 @@ from uvim_fsq.config.registry import Registry
 from uvim_fsq.config.schema import LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.sampling import GREEDY, Sampling
+from uvim_fsq.oracle.label_decoder import LabelDecoder
 from uvim_fsq.performance.flops import TokenModelCost
 
 
@@ -31,10 +32,12 @@ class Generated:
         tokens: (B, L) int64 in [0, V).
         probabilities: (B, L, V) float32, the distribution of each token before temperature and top-k or top-p
             filtering; None unless requested.
+        features: (B, M, E), the image features that the tokens were predicted from; None if the model has none.
     """
 
     tokens: torch.Tensor
     probabilities: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 #: (probabilities (B, L, V) float32, image features (B, M, E) or None) -> loss (B,) float32 and logs name -> (B,).
@@ -59,6 +62,13 @@ class TokenModel(nn.Module, ABC):
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
         super().__init__()
         self.config, self.image_size, self.vocab_size, self.length = config, image_size, vocab_size, length
+        #: The trained copy of the oracle's decoder (`model.decoder: trained`), saved with the token model; else None.
+        self.label_decoder: LabelDecoder | None = None
+
+    @property
+    def num_features(self) -> int | None:
+        """The width E of the image features that `code_loss` and `Generated` carry; None if there are none."""
+        return None
 
     @abstractmethod
     def loss(

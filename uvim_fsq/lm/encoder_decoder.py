@@ -52,6 +52,10 @@ class EncoderDecoder(TokenModel):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def num_features(self) -> int:
+        return self.encoder.num_features
+
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
         return self.encoder.forward_features(self.normalize(image))

@@ -160,7 +160,8 @@ class TokenGenerator:
             # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
             images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
         with self._decoding_context(images.device):
-            buffers = self._prepare_buffers(self.model.encode(images))
+            memory = self.model.encode(images)
+            buffers = self._prepare_buffers(memory)
             if self.sampling.temperature > 0:
                 seeds = torch.arange(batch) if seeds is None else seeds
                 uniforms = example_uniforms(seeds, self.model.length)
@@ -172,7 +173,7 @@ class TokenGenerator:
                 else:
                     self._step(buffers, span)
         probabilities = None if buffers.probabilities is None else buffers.probabilities[:batch].clone()
-        return Generated(buffers.tokens[:batch].clone(), probabilities)
+        return Generated(buffers.tokens[:batch].clone(), probabilities, memory[:batch])
 
     @contextlib.contextmanager
     def _decoding_context(self, device: torch.device) -> Iterator[None]:

@@ -93,12 +93,16 @@ class LabelDecoder(nn.Module):
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
         return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
 
+    def image_chunks(self, count: int) -> list[slice]:
+        """Slices of `count` images that have few enough logits to be in memory together; see `iter_logits`."""
+        return chunk_slices(count, self.num_patches * self.label_head.logits)
+
     def iter_logits(
         self, codes: torch.Tensor, image: torch.Tensor | None, features: torch.Tensor | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
         hidden = self.decode_hidden(codes, image, features)
-        for rows in chunk_slices(len(hidden), self.num_patches * self.label_head.logits):
+        for rows in self.image_chunks(len(hidden)):
             yield self.logits(hidden[rows])
 
     def label_loss(

@@ -76,15 +76,18 @@ def oracle_activations(config: OracleModelConfig, image_size: int, b: int) -> fl
     return blocks + (4 + 4 + 4) * n * d + 2 * 3 * b * image_size**2
 
 
-def decoder_activations(config: OracleModelConfig, image_size: int, b: int) -> float:
-    """Bytes per image saved for the backward pass through a frozen oracle's decoder, without label logits.
+def decoder_activations(config: OracleModelConfig, image_size: int, b: int, *, frozen: bool) -> float:
+    """Bytes per image saved for the backward pass through an oracle's decoder, without label logits.
 
-    The inputs of products with frozen weights are not saved, because only these weights' gradients need them.
+    Of a frozen one, the inputs of products with weights are not saved, because only the weights' gradients need them.
     """
     d, n = config.width, (image_size // config.patch_size) ** 2
-    frozen = 4 + 4 + 3 * b + b  # the streams, whose norms need them; query, key, value and the weighted sum
+    # Of a frozen block: the streams, whose norms need them; query, key and value, the weighted sum; the MLP.
+    block = (4 + 4 + 3 * b + b) * n * d + b * n * config.mlp_dim
+    if not frozen:
+        block = encoder_block(d, config.mlp_dim, n, b)
     # Input of the final norm, and hidden states.
-    return config.decoder_depth * (frozen * n * d + b * n * config.mlp_dim) + (4 + 4) * n * d
+    return config.decoder_depth * block + (4 + 4) * n * d
 
 
 def encoder_decoder_activations(

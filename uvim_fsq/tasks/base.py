@@ -231,7 +231,11 @@ class Task(ABC):
 
     @abstractmethod
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Any]:
-        """Channel -> (B, S, S, C) logits to one prediction per image: NumPy, at label size."""
+        """Channel -> (B, S, S, C) logits to one prediction per image: NumPy, at label size.
+
+        The logits of a categorical channel may also be log-probabilities, of a mixture of predictions. The result must
+        therefore not depend on a constant that is added to all logits of a pixel.
+        """
 
     @abstractmethod
     def metric(self, source: SampleSource) -> Metric:

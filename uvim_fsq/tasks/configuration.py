@@ -10,6 +10,7 @@ from typing import Any
 
 from uvim_fsq.config.parse import INHERITED, build, convert, explicit_data_keys, merge, settings_of, short, to_plain
 from uvim_fsq.config.plugins import name_plugins, refuse_strangers
+from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.config.yaml_files import Tree
 from uvim_fsq.errors import UserError
@@ -81,7 +82,8 @@ def changeable(task: TaskSection) -> tuple[str, ...]:
 def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
     """Fills an LM's task, plugins and data in from its oracle; keys of `data` that are not set are inherited.
 
-    Raises UserError if the LM sets another task, another image size or other label settings.
+    Raises UserError if the LM sets another task, another image size or other label settings, or mixes its predictions
+    with a context that the oracle does not have.
     """
     plugins = tuple(dict.fromkeys((*oracle.plugins, *run.plugins)))
     own: Tree = to_plain(run.task) or {}
@@ -107,4 +109,5 @@ def resolve_lm(run: LMRun, oracle: OracleRun) -> LMRun:
             f"data.image_size={data.image_size} but the oracle {run.oracle} was trained at {oracle.data.image_size}; "
             "remove it to use the oracle's"
         )
+    check_context_weight(run.eval.context_weight, oracle.model.context, run.oracle)
     return dataclasses.replace(run, plugins=plugins, task=section, data=data, given=INHERITED)

@@ -184,25 +184,27 @@ class LMStage(Stage):
         return loss.mean(), {name: value.mean() for name, value in logs.items()}
 
     def _code_loss(self, batch: Batch) -> CodeLoss | None:
-        """The weighted task loss of soft codes, decoded by the frozen oracle; None if its weight is 0."""
+        """The weighted task loss of soft codes, decoded by the frozen oracle or its trained copy; None at weight 0."""
         weight = self.run.loss.task_weight
         if not weight:
             return None
+        decoder = self.lm.label_decoder or self.oracle
 
         def code_loss(
-            probabilities: torch.Tensor, _: torch.Tensor | None
+            probabilities: torch.Tensor, features: torch.Tensor | None
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             codes = self.oracle.quantizer.expected_codes(probabilities)
             labels, image = batch["labels"], batch["image"]
-            value, logs = self.oracle.label_loss(codes, labels, image, self.task.loss, self.image_loss)
+            value, logs = decoder.label_loss(codes, labels, image, self.task.loss, self.image_loss, features)
             return weight * value, {"task_loss": value.detach(), **logs}
 
         return code_loss
 
     def train_flops(self) -> float:
         oracle = self.oracle.cost()
-        # The frozen decoder passes gradients on, but needs none for its weights.
-        decode = 2 * oracle.decode if self.run.loss.task_weight else 0.0
+        # A frozen decoder passes gradients on, but needs none for its weights.
+        passes = 2 if self.lm.label_decoder is None else 3
+        decode = passes * oracle.decode if self.run.loss.task_weight else 0.0
         return self.lm.cost().train + oracle.tokenize + decode
 
     def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
