@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.support.runs import save_untrained
-from tests.support.small import lm_run, oracle_run, small_data
+from tests.support.small import direct_run, lm_run, oracle_run, small_data
 from tests.support.terminal import Clock
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.config import plugins
@@ -47,6 +47,11 @@ def oracle_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 @pytest.fixture(scope="session")
 def lm_dir(tmp_path_factory: pytest.TempPathFactory, oracle_dir: Path) -> Path:
     return train(lm_run(tmp_path_factory.mktemp("runs") / "lm", oracle_dir))
+
+
+@pytest.fixture(scope="session")
+def direct_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return train(direct_run(tmp_path_factory.mktemp("runs") / "direct", data))
 
 
 @pytest.fixture(scope="session")

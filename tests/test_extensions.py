@@ -160,7 +160,7 @@ def test_what_a_token_model_does_not_support_is_refused(runs: Path, key: str) ->
     ("tree", "override", "message"),
     [
         (ORACLE, "model.quantizer.kind=fsk", "model.quantizer.kind=fsk: must be one of fsq, vq; did you mean fsq?"),
-        (LM, "model.kind=masks", "model.kind=masks: must be one of autoregressive; a custom one must be registered"),
+        (LM, "model.kind=masks", "model.kind=masks: must be one of autoregressive, masked; did you mean masked?"),
     ],
 )
 def test_an_unknown_kind_is_refused_before_anything_is_built(
@@ -178,7 +178,7 @@ def test_an_unknown_kind_is_refused_where_plugins_might_have_registered_it() -> 
     with pytest.raises(UserError, match="known quantizers are .*fsq.*vq"):
         build_quantizer(oracle.model.quantizer)
     lm = load_run(LM, ["train.out=unused", "oracle=unused", "model.kind=nothing"])
-    with pytest.raises(UserError, match="known token models are autoregressive"):
+    with pytest.raises(UserError, match="known token models are autoregressive, masked"):
         build_token_model(lm.model, image_size=16, vocab_size=2, length=4)
 
 

@@ -24,6 +24,7 @@ ORDER = [
     "evaluation",
     "inference",
     "checkpoints",
+    "direct",
     "lm",
     "oracle",
     "tasks",

@@ -25,6 +25,7 @@ from uvim_fsq.commands import (
     predict,
     quickstart,
     synth,
+    train_direct,
     train_lm,
     train_oracle,
 )
@@ -37,6 +38,7 @@ COMMANDS: dict[str, ModuleType] = {
     "quickstart": quickstart,
     "train-oracle": train_oracle,
     "train-lm": train_lm,
+    "train-direct": train_direct,
     "config": config,
     "evaluate": evaluate,
     "analyze": analyze,
@@ -52,19 +54,23 @@ DATA_COMMANDS: dict[str, ModuleType] = {
     "coltran-lists": coltran_lists,
 }
 #: Command -> the stage whose configuration keys its --help lists.
-LISTS_KEYS = {"train-oracle": "oracle", **dict.fromkeys(("train-lm", "config", "evaluate", "analyze", "predict"), "lm")}
+LISTS_KEYS = {
+    "train-oracle": "oracle",
+    "train-direct": "direct",
+    **dict.fromkeys(("train-lm", "config", "evaluate", "analyze", "predict"), "lm"),
+}
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth",)
 #: Commands that can run in several processes. With any other, each process would write the same files.
-SHARED = (train_oracle, train_lm, evaluate, analyze)
+SHARED = (train_oracle, train_lm, train_direct, evaluate, analyze)
 
 
 def _config_epilog(stage: str) -> str:
     from uvim_fsq.config.parse import describe_keys
-    from uvim_fsq.config.schema import LMRun, OracleRun
+    from uvim_fsq.config.schema import STAGES
 
     lines = ["configuration keys (key=value on the command line, nested in YAML files):", ""]
-    for key, kind, default, doc in describe_keys(OracleRun if stage == "oracle" else LMRun):
+    for key, kind, default, doc in describe_keys(STAGES[stage]):
         lines += [f"  {key}  [{kind}; {_default(default)}]", f"      {doc}"]
     return "\n".join([*lines, "", "keys of each task, under task.:", *_task_keys()])
 

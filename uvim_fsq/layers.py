@@ -122,10 +122,15 @@ def resize_tokens(x: torch.Tensor, length: int) -> torch.Tensor:
 
     Half-pixel centers, antialiased when downsampling, as the reference resizes its bottleneck.
     """
-    if x.shape[1] == length:
-        return x
     old, new = math.isqrt(x.shape[1]), math.isqrt(length)
-    grid = rearrange(x, "b (h w) d -> b d h w", h=old)
+    return resize_grid(x, (old, old), (new, new))
+
+
+def resize_grid(x: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Like `resize_tokens`, but from `old` to `new` rows and columns, which need not be equal."""
+    if old == new:
+        return x
+    grid = rearrange(x, "b (h w) d -> b d h w", h=old[0])
     # The antialiased kernel supports float32 on every device, but not bfloat16.
-    grid = F.interpolate(grid.float(), size=(new, new), mode="bilinear", antialias=True, align_corners=False)
+    grid = F.interpolate(grid.float(), size=new, mode="bilinear", antialias=True, align_corners=False)
     return rearrange(grid, "b d h w -> b (h w) d").to(x.dtype)

@@ -110,7 +110,7 @@ class Parallel(TokenModel):
             )
         return Generated(tokens, logits.softmax(-1) if probabilities else None)
 
-    def cost(self) -> ParallelCost:
+    def cost(self, steps: int | None = None) -> ParallelCost:
         return ParallelCost(2.0 * (self.stem.weight.numel() + self.head.weight.numel()))
 
     def activation_bytes(self, number_bytes: int) -> float:

@@ -35,6 +35,8 @@ from uvim_fsq.config.schema import (
 )
 from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.base import TokenModel
+from uvim_fsq.lm.masked import MaskedLM
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.label_decoder import TrainedDecoder
 from uvim_fsq.oracle.model import Oracle
@@ -92,11 +94,12 @@ def test_an_oracle_keeps_the_counted_bytes(task: str, fake: FakeTensorMode) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_lm_keeps_the_counted_bytes(dropout: float, fake: FakeTensorMode) -> None:
+@pytest.mark.parametrize("kind", [AutoregressiveLM, MaskedLM])
+def test_an_lm_keeps_the_counted_bytes(kind: type[TokenModel], dropout: float, fake: FakeTensorMode) -> None:
     batch = 5
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
     with unset_fake_temporarily():
-        lm = AutoregressiveLM(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
+        lm = kind(LMModelConfig(encoder, 192, 2, 3, 800, dropout), image_size=128, vocab_size=50, length=64)
         oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=64), TASKS["depth"].label_channels, 128)
         tokens, image = torch.zeros(batch, 64, dtype=torch.long), torch.zeros(batch, 3, 128, 128, dtype=torch.uint8)
     lm = on_cuda(lm).train()

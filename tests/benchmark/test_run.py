@@ -36,6 +36,21 @@ def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
+def test_masked_decoding_is_timed_by_steps_beside_an_autoregressive_model(tmp_path: Path) -> None:
+    config, file = CONFIGS / "nyu_depth" / "quickstart_lm.yaml", tmp_path / "result.json"
+    main(
+        ["benchmark", "decode", str(config), "model.kind=masked", "--repeats", "1", "--batch", "2", "--json", str(file)]
+    )
+    lines = json.loads(file.read_text())["measurements"]
+    titles = [line["name"].partition("batch 2, ")[2] for line in lines]
+    eight_bits = "8-bit cross-attention K/V"
+    assert titles == ["1 step", "4 steps", "8 steps", "autoregressive", f"autoregressive, {eight_bits}"]
+    rooflines = [line["roofline"] for line in lines]
+    assert rooflines[0] > rooflines[1] > rooflines[2] > 0
+    assert all(line["ratio"] > 0 for line in lines)
+
+
+@pytest.mark.slow
 def test_the_job_all_continues_without_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

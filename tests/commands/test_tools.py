@@ -15,6 +15,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 MISTAKES = {
     "train_oracle": (["nyu_depth/quickstart_oracle", "optim.lrr=3"], "did you mean optim.lr?"),
     "train_lm": (["nyu_depth/quickstart_oracle"], "use uvim-fsq train-oracle"),
+    "train_direct": (["nyu_depth/quickstart_lm"], "use uvim-fsq train-lm"),
     "evaluate": (["nowhere"], "no such run"),
     "predict": (["nowhere", "eval.seed=1", "--out", "out"], "name at least one image"),
     "ablate": (["nowhere.yaml"], "nowhere.yaml"),
@@ -42,7 +43,9 @@ def test_help_names_the_script_and_only_its_own_arguments(
     assert text.startswith(f"usage: {name}.py [") and f"Example: python tools/{name}.py " in text
     assert "--debug" in text and "--trust" in text and "COMMAND" not in text
     assert ("--jobs" in text) == (name == "ablate") and ("--official" in text) == (name == "evaluate")
-    assert ("optim.lr" in text) == (name in ("train_oracle", "train_lm", "evaluate", "predict", "analyze"))
+    assert ("optim.lr" in text) == (
+        name in ("train_oracle", "train_lm", "train_direct", "evaluate", "predict", "analyze")
+    )
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import failure
-from tests.support.small import ORACLE
+from tests.support.small import LM, ORACLE
 from uvim_fsq.config.rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import load_run
@@ -47,6 +47,36 @@ def test_an_impossible_value_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(load_run(ORACLE, ["train.out=x", override]))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.mask_floor=1.1", "model.mask_floor=1.1: must be at most 1"),
+        ("model.mask_floor=-0.1", "model.mask_floor=-0.1: must not be negative"),
+        ("model.all_masked=2", "model.all_masked=2.0: must be at most 1"),
+        ("model.label_smoothing=1", "model.label_smoothing=1.0: must be below 1"),
+        ("eval.steps=0", "eval.steps=0: must be above 0"),
+        ("eval.choice_temperature=-1", "eval.choice_temperature=-1.0: must not be negative"),
+    ],
+)
+def test_an_impossible_value_of_a_masked_model_is_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(load_run(LM, ["train.out=x", "oracle=unused", "model.kind=masked", override]))
+    assert str(caught.value) == message
+
+
+def test_samples_may_differ_by_the_order_of_the_steps_alone() -> None:
+    keys = ["train.out=x", "oracle=unused", "model.kind=masked", "eval.samples=2", "eval.choice_temperature=1"]
+    validate(load_run(LM, [*keys, "eval.steps=2"]))
+    with pytest.raises(UserError, match="greedy decoding has only one prediction"):
+        validate(load_run(LM, [*keys, "eval.steps=1"]))
+
+
+def test_values_of_a_masked_model_at_their_limits_are_accepted() -> None:
+    for floor, share in ((0, 1), (1, 0)):
+        keys = [f"model.mask_floor={floor}", f"model.all_masked={share}", "model.label_smoothing=0", "eval.steps=1"]
+        validate(load_run(LM, ["train.out=x", "oracle=unused", "model.kind=masked", *keys]))
 
 
 def test_seeds_have_a_range(oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

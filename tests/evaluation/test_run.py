@@ -106,6 +106,8 @@ def test_a_result_holds_its_provenance(evaluated: tuple[dict[str, Any], Path], r
         "temperature": 0.5,
         "top_k": 4,
         "top_p": None,
+        "steps": None,
+        "choice_temperature": 0.0,
         "seed": 9,
         "precision": "fp32",
         "int8_cross_kv": False,

@@ -13,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
+from uvim_fsq.checkpoints.loading import load_direct
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import predictor as module
+from uvim_fsq.inference.predictions import predict_functions
 from uvim_fsq.inference.predictor import Predictor, predict_files
 
 
@@ -135,3 +138,20 @@ def test_a_closed_or_text_file_is_one_line(tmp_path: Path, lm_dir: Path) -> None
         predictor.predict(text)
     with (tmp_path / "a.png").open("rb") as one, pytest.raises(UserError, match="takes a list"):
         predictor.predict_batch(one)
+
+
+def test_a_direct_model_predicts_what_evaluation_sees(direct_dir: Path) -> None:
+    predictor = Predictor.from_run(direct_dir)
+    loaded = load_direct(direct_dir)
+    batch = batch_of(loaded, 6)
+    with torch.inference_mode():
+        expected = predict_functions(loaded)["direct"](batch)
+    assert expected.tokens is None and expected.bits is None
+    found = predictor.predict_prepared(list(batch["image"].numpy()))
+    assert len(found) == 6 and all(np.array_equal(a, b) for a, b in zip(found, expected.items, strict=True))
+    assert predictor.predict(RGB).shape == (20, 30)
+
+
+def test_an_oracle_cannot_predict_a_photo(oracle_dir: Path) -> None:
+    with pytest.raises(UserError, match="is an oracle's checkpoint, which needs labels to predict"):
+        Predictor.from_run(oracle_dir)

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.small import generate
 from tests.support.token_models import make_images, make_lm
+from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
 
@@ -57,11 +58,25 @@ def test_settings_at_their_limits_are_accepted() -> None:
         ({"top_k": 0}, "top_k=0: keep at least one token"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.001}, "top_p=1.001: must be above 0"),
+        ({"steps": 0}, "steps=0: decode in at least one step"),
+        ({"choice_temperature": -0.5}, "choice_temperature=-0.5 is negative; 0 takes the most confident"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**{"temperature": 1.0, **settings})
+
+
+def test_a_configuration_gives_the_same_settings() -> None:
+    config = EvalConfig(temperature=0.5, top_k=3, steps=4, choice_temperature=2.0)
+    assert Sampling.of(config) == Sampling(0.5, 3, None, 4, 2.0)
+    assert Sampling.of(EvalConfig()) == Sampling()
+
+
+def test_results_depend_on_seeds_only_if_something_is_drawn() -> None:
+    assert not Sampling(steps=4).is_random
+    assert not Sampling(choice_temperature=0.1).is_random  # one step takes all tokens
+    assert Sampling(0.1).is_random and Sampling(steps=2, choice_temperature=0.1).is_random
 
 
 def test_random_numbers_depend_on_the_seed_of_each_image() -> None:

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.support.token_models import make_images, make_masked_lm
 from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.masked import MaskedLM
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.performance.device_peak import DevicePeak
 from uvim_fsq.performance.flops import OracleCost
@@ -27,6 +31,12 @@ TASKS: dict[str, dict[str, LabelChannel]] = {
 def oracle_cost(task: str, context: Any = "both") -> OracleCost:
     with torch.device("meta"):
         return Oracle(OracleModelConfig(context=context), TASKS[task], 512).cost()
+
+
+@pytest.fixture(scope="module")
+def masked() -> MaskedLM:
+    with torch.device("meta"):
+        return MaskedLM(LMModelConfig(kind="masked"), image_size=512, vocab_size=4375, length=256)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,42 @@ def test_least_time_of_decoding(lm: AutoregressiveLM, batch: int, cross_bytes: f
     assert batch / seconds == pytest.approx(images, abs=1)
 
 
+def test_a_masked_model_adds_the_other_half_of_the_scores(lm: AutoregressiveLM, masked: MaskedLM) -> None:
+    half = 24 * 2 * 256 * 256 * 1024
+    assert masked.cost().train - lm.cost().train == pytest.approx(3 * half)
+    assert masked.cost(8).train == masked.cost().train
+    assert masked.cost().step_weights == lm.cost().step_weights
+
+
+def test_bytes_that_masked_decoding_reads(masked: MaskedLM) -> None:
+    """Per step the weights, and the cross-attention's keys and values of each image."""
+    for steps in (1, 4):
+        read = masked.cost(steps).generate_bytes(16, number_bytes=2, cross_bytes=2)
+        assert read / 1e6 == pytest.approx(steps * (713 + 16 * 100.7), rel=0.001)
+
+
+@pytest.mark.parametrize(("steps", "batch", "images"), [(1, 1, 757), (1, 64, 757), (4, 64, 468), (8, 256, 310)])
+def test_least_time_of_masked_decoding(masked: MaskedLM, steps: int, batch: int, images: float) -> None:
+    """826.3 GFLOP for the encoder and the cross-attention's keys and values, 212.6 for a step, 2.3 for all logits."""
+    seconds = masked.cost(steps).generate_seconds(batch, H200, number_bytes=2, cross_bytes=2)
+    assert batch / seconds == pytest.approx(images, abs=1)
+
+
+def test_counted_flop_of_masked_decoding_equal_those_of_torchs_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The counter does not know the kernel that torch uses on a CPU.
+    attend = lambda q, k, v, **_: (q @ k.transpose(2, 3)).softmax(-1) @ v  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    lm, images = make_masked_lm(), make_images(2)
+    for steps in (1, 4):
+        with FlopCounterMode(display=False) as counter:
+            lm.generate(images, Sampling(steps=steps))
+        cost = lm.cost(steps)
+        counted = cost.encode + sum(cost.step_flop(count) for count in cost.predicted)
+        assert counter.get_total_flops() == 2 * counted
+
+
 def test_context_that_is_not_used_is_not_counted() -> None:
     both, none = oracle_cost("color"), oracle_cost("color", context="none")
     assert both.forward - none.forward == pytest.approx(2 * both.context)
@@ -91,3 +137,4 @@ def test_counted_flop_of_layers_equal_those_of_torchs_counter() -> None:
         DecoderBlock(config, 32)(torch.empty(1, 8, 48), torch.empty(1, 20, 32))
     causal = 2 * 8 * 8 * 48  # torch counts the masked half of the scores, too
     assert counter.get_total_flops() == decoder_layer(48, 96, 32, 8, 20) + causal
+    assert counter.get_total_flops() == decoder_layer(48, 96, 32, 8, 20, causal=False)

@@ -24,9 +24,23 @@ def test_the_page_shows_the_curves_of_both_stages(
     monkeypatch.setattr(evaluation_page, "write_evaluation_page", lambda *arguments: written.append(arguments))
     result = evaluate(run, limit=1)
     evaluation_page.write_run_page(tmp_path / "page.html", run, ["eval.limit=1"], result)
-    ((page, title, loaded, shown, where, device),) = written
+    ((page, title, loaded, shown, where, device, compared),) = written
     assert (page, title, shown) == (tmp_path / "page.html", "nyu_depth: nyu_depth/full", result)
     assert device == torch.device("cpu") and where == folders and loaded.run.eval.limit == 1
+    assert compared is None
+
+
+def test_the_page_of_a_comparison_shows_the_direct_curve_too(
+    random_runs: tuple[Path, Path], direct_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(evaluation_page, "write_evaluation_page", lambda *arguments: written.append(arguments))
+    evaluation_page.write_run_page(
+        tmp_path / "page.html", random_runs[1], ["eval.limit=1"], {"protocol": ""}, direct_dir
+    )
+    *_, where, _, compared = written[0]
+    assert where == {"oracle": random_runs[0], "lm": random_runs[1], "direct": direct_dir}
+    assert compared.checkpoint.parent.parent == direct_dir and compared.run.eval.limit == 1
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from uvim_fsq.checkpoints.loading import LoadedRun
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.evaluation.evaluator import Evaluator
 from uvim_fsq.inference.predictions import (
@@ -23,7 +23,7 @@ def shake(model: nn.Module) -> None:
         nn.init.normal_(p, std=0.3)
 
 
-def batch_of(loaded: LoadedRun, count: int) -> Batch:
+def batch_of(loaded: LoadedRun | LoadedDirect, count: int) -> Batch:
     """The first `count` images of the evaluation split."""
     config = replace(loaded.run.eval, batch_size=count)
     evaluator = Evaluator(loaded.task, loaded.run.data, config, limit=count)

@@ -57,6 +57,11 @@ LM: dict[str, Any] = {
     "train": {"batch_size": 8, "steps": 6, "precision": "fp32", "log_every": 1},
     "eval": {"batch_size": 4, "workers": 0},
 }
+DIRECT: dict[str, Any] = {
+    **ORACLE,
+    "stage": "direct",
+    "model": {**LM["model"], "patch_size": 4},
+}
 #: Settings of the built-in tasks that fit small scenes.
 TASK_OPTIONS: dict[str, dict[str, Any]] = {"nyu_depth": {"protocol": "full", "num_bins": 16}}
 #: The three tasks with few classes.
@@ -98,9 +103,16 @@ def lm_run(out: Path, oracle: Path, *overrides: str) -> Run:
     return resolve(load_run(LM, [f"train.out={out}", f"oracle={oracle}", *overrides]))
 
 
+def direct_run(out: Path, data: Path, *overrides: str) -> Run:
+    """A resolved small configuration of the direct baseline."""
+    return resolve(load_run(DIRECT, [f"train.out={out}", f"data.root={data}", *overrides]))
+
+
 def stage_run(stage: str, out: Path, data: Path, oracle: Path, *overrides: str) -> Run:
-    """`oracle_run` or `lm_run`."""
-    return oracle_run(out, data, *overrides) if stage == "oracle" else lm_run(out, oracle, *overrides)
+    """`oracle_run`, `lm_run` or `direct_run`."""
+    if stage == "lm":
+        return lm_run(out, oracle, *overrides)
+    return (oracle_run if stage == "oracle" else direct_run)(out, data, *overrides)
 
 
 def generate(

@@ -1,12 +1,17 @@
-"""A small autoregressive LM, its images, and generation without a cache as the specification."""
+"""Small token models, their images, and autoregressive generation without a cache as the specification."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
-from uvim_fsq.lm.sampling import example_uniforms, sample
+from uvim_fsq.lm.masked import MaskedLM
+from uvim_fsq.lm.sampling import Sampling, example_uniforms, sample
 
 ENCODER = EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
 CONFIG = LMModelConfig(encoder=ENCODER, width=24, depth=2, num_heads=2, mlp_dim=32)
@@ -16,6 +21,14 @@ def make_lm(length: int = 9) -> AutoregressiveLM:
     """An LM for 32 x 32 images and 11 tokens, with a head that is not zero."""
     torch.manual_seed(0)
     lm = AutoregressiveLM(CONFIG, image_size=32, vocab_size=11, length=length).eval()
+    torch.nn.init.normal_(lm.head.weight)
+    return lm
+
+
+def make_masked_lm(length: int = 9, **settings: Any) -> MaskedLM:
+    """A masked model of the same size; `settings` are keys of `model`."""
+    torch.manual_seed(0)
+    lm = MaskedLM(replace(CONFIG, kind="masked", **settings), image_size=32, vocab_size=11, length=length).eval()
     torch.nn.init.normal_(lm.head.weight)
     return lm
 
@@ -42,3 +55,34 @@ def generate_without_cache(
             k = int(top_k) if top_k is not None else None
             tokens[:, i] = sample(logits / temperature, uniforms[:, i : i + 1], k, top_p)[:, 0]
     return tokens
+
+
+@torch.no_grad()
+def generate_by_confidence(
+    lm: MaskedLM, image: torch.Tensor, sampling: Sampling, seeds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image and one position after the other: tokens (B, L) and the step (B, L) that kept each."""
+    steps = sampling.steps or 1
+    tokens, kept_in = torch.zeros(len(image), lm.length, dtype=torch.long), torch.full((len(image), lm.length), -1)
+    for i in range(len(image)):
+        attended = lm.memory_heads(lm.encode(image[i : i + 1]))
+        drawn = example_uniforms(seeds[i : i + 1], 2 * steps * lm.length).view(steps, 2, lm.length)
+        for step in range(steps):
+            known = kept_in[i : i + 1] >= 0
+            logits = lm.head(lm.hidden(tokens[i : i + 1], known, attended))[0]
+            found: list[tuple[float, int, int]] = []
+            for place in range(lm.length):
+                if known[0, place]:
+                    continue
+                token = int(logits[place].argmax())
+                if sampling.temperature:
+                    scaled = logits[place : place + 1] / sampling.temperature
+                    token = int(sample(scaled, drawn[step, :1, place : place + 1], sampling.top_k, sampling.top_p))
+                confidence = float(logits[place].log_softmax(0)[token])
+                gumbel = -math.log(-math.log(float(drawn[step, 1, place])))
+                confidence += sampling.choice_temperature * (1 - (step + 1) / steps) * gumbel
+                found.append((-confidence, place, token))
+            left = min(math.floor(lm.length * math.cos(math.pi / 2 * (step + 1) / steps)), len(found) - 1)
+            for _, place, token in sorted(found)[: len(found) - (left if step < steps - 1 else 0)]:
+                tokens[i, place], kept_in[i, place] = token, step
+    return tokens, kept_in

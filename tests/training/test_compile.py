@@ -13,7 +13,7 @@ from tests.support.compiler import needs_compiler
 from tests.support.runs import last_weights, losses
 from tests.support.small import stage_run
 from uvim_fsq.checkpoints import files as ckpt
-from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.loading import load_any
 from uvim_fsq.training import stages, step
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
@@ -45,11 +45,11 @@ def _train_compiled(stage: str, tmp_path: Path, data: Path, oracle_dir: Path, pr
     one, two = last_weights(tmp_path / "whole"), last_weights(tmp_path / "halves")
     assert one.keys() == last_weights(tmp_path / "eager").keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    load_checkpoint(tmp_path / "whole")
+    load_any(tmp_path / "whole")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["oracle", "lm"])
+@pytest.mark.parametrize("stage", ["oracle", "lm", "direct"])
 def test_training_in_one_graph_equals_eager_training(
     stage: str, tmp_path: Path, data: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +60,6 @@ def test_training_in_one_graph_equals_eager_training(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("stage", ["oracle", "lm"])
+@pytest.mark.parametrize("stage", ["oracle", "lm", "direct"])
 def test_compiled_training_equals_eager_training(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     _train_compiled(stage, tmp_path, data, oracle_dir, "bf16")

@@ -58,9 +58,9 @@ def test_only_kernels_decay() -> None:
     assert found == {"encoder.0.weight", "start_normals.weight", "frozen.weight"}
 
 
-@pytest.mark.parametrize("stage", ["lm", "oracle"])
+@pytest.mark.parametrize("stage", ["lm", "direct", "oracle"])
 def test_parameter_groups_have_their_decay_and_rate(stage: str) -> None:
-    model, slow = Model(), 0.25 if stage == "lm" else 1.0
+    model, slow = Model(), 1.0 if stage == "oracle" else 0.25
     names = {p: name for name, p in model.named_parameters()}
     found = {
         names[p]: (group["weight_decay"], group["lr_ratio"])

@@ -14,7 +14,7 @@ import yaml
 
 from tests.support.ranks import finish, run_ranks, start_ranks
 from tests.support.runs import fit_run, training_lines
-from tests.support.small import ORACLE, lm_run, oracle_run
+from tests.support.small import ORACLE, direct_run, lm_run, oracle_run
 from uvim_fsq import processes
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.cli import main
@@ -28,13 +28,14 @@ RANKS = 3
 
 
 def configurations(folder: Path, data: Path, oracle: Path) -> dict[str, Run]:
-    """Both stages, both quantizers. Three ranks split 8 images as 3 + 3 + 2, accumulating as 2 + 2 + 1 + 1 + 1 + 1."""
+    """All stages, both quantizers. Three ranks split 8 images as 3 + 3 + 2, accumulating as 2 + 2 + 1 + 1 + 1 + 1."""
     common = ["train.steps=4", "model.code_dropout=none"]
     vq = ["model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8"]
     return {
         "oracle": oracle_run(folder / "oracle", data, *common, "train.log_every=2", "train.eval_every=2"),
         "vq": oracle_run(folder / "vq", data, *common, *vq, "train.accumulate=2"),
         "lm": lm_run(folder / "lm", oracle, "train.steps=4", "train.accumulate=2"),
+        "direct": direct_run(folder / "direct", data, "train.steps=4", "train.accumulate=2"),
     }
 
 

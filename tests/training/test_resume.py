@@ -11,7 +11,7 @@ import torch
 
 from tests.support.kills import Killed, killing
 from tests.support.runs import CHANGED, at, fit_run, last_weights, losses, outcome, weights
-from tests.support.small import lm_run, oracle_run
+from tests.support.small import lm_run, oracle_run, stage_run
 from uvim_fsq.checkpoints import files as ckpt
 from uvim_fsq.checkpoints.run_directory import checkpoints, step_name
 from uvim_fsq.errors import UserError
@@ -127,7 +127,9 @@ def test_a_damaged_newest_checkpoint_of_an_lm_names_the_one_before_it(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", ["oracle", pytest.param("lm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["oracle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm", "direct"))]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, data: Path, oracle_dir: Path, stage: str, optimizer: str
 ) -> None:
@@ -136,9 +138,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     extra += ["model.width=32", "model.mlp_dim=64"]  # adafactor factors nothing that is smaller
 
     def make(out: Path, *overrides: str):
-        if stage == "oracle":
-            return oracle_run(out, data, *extra, *overrides)
-        return lm_run(out, oracle_dir, "model.dropout=0.1", *extra, *overrides)
+        dropout = ["model.dropout=0.1"] if stage == "lm" else []
+        return stage_run(stage, out, data, oracle_dir, *dropout, *extra, *overrides)
 
     whole = fit_run(make(tmp_path / "whole"))
     halves = fit_run(make(tmp_path / "halves"))

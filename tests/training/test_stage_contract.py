@@ -15,7 +15,7 @@ from uvim_fsq.config.schema import OracleRun
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines
-from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.oracle.label_head import LabelHead
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import MAIN, OracleStage
@@ -127,7 +127,7 @@ def test_an_image_level_loss_is_added_to_the_pixels_loss(run: OracleRun) -> None
     task = Smooth(TASKS["depth"].config)
     stage = OracleStage(run)
     nn.init.normal_(stage.oracle.label_head.heads["depth"].weight)
-    stage.task, stage.image_loss = task, task.image_loss
+    stage.task = task
     labels = {"depth": torch.randint(16, (3, 16, 16), dtype=torch.uint8)}
     batch = Batch(
         image=torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8),
@@ -152,7 +152,7 @@ def test_whole_maps_are_made_only_for_tasks_with_such_a_loss(run: OracleRun, mon
     assert OracleStage(run).image_loss is not None
     monkeypatch.undo()
     made: list[torch.Tensor] = []
-    monkeypatch.setattr(Oracle, "logits", lambda self, hidden: made.append(hidden))
+    monkeypatch.setattr(LabelHead, "maps", lambda self, hidden: made.append(hidden))
     stage = OracleStage(run)
     labels = {"depth": torch.zeros(2, 16, 16, dtype=torch.uint8)}
     stage.oracle(labels, torch.zeros(2, 3, 16, 16, dtype=torch.uint8), stage.task.loss, stage.image_loss)

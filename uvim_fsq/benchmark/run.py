@@ -20,6 +20,7 @@ from uvim_fsq.benchmark.side_by_side import measure_side_by_side
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stage_of, stepper_of, steps
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.performance.device_peak import DevicePeak, measure_device_peak
 from uvim_fsq.performance.timing import Measurement
 
@@ -113,7 +114,10 @@ def _one_step(request: BenchmarkRequest, sizes: Sizes, device: torch.device) -> 
         assert sizes.lm is not None
         config = sizes.lm.eval
         decoder = lm.generator(
-            precision=precision_on(device), int8_cross_kv=config.int8_cross_kv, compile=config.compile
+            Sampling(steps=config.steps),
+            precision=precision_on(device),
+            int8_cross_kv=config.int8_cross_kv,
+            compile=config.compile,
         )
         batch = request.batches[0] if request.batches else BATCHES[device.type][1]
         return functools.partial(decoder, synthetic_batch(task, run.data.image_size, batch, device)["image"], None)

@@ -41,7 +41,7 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
     else the file in the same folder with "oracle" in place of "lm" in its name.
 
     Raises:
-        UserError: there is no oracle, or a configuration is invalid.
+        UserError: there is no oracle, a configuration is invalid, or it is one of the direct baseline.
     """
     config = find_config(config)
     place = ["train.out=unused"]
@@ -50,6 +50,8 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
         run = with_categories(run)
         validate(run)
         return Sizes(run, None)
+    if not isinstance(run, LMRun):
+        raise UserError(f"{config} is a configuration of stage {run.stage!r}; the benchmark measures oracles and LMs")
     oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
     # Download nothing: random weights take the same time.

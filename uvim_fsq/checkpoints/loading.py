@@ -20,8 +20,9 @@ from uvim_fsq.checkpoints.run_directory import (
 )
 from uvim_fsq.config.plugins import plugin_code
 from uvim_fsq.config.rules import check_context_weight
-from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.data.images import limit_pixels
+from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.lm.base import TokenModel, build_token_model
 from uvim_fsq.oracle.label_decoder import TrainedDecoder
@@ -68,8 +69,14 @@ def build_lm(run: LMRun, oracle: Oracle, *, published: bool = True) -> TokenMode
     return lm
 
 
+def build_direct(run: DirectRun, task: Task, *, published: bool = True) -> DirectModel:
+    """Builds a freshly initialized direct model for the task's label channels; `published` as in `build_lm`."""
+    model = run.model if published else replace(run.model, encoder=replace(run.model.encoder, weights="none"))
+    return DirectModel(model, task.label_channels, run.data.image_size)
+
+
 def resolve_task(run: Run) -> Run:
-    """Completes an oracle's task options from the data, e.g. with the categories (`Task.resolve_config`).
+    """Completes a run's task options from the data, e.g. with the categories (`Task.resolve_config`).
 
     An LM is returned unchanged, because it inherits its task from the oracle.
     """
@@ -82,7 +89,7 @@ def resolve_task(run: Run) -> Run:
 
 
 def resolve(run: Run) -> Run:
-    """Completes an LM's configuration from its oracle's checkpoint, and an oracle's from the data.
+    """Completes an LM's configuration from its oracle's checkpoint, and any other from the data.
 
     Raises UserError for invalid combinations.
     """
@@ -104,31 +111,76 @@ def load_oracle(path: str | Path, run: LMRun | None = None) -> tuple[Oracle, Tas
     return oracle.eval().requires_grad_(False), task
 
 
-@dataclass
-class LoadedRun:
-    """A checkpoint ready for use.
+@dataclass(kw_only=True)
+class LoadedCheckpoint:
+    """A checkpoint ready for use, of any stage.
 
     Attributes:
-        run: its configuration, with overrides applied.
         task: the task of the labels.
-        oracle: the oracle; for an LM's checkpoint, the one it was trained on.
-        lm: the token model; None for an oracle's checkpoint.
         checkpoint: the checkpoint directory.
         chosen: how the checkpoint was chosen: "given", "last", or a description of the metric it is the best by.
         overrides: key -> [trained value, current value] of the changed settings.
     """
 
-    run: Run
     task: Task
-    oracle: Oracle
-    lm: TokenModel | None
     checkpoint: Path
     chosen: str = "given"
     overrides: dict[str, list[Any]] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class LoadedRun(LoadedCheckpoint):
+    """A checkpoint with tokens.
+
+    Attributes:
+        run: its configuration, with overrides applied.
+        oracle: the oracle; for an LM's checkpoint, the one it was trained on.
+        lm: the token model; None for an oracle's checkpoint.
+    """
+
+    run: OracleRun | LMRun
+    oracle: Oracle
+    lm: TokenModel | None
+
+    def to(self, device: torch.device) -> None:
+        """Moves the models to the device."""
+        self.oracle.to(device)
+        if self.lm is not None:
+            self.lm.to(device)
+
+
+@dataclass(kw_only=True)
+class LoadedDirect(LoadedCheckpoint):
+    """A checkpoint of the direct baseline: `run` is its configuration, with overrides applied."""
+
+    run: DirectRun
+    model: DirectModel
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to the device."""
+        self.model.to(device)
+
+
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> LoadedRun:
-    """Loads the models and task of a run or checkpoint directory of either stage.
+    """Like `load_any` for a run with tokens. Raises UserError for a direct run."""
+    loaded = load_any(path, overrides, device)
+    if isinstance(loaded, LoadedDirect):
+        raise UserError(f"{path} is a run of the direct baseline, which has no tokens; give an oracle's or an LM's run")
+    return loaded
+
+
+def load_direct(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> LoadedDirect:
+    """Like `load_any` for a direct run. Raises UserError for a run with tokens."""
+    loaded = load_any(path, overrides, device)
+    if isinstance(loaded, LoadedRun):
+        raise UserError(f"{path} is a run of stage {loaded.run.stage!r}; give one of stage 'direct'")
+    return loaded
+
+
+def load_any(
+    path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu"
+) -> LoadedRun | LoadedDirect:
+    """Loads the models and task of a run or checkpoint directory of any stage.
 
     Of a run, this is the best checkpoint if training selected one by the metric that is reported now, and on a split
     other than the one evaluated now. Otherwise it is the last checkpoint. An LM's run contains a copy of its oracle, so
@@ -145,13 +197,19 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str
         return _load(path, overrides, device)
 
 
-def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device) -> LoadedRun:
+def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device) -> LoadedRun | LoadedDirect:
     checkpoint, chosen, run, changed = _choose(path, overrides)
+    about: dict[str, Any] = {"checkpoint": checkpoint, "chosen": chosen, "overrides": changed}
+    if isinstance(run, DirectRun):
+        task = build_task(run)
+        model = build_direct(run, task, published=False)
+        load_model_weights(model, checkpoint)
+        return LoadedDirect(run=run, task=task, model=model.eval().to(device), **about)
     if isinstance(run, OracleRun):
         task = build_task(run)
         oracle = build_oracle(run, task)
         load_model_weights(oracle, checkpoint)
-        return LoadedRun(run, task, oracle.eval().to(device), None, checkpoint, chosen, changed)
+        return LoadedRun(run=run, task=task, oracle=oracle.eval().to(device), lm=None, **about)
     place = find_oracle(checkpoint, run)
     if "oracle" in changed and place != Path(run.oracle):
         raise UserError(
@@ -160,7 +218,7 @@ def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device
     oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
-    return LoadedRun(run, task, oracle.to(device), lm.eval().to(device), checkpoint, chosen, changed)
+    return LoadedRun(run=run, task=task, oracle=oracle.to(device), lm=lm.eval().to(device), **about)
 
 
 def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]]]:

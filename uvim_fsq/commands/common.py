@@ -41,8 +41,8 @@ def check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]
     return changed
 
 
-def say_next_of_lm(run: str | Path) -> None:
-    """Prints what can be done with a trained language model."""
+def say_next_of_predictor(run: str | Path) -> None:
+    """Prints what can be done with a trained language model or direct model."""
     say(f"next: uvim-fsq predict {run} PHOTOS --out predictions, or uvim-fsq evaluate {run} --report report.html")
 
 

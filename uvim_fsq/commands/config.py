@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.checkpoints.run_directory import inherit
     from uvim_fsq.config.parse import dump_yaml
     from uvim_fsq.config.rules import validate
-    from uvim_fsq.config.schema import OracleRun
+    from uvim_fsq.config.schema import LMRun
     from uvim_fsq.experiments.ablation.grid import is_grid
     from uvim_fsq.tasks.configuration import load_run
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     run = load_run(args.config, args.overrides)
     out, notes = run.train.out, list[str]()
     run = replace(run, train=replace(run.train, out=out or "unnamed"))
-    if isinstance(run, OracleRun):
+    if not isinstance(run, LMRun):
         validate(run)
         try:
             run = resolve_task(run)

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", action="store_true", help="also evaluate the trivial baseline, computed from the training split"
     )
+    parser.add_argument(
+        "--compare", metavar="DIRECT_RUN", help="also evaluate this run of the direct baseline on the same images"
+    )
     parser.add_argument("--report", type=Path, help="write an HTML page with metrics, panels and curves to this file")
     parser.add_argument(
         "--official",
@@ -34,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates the run, prints a table and writes the result as JSON."""
+    from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
     from uvim_fsq.evaluation.results import result_file, variant_path
 
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
@@ -44,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
     file = args.json or variant_path(result_file(Path(args.run)), changed)
+    if args.compare is not None:
+        resolve_checkpoint(args.compare)
     check_places([file, args.csv, args.report], [official] if official else [])
 
     from uvim_fsq import processes
@@ -51,18 +57,26 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.reports.evaluation_page import write_run_page
 
     result = evaluate(
-        args.run, args.overrides, limit=args.limit, csv=args.csv, baseline=args.baseline, official=official
+        args.run,
+        args.overrides,
+        limit=args.limit,
+        csv=args.csv,
+        baseline=args.baseline,
+        official=official,
+        compare=args.compare,
     )
     if not processes.is_main():
         return
     if args.report is not None:
-        write_run_page(args.report, args.run, [*args.overrides, *limited], result)
+        write_run_page(args.report, args.run, [*args.overrides, *limited], result, args.compare)
     write_json(file, result)
     print_result(result)
     if result["baseline"]:
         print(f"baseline: {result['baseline']}")
     print(f"written: {file}" + (f", {official}/" if official else ""))
-    if "lm" in result["figures"]:
+    for name, about in result.get("compared", {}).items():
+        print(f"{name}: checkpoint {about['checkpoint']} ({about['checkpoint_sha256'][:12]})")
+    if {"lm", "direct"} & result["figures"].keys():
         say(f"next: uvim-fsq predict {args.run} PHOTOS --out predictions")
     else:
         say(f"next: uvim-fsq train-lm LM_CONFIG.yaml oracle={args.run} train.out=...")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_predictor
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
 
@@ -42,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
     if args.stage == "oracle":
         say(f"next: uvim-fsq evaluate {out}, or uvim-fsq import-uvim LM.npz --stage lm --oracle {out} --out ...")
     else:
-        say_next_of_lm(out)
+        say_next_of_predictor(out)

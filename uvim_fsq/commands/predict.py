@@ -1,4 +1,4 @@
-"""`uvim-fsq predict`: predicts images with a trained LM."""
+"""`uvim-fsq predict`: predicts images with a trained LM or direct model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from uvim_fsq.commands.common import check_places, check_run
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
 
-HELP = "predict images with a trained LM"
+HELP = "predict images with a trained LM or direct model"
 #: Number of failures listed one by one; the rest are only counted.
 SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory of an LM")
+    parser.add_argument("run", help="run or checkpoint directory of an LM or a direct model")
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE|FOLDER|key=value", help="images and folders, and settings of the run"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_predictor
 from uvim_fsq.console import say
 
 HELP = "render data, train both stages, evaluate, write a report"
@@ -34,4 +34,4 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.experiments.quickstart import quickstart
 
     quickstart(Path(out), args.gpu_scale, args.task, scenes=args.scenes, overrides=args.overrides)
-    say_next_of_lm(Path(out) / "lm")
+    say_next_of_predictor(Path(out) / "lm")

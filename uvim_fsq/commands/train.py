@@ -1,24 +1,24 @@
-"""The common part of `uvim-fsq train-oracle` and `uvim-fsq train-lm`."""
+"""The common part of `uvim-fsq train-oracle`, `train-lm` and `train-direct`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_lm
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_predictor
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.console import is_first, say
 from uvim_fsq.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of both commands."""
+    """Adds the arguments of these commands."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one, e.g. nyu_depth/oracle")
     add_overrides(parser)
 
 
 def train_stage(args: argparse.Namespace, stage: str) -> None:
-    """Trains the stage "oracle" or "lm". Whatever can be checked without torch is checked before it is imported."""
+    """Trains the stage "oracle", "lm" or "direct". What can be checked without torch is checked before its import."""
     from uvim_fsq.checkpoints.run_directory import inherit, resume_from
     from uvim_fsq.data.roots import find_data_root
     from uvim_fsq.tasks.configuration import load_run
@@ -26,8 +26,7 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
 
     run = load_run(args.config, args.overrides)
     if run.stage != stage:
-        other = "train-oracle" if run.stage == "oracle" else "train-lm"
-        raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq {other}")
+        raise UserError(f"{args.config} is a configuration of stage {run.stage!r}; use uvim-fsq train-{run.stage}")
     run = inherit(run)
     check_places(folders=[run.train.out])
     if is_first():
@@ -43,7 +42,7 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
     if stage == "oracle":
         say(f"next: uvim-fsq train-lm {_lm_config(args.config)} oracle={out} train.out=...")
     else:
-        say_next_of_lm(out)
+        say_next_of_predictor(out)
 
 
 def _lm_config(oracle_config: str) -> str:

@@ -291,7 +291,12 @@ def describe_keys(cls: type, prefix: str = "") -> list[tuple[str, str, str, str]
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Maps each field to the documentation string under it in the class body."""
+    """Maps each field, inherited ones included, to the documentation string under it in the class body."""
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return {name: text for base in bases for name, text in _own_field_docs(base).items()}
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs: dict[str, str] = {}
     for node, below in itertools.pairwise(body):

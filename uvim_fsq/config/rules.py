@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from uvim_fsq.config.schema import BUILT_IN_QUANTIZERS, BUILT_IN_TOKEN_MODELS, LEVEL_PRESETS, LMRun, OracleRun, Run
+from uvim_fsq.config.schema import (
+    BUILT_IN_QUANTIZERS,
+    BUILT_IN_TOKEN_MODELS,
+    LEVEL_PRESETS,
+    SAMPLING_KEYS,
+    DirectRun,
+    EvalConfig,
+    LMRun,
+    OracleRun,
+    Run,
+)
 from uvim_fsq.errors import UserError
 
 
@@ -51,7 +61,15 @@ def check_code_length(code_length: int) -> None:
         raise UserError(f"model.code_length={code_length} is not a square number (e.g. 16, 64, 256)")
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, prefix: str = "") -> None:
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    steps: int | None = None,
+    choice_temperature: float = 0.0,
+    *,
+    prefix: str = "",
+) -> None:
     """Raises UserError for invalid sampling settings; `prefix` is prepended to their names in the message."""
     if temperature < 0:
         raise UserError(f"{prefix}temperature={temperature} is negative; 0 is greedy")
@@ -61,11 +79,28 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, p
         raise UserError(f"{prefix}top_k={top_k}: keep at least one token")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"{prefix}top_p={top_p}: must be above 0 and at most 1")
+    if steps is not None and steps < 1:
+        raise UserError(f"{prefix}steps={steps}: decode in at least one step")
+    if choice_temperature < 0:
+        raise UserError(f"{prefix}choice_temperature={choice_temperature} is negative; 0 takes the most confident")
 
 
-def check_samples(samples: int, temperature: float) -> None:
+def refuse_steps(steps: int | None, choice_temperature: float, kind: str) -> None:
+    """Raises UserError for settings of decoding in steps, which a token model of this kind does not have."""
+    for key, value, default in (("steps", steps, None), ("choice_temperature", choice_temperature, 0.0)):
+        if value != default:
+            unset = "null" if default is None else f"{default:g}"
+            raise UserError(f"eval.{key}={value}: model.kind={kind} does not decode in steps; set it to {unset}")
+
+
+def is_random(temperature: float, steps: int | None, choice_temperature: float) -> bool:
+    """Whether decoding depends on seeds: tokens are drawn, or there is noise in the order in which steps keep them."""
+    return temperature > 0 or (choice_temperature > 0 and (steps or 1) > 1)
+
+
+def check_samples(samples: int, random: bool) -> None:
     """Raises UserError for several samples of greedy decoding, which would all be equal."""
-    if samples > 1 and temperature == 0:
+    if samples > 1 and not random:
         raise UserError(
             f"eval.samples={samples} with eval.temperature=0: greedy decoding has only one prediction; "
             "set eval.temperature=1, or eval.samples=1"
@@ -116,22 +151,24 @@ def _problems_of(check: Callable[[], object]) -> Iterator[str]:
 
 _ABOVE_ZERO = """
     train.epochs train.steps train.batch_size train.accumulate train.log_every train.eval_every train.save_every
-    train.keep train.eval_limit eval.batch_size eval.limit eval.samples eval.top_k eval.top_p data.image_size
+    train.keep train.eval_limit eval.batch_size eval.limit eval.samples eval.top_k eval.top_p eval.steps data.image_size
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
-    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.code_scale eval.context_weight model.dropout
-    model.quantizer.momentum model.quantizer.commitment loss.task_weight"""
+    optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature eval.code_scale
+    eval.context_weight model.dropout model.quantizer.momentum model.quantizer.commitment model.label_smoothing
+    model.mask_floor model.all_masked loss.task_weight"""
+_AT_MOST_ONE = "optim.final_lr_ratio eval.top_p eval.context_weight model.mask_floor model.all_masked"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
-    ("optim.final_lr_ratio eval.top_p eval.context_weight", lambda value: value <= 1, "must be at most 1"),
+    (_AT_MOST_ONE, lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
-    ("model.dropout model.quantizer.momentum", lambda value: value < 1, "must be below 1"),
+    ("model.dropout model.quantizer.momentum model.label_smoothing", lambda value: value < 1, "must be below 1"),
 )
 
 
@@ -170,16 +207,19 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
-    yield from _problems_of(lambda: check_sampling(evaluation.temperature, evaluation.top_k, evaluation.top_p, "eval."))
-    yield from _problems_of(lambda: check_samples(evaluation.samples, evaluation.temperature))
+    if isinstance(evaluation, EvalConfig):
+        sampling = {key: getattr(evaluation, key) for key in SAMPLING_KEYS}
+        yield from _problems_of(lambda: check_sampling(**sampling, prefix="eval."))
+        random = is_random(evaluation.temperature, evaluation.steps, evaluation.choice_temperature)
+        yield from _problems_of(lambda: check_samples(evaluation.samples, random))
     if model.num_heads < 1 or model.width % model.num_heads:
         yield f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}"
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
+    elif isinstance(run, DirectRun):
+        yield from _problems_of(lambda: check_patches(run.data.image_size, run.model.patch_size))
     else:
-        yield from _unknown_kind("model.kind", run.model.kind, BUILT_IN_TOKEN_MODELS, run)
-        if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
-            yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
+        yield from _lm_problems(run)
 
 
 def _oracle_problems(run: OracleRun) -> Iterator[str]:
@@ -194,6 +234,15 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
     quantizer = model.quantizer
     yield from _unknown_kind("model.quantizer.kind", quantizer.kind, BUILT_IN_QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _lm_problems(run: LMRun) -> Iterator[str]:
+    kind, evaluation = run.model.kind, run.eval
+    yield from _unknown_kind("model.kind", kind, BUILT_IN_TOKEN_MODELS, run)
+    if run.model.decoder_context == "encoder" and run.model.decoder == "frozen":
+        yield "model.decoder_context=encoder: a frozen decoder sees only pixels; set model.decoder=trained"
+    if kind == "autoregressive":
+        yield from _problems_of(lambda: refuse_steps(evaluation.steps, evaluation.choice_temperature, kind))
 
 
 def _unknown_kind(key: str, kind: str, known: Sequence[str], run: Run) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The configuration schema: frozen dataclasses. The string under a field documents it and is shown by --help.
 
 OmegaConf merges YAML files and `key=value` overrides; `config.parse` converts the result into these dataclasses. Stage
-II (`LMRun`) repeats nothing of stage I: task, levels and architecture are read from the oracle's checkpoint.
+II (`LMRun`) repeats nothing of stage I: task, levels and architecture are read from the oracle's checkpoint. The direct
+baseline (`DirectRun`) has no tokens and stands alone.
 
 "The reference" below is the UViM reference code (big_vision, JAX). Does not import torch.
 """
@@ -22,7 +23,7 @@ LEVEL_PRESETS: dict[str, tuple[int, ...]] = {
 
 #: Built-in quantizers and token models; plugins may register others.
 BUILT_IN_QUANTIZERS = ("fsq", "vq")
-BUILT_IN_TOKEN_MODELS = ("autoregressive",)
+BUILT_IN_TOKEN_MODELS = ("autoregressive", "masked")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class OracleModelConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The keys under `model.encoder:` in stage II: the image encoder."""
+    """The keys under `model.encoder:` of an LM or a direct model: the image encoder."""
 
     name: str = "vit_large_patch16_224"
     """Name of a timm ViT; the class token is dropped and the input size follows data.image_size."""
@@ -130,7 +131,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class LMModelConfig:
-    """The keys under `model:` in stage II: the token model's architecture."""
+    """The keys under `model:` in stage II: the token model; each kind uses those that concern it."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     width: int = 1024
@@ -149,7 +150,32 @@ class LMModelConfig:
     decoder_context: Literal["pixels", "encoder"] = "pixels"
     """What a trained decoder sees of the image: pixels, like the oracle's; or the image encoder's features as well."""
     kind: str = "autoregressive"
-    """Token model: autoregressive (the papers' encoder-decoder), or one registered by a plugin."""
+    """Token model: autoregressive (the papers' encoder-decoder), masked (predicts tokens in parallel, MaskGIT), or one
+    registered by a plugin."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread evenly over all tokens in training."""
+    mask_floor: float = 0.45
+    """Masked: smallest share of tokens that is masked in training; shares follow a cosine between it and 1."""
+    all_masked: float = 0.5
+    """Masked: probability that all tokens of an example are masked in training, as in the first step of decoding."""
+
+
+@dataclass(frozen=True)
+class DirectModelConfig:
+    """The keys under `model:` of the direct baseline: an image encoder, transformer blocks and a label head."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    patch_size: int = 16
+    """Side in pixels of the label patch that the head predicts at each position; it must divide data.image_size. The
+    encoder's features are resized to this grid."""
+    width: int = 1024
+    """Width of the blocks between image encoder and label head."""
+    depth: int = 2
+    """Number of these blocks."""
+    num_heads: int = 16
+    """Their attention heads."""
+    mlp_dim: int = 4096
+    """Hidden width of their MLP."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +206,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     """Clip the global gradient norm to this value; null: no clipping."""
     encoder_lr_ratio: float = 1.0
-    """Learning rate multiplier of the LM's image encoder (reference: 0.1); no effect in stage I."""
+    """Learning rate multiplier of the image encoder of an LM (reference: 0.1) or direct model; no effect in stage I."""
 
 
 @dataclass(frozen=True)
@@ -225,27 +251,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """The keys under `eval:`: how predictions are made and evaluated."""
+class BasicEvalConfig:
+    """The keys under `eval:` of every run: how predictions are made and evaluated."""
 
     batch_size: int = 32
     """Images per batch and process; metrics do not depend on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of predictions; bf16 is several times faster on a GPU and changes a few tokens."""
-    int8_cross_kv: bool = False
-    """Keep the cross-attention keys and values in 8 bits: faster for large batches, changes a few tokens."""
-    compile: bool = False
-    """Use torch.compile for decoding; at full size this takes minutes, so it pays off for thousands of images."""
+    """Precision of predictions; bf16 is several times faster on a GPU and changes results slightly."""
     workers: int = 2
     """Loader processes per process."""
     limit: int | None = None
     """Evaluate only the first N images; recorded in the result."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(BasicEvalConfig):
+    """The keys under `eval:` of a run with tokens: how they are decoded, besides the basic ones."""
+
+    int8_cross_kv: bool = False
+    """Keep the cross-attention keys and values in 8 bits: faster for large batches, changes a few tokens."""
+    compile: bool = False
+    """Use torch.compile for decoding; at full size this takes minutes, so it pays off for thousands of images."""
     temperature: float = 0.0
     """Sampling temperature of the LM; 0 is greedy decoding."""
     top_k: int | None = None
     """Sample from the k most likely tokens."""
     top_p: float | None = None
     """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
+    steps: int | None = None
+    """Masked: decoding steps, at most the number of tokens; null: one, all tokens in parallel."""
+    choice_temperature: float = 0.0
+    """Masked: noise in the order in which tokens are chosen; 0: the most confident first. No effect with one step."""
     seed: int = 0
     """Seed of sampling; each image has its own random stream."""
     codes: Literal["hard", "soft"] = "hard"
@@ -257,6 +293,10 @@ class EvalConfig:
     """Mixes the prediction with context alone: 0 is the codes' prediction, 1 context alone; classes by probability."""
     samples: int = 1
     """Average this many sampled predictions per image (classes by probability); above 1 needs a temperature above 0."""
+
+
+#: The keys of `eval` that say how tokens are chosen, as in `lm.sampling.Sampling`.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "steps", "choice_temperature")
 
 
 @dataclass(frozen=True)
@@ -306,4 +346,27 @@ class LMRun:
     """Internal, not a setting: keys of `data` that were set explicitly and so are not inherited from the oracle."""
 
 
-Run = OracleRun | LMRun
+@dataclass(frozen=True)
+class DirectRun:
+    """The direct baseline: train an image encoder and a label head on the task's loss, without tokens."""
+
+    task: Any
+    """The task: `name` and the task's own keys."""
+    plugins: tuple[str, ...] = ()
+    """Python modules to import first; they can register your own tasks."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DirectModelConfig = field(default_factory=DirectModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: BasicEvalConfig = field(default_factory=BasicEvalConfig)
+    stage: Literal["direct"] = "direct"
+    """The stage that this file configures."""
+
+
+Run = OracleRun | LMRun | DirectRun
+#: The value of `stage` -> the class of its configuration.
+STAGES: dict[str, type[OracleRun] | type[LMRun] | type[DirectRun]] = {
+    "oracle": OracleRun,
+    "lm": LMRun,
+    "direct": DirectRun,
+}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.config.schema import DataConfig, EvalConfig, Run
+from uvim_fsq.config.schema import BasicEvalConfig, DataConfig, Run
 from uvim_fsq.console import Bar
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
@@ -48,7 +48,7 @@ class Evaluator:
         self,
         task: Task,
         data: DataConfig,
-        config: EvalConfig,
+        config: BasicEvalConfig,
         *,
         limit: int | None = None,
         quantizer: Quantizer | None = None,

@@ -1,20 +1,21 @@
-"""Evaluates a checkpoint: metrics of the oracle, the context alone and the language model, with their provenance."""
+"""Evaluates a checkpoint: metrics of its predictions, e.g. of oracle, context alone and LM, with their provenance."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from uvim_fsq import files, processes
-from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.config.parse import to_dict
+from uvim_fsq.config.schema import SAMPLING_KEYS
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
+from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
 from uvim_fsq.oracle.code_usage import CodeStatistics
@@ -26,25 +27,27 @@ DECODING_KEYS = (
     "code_scale",
     "context_weight",
     "samples",
-    "temperature",
-    "top_k",
-    "top_p",
+    *SAMPLING_KEYS,
     "seed",
     "precision",
     "int8_cross_kv",
 )
 
+#: Name of a predict function -> the metrics of each image.
+Rows = dict[str, list[dict[str, Any]]]
+
 
 def evaluate_loaded(
-    loaded: LoadedRun,
+    loaded: LoadedRun | LoadedDirect,
     *,
     device: torch.device,
     limit: int | None = None,
     csv_file: Path | None = None,
     baseline: bool = False,
     official: Path | None = None,
+    compared: LoadedDirect | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM.
+    """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM; of a direct run, its model.
 
     Args:
         loaded: the checkpoint.
@@ -54,46 +57,68 @@ def evaluate_loaded(
         baseline: also evaluate the task's trivial baseline, built from the training split.
         official: folder for result files in the benchmark's own format, one subfolder per predict function. They are
             also scored if the benchmark's program is available.
+        compared: a direct run to evaluate too.
 
     Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `images`,
-    `limit`, `baseline`, `checkpoint_sha256`, and `code_counts` and `level_histogram` by name.
+    `limit`, `baseline`, `checkpoint_sha256`, and `code_counts` and `level_histogram` by name. With a compared run also
+    `compared`: the provenance of its figures.
+
+    Raises UserError if the compared run would be evaluated on other images or by another protocol.
     """
+    limit = limit if limit is not None else loaded.run.eval.limit
+    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit)
+    if compared is None:
+        result, rows = _evaluate(loaded, evaluator, device, baseline, official)
+    else:
+        other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit)
+        refuse_different(evaluator, other, loaded.checkpoint, compared.checkpoint)
+        result, rows = _evaluate(loaded, evaluator, device, baseline, official)
+        second, other_rows = _evaluate(compared, other, device, False, official)
+        refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
+        about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
+        result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
+        rows |= other_rows
+    if csv_file is not None and processes.is_main():
+        write_rows(csv_file, rows)
+    return result
+
+
+def _evaluate(
+    loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device, baseline: bool, official: Path | None
+) -> tuple[dict[str, Any], Rows]:
+    """The result of one checkpoint, as `evaluate_loaded` returns it, and the metrics of each image."""
     checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
     processes.same(checkpoint_sha256, loaded.checkpoint)
-    run, task, quantizer = loaded.run, loaded.task, loaded.oracle.to(device).quantizer
-    if loaded.lm is not None:
-        loaded.lm.to(device)
-    limit = limit if limit is not None else run.eval.limit
+    loaded.to(device)
+    task, quantizer = loaded.task, loaded.oracle.quantizer if isinstance(loaded, LoadedRun) else None
     predict_fns = predict_functions(loaded)
-    trivial = make_baseline(task, run) if baseline else None
+    trivial = make_baseline(task, loaded.run) if baseline else None
     if trivial is not None:
         predict_fns = {"baseline": baseline_predictions(trivial), **predict_fns}
-    evaluator = Evaluator(task, run.data, run.eval, limit=limit)
     figures: dict[str, dict[str, float]] = {}
     codes: dict[str, CodeStatistics] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: Rows = {}
     for name, predict in predict_fns.items():
-        evaluator.statistics = CodeStatistics(quantizer) if name in ("oracle", "lm") else None
+        evaluator.statistics = CodeStatistics(quantizer) if quantizer is not None and name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         if evaluator.statistics is not None:
             codes[name] = evaluator.statistics
-    if csv_file is not None and processes.is_main():
-        write_rows(csv_file, rows)
-    return {
+    result = {
         **provenance(loaded, evaluator, device),
         "checkpoint_sha256": checkpoint_sha256,
         "baseline": trivial.name if trivial is not None else None,
-        "limit": limit,
+        "limit": evaluator.limit,
         "images": len(next(iter(rows.values()))),
         "figures": figures,
         "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
         "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
     }
+    return result, rows
 
 
-def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
+def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
     """How results were obtained: task, protocol, data, decoding settings, checkpoint and versions."""
     run, task = loaded.run, loaded.task
     return {
@@ -102,7 +127,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
         "metric_details": evaluator.metric_details,
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
-        "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS},
+        "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS if hasattr(run.eval, key)},
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
@@ -116,7 +141,7 @@ def provenance(loaded: LoadedRun, evaluator: Evaluator, device: torch.device) ->
     }
 
 
-def write_rows(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Writes one line per predict function and image: the function's name, the image's id and its metrics."""
     flat = [{"way": name, **row} for name, items in rows.items() for row in items]
     keys = list(dict.fromkeys(key for row in flat for key in row))
@@ -131,24 +156,27 @@ def evaluate(
     csv: Path | None = None,
     baseline: bool = False,
     official: Path | None = None,
+    compare: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run or checkpoint directory according to its task's protocol.
 
     Args:
-        run_dir: a run, whose checkpoint is chosen as in `load_checkpoint`, or a checkpoint directory.
-        overrides: `key=value` strings.
+        run_dir: a run, whose checkpoint is chosen as in `load_any`, or a checkpoint directory.
+        overrides: `key=value` strings. They apply to the run to compare with too, except for keys that it lacks.
         limit: evaluate only the first images; sets `eval.limit`.
         csv: if given, write the metrics of each image to this file.
         baseline: also evaluate the task's trivial baseline.
         official: folder for result files in the benchmark's own format.
+        compare: a direct run or checkpoint directory, whose figures are added under "direct".
 
-    Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded and for unreadable
-    images.
+    Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
+    and for two runs whose figures cannot be compared.
     """
     device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]
-    loaded = load_checkpoint(run_dir, [*overrides, *limited], device)
-    loaded.run = replace(loaded.run, data=replace(loaded.run.data, max_bad_samples=0))
+    loaded = load_any(run_dir, [*overrides, *limited], device)
+    compared = load_compared(compare, loaded, overrides, device) if compare is not None else None
     with enough_memory(EVALUATION_REMEDY):
-        result = evaluate_loaded(loaded, csv_file=csv, device=device, baseline=baseline, official=official)
-    return result
+        return evaluate_loaded(
+            loaded, csv_file=csv, device=device, baseline=baseline, official=official, compared=compared
+        )

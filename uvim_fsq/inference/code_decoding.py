@@ -30,7 +30,7 @@ Logits = dict[str, torch.Tensor]
 def build_generator(lm: TokenModel, config: EvalConfig) -> Generator:
     """Builds the LM's generator from the `eval` settings. Raises UserError if the token model does not support them."""
     return lm.generator(
-        Sampling(config.temperature, config.top_k, config.top_p),
+        Sampling.of(config),
         precision=config.precision,
         int8_cross_kv=config.int8_cross_kv,
         compile=config.compile,

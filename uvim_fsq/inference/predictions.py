@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from uvim_fsq.checkpoints.loading import LoadedRun
-from uvim_fsq.config.schema import EvalConfig
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
+from uvim_fsq.config.schema import BasicEvalConfig, EvalConfig
 from uvim_fsq.data.sample import Batch
+from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.inference.code_decoding import LMDecoder, image_seeds
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
@@ -65,7 +66,7 @@ def context_predictions(oracle: Oracle, task: Task) -> PredictFn:
     return predict
 
 
-def eval_autocast(config: EvalConfig, device: torch.device) -> torch.autocast:
+def eval_autocast(config: BasicEvalConfig, device: torch.device) -> torch.autocast:
     """The autocast context for predictions, according to `eval.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -86,6 +87,16 @@ def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfi
     return predict
 
 
+def direct_label_maps(model: DirectModel, task: Task, image: torch.Tensor) -> list[Any]:
+    """One prediction per image (B, 3, S, S), as returned by `Task.decode`."""
+    return [item for logits in model.iter_logits(image) for item in task.decode(logits)]
+
+
+def direct_predictions(model: DirectModel, task: Task) -> PredictFn:
+    """The direct baseline: image -> labels, without tokens."""
+    return lambda batch: Predictions(direct_label_maps(model, task, batch["image"]), None)
+
+
 def baseline_predictions(baseline: Baseline) -> PredictFn:
     """The task's trivial prediction."""
 
@@ -96,11 +107,14 @@ def baseline_predictions(baseline: Baseline) -> PredictFn:
     return predict
 
 
-def predict_functions(loaded: LoadedRun) -> dict[str, PredictFn]:
+def predict_functions(loaded: LoadedRun | LoadedDirect) -> dict[str, PredictFn]:
     """Name -> predict function for a checkpoint.
 
-    The names are "oracle"; "context_only" if the oracle's decoder sees the image; and "lm" for an LM's checkpoint.
+    The names are "oracle"; "context_only" if the oracle's decoder sees the image; and "lm" for an LM's checkpoint. For
+    a direct run the only name is "direct".
     """
+    if isinstance(loaded, LoadedDirect):
+        return {"direct": direct_predictions(loaded.model, loaded.task)}
     task, oracle = loaded.task, loaded.oracle
     predict_fns: dict[str, PredictFn] = {"oracle": oracle_predictions(oracle, task)}
     if oracle.config.context in ("both", "decoder"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
-from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import LINES, Bar
 from uvim_fsq.data.folders import list_images
@@ -27,7 +27,7 @@ from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.files import disk_is_full
 from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
-from uvim_fsq.inference.predictions import eval_autocast
+from uvim_fsq.inference.predictions import direct_label_maps, eval_autocast
 
 #: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
 Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -35,20 +35,16 @@ PICTURES = "a file, its content as bytes, a binary file object, a PIL image, or 
 
 
 class Predictor:
-    """A trained LM with its oracle, ready to predict: `Predictor.from_run(path).predict(image)`.
+    """A trained LM with its oracle, or a direct model, ready to predict: `Predictor.from_run(path).predict(image)`.
 
     Raises UserError for an oracle's checkpoint, because an oracle needs labels to predict.
     """
 
-    def __init__(self, loaded: LoadedRun, device: str | torch.device) -> None:
-        if loaded.lm is None:
-            raise UserError(
-                f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
-            )
-        self.lm, self.oracle, self.task, self.run = loaded.lm, loaded.oracle, loaded.task, loaded.run
+    def __init__(self, loaded: LoadedRun | LoadedDirect, device: str | torch.device) -> None:
+        self.task, self.run = loaded.task, loaded.run
         self.device = torch.device(device)
         self.transform = JointTransform(self.run.data, self.task, train=False)
-        self.decode = LMDecoder(self.lm, self.oracle, self.task, self.run.eval)
+        self._predict = _image_predictor(loaded)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and the overrides if there are any.
         self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
@@ -62,10 +58,10 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads an LM from a run directory (its best checkpoint on a hold-out, or its last) or checkpoint directory.
+        """Loads a run directory (its best checkpoint on a hold-out, or its last) or a checkpoint directory.
 
         Args:
-            path: the run or checkpoint directory.
+            path: the run or checkpoint directory of an LM or a direct model.
             overrides: `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
             device: a torch device; by default a GPU if there is one.
             trust: import the plugins that the run names, which executes their code. Otherwise they must be named in
@@ -75,7 +71,7 @@ class Predictor:
         """
         device = _device(device) if device is not None else processes.device()
         with trusting(trust):
-            return cls(load_checkpoint(path, overrides, device), device)
+            return cls(load_any(path, overrides, device), device)
 
     def predict(self, image: Picture) -> Any:
         """Predicts one image of any size. The prediction has the size of the image.
@@ -114,9 +110,24 @@ class Predictor:
         if not images:
             return []
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
-            tensor = torch.from_numpy(np.stack(images)).to(self.device)
-            # All images share one seed, so each samples the same tokens as when it is predicted alone.
-            return self.decode(tensor, torch.full((len(images),), self.run.eval.seed))[0]
+            return self._predict(torch.from_numpy(np.stack(images)).to(self.device))
+
+
+def _image_predictor(loaded: LoadedRun | LoadedDirect) -> Callable[[torch.Tensor], list[Any]]:
+    """A function from images (B, 3, S, S) to one item per image, as returned by `Task.decode`.
+
+    Raises UserError for an oracle's checkpoint.
+    """
+    task = loaded.task
+    if isinstance(loaded, LoadedDirect):
+        return lambda image: direct_label_maps(loaded.model, task, image)
+    if loaded.lm is None:
+        raise UserError(
+            f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
+        )
+    decode, seed = LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded.run.eval.seed
+    # All images share one seed, so each samples the same tokens as when it is predicted alone.
+    return lambda image: decode(image, torch.full((len(image),), seed))[0]
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -177,7 +188,7 @@ def predict_files(
     name, their results are prefixed with the folder's name, or suffixed with a number.
 
     Args:
-        run_dir: an LM's run or checkpoint directory.
+        run_dir: the run or checkpoint directory of an LM or a direct model.
         inputs: image files and folders of images.
         out: the output folder; created if needed.
         overrides: `key=value` strings.

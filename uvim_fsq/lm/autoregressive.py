@@ -107,9 +107,9 @@ class AutoregressiveLM(EncoderDecoder):
         """
         memory = self.encode(image)
         logits = self.decode(tokens, memory)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        loss = self.token_loss(logits, tokens)
         logs = {"token_accuracy": (logits.argmax(-1) == tokens).float().mean(1)}
-        return total_loss(loss.view(tokens.shape).mean(1), logs, code_loss, logits, memory)
+        return total_loss(loss.mean(1), logs, code_loss, logits, memory)
 
     def log_prob(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.logits(image, tokens).float()
@@ -123,6 +123,7 @@ class AutoregressiveLM(EncoderDecoder):
         *,
         probabilities: bool = False,
     ) -> Generated:
+        self.check_sampling(sampling)
         return TokenGenerator(self, sampling, probabilities=probabilities)(image, seeds)
 
     def generator(
@@ -135,6 +136,7 @@ class AutoregressiveLM(EncoderDecoder):
         probabilities: bool = False,
     ) -> Generator:
         """A `TokenGenerator`, which keeps static buffers for each batch size and, on a GPU, captured steps."""
+        self.check_sampling(sampling)
         return TokenGenerator(
             self,
             sampling,
@@ -144,5 +146,5 @@ class AutoregressiveLM(EncoderDecoder):
             probabilities=probabilities,
         )
 
-    def cost(self) -> AutoregressiveCost:
+    def cost(self, steps: int | None = None) -> AutoregressiveCost:
         return autoregressive_cost(self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length)

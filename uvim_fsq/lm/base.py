@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from uvim_fsq.config.registry import Registry
+from uvim_fsq.config.rules import refuse_steps
 from uvim_fsq.config.schema import LMModelConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.sampling import GREEDY, Sampling
@@ -31,7 +32,7 @@ class Generated:
     Attributes:
         tokens: (B, L) int64 in [0, V).
         probabilities: (B, L, V) float32, the distribution of each token before temperature and top-k or top-p
-            filtering; None unless requested.
+            filtering, given the tokens that were known when it was chosen; None unless requested.
         features: (B, M, E), the image features that the tokens were predicted from; None if the model has none.
     """
 
@@ -58,6 +59,8 @@ class TokenModel(nn.Module, ABC):
 
     #: Whether `generator` supports `int8_cross_kv` and `compile`.
     has_cached_decoding: ClassVar[bool] = False
+    #: Whether the model decodes in `Sampling.steps` steps.
+    has_steps: ClassVar[bool] = False
 
     def __init__(self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int) -> None:
         super().__init__()
@@ -100,11 +103,17 @@ class TokenModel(nn.Module, ABC):
             sampling: how tokens are chosen; greedy by default.
             seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused by greedy decoding.
             probabilities: also return the distribution of each token.
+
+        Raises UserError for sampling settings that the model does not support, see `check_sampling`.
         """
 
     @abstractmethod
-    def cost(self) -> TokenModelCost:
-        """Floating-point operations of training and generation, for the benchmark and for the MFU in training logs."""
+    def cost(self, steps: int | None = None) -> TokenModelCost:
+        """Floating-point operations of training and generation, for the benchmark and for the MFU in training logs.
+
+        Args:
+            steps: decoding steps as in `Sampling`, for models that have them.
+        """
 
     @abstractmethod
     def activation_bytes(self, number_bytes: int) -> float:
@@ -130,9 +139,9 @@ class TokenModel(nn.Module, ABC):
 
         Raises UserError for options that the model does not support.
         """
+        self.check_sampling(sampling)
         if int8_cross_kv or compile:
-            key = "int8_cross_kv" if int8_cross_kv else "compile"
-            raise UserError(f"eval.{key}=true: token model {type(self).__name__} does not support it; set it to false")
+            raise self.unsupported("int8_cross_kv" if int8_cross_kv else "compile")
 
         @torch.inference_mode()
         def run(image: torch.Tensor, seeds: torch.Tensor | None = None) -> Generated:
@@ -140,6 +149,17 @@ class TokenModel(nn.Module, ABC):
                 return self.generate(image, sampling, seeds, probabilities=probabilities)
 
         return run
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises UserError for decoding steps that the model does not have: more than tokens, or any (`has_steps`)."""
+        if not self.has_steps:
+            refuse_steps(sampling.steps, sampling.choice_temperature, self.config.kind)
+        elif sampling.steps is not None and sampling.steps > self.length:
+            raise UserError(f"eval.steps={sampling.steps} exceeds the {self.length} tokens of an image; lower it")
+
+    def unsupported(self, key: str) -> UserError:
+        """The error for `eval.KEY=true` if the model does not support it."""
+        return UserError(f"eval.{key}=true: token model {type(self).__name__} does not support it; set it to false")
 
     def randomize_head_(self) -> None:
         """Makes an untrained model predict varied tokens, for benchmarks; by default does nothing."""

@@ -6,6 +6,7 @@ B batch, S image side, M memory tokens, E encoder width, L code length, V vocabu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
@@ -63,6 +64,16 @@ class EncoderDecoder(TokenModel):
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> encoder input in the weights' dtype."""
         return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.positions.dtype)
+
+    def token_loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (B, L) float32 of logits (B, L, V) for true tokens (B, L), with `model.label_smoothing`."""
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            tokens.flatten(),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss.view(tokens.shape)
 
     @property
     def encoder_size(self) -> EncoderSize:

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
-from uvim_fsq.config.rules import check_sampling
+from uvim_fsq.config.rules import check_sampling, is_random
+from uvim_fsq.config.schema import SAMPLING_KEYS, EvalConfig
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its logits.
+    """How tokens are chosen from their logits.
 
     Attributes:
         temperature: 0 takes the argmax; larger values sample.
         top_k: sample among the k most likely tokens. Cannot be combined with top_p.
         top_p: sample among the smallest set of most likely tokens whose total probability reaches top_p.
+        steps: T, the number of steps in which a masked model decodes; None is one. Other models have no other value.
+        choice_temperature: masked models: scale of the Gumbel noise on the confidences that decide which tokens a step
+            keeps. It falls linearly to 0 in the last step, so it has no effect if that is the only one.
 
     Raises UserError for invalid settings.
     """
@@ -27,9 +31,21 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    steps: int | None = None
+    choice_temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.steps, self.choice_temperature)
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Sampling:
+        """The settings of a configuration's `eval` section."""
+        return cls(**{key: getattr(config, key) for key in SAMPLING_KEYS})
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seeds."""
+        return is_random(self.temperature, self.steps, self.choice_temperature)
 
 
 GREEDY = Sampling()

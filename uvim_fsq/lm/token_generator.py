@@ -8,7 +8,6 @@ B batch, S image side, M memory tokens, E encoder width, L code length, V vocabu
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch import nn
 
 from uvim_fsq.compilation import compiled, require_compiler
 from uvim_fsq.lm.base import Generated
+from uvim_fsq.lm.bf16_weights import with_bf16_weights
 from uvim_fsq.lm.kv_cache import DecoderCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling, example_uniforms, sample
 
@@ -140,7 +140,7 @@ class TokenGenerator:
         if int8 and next(model.parameters()).is_cuda:
             require_compiler()
         self.sampling, self.int8, self.precision, self.probabilities = sampling, int8, precision, probabilities
-        self.model = _with_bf16_weights(model) if precision == "bf16" else model
+        self.model = with_bf16_weights(model) if precision == "bf16" else model
         # Functions instead of bound methods: a reference cycle would keep the buffers alive until garbage collection.
         self._next = compiled(TokenGenerator._next_tokens, fullgraph=True) if compile else TokenGenerator._next_tokens
         self.compiled, self.span = compile, COMPILED_CACHE_BLOCK if compile else CACHE_BLOCK
@@ -233,12 +233,3 @@ class TokenGenerator:
         drawn = uniforms.index_select(1, cache.position)
         chosen = sample(logits / self.sampling.temperature, drawn, self.sampling.top_k, self.sampling.top_p)
         return chosen, probabilities
-
-
-def _with_bf16_weights(model: CachedDecoder) -> CachedDecoder:
-    """A copy with its matrices in bf16. Embeddings, norms, image normalization and the head stay in float32."""
-    model = copy.deepcopy(model)
-    for part in model.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)) and part is not model.head:
-            part.to(torch.bfloat16)
-    return model

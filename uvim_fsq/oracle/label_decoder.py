@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from uvim_fsq.config.schema import OracleModelConfig
-from uvim_fsq.layers import PatchEmbed, patchify, resize_tokens, signed_pixels, unpatchify
+from uvim_fsq.layers import PatchEmbed, resize_tokens, signed_pixels
 from uvim_fsq.oracle.backbones.transformer import Transformer
 from uvim_fsq.oracle.chunking import chunk_slices
-from uvim_fsq.oracle.label_head import LabelHead, Loss, chunked_label_loss
+from uvim_fsq.oracle.label_head import LabelHead, Loss
 
 
 class LabelDecoder(nn.Module):
@@ -91,7 +91,7 @@ class LabelDecoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Hidden states (B, N, D) -> channel -> logits (B, S, S, C) float32."""
-        return {name: unpatchify(x.float(), self.config.patch_size) for name, x in self.label_head(hidden).items()}
+        return self.label_head.maps(hidden)
 
     def image_chunks(self, count: int) -> list[slice]:
         """Slices of `count` images that have few enough logits to be in memory together; see `iter_logits`."""
@@ -101,9 +101,7 @@ class LabelDecoder(nn.Module):
         self, codes: torch.Tensor, image: torch.Tensor | None, features: torch.Tensor | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Like `decode`, but yields a few images at a time, in order, to limit the memory that logits take."""
-        hidden = self.decode_hidden(codes, image, features)
-        for rows in self.image_chunks(len(hidden)):
-            yield self.logits(hidden[rows])
+        yield from self.label_head.iter_maps(self.decode_hidden(codes, image, features))
 
     def label_loss(
         self,
@@ -124,13 +122,7 @@ class LabelDecoder(nn.Module):
             image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
             features: the token model's image features (B, M, E), for a decoder that sees them.
         """
-        hidden = self.decode_hidden(codes, image, features)
-        patches = {name: patchify(x, self.config.patch_size) for name, x in labels.items()}
-        value, logs = chunked_label_loss(self.label_head, hidden, patches, loss)
-        if image_loss is None:
-            return value, logs
-        image_value, image_logs = image_loss(self.logits(hidden), labels)
-        return value + image_value, {**logs, **image_logs}
+        return self.label_head.loss(self.decode_hidden(codes, image, features), labels, loss, image_loss)
 
 
 class TrainedDecoder(LabelDecoder):

@@ -1,16 +1,17 @@
-"""The oracle's output layer, which maps hidden states to label logits, and the task loss computed in chunks.
+"""The output layer, which maps hidden states to label logits, and the task loss computed in chunks.
 
-B batch, N patches, p patch side, C classes or channels, D width. Logits are channel-last: (B, N, p*p, C).
+B batch, N patches, p patch side, S label side, C classes or channels, D width. Logits are channel-last: (B, N, p*p, C).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from uvim_fsq.layers import patchify, unpatchify
 from uvim_fsq.oracle.chunking import chunk_slices
 from uvim_fsq.tasks.base import LabelChannel, Real
 
@@ -22,7 +23,7 @@ class LabelHead(nn.Module):
 
     def __init__(self, channels: Mapping[str, LabelChannel], patch: int, dim: int) -> None:
         super().__init__()
-        self.pixels = patch * patch
+        self.patch, self.pixels = patch, patch * patch
         self.heads = nn.ModuleDict()
         sizes = {name: c.channels if isinstance(c, Real) else c.num_classes for name, c in channels.items()}
         #: Logits per patch, over all channels.
@@ -36,6 +37,37 @@ class LabelHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         b, n, _ = hidden.shape
         return {name: head(hidden).view(b, n, self.pixels, -1) for name, head in self.heads.items()}
+
+    def maps(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Hidden states (B, N, D) of a square grid -> channel -> logits (B, S, S, C) float32."""
+        return {name: unpatchify(x.float(), self.patch) for name, x in self(hidden).items()}
+
+    def iter_maps(self, hidden: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """Like `maps`, but yields a few images at a time, in order, to limit the memory that logits take."""
+        for rows in chunk_slices(len(hidden), hidden.shape[1] * self.logits):
+            yield self.maps(hidden[rows])
+
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        labels: Mapping[str, torch.Tensor],
+        loss: Loss,
+        image_loss: Loss | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of hidden states (B, N, D) against labels (B, S, S[, C]): (B,) float32, and logs, each (B,).
+
+        Args:
+            hidden: of a square grid.
+            labels: by channel.
+            loss: `Task.loss`, computed in chunks of examples and patches.
+            image_loss: `Task.image_loss`, added to `loss`. It needs the logits of whole label maps at once.
+        """
+        patches = {name: patchify(x, self.patch) for name, x in labels.items()}
+        value, logs = chunked_label_loss(self, hidden, patches, loss)
+        if image_loss is not None:
+            image_value, image_logs = image_loss(self.maps(hidden), labels)
+            value, logs = value + image_value, {**logs, **image_logs}
+        return value, logs
 
 
 def chunked_label_loss(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
-from uvim_fsq.config.schema import LMModelConfig, OracleModelConfig
+from uvim_fsq.config.schema import DirectModelConfig, LMModelConfig, OracleModelConfig
 from uvim_fsq.performance.device_peak import DevicePeak
 
 
@@ -19,10 +20,10 @@ def encoder_layer(d: int, m: int, n: int) -> float:
     return 8 * d * d * n + 4 * d * m * n + 4 * n * n * d
 
 
-def decoder_layer(d: int, m: int, e: int, t: int, n: int) -> float:
-    """FLOP of one LM block on t tokens: causal self-attention (half of the scores), cross-attention to n, MLP."""
+def decoder_layer(d: int, m: int, e: int, t: int, n: int, *, causal: bool = True) -> float:
+    """FLOP of one LM block on t tokens: self-attention (half of the scores if causal), cross-attention to n, MLP."""
     projections = (8 + 4) * d * d * t + 4 * d * e * n
-    return projections + 4 * d * m * t + 2 * t * t * d + 4 * t * n * d
+    return projections + 4 * d * m * t + (2 if causal else 4) * t * t * d + 4 * t * n * d
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,13 @@ class TokenModelCost(ABC):
 
 
 @dataclass(frozen=True)
-class AutoregressiveCost(TokenModelCost):
+class EncoderDecoderCost(TokenModelCost):
     """Cost of an encoder-decoder: forward FLOP per image of its parts, and the elements that a decoding step reads.
 
     Attributes:
         cross_kv: FLOP of computing the cross-attention's keys and values, once per image.
         step_weights: number of weights used by a decoding step.
         cross_numbers: cached elements of cross-attention keys and values per image.
-        self_numbers: cached elements of self-attention keys and values per image and past token.
         length: number of tokens per image.
     """
 
@@ -128,7 +128,6 @@ class AutoregressiveCost(TokenModelCost):
     head: float
     step_weights: int
     cross_numbers: int
-    self_numbers: int
     length: int
 
     @property
@@ -139,6 +138,17 @@ class AutoregressiveCost(TokenModelCost):
     def encode(self) -> float:
         """FLOP spent once per image when decoding: the encoder and the cross-attention's keys and values."""
         return self.patch_embed + self.encoder + self.cross_kv
+
+
+@dataclass(frozen=True)
+class AutoregressiveCost(EncoderDecoderCost):
+    """Cost of an encoder-decoder that predicts one token per step.
+
+    Attributes:
+        self_numbers: cached elements of self-attention keys and values per image and past token.
+    """
+
+    self_numbers: int
 
     def step_bytes(self, batch: int, past: int, *, number_bytes: int, cross_bytes: float) -> float:
         """Bytes read by one decoding step: all weights once, and for each image the cross-attention's keys and values
@@ -162,6 +172,34 @@ class AutoregressiveCost(TokenModelCost):
 
 
 @dataclass(frozen=True)
+class MaskedCost(EncoderDecoderCost):
+    """Cost of an encoder-decoder that predicts several tokens per step, from a pass over all positions.
+
+    Attributes:
+        predicted: the number of positions that each step predicts.
+    """
+
+    predicted: tuple[int, ...]
+
+    def step_bytes(self, batch: int, *, number_bytes: int, cross_bytes: float) -> float:
+        """Bytes read by one decoding step: all weights, and the cross-attention's keys and values of each image."""
+        return self.step_weights * number_bytes + batch * self.cross_numbers * cross_bytes
+
+    def step_flop(self, predicted: int) -> float:
+        """FLOP per image of one decoding step: the decoder at all positions, the head at the predicted ones."""
+        return self.decoder - self.cross_kv + self.head * predicted / self.length
+
+    def generate_bytes(self, batch: int, *, number_bytes: int, cross_bytes: float) -> float:
+        return len(self.predicted) * self.step_bytes(batch, number_bytes=number_bytes, cross_bytes=cross_bytes)
+
+    def generate_seconds(self, batch: int, peak: DevicePeak, *, number_bytes: int, cross_bytes: float) -> float:
+        # As for the autoregressive model, a step is bound by memory traffic or by arithmetic.
+        traffic = self.step_bytes(batch, number_bytes=number_bytes, cross_bytes=cross_bytes) / peak.bandwidth
+        steps = (max(traffic, batch * self.step_flop(count) / peak.flops) for count in self.predicted)
+        return batch * self.encode / peak.flops + sum(steps)
+
+
+@dataclass(frozen=True)
 class EncoderSize:
     """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
 
@@ -176,17 +214,65 @@ def autoregressive_cost(
     encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int
 ) -> AutoregressiveCost:
     """FLOP per image of stage II with the autoregressive token model."""
+    parts = _encoder_decoder_parts(encoder, config, vocab_size, length, causal=True)
+    return AutoregressiveCost(**parts, self_numbers=config.depth * 2 * config.width)
+
+
+def masked_cost(
+    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, predicted: tuple[int, ...]
+) -> MaskedCost:
+    """FLOP per image of stage II with the masked token model, which predicts `predicted` positions in each step."""
+    parts = _encoder_decoder_parts(encoder, config, vocab_size, length, causal=False)
+    return MaskedCost(**parts, predicted=predicted)
+
+
+def _encoder_decoder_parts(
+    encoder: EncoderSize, config: LMModelConfig, vocab_size: int, length: int, *, causal: bool
+) -> dict[str, Any]:
+    """The fields of `EncoderDecoderCost`."""
     e, n = encoder.width, encoder.patches
     d, m, t = config.width, config.mlp_dim, length
     layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, query and output of the cross-attention, MLP
-    return AutoregressiveCost(
-        patch_embed=2 * e * 3 * encoder.patch_size**2 * n,
-        encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, n),
-        decoder=config.depth * decoder_layer(d, m, e, t, n),
-        cross_kv=config.depth * 4 * d * e * n,
-        head=2 * d * vocab_size * t,
-        step_weights=config.depth * layer + d * vocab_size,
-        cross_numbers=config.depth * 2 * n * d,
-        self_numbers=config.depth * 2 * d,
-        length=t,
+    return {
+        "patch_embed": 2 * e * 3 * encoder.patch_size**2 * n,
+        "encoder": encoder.depth * encoder_layer(e, encoder.mlp_dim, n),
+        "decoder": config.depth * decoder_layer(d, m, e, t, n, causal=causal),
+        "cross_kv": config.depth * 4 * d * e * n,
+        "head": 2 * d * vocab_size * t,
+        "step_weights": config.depth * layer + d * vocab_size,
+        "cross_numbers": config.depth * 2 * n * d,
+        "length": t,
+    }
+
+
+@dataclass(frozen=True)
+class DirectCost:
+    """Forward FLOP per image of the parts of the direct baseline."""
+
+    patch_embed: float
+    encoder: float
+    stem: float
+    blocks: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return self.patch_embed + self.encoder + self.stem + self.blocks + self.head
+
+    @property
+    def train(self) -> float:
+        """Forward and backward, without the image's gradient."""
+        return 3 * self.forward - self.patch_embed
+
+
+def direct_cost(encoder: EncoderSize, config: DirectModelConfig, label_width: int, image_size: int) -> DirectCost:
+    """FLOP per image of the direct baseline; `label_width` as in `oracle_cost`."""
+    e, d, p = encoder.width, config.width, config.patch_size**2
+    n = (image_size // config.patch_size) ** 2
+    return DirectCost(
+        patch_embed=2 * e * 3 * encoder.patch_size**2 * encoder.patches,
+        encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, encoder.patches),
+        stem=2 * e * d * encoder.patches,
+        blocks=config.depth * encoder_layer(d, config.mlp_dim, n),
+        head=2 * d * label_width * p * n,
     )

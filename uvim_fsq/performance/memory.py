@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uvim_fsq.config.schema import LMModelConfig, OptimConfig, OracleModelConfig, TrainConfig
+from uvim_fsq.config.schema import DirectModelConfig, LMModelConfig, OptimConfig, OracleModelConfig, TrainConfig
 from uvim_fsq.performance.flops import EncoderSize
 
 #: Bytes per logit of the label head's largest chunk: the logit, its float32 copy, its log-softmax and gradients.
@@ -101,6 +101,15 @@ def encoder_decoder_activations(
         image += config.depth * 3 * length * config.width
     # Log-probabilities and gradients of the logits, the encoder's final norm, the image's patches.
     return image + 12 * length * vocab_size + 4 * n * e + 3 * b * n * encoder.patch_size**2
+
+
+def direct_activations(encoder: EncoderSize, config: DirectModelConfig, image_size: int, b: int) -> float:
+    """Bytes per image saved for the direct baseline's backward pass, without label logits."""
+    e, m, d, n = encoder.width, encoder.patches, config.width, (image_size // config.patch_size) ** 2
+    image = encoder.depth * encoder_block(e, encoder.mlp_dim, m, b, fused=True)
+    image += config.depth * encoder_block(d, config.mlp_dim, n, b)
+    # Inputs of the two final norms and of the stem, hidden states, the image's patches.
+    return image + (4 + b) * m * e + (4 + 4) * n * d + 3 * b * m * encoder.patch_size**2
 
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from uvim_fsq import processes
-from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.config.schema import LMRun
+from uvim_fsq.evaluation.comparison import load_compared
 from uvim_fsq.inference.predictions import predict_functions
 from uvim_fsq.reports.figures import curve_figure, read_metrics, usage_figure
 from uvim_fsq.reports.html import html_table, png_tag, write_report
@@ -21,8 +23,19 @@ from uvim_fsq.tasks.base import Task
 NAMES = {
     "context_only": "oracle, all codes zeroed (context alone)",
     "lm": "LM: image -> tokens -> labels",
+    "direct": "direct: image -> labels",
     "oracle": "oracle: labels -> tokens -> labels",
 }
+#: What each row of the table is, in a sentence.
+EXPLANATIONS = {
+    "baseline": "a trivial prediction, computed from the training split without a model",
+    "context_only": "the oracle's decoder with the image but no tokens; what tokens add is measured from here",
+    "lm": "the complete model: the LM predicts tokens from the image, and the oracle's decoder turns them into labels",
+    "direct": "the LM's image encoder with a label head, trained on the task's loss; no oracle and no tokens",
+    "oracle": "the oracle encodes and decodes the true labels; in practice the limit of what an LM can reach",
+}
+#: Title of a panel's column -> name of the prediction.
+TITLES = {"oracle": "oracle", "context alone": "context_only", "LM": "lm", "direct": "direct"}
 
 
 def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
@@ -43,6 +56,15 @@ def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _explanations(result: Mapping[str, Any]) -> str:
+    """An HTML list of the table's rows, each with its explanation."""
+    rows = {name: text for name, text in EXPLANATIONS.items() if name in result["figures"]}
+    items = [
+        f"<li><b>{html.escape(NAMES.get(name, name))}</b>: {html.escape(text)}</li>" for name, text in rows.items()
+    ]
+    return f"<ul>{''.join(items)}</ul>"
+
+
 def _facts(result: Mapping[str, Any]) -> str:
     facts = {
         "protocol": result["protocol"],
@@ -54,8 +76,21 @@ def _facts(result: Mapping[str, Any]) -> str:
     return "<p>" + "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items()) + "</p>"
 
 
+def _panels(loaded: LoadedRun | LoadedDirect, device: torch.device) -> list[dict[str, np.ndarray]]:
+    """Rows of pictures of eight images, by title."""
+    predict_fns = predict_functions(loaded)
+    named = {title: predict_fns[name] for title, name in TITLES.items() if name in predict_fns}
+    return panel_rows(loaded.task, loaded.run.data, named, device, count=8)
+
+
 def write_evaluation_page(
-    path: Path, title: str, loaded: LoadedRun, result: Mapping[str, Any], runs: Mapping[str, Path], device: torch.device
+    path: Path,
+    title: str,
+    loaded: LoadedRun | LoadedDirect,
+    result: Mapping[str, Any],
+    runs: Mapping[str, Path],
+    device: torch.device,
+    compared: LoadedDirect | None = None,
 ) -> None:
     """Writes the report of one evaluation: metrics, panels of eight images, training curves and code usage.
 
@@ -66,29 +101,44 @@ def write_evaluation_page(
         result: from `evaluate_loaded`.
         runs: title -> run directory, for the training curves.
         device: where to run the models.
+        compared: the direct run in the result, if there is one.
     """
-    task, predict_fns = loaded.task, predict_functions(loaded)
-    titles = {"oracle": "oracle", "context_only": "context alone", "lm": "LM"}
-    named = {title: predict_fns[name] for name, title in titles.items() if name in predict_fns}
-    wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error")
-    rows = panel_rows(task, loaded.run.data, named, device, count=8)
+    task = loaded.task
+    wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error", "direct", "direct error")
+    rows = _panels(loaded, device)
+    if compared is not None:
+        # Its images may have another size, so it gets a batch of its own.
+        rows = [{**other, **own} for own, other in zip(rows, _panels(compared, device), strict=True)]
     panels = png_tag(tile([{key: row[key] for key in wanted if key in row} for row in rows]), ", ".join(wanted))
     legend = task.legend()
     if legend is not None:
         panels += png_tag(legend, "legend")
-    sections = [("Results", html_table(result_table(task, result)) + _facts(result)), ("Panels", panels)]
+    results = html_table(result_table(task, result)) + _explanations(result) + _facts(result)
+    sections = [("Results", results), ("Panels", panels)]
     curves = {name: run for name, run in runs.items() if read_metrics(run)}
     if curves:
         sections.append(("Training", png_tag(curve_figure(curves), "training loss")))
-    usage = usage_figure(result["code_counts"]["oracle"], result["level_histogram"]["oracle"])
-    write_report(path, title, [*sections, ("Codebook", png_tag(usage, "usage"))])
+    if "oracle" in result["code_counts"]:
+        usage = usage_figure(result["code_counts"]["oracle"], result["level_histogram"]["oracle"])
+        sections.append(("Codebook", png_tag(usage, "usage")))
+    write_report(path, title, sections)
 
 
-def write_run_page(path: Path, run_dir: str | Path, overrides: Sequence[str], result: Mapping[str, Any]) -> None:
-    """Writes the report for `result`, the return value of `evaluate(run_dir, overrides)`."""
+def write_run_page(
+    path: Path,
+    run_dir: str | Path,
+    overrides: Sequence[str],
+    result: Mapping[str, Any],
+    compare: str | Path | None = None,
+) -> None:
+    """Writes the report for `result`, the return value of `evaluate(run_dir, overrides, compare=compare)`."""
     device = processes.device()
-    loaded = load_checkpoint(run_dir, overrides, device)
+    loaded = load_any(run_dir, overrides, device)
     runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
     if isinstance(loaded.run, LMRun):
         runs = {"oracle": Path(loaded.run.oracle), **runs}
-    write_evaluation_page(path, f"{loaded.task.name}: {result['protocol']}", loaded, result, runs, device)
+    compared = load_compared(compare, loaded, overrides, device) if compare is not None else None
+    if compared is not None:
+        runs["direct"] = compared.checkpoint.parent.parent
+    title = f"{loaded.task.name}: {result['protocol']}"
+    write_evaluation_page(path, title, loaded, result, runs, device, compared)

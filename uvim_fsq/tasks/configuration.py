@@ -1,4 +1,4 @@
-"""Loads complete run configurations: YAML and `key=value` to `OracleRun` and `LMRun`, including the task's own keys."""
+"""Loads complete run configurations, including the task's own keys: YAML and `key=value` to a dataclass of `schema`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uvim_fsq.config.parse import INHERITED, build, convert, explicit_data_keys, merge, settings_of, short, to_plain
+from uvim_fsq.config.parse import (
+    INHERITED,
+    build,
+    convert,
+    describe_keys,
+    explicit_data_keys,
+    merge,
+    settings_of,
+    short,
+    to_plain,
+)
 from uvim_fsq.config.plugins import name_plugins, refuse_strangers
 from uvim_fsq.config.rules import check_context_weight
-from uvim_fsq.config.schema import LMRun, OracleRun, Run, TaskSection
+from uvim_fsq.config.schema import STAGES, DirectRun, LMRun, OracleRun, Run, TaskSection
 from uvim_fsq.config.yaml_files import Tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.registry import config_class, load_plugins, task_names
+
+MISSING: Any = object()
 
 
 def load_run(
@@ -38,8 +50,8 @@ def load_run(
 def _build_run(tree: Tree, untrusted: Path | None) -> Run:
     """`untrusted`: the file that `tree` was read from, unless it is the user's own."""
     stage: Any = tree.get("stage", "lm" if "oracle" in tree else "oracle")
-    if stage not in ("oracle", "lm"):
-        raise UserError(f"stage={short(stage)}: must be oracle or lm")
+    if stage not in tuple(STAGES):  # it may be a list
+        raise UserError(f"stage={short(stage)}: must be one of {', '.join(STAGES)}")
     plugins = convert(tuple[str, ...], tree.get("plugins") or (), "plugins")
     if untrusted is None:
         name_plugins(plugins)
@@ -48,17 +60,42 @@ def _build_run(tree: Tree, untrusted: Path | None) -> Run:
     tree = {**tree, "plugins": plugins}
     task: Any = tree.pop("task", None)
     named = isinstance(task, dict) and bool(typing.cast(Tree, task).get("name"))
-    if stage == "oracle" and not named:
+    if stage != "lm" and not named:
         raise UserError("task.name is missing; e.g. task.name=nyu_depth")
     if task is not None and not isinstance(task, dict):
         raise UserError(f"task: expected keys and values, got {short(task)}")
+    if stage == "direct":
+        _refuse_token_keys(tree)
     # Check everything else before the task, whose plugins may take seconds to import.
-    run: Run = build(OracleRun if stage == "oracle" else LMRun, {**tree, "task": None}, "")
+    run: Run = build(STAGES[stage], {**tree, "task": None}, "")
     section: Any = _build_task(typing.cast(Tree, task), plugins) if named else (typing.cast(Any, task) or None)
-    if isinstance(run, OracleRun):
+    if not isinstance(run, LMRun):
         return dataclasses.replace(run, task=section)
     given = tuple(key for key in INHERITED if key in (tree.get("data") or {}))
     return dataclasses.replace(run, task=section, given=given)
+
+
+def _token_keys() -> dict[str, str]:
+    """Key -> stage, for the keys that runs with tokens have and direct runs lack."""
+    known = {key for key, *_ in describe_keys(DirectRun)}
+    stages = ("oracle", "lm")
+    return {key: stage for stage in stages for key, *_ in describe_keys(STAGES[stage]) if key not in known}
+
+
+def _refuse_token_keys(tree: Tree) -> None:
+    """Refuses keys of the stages with tokens in the configuration of a direct run, by the name of their stage."""
+    for key, stage in _token_keys().items():
+        value: Any = tree
+        for name in key.split("."):
+            value = typing.cast(Tree, value).get(name, MISSING) if isinstance(value, dict) else MISSING
+        if value is not MISSING:
+            raise UserError(f"{key} is a key of stage {stage}; a direct run has no tokens, remove it")
+
+
+def without_token_keys(overrides: Sequence[str]) -> list[str]:
+    """The `key=value` overrides of a run with tokens that a direct run can have too."""
+    dropped = _token_keys()
+    return [override for override in overrides if override.partition("=")[0] not in dropped]
 
 
 def _build_task(tree: Tree, plugins: Sequence[str]) -> TaskSection:

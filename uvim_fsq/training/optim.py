@@ -40,14 +40,14 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str) -> list[dict[str, Any]]:
     """Parameter groups by weight decay and learning rate.
 
-    A group's `lr_ratio` multiplies the scheduled rate; it is `optim.encoder_lr_ratio` for the LM's image encoder.
+    A group's `lr_ratio` multiplies the scheduled rate; it is `optim.encoder_lr_ratio` for an image encoder.
     The assignment of parameters to groups does not depend on `optim`, so that a saved state can be loaded after these
     settings change.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            in_encoder = stage == "lm" and name.startswith("encoder.")
+            in_encoder = stage != "oracle" and name.startswith("encoder.")
             groups.setdefault((decays(name, parameter), in_encoder), []).append(parameter)
     return [
         {
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, stage: str) -> torch.o
     Args:
         model: the model.
         optim: `optim.name` is "adamw" or "adafactor".
-        stage: "oracle" or "lm".
+        stage: "oracle", "lm" or "direct".
     """
     groups = parameter_groups(model.named_parameters(), optim, stage)
     if optim.name == "adamw":

@@ -1,4 +1,4 @@
-"""Trains either stage from a configuration and evaluates the result."""
+"""Trains a stage from a configuration and evaluates the result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train_inherited(run: Run) -> Path:
     """Like `train`, for a configuration that `inherit` has already completed and checked."""
     # Set up the process group first, because reading the data takes time.
     processes.state()
-    run = resolve_task(run) if run.stage == "oracle" else run
+    run = resolve_task(run)
     with enough_memory(TRAINING_REMEDY):
         refuse_faults(build_task(run), run.data.root, run.data.eval_split)
         out = fit(build_stage(run), run)

@@ -1,4 +1,6 @@
-"""The two training stages, which share one training loop. They use tasks only through the `Task` interface.
+"""The two training stages and the direct baseline, which share one training loop.
+
+They use tasks only through the `Task` interface.
 
 A stage is not an nn.Module. The model it trains is `stage.model`. The frozen oracle of stage II is a plain attribute,
 so that no optimizer, wrapper or checkpoint includes it.
@@ -17,16 +19,19 @@ import torch
 from torch import nn
 
 from uvim_fsq.checkpoints.files import copy_checkpoint
-from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task, load_oracle
+from uvim_fsq.checkpoints.loading import build_direct, build_lm, build_oracle, build_task, load_oracle
 from uvim_fsq.checkpoints.run_directory import oracle_to_train_on, weights_hash
 from uvim_fsq.compilation import compiled
-from uvim_fsq.config.schema import DataConfig, LMRun, OracleRun, Run
+from uvim_fsq.config.schema import DataConfig, DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
+from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.evaluation.evaluator import Evaluator
-from uvim_fsq.inference.predictions import PredictFn, lm_predictions, oracle_predictions
+from uvim_fsq.inference.predictions import PredictFn, direct_predictions, lm_predictions, oracle_predictions
 from uvim_fsq.lm.base import CodeLoss, TokenModel
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.label_head import Loss
 from uvim_fsq.oracle.model import Oracle
+from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.reports.panels import panel_picture
 from uvim_fsq.tasks.base import Task
 from uvim_fsq.training.optim import build_optimizer
@@ -49,7 +54,6 @@ class Stage(ABC):
         model: the model that is trained, saved and evaluated.
         auxiliary: name -> module that only training needs, such as a discriminator. The trainer's state includes them,
             so that training can resume, but they are not part of the result.
-        oracle: the oracle whose tokens the stage is about: the model itself in stage I, frozen in stage II.
         task: the task of the labels.
         oracle_sha256: SHA-256 of the frozen oracle's weights; None without an oracle or if it was not loaded from a
             file.
@@ -58,13 +62,17 @@ class Stage(ABC):
     name: ClassVar[str]
     model: nn.Module
     auxiliary: dict[str, nn.Module]
-    oracle: Oracle
     task: Task
     oracle_sha256: str | None = None
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.auxiliary = {}
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer of the stage's tokens; None if it has no tokens."""
+        return None
 
     @property
     def image_loss(self) -> Loss | None:
@@ -113,9 +121,12 @@ class Stage(ABC):
         """The stage's predict function for `model`, with all modules that take part moved to the device."""
 
     def evaluate(self, model: nn.Module, limit: int | None, device: torch.device) -> dict[str, float]:
-        """The task's metrics and the codebook usage on the selection split, or on its first `limit` images."""
+        """The task's metrics, and the usage of the codebook if there is one, on the selection split.
+
+        `limit`: use only the split's first images.
+        """
         evaluator = Evaluator(
-            self.task, selection_data(self.run.data), self.run.eval, limit=limit, quantizer=self.oracle.quantizer
+            self.task, selection_data(self.run.data), self.run.eval, limit=limit, quantizer=self.quantizer
         )
         return evaluator.run(self.predictions(model, device), device)
 
@@ -138,6 +149,10 @@ class OracleStage(Stage):
         torch.manual_seed(run.train.seed)
         self.oracle = build_oracle(run, self.task)
         self.model = self.oracle
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self.oracle.quantizer
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The task's loss plus the quantizer's auxiliary loss, if any."""
@@ -171,8 +186,14 @@ class LMStage(Stage):
         self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)
         self.lm = build_lm(run, self.oracle)
+        # Now, not at the first evaluation.
+        self.lm.check_sampling(Sampling.of(run.eval))
         self.model = self.lm
         self.run: LMRun = run
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self.oracle.quantizer
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The loss of the token model on the oracle's tokens."""
@@ -217,6 +238,33 @@ class LMStage(Stage):
             copy_checkpoint(self.oracle_dir, out / "oracle")
 
 
+class DirectStage(Stage):
+    """The direct baseline: trains an image encoder with a label head on the task's loss."""
+
+    name = "direct"
+
+    def __init__(self, run: DirectRun) -> None:
+        super().__init__(run)
+        self.task = build_task(run)
+        torch.manual_seed(run.train.seed)
+        self.direct = build_direct(run, self.task)
+        self.model = self.direct
+
+    def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
+        """The task's loss."""
+        loss, logs = model(batch["labels"], batch["image"], self.task.loss, self.image_loss)
+        return loss.mean(), {name: value.mean() for name, value in logs.items()}
+
+    def train_flops(self) -> float:
+        return self.direct.cost().train
+
+    def predictions(self, model: nn.Module, device: torch.device) -> PredictFn:
+        assert isinstance(model, DirectModel)
+        return direct_predictions(model, self.task)
+
+
 def build_stage(run: Run) -> Stage:
     """Builds the stage of a resolved configuration. Weights are initialized with `train.seed`."""
-    return OracleStage(run) if isinstance(run, OracleRun) else LMStage(run)
+    if isinstance(run, OracleRun):
+        return OracleStage(run)
+    return LMStage(run) if isinstance(run, LMRun) else DirectStage(run)

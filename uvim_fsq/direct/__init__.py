@@ -1,0 +1,1 @@
+"""The direct baseline: an image encoder with a label head, without tokens."""
