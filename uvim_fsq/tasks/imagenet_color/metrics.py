@@ -50,7 +50,7 @@ def to_picture(prediction: np.ndarray) -> np.ndarray:
 
 
 def colourfulness(image: np.ndarray) -> float:
-    """How colorful an image (H, W, 3) uint8 looks: 0 for gray ones, about 15 for slightly and 110 for extremely
+    """How colorful an image (H, W, 3) uint8 looks: 0 for gray ones, about 15 for slightly and 109 for extremely
     colorful photos.
 
     M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003): with rg = R - G and
