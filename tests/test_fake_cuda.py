@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests.support.fake_cuda import CUDA, allow_cuda_autocast, on_cuda
 from tests.support.small import TASKS, random_batch
 from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
-from uvim_fsq.lm import kv_cache, token_generator
+from uvim_fsq.lm import kv_cache, masked_generator, token_generator
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.masked import MaskedLM
+from uvim_fsq.lm.masked_generator import MaskedGenerator
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.lm.token_generator import GREEDY, TokenGenerator
 from uvim_fsq.oracle import chunking
@@ -80,8 +82,8 @@ def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
 ) -> None:
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         lm = real_models("depth")[1]
-        lm = token_generator._with_bf16_weights(lm) if precision == "bf16" else lm
-    monkeypatch.setattr(token_generator, "_with_bf16_weights", lambda model: model)
+        lm = token_generator.with_bf16_weights(lm) if precision == "bf16" else lm
+    monkeypatch.setattr(token_generator, "with_bf16_weights", lambda model: model)
     monkeypatch.setattr(
         token_generator, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double()
     )
@@ -98,6 +100,45 @@ def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
         assert (tokens.device, tokens.dtype, tuple(tokens.shape)) == (CUDA, torch.int64, (count, 4))
         assert list(generator._pool.by_size) == sizes
     assert sorted(captured) == [3, 3, 3, 4, 4, 4]  # once for 9, 1 and 12
+
+
+def masked_model() -> MaskedLM:
+    """A masked model with the sizes of `real_models`."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        return MaskedLM(real_models("depth")[1].config, image_size=16, vocab_size=25, length=4)
+
+
+def test_tensors_of_a_masked_training_step_are_on_the_gpu(fake: FakeTensorMode) -> None:
+    lm, image = on_cuda(masked_model()).train(), batch_on_cuda("depth", fake)[1]
+    tokens = torch.zeros(3, 4, dtype=torch.long, device=CUDA)
+
+    def code_loss(probabilities: torch.Tensor, features: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert (probabilities.device, probabilities.dtype, features.device) == (CUDA, torch.float32, CUDA)
+        return probabilities.sum((1, 2)), {}
+
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, logs = lm(image, tokens, code_loss)
+        costs = lm.log_prob(image, tokens)
+    for x in (loss, *logs.values(), costs):
+        assert (x.device, x.dtype) == (CUDA, torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5, steps=3, choice_temperature=1.0)], ids=str)
+def test_tokens_of_a_masked_model_are_on_the_gpu(
+    precision: str, sampling: Sampling, fake: FakeTensorMode, monkeypatch: Any
+) -> None:
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        lm = masked_generator.with_bf16_weights(masked_model()) if precision == "bf16" else masked_model()
+    monkeypatch.setattr(masked_generator, "with_bf16_weights", lambda model: model)
+    monkeypatch.setattr(
+        masked_generator, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double()
+    )
+    generator = MaskedGenerator(on_cuda(lm).eval(), sampling, precision=precision, probabilities=True)
+    found = generator(batch_on_cuda("depth", fake)[1])
+    assert found.probabilities is not None and found.features is not None
+    assert (found.tokens.device, found.tokens.dtype, tuple(found.tokens.shape)) == (CUDA, torch.int64, (3, 4))
+    assert (found.probabilities.device, found.probabilities.dtype) == (CUDA, torch.float32)
 
 
 def test_mixed_devices_and_values_that_are_read_raise_errors() -> None:

@@ -22,7 +22,7 @@ from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.lm.masked import MaskedLM
 from uvim_fsq.training.stages import build_stage
 
-MASKED = ["model.kind=masked", "model.label_smoothing=0.1", "loss.task_weight=0.5", "eval.steps=2"]
+MASKED = ["model.kind=masked", "model.label_smoothing=0.1", "loss.task_weight=0.5", "eval.steps=2", "eval.codes=soft"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,18 @@ def test_predictions_are_made_for_photos(masked_dir: Path, tmp_path: Path) -> No
     main(["predict", str(masked_dir), str(photo), "--out", str(tmp_path / "out")])
     assert "error" not in json.loads((tmp_path / "out" / "predictions.json").read_text())[0]
     assert Predictor.from_run(masked_dir, ["eval.steps=4"]).predict(photo).shape == (20, 30)
+
+
+@pytest.mark.slow
+def test_a_trained_decoder_sees_the_features_of_the_masked_models_encoder(
+    configs: Path, oracle_dir: Path, tmp_path: Path
+) -> None:
+    keys = [*MASKED, "model.decoder=trained", "model.decoder_context=encoder", "optim.warmup_steps=0"]
+    main(["train-lm", str(configs / "lm.yaml"), f"oracle={oracle_dir}", f"train.out={tmp_path / 'run'}", *keys])
+    decoder = load_checkpoint(tmp_path / "run").lm.label_decoder  # pyright: ignore[reportOptionalMemberAccess]
+    assert decoder is not None and decoder.feature_projection is not None
+    assert bool(decoder.feature_projection.weight.any())  # zero before training
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]["lm"]["rmse"] > 0
 
 
 @pytest.mark.slow

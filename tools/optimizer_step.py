@@ -59,13 +59,13 @@ def model_of(sizes: Sizes, device: torch.device) -> nn.Module:
 
 def optimizers(sizes: Sizes, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """Optimizers by name, with the settings of the configuration."""
-    optim, stage = sizes.run.optim, sizes.run.stage
-    groups = parameter_groups(model.named_parameters(), optim, stage)
+    optim = sizes.run.optim
+    groups = parameter_groups(model, optim)
     timm = AdafactorBigVision(groups, min_dim_size_to_factor=32, beta2_cap=0.95, weight_decay=optim.weight_decay)
     return {
-        "ours": build_optimizer(model, replace(optim, name="adafactor"), stage),
+        "ours": build_optimizer(model, replace(optim, name="adafactor")),
         "timm": timm,
-        "adamw": build_optimizer(model, replace(optim, name="adamw"), stage),
+        "adamw": build_optimizer(model, replace(optim, name="adamw")),
     }
 
 

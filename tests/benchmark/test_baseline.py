@@ -77,16 +77,16 @@ def copy_oracle(baseline: BaselineOracle, ours: Oracle) -> None:
 def copy_lm(baseline: BaselineLM, ours: AutoregressiveLM) -> None:
     nn.init.normal_(ours.head.weight)
     for theirs, mine in (
-        (baseline.patch, ours.encoder.patch_embed.proj),
+        (baseline.patch, ours.encoder.model.patch_embed.proj),
         (baseline.embed, ours.token_embedding),
         (baseline.norm, ours.norm),
         (baseline.head, ours.head),
     ):
         copy(theirs, mine)
-    for theirs, mine in ((baseline.positions, ours.encoder.pos_embed), (baseline.start, ours.start)):
+    for theirs, mine in ((baseline.positions, ours.encoder.model.pos_embed), (baseline.start, ours.start)):
         theirs.copy_(mine)
     baseline.token_positions.copy_(ours.positions)
-    copy_encoder(baseline.encoder, ours.encoder.blocks, ours.encoder.norm)
+    copy_encoder(baseline.encoder, ours.encoder.model.blocks, ours.encoder.model.norm)
     for theirs, mine in zip(baseline.blocks, ours.blocks, strict=True):
         assert isinstance(theirs, BaselineBlock)
         for one, two in zip(theirs.norms, (mine.norm1, mine.norm2, mine.norm3), strict=True):

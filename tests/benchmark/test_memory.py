@@ -18,12 +18,14 @@ from tests.support.fake_cuda import CUDA, allow_cuda_autocast, on_cuda
 from tests.support.paths import CONFIGS
 from tests.support.small import TASKS, random_batch
 from uvim_fsq.benchmark.memory import (
+    direct_memory,
     lm_memory,
     memory_of,
     oracle_memory,
 )
 from uvim_fsq.benchmark.setup import read_sizes
 from uvim_fsq.config.schema import (
+    DirectModelConfig,
     EncoderConfig,
     LMModelConfig,
     LMRun,
@@ -33,6 +35,7 @@ from uvim_fsq.config.schema import (
     OracleRun,
     TrainConfig,
 )
+from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.base import TokenModel
@@ -126,6 +129,21 @@ def test_the_task_loss_keeps_the_counted_bytes_of_the_decoder(decoder: str, fake
     with_loss = replace(LM_RUN, loss=LossConfig(1.0))
     counted = lm_memory(lm, oracle, with_loss).image - lm_memory(lm, oracle, LM_RUN).image
     assert found == pytest.approx(batch * counted, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_a_direct_model_keeps_the_counted_bytes(patch_size: int, fake: FakeTensorMode) -> None:
+    batch, task = 5, TASKS["depth"]
+    encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=8, width=160, depth=3, num_heads=2, mlp_dim=672)
+    with unset_fake_temporarily():
+        direct = DirectModel(DirectModelConfig(encoder, patch_size, 192, 3, 3, 800), task.label_channels, 128)
+        labels, image = random_batch(task, batch, 128)
+    direct = on_cuda(direct).train()
+    labels = {name: fake.from_tensor(x).to(CUDA) for name, x in labels.items()}
+    image = fake.from_tensor(image).to(CUDA)
+    found = kept(direct, lambda: direct(labels, image, task.loss))
+    assert found == pytest.approx(batch * direct_memory(direct, RUN).image, rel=0.04)
 
 
 def header(file: Path) -> tuple[int, float] | None:

@@ -49,7 +49,7 @@ def test_a_step_or_an_evaluation_without_memory_names_the_keys_to_change(
     said = failure(capsys, "train-oracle", file, f"data.root={data}", f"train.out={tmp_path / 'run'}")
     assert "20.00 GiB" in said and "lower train.batch_size, raise train.accumulate" in said
     predictor = Predictor.from_run(lm_dir)
-    monkeypatch.setattr(predictor, "generator", full)
+    monkeypatch.setattr("uvim_fsq.inference.code_decoding.LMDecoder.parts", full)
     with pytest.raises(UserError, match="20.00 GiB.*lower eval.batch_size"):
         predictor.predict(np.zeros((9, 9, 3), np.uint8))
     monkeypatch.setattr("uvim_fsq.evaluation.evaluator.Evaluator.run", full)

@@ -10,11 +10,26 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.small import LM, ORACLE, TASK_OPTIONS
+from tests.support.small import DIRECT, LM, ORACLE, TASK_OPTIONS
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import read_result
 from uvim_fsq.experiments import quickstart as quickstart_module
 from uvim_fsq.experiments.quickstart import Scale, quickstart
+
+SCALE = Scale("quickstart", 12, 9, "plain")
+
+
+def write_configurations(folder: Path, task: str) -> None:
+    """Small configurations of the three runs, where the quickstart of `task` looks for its own."""
+    (folder / task).mkdir()
+    section = {"name": task, **TASK_OPTIONS.get(task, {})}
+    runs = {
+        "oracle": {**ORACLE, "task": section},
+        "lm": {**LM, "oracle": "replaced"},
+        "direct": {**DIRECT, "task": section},
+    }
+    for name, tree in runs.items():
+        (folder / task / f"quickstart_{name}.yaml").write_text(yaml.safe_dump(tree))
 
 
 @pytest.mark.slow
@@ -22,12 +37,9 @@ from uvim_fsq.experiments.quickstart import Scale, quickstart
 def test_quickstart_writes_the_same_table_for_every_task(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / task).mkdir()
-    oracle: dict[str, Any] = {**ORACLE, "task": {"name": task, **TASK_OPTIONS.get(task, {})}}
-    for name, tree in (("oracle", oracle), ("lm", {**LM, "oracle": "replaced"})):
-        (tmp_path / task / f"quickstart_{name}.yaml").write_text(yaml.safe_dump(tree))
+    write_configurations(tmp_path, task)
     monkeypatch.setattr("uvim_fsq.config.shipped.shipped_folder", lambda: tmp_path)
-    monkeypatch.setattr(quickstart_module, "SMALL", Scale("quickstart", 12, 9, "plain"))
+    monkeypatch.setattr(quickstart_module, "SMALL", SCALE)
     monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     summary = quickstart(out, task=task)
@@ -47,6 +59,29 @@ def test_quickstart_writes_the_same_table_for_every_task(
 def test_the_quickstart_refuses_an_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Known tasks"):
         quickstart(tmp_path / "q", task="nothing_like_it")
+
+
+@pytest.mark.slow
+def test_a_comparison_adds_the_direct_baseline_to_a_finished_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_configurations(tmp_path, "nyu_depth")
+    monkeypatch.setattr("uvim_fsq.config.shipped.shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(quickstart_module, "SMALL", SCALE)
+    out = tmp_path / "out"
+    keys = ["train.steps=3", "eval.temperature=0.5"]  # the second is no key of the direct baseline
+    plain = quickstart(out, overrides=keys)
+    assert not (out / "direct").exists() and "direct_rmse" not in plain
+    capsys.readouterr()
+    summary = quickstart(out, overrides=keys, compare=True)
+    said = capsys.readouterr().out
+    assert "4/5 train the direct baseline" in said and "train the oracle" not in said
+    assert summary["direct_rmse"] == summary["figures"]["direct"]["rmse"] > 0
+    assert summary["figures"]["lm"] == plain["figures"]["lm"] and summary["seconds"]["direct"] > 0
+    assert [row[0] for row in summary["table"]].count("direct: image -> labels") == 1
+    page = (out / "report.html").read_text()
+    assert "<li><b>direct: image -&gt; labels</b>: the LM&#x27;s image encoder with a label head" in page
+    assert quickstart(out, compare=True) == quickstart(out) == json.loads((out / "summary.json").read_text())
 
 
 @pytest.mark.slow

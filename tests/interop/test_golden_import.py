@@ -122,7 +122,7 @@ def test_full_size_lm_fits_by_name_and_shape() -> None:
     config = LMModelConfig(encoder=EncoderConfig(name="vit_large_patch16_224", act_layer="gelu_tanh"))
     with torch.device("meta"):
         lm = AutoregressiveLM(config, image_size=512, vocab_size=4096, length=256)
-    expected = {name: value for name, value in lm.state_dict().items() if name not in ("mean", "std")}
+    expected = {name: value for name, value in lm.state_dict().items() if name not in ("encoder.mean", "encoder.std")}
     assert_same_shapes(translate(tensors, lm_rules(shape), "stageII"), expected)
 
 

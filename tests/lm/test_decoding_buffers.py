@@ -152,10 +152,10 @@ def test_the_generators_precision_does_not_depend_on_the_autocast_around_it(prec
     kinds = {name: p.dtype for name, p in generator.model.named_parameters()}
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     assert kinds["blocks.0.mlp.fc1.weight"] == kinds["blocks.1.self_attn.query.weight"] == low
-    assert kinds["encoder.blocks.0.attn.qkv.weight"] == low
+    assert kinds["encoder.model.blocks.0.attn.qkv.weight"] == low
     for name in ("head.weight", "head.bias", "norm.weight", "token_embedding.weight", "positions", "start"):
         assert kinds[name] == torch.float32
-    assert generator.model.mean.dtype == torch.float32
+    assert generator.model.encoder.mean.dtype == torch.float32
     generator(make_images(2))
     (buffers,) = generator._pool.by_size.values()
     assert buffers.cache.layers[0].own.dtype == low and buffers.uniforms.dtype == torch.float64

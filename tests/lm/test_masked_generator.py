@@ -141,7 +141,7 @@ def test_bf16_decoding_does_not_change_the_model() -> None:
     generator = MaskedGenerator(lm, Sampling(steps=4), precision="bf16")
     assert lm.blocks[0].get_parameter("mlp.fc1.weight").dtype == torch.float32
     kinds = {name: p.dtype for name, p in generator.model.named_parameters()}  # pyright: ignore
-    assert kinds["blocks.0.mlp.fc1.weight"] == kinds["encoder.blocks.0.attn.qkv.weight"] == torch.bfloat16
+    assert kinds["blocks.0.mlp.fc1.weight"] == kinds["encoder.model.blocks.0.attn.qkv.weight"] == torch.bfloat16
     for name in ("head.weight", "norm.weight", "token_embedding.weight", "positions", "mask"):
         assert kinds[name] == torch.float32
     found = generator(images).tokens

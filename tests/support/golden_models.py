@@ -51,5 +51,5 @@ def golden_lm() -> tuple[AutoregressiveLM, dict[str, np.ndarray]]:
     config = LMModelConfig(encoder=encoder, width=32, depth=3, num_heads=4, mlp_dim=64)
     lm = AutoregressiveLM(config, image_size=64, vocab_size=24, length=16).eval()
     state = translate(tensors, lm_rules(lm_shape(tensors, "lm.npz")), "lm.npz")
-    lm.load_state_dict(state | {"mean": lm.mean, "std": lm.std}, strict=True)
+    lm.load_state_dict(state | {"encoder.mean": lm.encoder.mean, "encoder.std": lm.encoder.std}, strict=True)
     return lm, arrays

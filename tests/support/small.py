@@ -109,9 +109,9 @@ def direct_run(out: Path, data: Path, *overrides: str) -> Run:
 
 
 def stage_run(stage: str, out: Path, data: Path, oracle: Path, *overrides: str) -> Run:
-    """`oracle_run`, `lm_run` or `direct_run`."""
-    if stage == "lm":
-        return lm_run(out, oracle, *overrides)
+    """`oracle_run`, `lm_run` or `direct_run`; stage "masked" is an `lm_run` with a masked model."""
+    if stage in ("lm", "masked"):
+        return lm_run(out, oracle, *(["model.kind=masked"] if stage == "masked" else []), *overrides)
     return (oracle_run if stage == "oracle" else direct_run)(out, data, *overrides)
 
 

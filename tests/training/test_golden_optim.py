@@ -13,10 +13,11 @@ from torch import nn
 
 from tests.support.golden import golden
 from tests.support.small import LM
-from uvim_fsq.config.schema import Run
+from uvim_fsq.config.schema import EncoderConfig, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.inference.predictions import PredictFn
 from uvim_fsq.layers import Attention
+from uvim_fsq.lm.image_encoder import ImageEncoder
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.optim import decays, schedule
 from uvim_fsq.training.stages import Stage
@@ -32,13 +33,13 @@ STEPS = 12
 
 
 #: Our module's name -> the reference's dense kernel.
-DENSE = {"encoder.mlp": "encoder/Dense_0", "head": "head", "small": "small"}
+DENSE = {"encoder.model.mlp": "encoder/Dense_0", "head": "head", "small": "small"}
 
 
 OTHERS = {
-    "encoder.norm.weight": "encoder/LayerNorm_0/scale",
-    "encoder.pos_embed": "encoder/posembed_input/pos_embedding",
-    "encoder.mlp.bias": "encoder/Dense_0/bias",
+    "encoder.model.norm.weight": "encoder/LayerNorm_0/scale",
+    "encoder.model.pos_embed": "encoder/posembed_input/pos_embedding",
+    "encoder.model.mlp.bias": "encoder/Dense_0/bias",
     "head.bias": "head/bias",
 }
 
@@ -46,19 +47,27 @@ OTHERS = {
 QUERY = "encoder/query/kernel"
 
 
+class Encoder(ImageEncoder):
+    """An image encoder whose model is empty."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.config, self.model = EncoderConfig(), nn.Module()
+
+
 class Tree(nn.Module):
     """The golden file's parameters as our models hold them; `packed`: query, key and value in one, as timm."""
 
     def __init__(self, packed: bool) -> None:
         super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.mlp = nn.Linear(48, 40)
-        self.encoder.norm = nn.LayerNorm(40, bias=False)
-        self.encoder.pos_embed = nn.Parameter(torch.zeros(1, 36, 40))
+        self.encoder = Encoder()
+        self.encoder.model.mlp = nn.Linear(48, 40)
+        self.encoder.model.norm = nn.LayerNorm(40, bias=False)
+        self.encoder.model.pos_embed = nn.Parameter(torch.zeros(1, 36, 40))
         if packed:
-            self.encoder.attn = TimmAttention(40, 4, attn_head_dim=36)
+            self.encoder.model.attn = TimmAttention(40, 4, attn_head_dim=36)
         else:
-            self.encoder.attn = Attention(144, 4, memory_dim=40, bias=False)
+            self.encoder.model.attn = Attention(144, 4, memory_dim=40, bias=False)
         self.head = nn.Linear(40, 64)
         self.small = nn.Linear(16, 40, bias=False)
 
@@ -67,11 +76,11 @@ class Tree(nn.Module):
         found = {ours: torch.tensor(arrays[theirs]) for ours, theirs in OTHERS.items()}
         found |= {f"{ours}.weight": torch.tensor(arrays[f"{theirs}/kernel"]).T for ours, theirs in DENSE.items()}
         query = torch.tensor(arrays[QUERY]).flatten(1).T
-        if isinstance(self.encoder.attn, Attention):
-            return {**found, "encoder.attn.key.weight": query}
+        if isinstance(self.encoder.model.attn, Attention):
+            return {**found, "encoder.model.attn.key.weight": query}
         return {
             **found,
-            "encoder.attn.qkv.weight": torch.cat([torch.zeros_like(query), query, torch.zeros_like(query)]),
+            "encoder.model.attn.qkv.weight": torch.cat([torch.zeros_like(query), query, torch.zeros_like(query)]),
         }
 
 
@@ -151,7 +160,7 @@ def test_the_schedule_equals_the_reference(case: str) -> None:
 
 def test_only_kernels_decay_as_in_the_reference() -> None:
     tree = Tree(packed=True)
-    kernels = {f"{name}.weight" for name in (*DENSE, "encoder.attn.qkv", "encoder.attn.proj")}
+    kernels = {f"{name}.weight" for name in (*DENSE, "encoder.model.attn.qkv", "encoder.model.attn.proj")}
     assert {name for name, p in tree.named_parameters() if decays(name, p)} == kernels
 
 

@@ -34,7 +34,7 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("stage", ["oracle", "lm", "direct"])
+@pytest.mark.parametrize("stage", ["oracle", "lm", "masked", "direct"])
 def test_training_uses_flash_attention(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     trainer, batches = trainer_and_batches(stage_run(stage, tmp_path, data, oracle_dir))
     with Kernels() as kernels:
@@ -69,7 +69,7 @@ def trainer_and_batches(run: Any) -> tuple[Trainer, Iterator[Batch]]:
     return trainer, iter(batches)
 
 
-@pytest.mark.parametrize("stage", ["oracle", "lm", "direct"])
+@pytest.mark.parametrize("stage", ["oracle", "lm", "masked", "direct"])
 def test_no_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_dir: Path) -> None:
     run = stage_run(stage, tmp_path, data, oracle_dir, "train.ema=0.9", "train.precision=bf16")
     trainer, batches = trainer_and_batches(run)
@@ -84,7 +84,7 @@ def test_no_step_reads_a_value(stage: str, tmp_path: Path, data: Path, oracle_di
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("stage", ["oracle", "lm", "direct"])
+@pytest.mark.parametrize("stage", ["oracle", "lm", "masked", "direct"])
 def test_no_step_waits_for_the_gpu(
     stage: str, optimizer: str, compile: bool, tmp_path: Path, data: Path, oracle_dir: Path
 ) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from tests.support.runs import fit_run, losses
 from tests.support.small import oracle_run
-from uvim_fsq.config.schema import OptimConfig
+from uvim_fsq.config.schema import EncoderConfig, OptimConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.image_encoder import ImageEncoder
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.optim import (
     build_optimizer,
@@ -28,12 +29,24 @@ from uvim_fsq.training.optim import (
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.5, warmup_steps=4, final_lr_ratio=0.1, encoder_lr_ratio=0.25)
 
 
+KERNELS = ("encoder.model.0.weight", "encoder.projection.weight", "start_normals.weight")
+
+
+class Encoder(ImageEncoder):
+    """An image encoder with a model of two layers and a projection of its own."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.config, self.model = EncoderConfig(), nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+        self.projection = nn.Linear(3, 3, bias=False)
+
+
 class Model(nn.Module):
     """Named as an LM: kernels, biases, a norm, positions, a table and a start vector."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+        self.encoder = Encoder()
         self.token_embedding = nn.Embedding(5, 3)
         self.positions = nn.Parameter(torch.ones(1, 4, 3))
         self.start = nn.Parameter(torch.ones(1, 1, 3))
@@ -55,21 +68,22 @@ def test_the_schedule_warms_up_linearly_and_decays_by_a_cosine() -> None:
 def test_only_kernels_decay() -> None:
     """Norms, tables and positions do not, as in the reference."""
     found = {name for name, p in Model().named_parameters() if decays(name, p)}
-    assert found == {"encoder.0.weight", "start_normals.weight", "frozen.weight"}
+    assert found == {*KERNELS, "frozen.weight"}
 
 
-@pytest.mark.parametrize("stage", ["lm", "direct", "oracle"])
-def test_parameter_groups_have_their_decay_and_rate(stage: str) -> None:
-    model, slow = Model(), 1.0 if stage == "oracle" else 0.25
+def test_parameter_groups_have_their_decay_and_rate() -> None:
+    """The model of an image encoder is slower, but not its projection."""
+    model = Model()
     names = {p: name for name, p in model.named_parameters()}
     found = {
         names[p]: (group["weight_decay"], group["lr_ratio"])
-        for group in parameter_groups(model.named_parameters(), OPTIM, stage)
+        for group in parameter_groups(model, OPTIM)
         for p in group["params"]
     }
     assert found == {
-        "encoder.0.weight": (0.5, slow),
-        **dict.fromkeys(("encoder.0.bias", "encoder.1.weight", "encoder.1.bias"), (0.0, slow)),
+        "encoder.model.0.weight": (0.5, 0.25),
+        **dict.fromkeys(("encoder.model.0.bias", "encoder.model.1.weight", "encoder.model.1.bias"), (0.0, 0.25)),
+        "encoder.projection.weight": (0.5, 1.0),
         "start_normals.weight": (0.5, 1.0),
         **dict.fromkeys(("token_embedding.weight", "positions", "start", "start_normals.bias"), (0.0, 1.0)),
     }
@@ -80,7 +94,7 @@ def test_updates_follow_rate_and_decay_from_the_first_step(name: str) -> None:
     """The first has rate 0, the second the first share of the warm-up; the decay of adamw is times the rate."""
     model = Model()
     optim = replace(OPTIM, name=name)
-    optimizer = build_optimizer(model, optim, "lm")
+    optimizer = build_optimizer(model, optim)
     assert isinstance(optimizer, Adafactor if name == "adafactor" else torch.optim.AdamW)
     assert name == "adafactor" or optimizer.defaults["fused"]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -94,21 +108,21 @@ def test_updates_follow_rate_and_decay_from_the_first_step(name: str) -> None:
     moved = 1.0 if name == "adamw" else 0.19
     share = 0.25 if name == "adafactor" else 0.25 * 2e-3
     for n, p in model.named_parameters():
-        rate = 0.0 if n.startswith("frozen") else 0.25 * 2e-3 * (0.25 if n.startswith("encoder.") else 1.0)
-        factor = share * (0.25 if name == "adamw" and n.startswith("encoder.") else 1.0)
-        decay = 0.5 * factor if n in ("encoder.0.weight", "start_normals.weight") else 0.0
+        rate = 0.0 if n.startswith("frozen") else 0.25 * 2e-3 * (0.25 if n.startswith("encoder.model.") else 1.0)
+        factor = share * (0.25 if name == "adamw" and n.startswith("encoder.model.") else 1.0)
+        decay = 0.5 * factor if n in KERNELS else 0.0
         torch.testing.assert_close(p.detach(), before[n] * (1 - decay) - rate * moved, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
 def test_a_loaded_state_keeps_the_configured_rates_and_decay(name: str) -> None:
     model = Model()
-    first = build_optimizer(model, replace(OPTIM, name=name), "lm")
+    first = build_optimizer(model, replace(OPTIM, name=name))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     first.step()
     other = replace(OPTIM, name=name, weight_decay=0.25, encoder_lr_ratio=1.0, lr=1.0)
-    second = build_optimizer(model, other, "lm")
+    second = build_optimizer(model, other)
     load_optimizers({"model": second}, {"model": first.state_dict()})
     assert {(group["weight_decay"], group["lr_ratio"]) for group in second.param_groups} == {(0.25, 1.0), (0.0, 1.0)}
     for p in (p for p in model.parameters() if p.requires_grad):
@@ -116,7 +130,7 @@ def test_a_loaded_state_keeps_the_configured_rates_and_decay(name: str) -> None:
         for key, value in first.state[p].items():
             assert torch.equal(torch.as_tensor(second.state[p][key]), torch.as_tensor(value))
     with pytest.raises(UserError, match="belongs to a different model"):
-        load_optimizers({"model": build_optimizer(nn.Linear(2, 2), other, "lm")}, {"model": first.state_dict()})
+        load_optimizers({"model": build_optimizer(nn.Linear(2, 2), other)}, {"model": first.state_dict()})
     with pytest.raises(UserError, match="belongs to a different model"):
         load_optimizers({"model": second, "other": second}, {"model": first.state_dict()})
 

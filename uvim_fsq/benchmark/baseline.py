@@ -128,7 +128,7 @@ def baseline_model(run: OracleRun | LMRun, task: Task, oracle: Oracle | None) ->
     if isinstance(run, OracleRun):
         return BaselineOracle(run.model, task, run.data.image_size)
     assert oracle is not None
-    vit = build_image_encoder(run.model.encoder, run.data.image_size)[0]
+    vit = build_image_encoder(run.model.encoder, run.data.image_size).model
     return BaselineLM(run, oracle.quantizer.codebook_size, oracle.code_length, vit)
 
 

@@ -24,17 +24,17 @@ def hugging_face_model(lm: AutoregressiveLM) -> Any:
     dtype. Its start symbol is token V, one above the LM's vocabulary.
     """
     hf: Any = importlib.import_module("transformers")
-    vit, config = lm.encoder, lm.config
+    vit, config = lm.encoder.model, lm.config
     blocks: list[Any] = list(vit.blocks.children())
     block = blocks[0]
     activation = "gelu" if block.mlp.act.approximate == "none" else "gelu_pytorch_tanh"
-    (side, _), (patch, _) = vit.patch_embed.img_size or (0, 0), vit.patch_embed.patch_size
+    patch = vit.patch_embed.patch_size[0]
     encoder = hf.ViTConfig(
         hidden_size=vit.num_features,
         num_hidden_layers=len(blocks),
         num_attention_heads=block.attn.num_heads,
         intermediate_size=block.mlp.fc1.out_features,
-        image_size=side,
+        image_size=lm.encoder.size,
         patch_size=patch,
         hidden_act=activation,
     )
@@ -83,12 +83,12 @@ def hugging_face_decoders(
     settings |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": start, "decoder_start_token_id": start}
     own, cross = (
         hf.StaticCache(config=model.config.decoder, max_cache_len=count)
-        for count in (lm.length, lm.encoder.patch_embed.num_patches + 1)
+        for count in (lm.length, lm.encoder.num_patches + 1)
     )
     cache = hf.EncoderDecoderCache(own, cross)
 
     def work(static: bool) -> torch.Tensor:
-        pixels = lm.normalize(images)
+        pixels = lm.encoder.normalize(images)
         config, more = hf.GenerationConfig(**settings), {}
         if static:
             cache.reset()

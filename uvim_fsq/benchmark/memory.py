@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from uvim_fsq.benchmark.setup import with_categories
-from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
-from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.checkpoints.loading import build_direct, build_lm, build_oracle, build_task
+from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
+from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.model import Oracle
@@ -43,12 +44,21 @@ def lm_memory(lm: TokenModel, oracle: Oracle, run: LMRun, processes: int = 1) ->
     return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
 
-def memory_of(oracle_run: OracleRun, lm_run: LMRun | None = None, processes: int = 1) -> TrainingMemory:
-    """Training memory of a configuration: of stage II if `lm_run` is given, else of stage I."""
-    oracle_run = with_categories(oracle_run)
-    task = build_task(oracle_run)
+def direct_memory(model: DirectModel, run: Run, processes: int = 1) -> TrainingMemory:
+    """Training memory of the direct baseline. `model` may be on the meta device."""
+    fixed = fixed_bytes(_numbers(model), run.train, run.optim, processes)
+    image = model.activation_bytes(number_bytes(run.train))
+    return TrainingMemory(fixed, image, model.label_head.logits * model.num_patches, chunking.MAX_LOGITS)
+
+
+def memory_of(run: OracleRun | DirectRun, lm_run: LMRun | None = None, processes: int = 1) -> TrainingMemory:
+    """Training memory of a configuration: of stage II on the oracle `run` if `lm_run` is given, else of `run`."""
+    run = with_categories(run)
+    task = build_task(run)
     with torch.device("meta"):
-        oracle = build_oracle(oracle_run, task)
+        if isinstance(run, DirectRun):
+            return direct_memory(build_direct(run, task, published=False), run, processes)
+        oracle = build_oracle(run, task)
         if lm_run is None:
-            return oracle_memory(oracle, oracle_run, processes)
+            return oracle_memory(oracle, run, processes)
         return lm_memory(build_lm(lm_run, oracle, published=False), oracle, lm_run, processes)

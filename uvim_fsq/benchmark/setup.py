@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
 from uvim_fsq.checkpoints.run_directory import read_oracle_config
 from uvim_fsq.config.rules import validate
-from uvim_fsq.config.schema import LMRun, OracleRun
+from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
@@ -20,6 +21,8 @@ from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Real, Task
 from uvim_fsq.tasks.configuration import load_run, resolve_lm
 from uvim_fsq.tasks.registry import load_plugins, task_class
+
+R = TypeVar("R", bound=OracleRun | DirectRun)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
         raise UserError(f"{config} is a configuration of stage {run.stage!r}; the benchmark measures oracles and LMs")
     oracle_run = with_categories(_oracle_of(config, run, oracle))
     run = resolve_lm(run, oracle_run)
+    validate(run)
     # Download nothing: random weights take the same time.
     run = replace(run, model=replace(run.model, encoder=replace(run.model.encoder, weights="none")))
-    validate(run)
     return Sizes(oracle_run, run)
 
 
@@ -72,7 +75,7 @@ def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
     return found
 
 
-def with_categories(run: OracleRun) -> OracleRun:
+def with_categories(run: R) -> R:
     """The configuration with its task resolved from the data, or without data by `Task.placeholder_config`."""
     load_plugins(run.plugins)
     task = task_class(run.task.name)

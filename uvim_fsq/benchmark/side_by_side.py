@@ -100,14 +100,14 @@ def alternative_decoders(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Greedy decoders to compare with our `generate`: `images` (B, 3, S, S) uint8 -> (B, L) int64.
 
-    They are the naive loop over our LM and, if transformers is installed, `generate` of an untrained model of equal
-    size.
+    They are the naive loop over our LM and, if transformers is installed and the image encoder is a plain ViT,
+    `generate` of an untrained model of equal size.
 
     Args:
         model: result of `hugging_face_model`, to share it between batch sizes; None builds one.
     """
     decoders: dict[str, Callable[[], torch.Tensor]] = {"naive loop": functools.partial(naive_generate, lm, images)}
-    if find_package("transformers")[0] is not None:
+    if find_package("transformers")[0] is not None and lm.encoder.vit_size() is not None:
         decoders |= hugging_face_decoders(lm, images, model)
     return decoders
 
@@ -128,13 +128,14 @@ def compare_decoding(lm: AutoregressiveLM, repeats: int, batches: Sequence[int])
         lm = lm.to(torch.bfloat16)
     other: dict[str, Any] = {"transformers": version, "parameters": parameter_count(lm)}
     model = None
-    if module is not None:
+    if module is not None and lm.encoder.vit_size() is not None:
         model = hugging_face_model(lm)
         other["Hugging Face parameters"] = parameter_count(model)
-    (side, _) = lm.encoder.patch_embed.img_size or (0, 0)
     lines: list[Measurement] = []
     for batch in batches:
-        images = torch.randint(0, 256, (batch, 3, side, side), generator=torch.Generator().manual_seed(0))
+        images = torch.randint(
+            0, 256, (batch, 3, lm.image_size, lm.image_size), generator=torch.Generator().manual_seed(0)
+        )
         images = images.to(torch.uint8).to(device)
         ours = {name: functools.partial(_tokens, generator, images) for name, generator in generators.items()}
         decoders = {**ours, **alternative_decoders(lm, images, model)}

@@ -11,10 +11,11 @@ import torch
 
 from uvim_fsq.benchmark.baseline import baseline_step
 from uvim_fsq.benchmark.setup import Sizes, fresh_oracle, synthetic_batch
-from uvim_fsq.config.schema import LMRun, Run
+from uvim_fsq.config.schema import Run
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.performance.device_peak import DevicePeak
 from uvim_fsq.performance.timing import Measurement, Timing, rate, time_built, time_repeats
 from uvim_fsq.tasks.base import Task
@@ -50,6 +51,14 @@ def fed_batches(run: Run, task: Task, batch_size: int) -> Iterator[Batch] | None
     return loader.batches(0, 2**31)
 
 
+def has_baseline(stage: Stage) -> bool:
+    """Whether the baseline code covers a stage: FSQ, and the autoregressive LM with a plain ViT at the image size."""
+    if isinstance(stage, OracleStage):
+        return stage.oracle.config.quantizer.kind == "fsq"
+    lm = stage.lm if isinstance(stage, LMStage) else None
+    return isinstance(lm, AutoregressiveLM) and lm.encoder.size == lm.image_size and lm.encoder.vit_size() is not None
+
+
 def measure_training(
     sizes: Sizes, peak: DevicePeak, device: torch.device, *, batch_size: int, repeats: int
 ) -> list[Measurement]:
@@ -77,8 +86,7 @@ def measure_training(
     def build_ours() -> Callable[[], object]:
         return several(steps(stepper(), itertools.repeat(batch)))
 
-    has_baseline = run.model.kind == "autoregressive" if isinstance(run, LMRun) else run.model.quantizer.kind == "fsq"
-    builders = {", baseline code": build_baseline} if has_baseline and not run.train.compile else {}
+    builders = {", baseline code": build_baseline} if has_baseline(stage) and not run.train.compile else {}
     timings = time_built({**builders, "": build_ours}, device, warmup=3, repeats=repeats)
     fed = fed_batches(run, stage.task, batch_size)
     if fed is not None:

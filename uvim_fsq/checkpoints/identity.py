@@ -87,7 +87,7 @@ def check_resume(asked: Run, trained: Run) -> None:
     fixed = {
         key: values
         for key, values in changed.items()
-        if (is_fixed(key, trained.task) and key != initial) or key == "optim.name"
+        if (is_fixed(key, trained.task) and key != initial) or key in ("optim.name", "optim.encoder_layer_decay")
     }
     if fixed:
         raise UserError(

@@ -15,7 +15,7 @@ HELP = "train and compare a grid of configurations and seeds"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("grid", help="a grid file, or the name of a shipped one, e.g. ablations/table2_depth-small")
-    add_overrides(parser, "settings of both stages of all cells")
+    add_overrides(parser, "settings of all stages of all cells")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/ablations/GRID)")
     parser.add_argument("--only", action="append", metavar="ROW", help="only this row; may be given several times")
     parser.add_argument("--jobs", type=int, help="cells trained at a time (default: one per GPU; 1 without GPUs)")
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     chosen = fit_cells(chosen, devices, jobs, print)
     if args.dry_run:
         for cell in chosen:
-            print(f"{cell.name}{' (finished)' if finished(cell.lm_dir) else ''}")
-            print(f"  {command_line(cell.oracle_command)}\n  {command_line(cell.lm_command)}")
+            print(f"{cell.name}{' (finished)' if finished(cell.result.folder) else ''}")
+            for training in cell.trainings:
+                print(f"  {command_line(training.command)}")
         return
     check_places(folders=[out])
     claim(out, grid, args.overrides)

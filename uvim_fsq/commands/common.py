@@ -70,6 +70,11 @@ def print_result(result: dict[str, Any]) -> None:
     for metric in dict.fromkeys(metric for values in figures.values() for metric in values):
         table.add_row(metric, *(f"{values[metric]:.4f}" if metric in values else "" for values in figures.values()))
     Console().print(table)
+    for found in result["intervals"]:
+        print(
+            f"{found['first']} - {found['second']}: {found['metric']} {found['difference']:+.4f} "
+            f"(95% interval {found['low']:+.4f} to {found['high']:+.4f}, paired bootstrap over images)"
+        )
     limit = f", first {result['limit']} images only" if result["limit"] else ""
     if result["overrides"]:
         print(describe_overrides(result["overrides"]))

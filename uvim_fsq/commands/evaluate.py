@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", metavar="DIRECT_RUN", help="also evaluate this run of the direct baseline on the same images"
     )
+    parser.add_argument(
+        "--states", type=Path, help="write each image's share in the metrics to this .npz file, for later intervals"
+    )
     parser.add_argument("--report", type=Path, help="write an HTML page with metrics, panels and curves to this file")
     parser.add_argument(
         "--official",
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     file = args.json or variant_path(result_file(Path(args.run)), changed)
     if args.compare is not None:
         resolve_checkpoint(args.compare)
-    check_places([file, args.csv, args.report], [official] if official else [])
+    check_places([file, args.csv, args.report, args.states], [official] if official else [])
 
     from uvim_fsq import processes
     from uvim_fsq.evaluation.run import evaluate
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         baseline=args.baseline,
         official=official,
         compare=args.compare,
+        states=args.states,
     )
     if not processes.is_main():
         return

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser, "settings of both stages, e.g. train.steps=100")
     parser.add_argument("--scenes", type=int, help="number of training scenes (default: 16000, with --gpu-scale 60000)")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train the direct baseline, which has no tokens, to compare with"
+    )
     parser.add_argument("--gpu-scale", action="store_true", help="use a larger version that needs a GPU")
 
 
@@ -33,5 +36,5 @@ def run(args: argparse.Namespace) -> None:
 
     from uvim_fsq.experiments.quickstart import quickstart
 
-    quickstart(Path(out), args.gpu_scale, args.task, scenes=args.scenes, overrides=args.overrides)
+    quickstart(Path(out), args.gpu_scale, args.task, scenes=args.scenes, overrides=args.overrides, compare=args.compare)
     say_next_of_predictor(Path(out) / "lm")

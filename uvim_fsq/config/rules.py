@@ -15,6 +15,7 @@ from uvim_fsq.config.schema import (
     LEVEL_PRESETS,
     SAMPLING_KEYS,
     DirectRun,
+    EncoderConfig,
     EvalConfig,
     LMRun,
     OracleRun,
@@ -155,20 +156,23 @@ _ABOVE_ZERO = """
     optim.lr optim.clip_norm model.patch_size model.width model.encoder_depth model.decoder_depth model.depth
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
-    model.encoder.num_heads model.encoder.mlp_dim"""
+    model.encoder.num_heads model.encoder.mlp_dim model.encoder.image_size model.encoder.out_width
+    optim.encoder_layer_decay"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature eval.code_scale
     eval.context_weight model.dropout model.quantizer.momentum model.quantizer.commitment model.label_smoothing
-    model.mask_floor model.all_masked loss.task_weight"""
-_AT_MOST_ONE = "optim.final_lr_ratio eval.top_p eval.context_weight model.mask_floor model.all_masked"
+    model.mask_floor model.all_masked model.encoder.drop_path loss.task_weight"""
+_AT_MOST_ONE = """
+    optim.final_lr_ratio optim.encoder_layer_decay eval.top_p eval.context_weight model.mask_floor model.all_masked"""
+_BELOW_ONE = "model.dropout model.quantizer.momentum model.label_smoothing model.encoder.drop_path"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
     (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
     (_AT_MOST_ONE, lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
-    ("model.dropout model.quantizer.momentum model.label_smoothing", lambda value: value < 1, "must be below 1"),
+    (_BELOW_ONE, lambda value: value < 1, "must be below 1"),
 )
 
 
@@ -217,8 +221,10 @@ def _problems(run: Run) -> Iterator[str]:
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
     elif isinstance(run, DirectRun):
+        yield from _encoder_problems(run.model.encoder)
         yield from _problems_of(lambda: check_patches(run.data.image_size, run.model.patch_size))
     else:
+        yield from _encoder_problems(run.model.encoder)
         yield from _lm_problems(run)
 
 
@@ -234,6 +240,18 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
     quantizer = model.quantizer
     yield from _unknown_kind("model.quantizer.kind", quantizer.kind, BUILT_IN_QUANTIZERS, run)
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
+
+
+def _encoder_problems(encoder: EncoderConfig) -> Iterator[str]:
+    if encoder.stages is not None and not encoder.stages:
+        yield "model.encoder.stages=[] is empty; name at least one stage, or null for the last one"
+    if encoder.frozen and encoder.weights == "none":
+        yield (
+            "model.encoder.frozen=true with model.encoder.weights=none: a frozen encoder with random weights learns "
+            "nothing; give its weights, or set frozen to false"
+        )
+    if encoder.frozen and encoder.drop_path:
+        yield f"model.encoder.drop_path={encoder.drop_path} has no effect on a frozen encoder; set it to 0"
 
 
 def _lm_problems(run: LMRun) -> Iterator[str]:

@@ -112,9 +112,10 @@ class EncoderConfig:
     """The keys under `model.encoder:` of an LM or a direct model: the image encoder."""
 
     name: str = "vit_large_patch16_224"
-    """Name of a timm ViT; the class token is dropped and the input size follows data.image_size."""
+    """Name of a timm model: a ViT (also DINOv2, DINOv3, SigLIP 2), or a hierarchical or convolutional network."""
     weights: str = "none"
-    """none, hub (download timm's published weights), or the path of a local .safetensors / .npz / .pth file."""
+    """none, hub (download timm's published weights), package (tf_efficientnet_lite0, from the extra `pretrained`), or
+    the path of a local .safetensors / .npz / .pth file."""
     act_layer: Literal["default", "gelu", "gelu_tanh"] = "default"
     """Activation of the MLPs; the reference uses gelu_tanh."""
     patch_size: int | None = None
@@ -127,6 +128,18 @@ class EncoderConfig:
     """Overrides the attention heads of the named model."""
     mlp_dim: int | None = None
     """Overrides the MLP width of the named model."""
+    image_size: int | None = None
+    """Side in pixels of the encoder's own input, to which images are resized; null: data.image_size."""
+    stages: tuple[int, ...] | None = None
+    """Which of the model's stages (blocks of a ViT) give the features, from 0 or, negative, from the end. Several are
+    resized to the grid of the first one listed, concatenated and projected; null: the last one."""
+    out_width: int | None = None
+    """Width of the features, by a linear projection; null: the model's own (several stages: that of the widest)."""
+    frozen: bool = False
+    """Keep the published weights as they are: no gradient, no stochastic depth."""
+    drop_path: float = 0.0
+    """Stochastic depth: rate at which the last block's residual branches are skipped in training, rising from 0 at the
+    first block."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,8 @@ class OptimConfig:
     """Clip the global gradient norm to this value; null: no clipping."""
     encoder_lr_ratio: float = 1.0
     """Learning rate multiplier of the image encoder of an LM (reference: 0.1) or direct model; no effect in stage I."""
+    encoder_layer_decay: float = 1.0
+    """Further multiplier for each layer of the image encoder below its last one (layer-wise decay; e.g. 0.8)."""
 
 
 @dataclass(frozen=True)

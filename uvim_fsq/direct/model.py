@@ -8,50 +8,20 @@ B batch, S image side, E encoder width, N label patches, D width of the blocks, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from uvim_fsq.config.rules import check_patches
-from uvim_fsq.config.schema import DirectModelConfig, EncoderConfig
-from uvim_fsq.layers import init_transformer_, position_embedding, resize_grid, signed_pixels
+from uvim_fsq.config.schema import DirectModelConfig
+from uvim_fsq.layers import init_transformer_, position_embedding, resize_grid
 from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.oracle.backbones.transformer import Transformer
 from uvim_fsq.oracle.label_head import LabelHead, Loss
-from uvim_fsq.performance.flops import DirectCost, EncoderSize, direct_cost
+from uvim_fsq.performance.flops import DirectCost, direct_cost
 from uvim_fsq.performance.memory import direct_activations
 from uvim_fsq.tasks.base import LabelChannel
-
-
-class ImageEncoder(nn.Module):
-    """Adapter."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, config: EncoderConfig, image_size: int) -> None:
-        super().__init__()
-        self.vit, mean, std = build_image_encoder(config, image_size)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-        side = math.isqrt(self.vit.patch_embed.num_patches)
-        self.grid, self.num_features = (side, side), self.vit.num_features
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.vit.forward_features(((signed_pixels(image) + 1) / 2 - self.mean) / self.std)
-
-    @property
-    def size(self) -> EncoderSize:
-        blocks = list(self.vit.blocks.children())
-        return EncoderSize(
-            width=self.vit.num_features,
-            depth=len(blocks),
-            mlp_dim=int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0]),
-            patch_size=self.vit.patch_embed.patch_size[0],
-            patches=self.vit.patch_embed.num_patches,
-        )
 
 
 class DirectModel(nn.Module):
@@ -70,11 +40,11 @@ class DirectModel(nn.Module):
         check_patches(image_size, config.patch_size)
         self.config, self.image_size = config, image_size
         side = image_size // config.patch_size
-        self.grid = (side, side)
-        self.encoder = ImageEncoder(config.encoder, image_size)
+        self.grid, self.num_patches = (side, side), side * side
+        self.encoder = build_image_encoder(config.encoder, image_size)
         self.stem = nn.Linear(self.encoder.num_features, config.width)
         init_transformer_(self.stem)
-        self.positions = position_embedding(side * side, config.width)
+        self.positions = position_embedding(self.num_patches, config.width)
         self.blocks = Transformer(config.width, config.depth, config.num_heads, config.mlp_dim)
         self.label_head = LabelHead(channels, config.patch_size, config.width)
 
@@ -103,8 +73,10 @@ class DirectModel(nn.Module):
     def cost(self) -> DirectCost:
         """Floating-point operations per image, by part."""
         logits = self.label_head.logits // self.config.patch_size**2
-        return direct_cost(self.encoder.size, self.config, logits, self.image_size)
+        return direct_cost(self.encoder.cost(), self.config, logits, self.image_size)
 
     def activation_bytes(self, number_bytes: int) -> float:
         """Bytes of activations per image kept for the backward pass, without label logits."""
-        return direct_activations(self.encoder.size, self.config, self.image_size, number_bytes)
+        features = (self.encoder.num_patches, self.encoder.num_features)
+        encoder = self.encoder.activation_bytes(number_bytes)
+        return direct_activations(encoder, features, self.config, self.image_size, number_bytes)

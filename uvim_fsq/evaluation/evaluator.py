@@ -20,6 +20,7 @@ from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.intervals import ImageStates, is_recordable
 from uvim_fsq.inference.predictions import PredictFn, Predictions, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
@@ -35,12 +36,14 @@ class Evaluator:
         config: batch size, workers and precision.
         limit: evaluate only the first images; None means `eval.limit`.
         quantizer: if given, also count the codes it uses.
+        record: keep what each image added to the metric, for intervals, unless that is too much.
 
     Attributes:
         source: the samples of the split.
         protocol: the evaluation protocol, set by `run`.
         metric_details: `Metric.details`, set by `run`.
         rows: metrics of each image of this process, set by `run`.
+        states: what each image of this process added to the metric, set by `run`.
         statistics: code counts over all processes, or None.
     """
 
@@ -52,6 +55,7 @@ class Evaluator:
         *,
         limit: int | None = None,
         quantizer: Quantizer | None = None,
+        record: bool = False,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.limit = limit if limit is not None else config.limit
@@ -60,6 +64,7 @@ class Evaluator:
         self.metric_details: dict[str, Any] = {}
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
+        self.states, self.record = ImageStates(), record
 
     @torch.inference_mode()
     def run(
@@ -83,12 +88,16 @@ class Evaluator:
         """
         metric = self.task.metric(self.source)
         self.protocol, self.metric_details = metric.protocol, metric.details
-        self.rows = []
+        self.rows, self.states = [], ImageStates()
+        record = self.record and is_recordable(metric)
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
         for predicted, samples in self._predicted(predict, device, title):
             for item, sample in zip(predicted.items, samples, strict=True):
+                before = metric.state() if record else {}
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
+                if record:
+                    self.states.add(sample.id, before, metric.state())
                 if official is not None:
                     entries.append(official.add(item, sample))
             if predicted.bits is not None and predicted.tokens is not None:

@@ -17,6 +17,7 @@ from uvim_fsq.config.schema import SAMPLING_KEYS
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
+from uvim_fsq.evaluation.intervals import ImageStates, Stacked, intervals, write_states
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
@@ -46,6 +47,7 @@ def evaluate_loaded(
     baseline: bool = False,
     official: Path | None = None,
     compared: LoadedDirect | None = None,
+    states_file: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM; of a direct run, its model.
 
@@ -58,35 +60,41 @@ def evaluate_loaded(
         official: folder for result files in the benchmark's own format, one subfolder per predict function. They are
             also scored if the benchmark's program is available.
         compared: a direct run to evaluate too.
+        states_file: if given, write what each image added to the metrics to this .npz file, for `paired_bootstrap`.
 
-    Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `images`,
-    `limit`, `baseline`, `checkpoint_sha256`, and `code_counts` and `level_histogram` by name. With a compared run also
-    `compared`: the provenance of its figures.
+    Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `intervals` (of
+    differences in the main metric, see `intervals`), `images`, `limit`, `baseline`, `checkpoint_sha256`, and
+    `code_counts` and `level_histogram` by name. With a compared run also `compared`: the provenance of its figures.
 
     Raises UserError if the compared run would be evaluated on other images or by another protocol.
     """
     limit = limit if limit is not None else loaded.run.eval.limit
-    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit)
+    evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit, record=True)
     if compared is None:
-        result, rows = _evaluate(loaded, evaluator, device, baseline, official)
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
     else:
-        other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit)
+        other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit, record=True)
         refuse_different(evaluator, other, loaded.checkpoint, compared.checkpoint)
-        result, rows = _evaluate(loaded, evaluator, device, baseline, official)
-        second, other_rows = _evaluate(compared, other, device, False, official)
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
+        second, other_rows, other_states = _evaluate(compared, other, device, False, official)
         refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
         about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
         result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
         rows |= other_rows
-    if csv_file is not None and processes.is_main():
-        write_rows(csv_file, rows)
+        states |= other_states
+    result["intervals"] = intervals(loaded.task.metric(evaluator.source), loaded.task.main_metric, states)
+    if processes.is_main():
+        if csv_file is not None:
+            write_rows(csv_file, rows)
+        if states_file is not None:
+            write_states(states_file, states)
     return result
 
 
 def _evaluate(
     loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device, baseline: bool, official: Path | None
-) -> tuple[dict[str, Any], Rows]:
-    """The result of one checkpoint, as `evaluate_loaded` returns it, and the metrics of each image."""
+) -> tuple[dict[str, Any], Rows, dict[str, Stacked]]:
+    """The result of one checkpoint, as `evaluate_loaded` returns it, and the metrics and states of each image."""
     checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
     processes.same(checkpoint_sha256, loaded.checkpoint)
     loaded.to(device)
@@ -98,11 +106,15 @@ def _evaluate(
     figures: dict[str, dict[str, float]] = {}
     codes: dict[str, CodeStatistics] = {}
     rows: Rows = {}
+    states: dict[str, Stacked] = {}
     for name, predict in predict_fns.items():
         evaluator.statistics = CodeStatistics(quantizer) if quantizer is not None and name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
+        recorded = processes.gather(evaluator.states)
+        if any(part.ids for part in recorded):
+            states[name] = ImageStates.joined(recorded).stacked()
         if evaluator.statistics is not None:
             codes[name] = evaluator.statistics
     result = {
@@ -115,7 +127,7 @@ def _evaluate(
         "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
         "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
     }
-    return result, rows
+    return result, rows, states
 
 
 def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:
@@ -157,6 +169,7 @@ def evaluate(
     baseline: bool = False,
     official: Path | None = None,
     compare: str | Path | None = None,
+    states: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run or checkpoint directory according to its task's protocol.
 
@@ -168,6 +181,7 @@ def evaluate(
         baseline: also evaluate the task's trivial baseline.
         official: folder for result files in the benchmark's own format.
         compare: a direct run or checkpoint directory, whose figures are added under "direct".
+        states: if given, write what each image added to the metrics to this .npz file.
 
     Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
     and for two runs whose figures cannot be compared.
@@ -178,5 +192,11 @@ def evaluate(
     compared = load_compared(compare, loaded, overrides, device) if compare is not None else None
     with enough_memory(EVALUATION_REMEDY):
         return evaluate_loaded(
-            loaded, csv_file=csv, device=device, baseline=baseline, official=official, compared=compared
+            loaded,
+            csv_file=csv,
+            device=device,
+            baseline=baseline,
+            official=official,
+            compared=compared,
+            states_file=states,
         )

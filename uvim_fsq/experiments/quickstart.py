@@ -1,4 +1,7 @@
-"""The whole pipeline at a small scale: render scenes, train an FSQ oracle and its LM, evaluate, write a report."""
+"""The whole pipeline at a small scale: render scenes, train an FSQ oracle and its LM, evaluate, write a report.
+
+On request it also trains the direct baseline, to compare with.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uvim_fsq import processes
-from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.loading import load_checkpoint, load_direct
 from uvim_fsq.config.schema import Run
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.console import Bar
@@ -24,7 +27,7 @@ from uvim_fsq.evaluation.run import evaluate_loaded
 from uvim_fsq.files import read_json, write_json
 from uvim_fsq.reports.evaluation_page import result_table, write_evaluation_page
 from uvim_fsq.synthetic.writers import write_dataset
-from uvim_fsq.tasks.configuration import load_run
+from uvim_fsq.tasks.configuration import load_run, without_token_keys
 from uvim_fsq.tasks.registry import task_class
 from uvim_fsq.training.run import train
 
@@ -43,6 +46,9 @@ class Scale:
 
 SMALL = Scale("quickstart", num_train=16_000, num_val=500, difficulty="plain")
 GPU = Scale("quickstart_gpu", num_train=60_000, num_val=1_000, difficulty="plain")
+
+#: Stage -> what it trains.
+TRAINED = {"oracle": "the oracle", "lm": "the language model", "direct": "the direct baseline"}
 
 
 @dataclass
@@ -65,6 +71,7 @@ def quickstart(
     *,
     scenes: int | None = None,
     overrides: Sequence[str] = (),
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Runs the pipeline for `task` in the folder `out` and returns the content of `out`/summary.json.
 
@@ -73,7 +80,8 @@ def quickstart(
     Args:
         gpu_scale: use more and larger scenes and larger models.
         scenes: number of training scenes; None means the default. There are at most as many test scenes.
-        overrides: `key=value` settings of both stages.
+        overrides: `key=value` settings of both stages, and of the direct baseline if it has the key.
+        compare: also train the direct baseline, and add it to the results.
 
     Raises:
         UserError: `gpu_scale` without a GPU, or a task without synthetic data.
@@ -83,27 +91,29 @@ def quickstart(
     scale, console = _choose_scale(gpu_scale, scenes), Console()
     summary_file = out / "summary.json"
     summary = _read_summary(summary_file)
-    if summary is not None:
+    if summary is not None and (not compare or "direct" in summary["figures"]):
         console.print(f"{out} holds a finished run; delete it to run again")
         _print_table(console, summary, out)
         return summary
     timer = Timer(_read_seconds(out))
+    names = ("oracle", "lm", *(("direct",) if compare else ()))
+    steps = len(names) + 2
     data = out / "data"
     if not data.exists():
         counts = f"{scale.num_train} training and {scale.num_val} test scenes"
-        console.print(f"[bold]1/4[/] {counts} -> {data}", soft_wrap=True)
+        console.print(f"[bold]1/{steps}[/] {counts} -> {data}", soft_wrap=True)
         size = _run_config(scale, task, "oracle", out, overrides).data.image_size
         timer("data", lambda: _make_data(scale, data, task, size))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
-    for number, name in ((2, "oracle"), (3, "lm")):
+    for number, name in enumerate(names, 2):
         runs[name] = out / name
         if not finished(runs[name]):
             run = _run_config(scale, task, name, out, overrides)
-            console.print(f"[bold]{number}/4[/] train the {'oracle' if name == 'oracle' else 'language model'}")
+            console.print(f"[bold]{number}/{steps}[/] train {TRAINED[name]}")
             timer(name, lambda run=run: train(run))
             _write_seconds(out, timer)
-    console.print("[bold]4/4[/] evaluate and write the report")
+    console.print(f"[bold]{steps}/{steps}[/] evaluate and write the report")
     summary = timer("evaluate", lambda: _evaluate(out, runs))
     summary["seconds"] = {**timer.seconds, "total": round(sum(timer.seconds.values()), 1)}
     write_json(summary_file, summary)
@@ -144,7 +154,7 @@ def _run_config(scale: Scale, task: str, name: str, out: Path, given: Sequence[s
     overrides = [f"train.out={out / name}", "train.resume=auto", f"data.root={(out / 'data').resolve()}"]
     if name == "lm":
         overrides.append(f"oracle={out / 'oracle'}")
-    return load_run(file, [*given, *overrides])
+    return load_run(file, [*(without_token_keys(given) if name == "direct" else given), *overrides])
 
 
 def _seconds_file(out: Path) -> Path:
@@ -176,16 +186,17 @@ def _read_summary(file: Path) -> dict[str, Any] | None:
     except UserError as error:
         warnings.warn(str(error), stacklevel=2)
         return None
-    return summary if {"table", "data", "protocol", "seconds"} <= set(summary) else None
+    return summary if {"table", "figures", "data", "protocol", "seconds"} <= set(summary) else None
 
 
 def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     device = processes.device()
     loaded = load_checkpoint(runs["lm"], device=device)
-    result = evaluate_loaded(loaded, device=device, baseline=True)
+    compared = load_direct(runs["direct"], device=device) if "direct" in runs else None
+    result = evaluate_loaded(loaded, device=device, baseline=True, compared=compared)
     write_json(result_file(out), result)
     title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
-    write_evaluation_page(out / "report.html", title, loaded, result, runs, device)
+    write_evaluation_page(out / "report.html", title, loaded, result, runs, device, compared)
     figures, metric = result["figures"], loaded.task.main_metric
     return {
         **{f"{name}_{metric}": figures[name][metric] for name in figures},

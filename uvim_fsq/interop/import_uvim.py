@@ -93,7 +93,7 @@ def import_lm(file: Path, oracle: Path, out: Path, overrides: Sequence[str] = ()
     with torch.device("meta"):
         lm = build_lm(run, frozen, published=False)
     half = torch.full((1, 3, 1, 1), 0.5)  # images in [-1, 1]
-    weights = translate(tensors, lm_rules(shape), str(file)) | {"mean": half, "std": half.clone()}
+    weights = translate(tensors, lm_rules(shape), str(file)) | {"encoder.mean": half, "encoder.std": half.clone()}
     checked = _check_shapes(lm, weights, file)
     copy_checkpoint(resolve_checkpoint(oracle), out / "oracle")
     return _write(out, run, checked, file, weights_hash(out / "oracle"))

@@ -266,19 +266,19 @@ def lm_rules(shape: LMShape) -> list[Rule]:
     """The rules for all parameters of our LM. The mean and std of the image normalization are not in the file."""
     table = ("decoder/EmbedTargets/embedding",)
     rules: list[Rule] = [
-        ("encoder.patch_embed.proj.weight", ("EmbedPatches/kernel",), lambda kernel: kernel.permute(3, 2, 0, 1)),
-        ("encoder.patch_embed.proj.bias", ("EmbedPatches/bias",), _same),
-        ("encoder.pos_embed", ("pos_embedding_encoder",), _same),
+        ("encoder.model.patch_embed.proj.weight", ("EmbedPatches/kernel",), lambda kernel: kernel.permute(3, 2, 0, 1)),
+        ("encoder.model.patch_embed.proj.bias", ("EmbedPatches/bias",), _same),
+        ("encoder.model.pos_embed", ("pos_embedding_encoder",), _same),
         ("positions", ("pos_embedding_decoder",), _same),
         ("token_embedding.weight", table, lambda embedding: embedding[1:]),
         ("start", table, lambda embedding: embedding[None, :1]),
         ("head.weight", ("decoder/LogitsDense/kernel",), lambda kernel: kernel.T[1:]),
         ("head.bias", ("decoder/LogitsDense/bias",), lambda bias: bias[1:]),
-        *_norm("encoder.norm", "encoder/encoder_norm"),
+        *_norm("encoder.model.norm", "encoder/encoder_norm"),
         *_norm("norm", "decoder/LayerNorm"),
     ]
     for i in range(shape.encoder_depth):
-        rules += _encoder_block(f"encoder.blocks.{i}", f"encoder/encoderblock_{i}", fused=True)
+        rules += _encoder_block(f"encoder.model.blocks.{i}", f"encoder/encoderblock_{i}", fused=True)
     for i in range(shape.depth):
         ours, theirs = f"blocks.{i}", f"decoder/EncDecBlock{i}"
         rules += _attention(f"{ours}.self_attn", f"{theirs}/SelfAttn", bias=False)

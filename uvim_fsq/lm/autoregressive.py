@@ -147,4 +147,4 @@ class AutoregressiveLM(EncoderDecoder):
         )
 
     def cost(self, steps: int | None = None) -> AutoregressiveCost:
-        return autoregressive_cost(self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length)
+        return autoregressive_cost(self.encoder.cost(), self.config, vocab_size=self.vocab_size, length=self.length)

@@ -10,18 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
-from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding, signed_pixels
+from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.lm.decoder_block import DecoderBlock
 from uvim_fsq.lm.image_encoder import build_image_encoder
-from uvim_fsq.performance.flops import EncoderSize
 from uvim_fsq.performance.memory import encoder_decoder_activations
 
 
 class EncoderDecoder(TokenModel):
     """An image encoder and a decoder of `DecoderBlock`s over the embedded tokens.
-
-    The image size must be a multiple of the encoder's patch size.
 
     Args:
         causal: whether a position attends only to itself and earlier ones.
@@ -29,17 +26,11 @@ class EncoderDecoder(TokenModel):
             outside the vocabulary, so every output is a valid code.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(
         self, config: LMModelConfig, *, image_size: int, vocab_size: int, length: int, causal: bool, symbol: str
     ) -> None:
         super().__init__(config, image_size=image_size, vocab_size=vocab_size, length=length)
-        self.encoder, mean, std = build_image_encoder(config.encoder, image_size)
-        # Saved in the checkpoint, because they belong to the encoder's weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.encoder = build_image_encoder(config.encoder, image_size)
         dim = config.width
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.register_parameter(symbol, nn.Parameter(torch.randn(1, 1, dim)))
@@ -59,11 +50,7 @@ class EncoderDecoder(TokenModel):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> memory (B, M, E)."""
-        return self.encoder.forward_features(self.normalize(image))
-
-    def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> encoder input in the weights' dtype."""
-        return (((signed_pixels(image) + 1) / 2 - self.mean) / self.std).to(self.positions.dtype)
+        return self.encoder(image)
 
     def token_loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (B, L) float32 of logits (B, L, V) for true tokens (B, L), with `model.label_smoothing`."""
@@ -75,22 +62,14 @@ class EncoderDecoder(TokenModel):
         )
         return loss.view(tokens.shape)
 
-    @property
-    def encoder_size(self) -> EncoderSize:
-        """The dimensions of the image encoder."""
-        encoder = self.encoder
-        blocks = list(encoder.blocks.children())
-        return EncoderSize(
-            width=encoder.num_features,
-            depth=len(blocks),
-            mlp_dim=int(blocks[0].get_submodule("mlp.fc1").get_parameter("weight").shape[0]),
-            patch_size=encoder.patch_embed.patch_size[0],
-            patches=encoder.patch_embed.num_patches,
-        )
-
     def activation_bytes(self, number_bytes: int) -> float:
         return encoder_decoder_activations(
-            self.encoder_size, self.config, vocab_size=self.vocab_size, length=self.length, b=number_bytes
+            self.encoder.activation_bytes(number_bytes),
+            (self.encoder.num_patches, self.encoder.num_features),
+            self.config,
+            vocab_size=self.vocab_size,
+            length=self.length,
+            b=number_bytes,
         )
 
     def randomize_head_(self) -> None:

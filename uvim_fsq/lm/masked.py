@@ -154,5 +154,5 @@ class MaskedLM(EncoderDecoder):
 
     def cost(self, steps: int | None = None) -> MaskedCost:
         predicted = unknown_counts(self.length, steps or 1)
-        size = self.encoder_size
-        return masked_cost(size, self.config, vocab_size=self.vocab_size, length=self.length, predicted=predicted)
+        encoder = self.encoder.cost()
+        return masked_cost(encoder, self.config, vocab_size=self.vocab_size, length=self.length, predicted=predicted)

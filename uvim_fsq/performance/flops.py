@@ -86,6 +86,41 @@ def oracle_cost(config: OracleModelConfig, label_width: int, image_size: int, co
     )
 
 
+@dataclass(frozen=True)
+class EncoderSize:
+    """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    patch_size: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """FLOP of an image encoder per image, and the size of its output.
+
+    Attributes:
+        width: channels of a feature.
+        patches: features per image.
+        forward: FLOP of the forward pass.
+        train: FLOP of forward and backward pass, without the image's gradient.
+    """
+
+    width: int
+    patches: int
+    forward: float
+    train: float
+
+
+def vit_cost(vit: EncoderSize) -> EncoderCost:
+    """The cost of a plain ViT."""
+    patch_embed = 2 * vit.width * 3 * vit.patch_size**2 * vit.patches
+    forward = patch_embed + vit.depth * encoder_layer(vit.width, vit.mlp_dim, vit.patches)
+    return EncoderCost(width=vit.width, patches=vit.patches, forward=forward, train=3 * forward - patch_embed)
+
+
 class TokenModelCost(ABC):
     """Cost of a token model: FLOP per image in training, memory traffic and time of generating tokens."""
 
@@ -121,8 +156,7 @@ class EncoderDecoderCost(TokenModelCost):
         length: number of tokens per image.
     """
 
-    patch_embed: float
-    encoder: float
+    image_encoder: EncoderCost
     decoder: float
     cross_kv: float
     head: float
@@ -132,12 +166,12 @@ class EncoderDecoderCost(TokenModelCost):
 
     @property
     def train(self) -> float:
-        return 3 * (self.patch_embed + self.encoder + self.decoder + self.head) - self.patch_embed
+        return self.image_encoder.train + 3 * (self.decoder + self.head)
 
     @property
     def encode(self) -> float:
         """FLOP spent once per image when decoding: the encoder and the cross-attention's keys and values."""
-        return self.patch_embed + self.encoder + self.cross_kv
+        return self.image_encoder.forward + self.cross_kv
 
 
 @dataclass(frozen=True)
@@ -199,19 +233,8 @@ class MaskedCost(EncoderDecoderCost):
         return batch * self.encode / peak.flops + sum(steps)
 
 
-@dataclass(frozen=True)
-class EncoderSize:
-    """Sizes of a ViT. `patches` is the number of patches, `patch_size` their side in pixels."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    patch_size: int
-    patches: int
-
-
 def autoregressive_cost(
-    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int
+    encoder: EncoderCost, config: LMModelConfig, *, vocab_size: int, length: int
 ) -> AutoregressiveCost:
     """FLOP per image of stage II with the autoregressive token model."""
     parts = _encoder_decoder_parts(encoder, config, vocab_size, length, causal=True)
@@ -219,7 +242,7 @@ def autoregressive_cost(
 
 
 def masked_cost(
-    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, predicted: tuple[int, ...]
+    encoder: EncoderCost, config: LMModelConfig, *, vocab_size: int, length: int, predicted: tuple[int, ...]
 ) -> MaskedCost:
     """FLOP per image of stage II with the masked token model, which predicts `predicted` positions in each step."""
     parts = _encoder_decoder_parts(encoder, config, vocab_size, length, causal=False)
@@ -227,15 +250,14 @@ def masked_cost(
 
 
 def _encoder_decoder_parts(
-    encoder: EncoderSize, config: LMModelConfig, vocab_size: int, length: int, *, causal: bool
+    encoder: EncoderCost, config: LMModelConfig, vocab_size: int, length: int, *, causal: bool
 ) -> dict[str, Any]:
     """The fields of `EncoderDecoderCost`."""
     e, n = encoder.width, encoder.patches
     d, m, t = config.width, config.mlp_dim, length
     layer = 8 * d * d + 2 * d * m - 2 * d * d  # self-attention, query and output of the cross-attention, MLP
     return {
-        "patch_embed": 2 * e * 3 * encoder.patch_size**2 * n,
-        "encoder": encoder.depth * encoder_layer(e, encoder.mlp_dim, n),
+        "image_encoder": encoder,
         "decoder": config.depth * decoder_layer(d, m, e, t, n, causal=causal),
         "cross_kv": config.depth * 4 * d * e * n,
         "head": 2 * d * vocab_size * t,
@@ -249,29 +271,27 @@ def _encoder_decoder_parts(
 class DirectCost:
     """Forward FLOP per image of the parts of the direct baseline."""
 
-    patch_embed: float
-    encoder: float
+    image_encoder: EncoderCost
     stem: float
     blocks: float
     head: float
 
     @property
     def forward(self) -> float:
-        return self.patch_embed + self.encoder + self.stem + self.blocks + self.head
+        return self.image_encoder.forward + self.stem + self.blocks + self.head
 
     @property
     def train(self) -> float:
         """Forward and backward, without the image's gradient."""
-        return 3 * self.forward - self.patch_embed
+        return self.image_encoder.train + 3 * (self.stem + self.blocks + self.head)
 
 
-def direct_cost(encoder: EncoderSize, config: DirectModelConfig, label_width: int, image_size: int) -> DirectCost:
+def direct_cost(encoder: EncoderCost, config: DirectModelConfig, label_width: int, image_size: int) -> DirectCost:
     """FLOP per image of the direct baseline; `label_width` as in `oracle_cost`."""
     e, d, p = encoder.width, config.width, config.patch_size**2
     n = (image_size // config.patch_size) ** 2
     return DirectCost(
-        patch_embed=2 * e * 3 * encoder.patch_size**2 * encoder.patches,
-        encoder=encoder.depth * encoder_layer(e, encoder.mlp_dim, encoder.patches),
+        image_encoder=encoder,
         stem=2 * e * d * encoder.patches,
         blocks=config.depth * encoder_layer(d, config.mlp_dim, n),
         head=2 * d * label_width * p * n,

@@ -90,26 +90,42 @@ def decoder_activations(config: OracleModelConfig, image_size: int, b: int, *, f
     return config.decoder_depth * block + (4 + 4) * n * d
 
 
+def vit_activations(vit: EncoderSize, b: int) -> float:
+    """Bytes per image saved for a plain ViT's backward pass."""
+    e, n = vit.width, vit.patches
+    # The input of the final norm and the image's patches, besides the blocks.
+    return vit.depth * encoder_block(e, vit.mlp_dim, n, b, fused=True) + 4 * n * e + 3 * b * n * vit.patch_size**2
+
+
 def encoder_decoder_activations(
-    encoder: EncoderSize, config: LMModelConfig, *, vocab_size: int, length: int, b: int
+    encoder_bytes: float, memory: tuple[int, int], config: LMModelConfig, *, vocab_size: int, length: int, b: int
 ) -> float:
-    """Bytes per image saved for the backward pass of a built-in token model."""
-    e, n = encoder.width, encoder.patches
-    image = encoder.depth * encoder_block(e, encoder.mlp_dim, n, b, fused=True)
-    image += config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)
+    """Bytes per image saved for the backward pass of a built-in token model.
+
+    Args:
+        encoder_bytes: those of the image encoder.
+        memory: (M, E), the number and width of its features.
+    """
+    n, e = memory
+    image = encoder_bytes + config.depth * decoder_block(config.width, config.mlp_dim, e, length, n, b)
     if config.dropout:
         image += config.depth * 3 * length * config.width
-    # Log-probabilities and gradients of the logits, the encoder's final norm, the image's patches.
-    return image + 12 * length * vocab_size + 4 * n * e + 3 * b * n * encoder.patch_size**2
+    return image + 12 * length * vocab_size  # log-probabilities and gradients of the logits
 
 
-def direct_activations(encoder: EncoderSize, config: DirectModelConfig, image_size: int, b: int) -> float:
-    """Bytes per image saved for the direct baseline's backward pass, without label logits."""
-    e, m, d, n = encoder.width, encoder.patches, config.width, (image_size // config.patch_size) ** 2
-    image = encoder.depth * encoder_block(e, encoder.mlp_dim, m, b, fused=True)
-    image += config.depth * encoder_block(d, config.mlp_dim, n, b)
-    # Inputs of the two final norms and of the stem, hidden states, the image's patches.
-    return image + (4 + b) * m * e + (4 + 4) * n * d + 3 * b * m * encoder.patch_size**2
+def direct_activations(
+    encoder_bytes: float, features: tuple[int, int], config: DirectModelConfig, image_size: int, b: int
+) -> float:
+    """Bytes per image saved for the direct baseline's backward pass, without label logits.
+
+    Args:
+        encoder_bytes: those of the image encoder.
+        features: (M, E), the number and width of its features.
+    """
+    (m, e), d, n = features, config.width, (image_size // config.patch_size) ** 2
+    image = encoder_bytes + config.depth * encoder_block(d, config.mlp_dim, n, b)
+    # Inputs of the stem and of the final norm, hidden states.
+    return image + b * m * e + (4 + 4) * n * d
 
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from uvim_fsq.layers import Attention, PatchEmbed
-from uvim_fsq.lm.image_encoder import PatchLinear
+from uvim_fsq.lm.timm_models import PatchLinear
 from uvim_fsq.oracle.label_embedding import CategoricalEmbed, LabelEmbed, RealEmbed
 from uvim_fsq.oracle.label_head import LabelHead
 

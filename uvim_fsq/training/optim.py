@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from uvim_fsq.config.schema import OptimConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.image_encoder import ImageEncoder
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.layouts import reference_layouts
 
@@ -37,30 +38,41 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name.endswith("weight") and name != "token_embedding.weight"
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, stage: str) -> list[dict[str, Any]]:
-    """Parameter groups by weight decay and learning rate.
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups by weight decay and learning rate, without frozen parameters.
 
-    A group's `lr_ratio` multiplies the scheduled rate; it is `optim.encoder_lr_ratio` for an image encoder.
-    The assignment of parameters to groups does not depend on `optim`, so that a saved state can be loaded after these
-    settings change.
+    A group's `lr_ratio` multiplies the scheduled rate. For the timm model of an `ImageEncoder`, it is
+    `optim.encoder_lr_ratio`, times `optim.encoder_layer_decay` for each layer above. The encoder's new layers, such as
+    its projection, learn at the full rate.
+
+    Without layer-wise decay, the assignment of parameters to groups does not depend on `optim`, so that a saved state
+    can be loaded after these settings change.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named:
+    depths = _encoder_depths(model, optim)
+    groups: dict[tuple[bool, int | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_encoder = stage != "oracle" and name.startswith("encoder.")
-            groups.setdefault((decays(name, parameter), in_encoder), []).append(parameter)
+            groups.setdefault((decays(name, parameter), depths.get(parameter)), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": optim.weight_decay if decay else 0.0,
-            "lr_ratio": optim.encoder_lr_ratio if in_encoder else 1.0,
+            "lr_ratio": 1.0 if depth is None else optim.encoder_lr_ratio * optim.encoder_layer_decay**depth,
             "lr": optim.lr,
         }
-        for (decay, in_encoder), parameters in groups.items()
+        for (decay, depth), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, stage: str) -> torch.optim.Optimizer:
+def _encoder_depths(model: nn.Module, optim: OptimConfig) -> dict[nn.Parameter, int]:
+    """The number of layers above each parameter of the image encoders; all 0 without layer-wise decay."""
+    encoders = [module for module in model.modules() if isinstance(module, ImageEncoder)]
+    if optim.encoder_layer_decay == 1:
+        return {parameter: 0 for encoder in encoders for parameter in encoder.model.parameters()}
+    return {parameter: depth for encoder in encoders for parameter, depth in encoder.depths().items()}
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """Builds AdamW or Adafactor.
 
     AdamW scales weight decay by the learning rate. Adafactor, as in the UViM reference code, scales it by the schedule
@@ -69,9 +81,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, stage: str) -> torch.o
     Args:
         model: the model.
         optim: `optim.name` is "adamw" or "adafactor".
-        stage: "oracle", "lm" or "direct".
     """
-    groups = parameter_groups(model.named_parameters(), optim, stage)
+    groups = parameter_groups(model, optim)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
     return Adafactor(groups, reference_layouts(model), betas=optim.betas)

@@ -81,7 +81,7 @@ class Stage(ABC):
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Name -> optimizer. The first is the optimizer of `model`, under the name `MAIN`."""
-        return {MAIN: build_optimizer(self.model, self.run.optim, self.run.stage)}
+        return {MAIN: build_optimizer(self.model, self.run.optim)}
 
     @abstractmethod
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:

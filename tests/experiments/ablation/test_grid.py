@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.grids import write_grid
 from uvim_fsq.errors import UserError
-from uvim_fsq.experiments.ablation.grid import plan, read_grid
+from uvim_fsq.experiments.ablation.grid import plan, read_grid, to_dict_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,21 @@ from uvim_fsq.experiments.ablation.grid import plan, read_grid
         ({"grid": {"model.width": [16]}}, "must begin with oracle. or lm."),
         ({"grid": {"oracle.model.width": 16}}, "must be a list"),
         ({"oracle": "lm.yaml"}, "is not a configuration of stage oracle"),
+        ({"rows": {"x": {"direct": {}}}}, "`rows.x` is direct: .* the grid must name its configuration as `direct`"),
+        (
+            {"direct": "direct.yaml", "rows": {"x": {"direct": {}, "lm": {"train.steps": 2}}}},
+            "`rows.x` is direct: it takes neither oracle: nor lm:",
+        ),
+        ({"direct": ["direct.yaml"]}, "`direct` must name the configuration of the direct baseline"),
+        ({"direct": "lm.yaml", "rows": {"x": {"direct": {}}}}, "cell 'x', seed 3: .*is not a configuration of stage"),
+        (
+            {"direct": "direct.yaml", "rows": {"x": {"direct": {"model.code_length": 4}}}},
+            "cell 'x', seed 3: model.code_length is a key of stage oracle; a direct run has no tokens",
+        ),
+        (
+            {"direct": "direct.yaml", "rows": {"x": {}, "y": {"direct": {"task.protocol": "uvim"}}}},
+            "task.protocol is full in cell 'x, seed 3' and uvim in cell 'y, seed 3'",
+        ),
         (
             {"rows": {"x": {}, "y": {"lm": {"eval.limit": 10}}}},
             "eval.limit is None in cell 'x, seed 3' and 10 in cell 'y, seed 3': their figures cannot be compared",
@@ -57,6 +72,44 @@ def test_a_grid_is_the_product_of_its_keys(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert read.rows[-1].oracle == ("model.code_length=1", "model.quantizer.levels=[5,5]")
     cells = plan(read, tmp_path / "out")
-    assert len({cell.oracle_dir for cell in cells}) == 4 and len({cell.lm_dir for cell in cells}) == 8
+    assert len({cell.trainings[0].folder for cell in cells}) == 4 and len({cell.result.folder for cell in cells}) == 8
     moved = plan(read, tmp_path / "elsewhere")
-    assert [cell.lm_dir.name for cell in moved] == [cell.lm_dir.name for cell in cells]
+    assert [cell.result.folder.name for cell in moved] == [cell.result.folder.name for cell in cells]
+
+
+def test_a_direct_row_trains_one_model_with_its_own_settings(tmp_path: Path) -> None:
+    """Keys of the grid vary the rows of their own kind only, and tokens' keys of the command line do not reach it."""
+    file = write_grid(
+        tmp_path,
+        direct="direct.yaml",
+        rows={"FSQ": {}, "direct": {"direct": {"train.steps": 5}}},
+        grid={"lm.model.depth": [1, 2], "direct.model.depth": [1, 2, 3]},
+        set={"direct": {"optim.lr": 0.002}, "lm": {"train.steps": 4}},
+    )
+    grid = read_grid(file)
+    assert [row.name for row in grid.rows] == [
+        "FSQ, depth=1", "FSQ, depth=2", "direct, depth=1", "direct, depth=2", "direct, depth=3",
+    ]  # fmt: skip
+    cells = plan(grid, tmp_path / "out", ["eval.temperature=0.5", "eval.batch_size=3"])
+    assert [len(cell.trainings) for cell in cells] == [2, 2, 1, 1, 1]
+    (training,) = cells[-1].trainings
+    assert training.name == "direct baseline" and training.folder.parent == tmp_path / "out" / "direct"
+    name, config, *settings = training.command
+    assert (name, config) == ("train-direct", str(tmp_path / "direct.yaml"))
+    assert settings == [
+        f"data.root={(tmp_path / 'out' / 'data').resolve()}",
+        "optim.lr=0.002",
+        "train.steps=5",
+        "model.depth=3",
+        "train.seed=3",
+        "eval.batch_size=3",
+        f"train.out={training.folder}",
+        "train.resume=auto",
+    ]
+    assert "eval.temperature=0.5" in cells[0].result.command
+
+
+def test_a_grid_without_direct_rows_keeps_its_mark(tmp_path: Path) -> None:
+    """Folders of grids that were trained before there were direct rows can be continued."""
+    mark = to_dict_of(read_grid(write_grid(tmp_path, rows={"FSQ": {}})))
+    assert set(mark) == {"oracle", "lm", "synthetic", "rows"} and mark["rows"] == {"FSQ": {"oracle": (), "lm": ()}}

@@ -37,9 +37,9 @@ def test_a_damaged_result_is_left_out_of_the_table(tmp_path: Path, lm_dir: Path)
         with pytest.raises(UserError, match="grid.json is damaged .*; delete it if"):
             claim(out, grid, ["train.steps=3"])
     (cell,) = plan(grid, out)
-    shutil.copytree(lm_dir, cell.lm_dir)
+    shutil.copytree(lm_dir, cell.result.folder)
     assert ablation_report.collect(grid, [cell], {})["rows"][0]["columns"]["LM rmse"]["n"] == 1
-    (cell.lm_dir / "evaluation.json").write_text("")
+    (cell.result.folder / "evaluation.json").write_text("")
     results = ablation_report.write_tables(out, grid, [cell], {})
     assert results["rows"][0]["cells"] == [] and "0 images" in (out / "table.md").read_text()
 
@@ -49,9 +49,9 @@ def with_results(out: Path, grid: Grid, source: Path, *changes: dict[str, Any]) 
     cells = plan(grid, out)
     result = json.loads((source / "evaluation.json").read_text())
     for cell, change in zip(cells, changes, strict=True):
-        cell.lm_dir.mkdir(parents=True)
+        cell.result.folder.mkdir(parents=True)
         data = {**result["data"], **change.get("data", {})}
-        (cell.lm_dir / "evaluation.json").write_text(json.dumps({**result, **change, "data": data}))
+        (cell.result.folder / "evaluation.json").write_text(json.dumps({**result, **change, "data": data}))
     return cells
 
 
@@ -79,7 +79,7 @@ def test_results_of_different_images_or_protocols_share_no_table(
     cells = with_results(tmp_path / "out", grid, lm_dir, WHOLE, {**WHOLE, **change})
     with pytest.raises(UserError) as caught:
         ablation_report.write_tables(tmp_path / "out", grid, cells, {})
-    assert said in str(caught.value) and f"uvim-fsq evaluate {cells[0].lm_dir}" in str(caught.value)
+    assert said in str(caught.value) and f"uvim-fsq evaluate {cells[0].result.folder}" in str(caught.value)
     assert not (tmp_path / "out" / "table.md").exists()
 
 

@@ -59,6 +59,23 @@ def test_a_grid_trains_its_cells_and_writes_tables(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
+def test_a_direct_row_stands_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"FSQ": {}, "no tokens": {"direct": {"train.steps": 4}}}
+    file, out = write_grid(tmp_path, direct="direct.yaml", rows=rows), tmp_path / "out"
+    main(["ablate", str(file), "--out", str(out)])
+    assert "no tokens, seed 3: training the direct baseline" in capsys.readouterr().out
+    both, direct = json.loads((out / "results.json").read_text())["rows"]
+    assert both["columns"]["direct rmse"] is None and direct["columns"]["LM rmse"] is None
+    assert direct["columns"]["direct rmse"]["n"] == both["columns"]["LM rmse"]["n"] == 1
+    assert len(direct["settings"]["direct"]) == 1 and (out / "direct").is_dir()
+    head, _, *lines = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in head.split("|")].index("direct rmse")
+    assert [bool(line.split("|")[column].strip()) for line in lines] == [False, True]
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and "Panels: no tokens" in page
+
+
+@pytest.mark.slow
 def test_a_stopped_grid_ends_its_processes_and_keeps_checkpoints(tmp_path: Path) -> None:
     file, out = write_grid(tmp_path, rows={"FSQ": {"oracle": {"train.steps": 100000}}}), tmp_path / "out"
     command = [sys.executable, "-m", "uvim_fsq", "ablate", str(file), "--out", str(out)]

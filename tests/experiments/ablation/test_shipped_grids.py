@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.grids import memories
 from tests.support.paths import ROOT
-from uvim_fsq.benchmark.memory import memory_of
 from uvim_fsq.experiments.ablation.devices import USABLE, Devices, fit_cells
 from uvim_fsq.experiments.ablation.grid import plan, read_grid
 
@@ -22,11 +22,12 @@ def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch:
         fitted = fit_cells([cells[0], cells[-1]], Devices(("0",), 80e9), 1, lambda _: None)
         for cell in fitted:
             counts = [
-                int(command[-1].removeprefix("train.accumulate=")) for command in (cell.oracle_command, cell.lm_command)
+                int(command[-1].removeprefix("train.accumulate="))
+                for command in (training.command for training in cell.trainings)
             ]
             assert counts == [16, 16], file
         # The reference's batch sizes: 1024 for the oracle, 512 for the LM.
-        oracle, lm = memory_of(cells[0].oracle_run), memory_of(cells[0].oracle_run, cells[0].lm_run)
+        oracle, lm = memories(cells[0])
         assert oracle.of(1024 // 16) <= USABLE * 80e9 < oracle.of(1024 // 8)
         assert lm.of(512 // 16) <= USABLE * 80e9 < lm.of(512 // 8)
 
@@ -38,4 +39,4 @@ def test_shipped_grids_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     for file in files:
         cells = plan(read_grid(file), tmp_path / file.stem)
-        assert len({cell.lm_dir for cell in cells}) == len(cells), file
+        assert len({cell.result.folder for cell in cells}) == len(cells), file

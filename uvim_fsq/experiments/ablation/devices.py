@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from uvim_fsq.config.schema import LMRun
 from uvim_fsq.errors import UserError
-from uvim_fsq.experiments.ablation.grid import Cell
+from uvim_fsq.experiments.ablation.grid import Cell, Training
 
 #: The fraction of a device's memory that training may use; the rest is for fragmentation and peaks.
 USABLE = 0.92
@@ -60,40 +61,43 @@ def fit_cells(cells: Sequence[Cell], devices: Devices, jobs: int, say: Callable[
     reasons: dict[str, list[str]] = {}
     fitted: list[Cell] = []
     for cell in cells:
-        commands = {"oracle": cell.oracle_command, "lm": cell.lm_command}
-        for stage, run in (("oracle", cell.oracle_run), ("lm", cell.lm_run)):
-            sizes = _sizes(cell, stage)
+        trainings: list[Training] = []
+        for number, training in enumerate(cell.trainings):
+            sizes = _sizes(cell, number)
             if sizes not in found:
-                found[sizes] = _accumulate(cell, stage, devices.memory_per_process(jobs))
+                found[sizes] = _accumulate(cell, number, devices.memory_per_process(jobs))
             count, reason = found[sizes]
-            if count != run.train.accumulate:
-                commands[stage] = (*commands[stage], f"train.accumulate={count}")
+            if count != training.run.train.accumulate:
+                training = replace(training, command=(*training.command, f"train.accumulate={count}"))
                 reasons.setdefault(reason, []).append(cell.name)
-        fitted.append(replace(cell, oracle_command=commands["oracle"], lm_command=commands["lm"]))
+            trainings.append(training)
+        fitted.append(replace(cell, trainings=tuple(trainings)))
     for reason, names in reasons.items():
         say(f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})")
     return fitted
 
 
-def _sizes(cell: Cell, stage: str) -> str:
-    """Everything that memory depends on, so that it is estimated once for equal cells."""
-    runs = (cell.oracle_run,) if stage == "oracle" else (cell.oracle_run, cell.lm_run)
+def _sizes(cell: Cell, number: int) -> str:
+    """Everything that the memory of a training depends on, so that it is estimated once for equal ones."""
+    runs = [training.run for training in cell.trainings[: number + 1]]
     train = [(run.train.batch_size, run.train.accumulate, run.train.precision, run.train.ema) for run in runs]
     return repr([(run.model, run.task, run.data.image_size, run.optim.name) for run in runs] + train[-1:])
 
 
-def _accumulate(cell: Cell, stage: str, available: float) -> tuple[int, str]:
-    """The number of micro-batches that a cell's stage needs, and the reason as one line."""
+def _accumulate(cell: Cell, number: int, available: float) -> tuple[int, str]:
+    """The number of micro-batches that a training of a cell needs, and the reason as one line."""
     from uvim_fsq.benchmark.memory import memory_of
     from uvim_fsq.performance.memory import smallest_accumulate
 
-    run = cell.oracle_run if stage == "oracle" else cell.lm_run
-    memory = memory_of(cell.oracle_run, cell.lm_run if stage == "lm" else None)
+    run, name = cell.trainings[number].run, cell.trainings[number].name
+    first = cell.trainings[0].run
+    assert not isinstance(first, LMRun)
+    memory = memory_of(first, run if isinstance(run, LMRun) else None)
     count = smallest_accumulate(memory, run.train, available)
     room = f"a device has {available / 1e9:.3g} GB available"
     if count is None:
         need = f"{memory.of(1) / 1e9:.3g} GB with one image at a time"
-        raise UserError(f"{cell.name}: the {stage} needs {need}, but {room}; use fewer --jobs or a larger device")
+        raise UserError(f"{cell.name}: the {name} needs {need}, but {room}; use fewer --jobs or a larger device")
     images = run.train.batch_size // run.train.accumulate
     whole = f"{images} images at once take {memory.of(images) / 1e9:.3g} GB"
-    return count, f"{stage}: train.accumulate={count}, because {whole}, but {room}"
+    return count, f"{name}: train.accumulate={count}, because {whole}, but {room}"

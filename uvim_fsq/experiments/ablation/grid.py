@@ -1,8 +1,9 @@
 """Ablation grids: a YAML file of configurations and seeds, and the cells that it describes.
 
 A grid file names two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of keys
-with several values, and `seeds`. The run directories of oracles and LMs are named by a hash of the configuration, so
-that cells share equal models and nothing is trained twice.
+with several values, and `seeds`. A row with the key `direct` trains the direct baseline in place of an oracle and an
+LM; the grid names its configuration too. Run directories are named by a hash of the configuration, so that cells share
+equal models and nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -19,26 +20,36 @@ from typing import Any
 
 from uvim_fsq.config.parse import to_dict
 from uvim_fsq.config.rules import validate
-from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.config.yaml_files import read_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json, write_json
-from uvim_fsq.tasks.configuration import load_run, resolve_lm
+from uvim_fsq.tasks.configuration import load_run, resolve_lm, without_token_keys
 
-KEYS = ("title", "oracle", "lm", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
-
-
+KEYS = ("title", "oracle", "lm", "direct", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
+#: The stages of an ordinary row.
 STAGES = ("oracle", "lm")
+#: All stages that settings may be given for.
+ALL_STAGES = (*STAGES, "direct")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the result: `key=value` settings of both stages, and the value that the paper reports."""
+    """One row of the result: `key=value` settings of both stages, and the value that the paper reports.
+
+    `direct` is None, or the settings of a row that trains the direct baseline and has neither oracle nor LM.
+    """
 
     name: str
     oracle: tuple[str, ...]
     lm: tuple[str, ...]
+    direct: tuple[str, ...] | None
     paper: str
+
+    @property
+    def settings(self) -> dict[str, tuple[str, ...]]:
+        """Stage -> settings, of the stages that the row trains."""
+        return {"oracle": self.oracle, "lm": self.lm} if self.direct is None else {"direct": self.direct}
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Grid:
 
     Attributes:
         oracle, lm: configuration files of the two stages.
+        direct: configuration file of the direct baseline, or None.
         synthetic: arguments of `write_dataset` for the scenes to render; None if the data exist.
         paper_protocol: the protocol under which results are comparable with the paper's.
         figures: names of additional metrics of oracle and LM that get columns, e.g. FID-5k.
@@ -55,6 +67,7 @@ class Grid:
     title: str
     oracle: Path
     lm: Path
+    direct: Path | None
     synthetic: dict[str, Any] | None
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
@@ -63,23 +76,41 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One row with one seed: the arguments of the two training commands, their run directories, and their
-    configurations as far as they are known without data.
+class Training:
+    """One training of a cell.
+
+    Attributes:
+        run: its configuration, as far as it is known without data.
+        folder: its run directory.
+        command: the arguments of its command.
     """
+
+    run: Run
+    folder: Path
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What it trains."""
+        return "direct baseline" if self.run.stage == "direct" else self.run.stage
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed: an oracle and an LM, or a direct baseline, to be trained in this order."""
 
     row: str
     seed: int
-    oracle_dir: Path
-    lm_dir: Path
-    oracle_command: tuple[str, ...]
-    lm_command: tuple[str, ...]
-    oracle_run: OracleRun
-    lm_run: LMRun
+    trainings: tuple[Training, ...]
 
     @property
     def name(self) -> str:
         return f"{self.row}, seed {self.seed}"
+
+    @property
+    def result(self) -> Training:
+        """The last training, whose result stands in the table."""
+        return self.trainings[-1]
 
 
 def read_grid(file: Path) -> Grid:
@@ -91,6 +122,8 @@ def read_grid(file: Path) -> Grid:
     for key in STAGES:
         if not isinstance(tree.get(key), str):
             raise UserError(f"{file}: `{key}` must name the configuration of that stage")
+    if not isinstance(tree.get("direct", ""), str):
+        raise UserError(f"{file}: `direct` must name the configuration of the direct baseline")
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise UserError(f"{file}: `seeds` must be a list of integers")
@@ -98,6 +131,7 @@ def read_grid(file: Path) -> Grid:
         title=str(tree.get("title", file.stem)),
         oracle=Path(os.path.normpath(file.parent / tree["oracle"])),
         lm=Path(os.path.normpath(file.parent / tree["lm"])),
+        direct=Path(os.path.normpath(file.parent / tree["direct"])) if "direct" in tree else None,
         synthetic=tree.get("synthetic"),
         rows=_rows(file, tree),
         seeds=tuple(seeds),
@@ -117,22 +151,32 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
     if not isinstance(named, dict) or not isinstance(grid, dict):
         raise UserError(f"{file}: `rows` and `grid` must be mappings")
     for key, values in grid.items():
-        if key.partition(".")[0] not in STAGES or not isinstance(values, list) or not values:
-            raise UserError(f"{file}: grid.{key}: the key must begin with oracle. or lm., and its value must be a list")
+        if key.partition(".")[0] not in ALL_STAGES or not isinstance(values, list) or not values:
+            raise UserError(
+                f"{file}: grid.{key}: the key must begin with oracle. or lm. (or direct.), and its value must be a list"
+            )
     common = _settings(file, "set", tree.get("set") or {})
     rows = []
     for name, given in named.items():
-        own = _settings(file, f"rows.{name}", given or {})
-        for values in itertools.product(*grid.values()):
-            varied: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
-            for key, value in zip(grid, values, strict=True):
+        own, direct = _settings(file, f"rows.{name}", given or {}), "direct" in (given or {})
+        if direct and ("direct" not in tree or set(given) & set(STAGES)):
+            raise UserError(
+                f"{file}: `rows.{name}` is direct: it takes neither oracle: nor lm:, and the grid must name its "
+                "configuration as `direct`"
+            )
+        keys = [key for key in grid if key.startswith("direct.") == direct]
+        for values in itertools.product(*(grid[key] for key in keys)):
+            varied: dict[str, dict[str, Any]] = {stage: {} for stage in ALL_STAGES}
+            for key, value in zip(keys, values, strict=True):
                 stage, _, rest = key.partition(".")
                 varied[stage][rest] = value
             parts = [name] if name else []
-            parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in zip(grid, values, strict=True)]
-            merged = {stage: {**common[stage], **own[stage], **varied[stage]} for stage in STAGES}
-            oracle, lm = (tuple(f"{k}={_text(v)}" for k, v in merged[stage].items()) for stage in STAGES)
-            rows.append(Row(", ".join(parts), oracle, lm, str((given or {}).get("paper", ""))))
+            parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in zip(keys, values, strict=True)]
+            merged = {stage: {**common[stage], **own[stage], **varied[stage]} for stage in ALL_STAGES}
+            texts = {stage: tuple(f"{k}={_text(v)}" for k, v in merged[stage].items()) for stage in ALL_STAGES}
+            oracle, lm = ((), ()) if direct else (texts["oracle"], texts["lm"])
+            paper = str((given or {}).get("paper", ""))
+            rows.append(Row(", ".join(parts), oracle, lm, texts["direct"] if direct else None, paper))
     names = [row.name for row in rows]
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"{file}: there are no rows, or two rows of the same name")
@@ -140,9 +184,11 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 def _settings(file: Path, where: str, tree: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(tree, dict) or set(tree) - {*STAGES, "paper"}:
-        raise UserError(f"{file}: `{where}` may contain only oracle: and lm: (each a mapping of settings) and paper:")
-    found = {stage: tree.get(stage) or {} for stage in STAGES}
+    if not isinstance(tree, dict) or set(tree) - {*ALL_STAGES, "paper"}:
+        raise UserError(
+            f"{file}: `{where}` may contain only oracle: and lm:, or direct: (each a mapping of settings), and paper:"
+        )
+    found = {stage: tree.get(stage) or {} for stage in ALL_STAGES}
     for stage, settings in found.items():
         if not isinstance(settings, dict):
             raise UserError(f"{file}: `{where}.{stage}` must be a mapping of settings")
@@ -155,7 +201,7 @@ def _text(value: Any) -> str:
 
 def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     """All cells, with validated configurations. All rows of the first seed come first, so that unfinished tables can
-    already be compared. `overrides` apply to both stages of all cells.
+    already be compared. `overrides` apply to all stages of all cells, except for keys that the direct baseline lacks.
 
     Raises:
         UserError: a cell, which is named, has an unknown key or an invalid combination of settings.
@@ -163,34 +209,51 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     data = [f"data.root={(out / 'data').resolve()}"] if grid.synthetic is not None else []
     cells = []
     for seed, row in itertools.product(grid.seeds, grid.rows):
-        common = [f"train.seed={seed}", *overrides]
+        train = _train_direct if row.direct is not None else _train_both
         try:
-            settings = [*data, *row.oracle, *common]
-            # Without reading the data, which may not exist yet.
-            run = load_run(grid.oracle, [*settings, f"train.out={out / 'planned'}"])
-            if not isinstance(run, OracleRun):
-                raise UserError(f"{grid.oracle} is not a configuration of stage oracle")
-            validate(run)
-            oracle_dir = out / "oracles" / _digest(run)
-            target = [f"train.out={oracle_dir}", "train.resume=auto"]
-            oracle = ("train-oracle", str(grid.oracle), *settings, *target)
-            settings = [*row.lm, *common, f"oracle={oracle_dir}"]
-            lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
-            if not isinstance(lm_run, LMRun):
-                raise UserError(f"{grid.lm} is not a configuration of stage lm")
-            if run.plugins:
-                # A new process trusts only the plugins that its own command or configuration names.
-                settings.append(f"plugins=[{','.join(dict.fromkeys((*run.plugins, *lm_run.plugins)))}]")
-            lm_run = resolve_lm(lm_run, run)
-            validate(lm_run)
-            lm_dir = out / "lms" / _digest(lm_run)
-            target = [f"train.out={lm_dir}", "train.resume=auto"]
-            lm = ("train-lm", str(grid.lm), *settings, *target)
-            cells.append(Cell(row.name, seed, oracle_dir, lm_dir, oracle, lm, run, lm_run))
+            cells.append(Cell(row.name, seed, train(grid, row, out, data, [f"train.seed={seed}", *overrides])))
         except UserError as error:
             raise UserError(f"cell {row.name!r}, seed {seed}: {error}") from error
     _refuse_mixed(cells)
     return cells
+
+
+def _train_both(
+    grid: Grid, row: Row, out: Path, data: Sequence[str], common: Sequence[str]
+) -> tuple[Training, Training]:
+    """Oracle and LM of a row; `data` and `common` are further settings, of the oracle and of both."""
+    settings = [*data, *row.oracle, *common]
+    # Without reading the data, which may not exist yet.
+    run = load_run(grid.oracle, [*settings, f"train.out={out / 'planned'}"])
+    if not isinstance(run, OracleRun):
+        raise UserError(f"{grid.oracle} is not a configuration of stage oracle")
+    oracle = _training(run, grid.oracle, settings, out / "oracles")
+    settings = [*row.lm, *common, f"oracle={oracle.folder}"]
+    lm_run = load_run(grid.lm, [*settings, f"train.out={out / 'planned'}"])
+    if not isinstance(lm_run, LMRun):
+        raise UserError(f"{grid.lm} is not a configuration of stage lm")
+    if run.plugins:
+        # A new process trusts only the plugins that its own command or configuration names.
+        settings.append(f"plugins=[{','.join(dict.fromkeys((*run.plugins, *lm_run.plugins)))}]")
+    return oracle, _training(resolve_lm(lm_run, run), grid.lm, settings, out / "lms")
+
+
+def _train_direct(grid: Grid, row: Row, out: Path, data: Sequence[str], common: Sequence[str]) -> tuple[Training]:
+    """The direct baseline of a row; arguments as for `_train_both`."""
+    assert grid.direct is not None and row.direct is not None
+    settings = [*data, *row.direct, *without_token_keys(common)]
+    run = load_run(grid.direct, [*settings, f"train.out={out / 'planned'}"])
+    if not isinstance(run, DirectRun):
+        raise UserError(f"{grid.direct} is not a configuration of stage direct")
+    return (_training(run, grid.direct, settings, out / "direct"),)
+
+
+def _training(run: Run, file: Path, settings: Sequence[str], folder: Path) -> Training:
+    """The training of `run`, which `settings` on a configuration file describe, in a folder of its own in `folder`."""
+    validate(run)
+    place = folder / _digest(run)
+    target = (f"train.out={place}", "train.resume=auto")
+    return Training(run, place, (f"train-{run.stage}", str(file), *settings, *target))
 
 
 def _refuse_mixed(cells: Sequence[Cell]) -> None:
@@ -206,7 +269,7 @@ def _refuse_mixed(cells: Sequence[Cell]) -> None:
 
 
 def _measured_on(cell: Cell) -> dict[str, Any]:
-    run = cell.lm_run
+    run = cell.result.run
     return {
         "data.root": run.data.root,
         "data.eval_split": run.data.eval_split,
@@ -263,10 +326,11 @@ def claim(out: Path, grid: Grid, overrides: Sequence[str]) -> None:
 
 def to_dict_of(grid: Grid) -> dict[str, Any]:
     """The content that identifies a grid, for the mark in its folder."""
-    rows = {row.name: {"oracle": row.oracle, "lm": row.lm} for row in grid.rows}
+    rows = {row.name: row.settings for row in grid.rows}
     return {
         "oracle": grid.oracle.name,
         "lm": grid.lm.name,
+        **({"direct": grid.direct.name} if grid.direct is not None else {}),
         "synthetic": grid.synthetic,
         "rows": rows,
     }

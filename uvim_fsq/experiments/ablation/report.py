@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.loading import load_any
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import finished, read_result
 from uvim_fsq.experiments.ablation.grid import Cell, Grid
@@ -24,7 +24,10 @@ from uvim_fsq.reports.panels import panel_rows, tile
 matplotlib.use("Agg")
 
 #: Title in the table -> name of the prediction.
-PREDICTIONS = {"LM": "lm", "oracle": "oracle", "context alone": "context_only"}
+PREDICTIONS = {"LM": "lm", "direct": "direct", "oracle": "oracle", "context alone": "context_only"}
+
+#: The same for pictures.
+PICTURED = {"oracle": "oracle", "LM": "lm", "direct": "direct"}
 
 
 def columns(metric: str, additional: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -45,14 +48,14 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
     Raises:
         UserError: two cells, which are named, were evaluated on different images or by different protocols.
     """
-    results = [(cell, read_result(cell.lm_dir)) for cell in cells if finished(cell.lm_dir)]
+    results = [(cell, read_result(cell.result.folder)) for cell in cells if finished(cell.result.folder)]
     common = _measured_on(results)
     titles = columns(common["main_metric"], grid.figures)
     rows: list[dict[str, Any]] = []
     for row in grid.rows:
         keys = ("figures", "checkpoint_sha256", "images", "limit", "versions")
         entries = [
-            {"seed": cell.seed, "run": str(cell.lm_dir), **{key: result[key] for key in keys}}
+            {"seed": cell.seed, "run": str(cell.result.folder), **{key: result[key] for key in keys}}
             for cell, result in results
             if cell.row == row.name
         ]
@@ -60,7 +63,7 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
             {
                 "name": row.name,
                 "paper": row.paper,
-                "settings": {"oracle": row.oracle, "lm": row.lm},
+                "settings": row.settings,
                 "cells": entries,
                 "columns": {title: _summary(entries, prediction, key) for title, (prediction, key) in titles.items()},
             }
@@ -97,7 +100,7 @@ def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str,
                 raise UserError(
                     f"{key} is {first.get(key)} in cell {other.name!r} and {about.get(key)} in cell {cell.name!r}: "
                     "their figures cannot be compared; evaluate both alike with uvim-fsq evaluate "
-                    f"{other.lm_dir} and {cell.lm_dir}"
+                    f"{other.result.folder} and {cell.result.folder}"
                 )
     return first or {"main_metric": "", "protocol": "", "images": 0, "limit": None}
 
@@ -175,14 +178,14 @@ def plots(results: Mapping[str, Any]) -> Figure:
 
 
 def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]:
-    """(row name, picture as an HTML tag) for each row: ground truth, oracle and LM of the first image in each cell."""
+    """(row name, HTML tag of a picture) for each row: truth and predictions of the first image, one line per cell."""
     found: dict[str, list[Mapping[str, np.ndarray]]] = {}
     for cell in cells:
-        if not finished(cell.lm_dir):
+        if not finished(cell.result.folder):
             continue
-        loaded = load_checkpoint(cell.lm_dir, device=device)
+        loaded = load_any(cell.result.folder, device=device)
         functions = predict_functions(loaded)
-        named = {title: functions[name] for name, title in (("oracle", "oracle"), ("lm", "LM")) if name in functions}
+        named = {title: functions[name] for title, name in PICTURED.items() if name in functions}
         rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)
         found.setdefault(cell.row, []).extend(rows)
     return [(name, png_tag(tile(rows), name)) for name, rows in found.items()]

@@ -60,8 +60,8 @@ class Runner:
         On Ctrl-C or SIGTERM the running processes save a checkpoint and exit, and no new ones are started.
         """
         for cell in cells:
-            for path in (cell.oracle_dir, cell.lm_dir):
-                self._locks.setdefault(path, threading.Lock())
+            for training in cell.trainings:
+                self._locks.setdefault(training.folder, threading.Lock())
         # Set SIGINT too: shells let background jobs ignore it.
         before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -80,19 +80,18 @@ class Runner:
     def _cell(self, cell: Cell) -> None:
         if self._stopped.is_set():
             return
-        stages = (("oracle", cell.oracle_dir, cell.oracle_command), ("lm", cell.lm_dir, cell.lm_command))
-        for stage, path, command in stages:
+        for training in cell.trainings:
             # Cells share oracles: the first one trains it, the others wait.
-            with self._locks[path]:
-                if finished(path):
+            with self._locks[training.folder]:
+                if finished(training.folder):
                     continue
-                self.say(f"{cell.name}: training the {stage}")
-                error = self._train(command, path)
+                self.say(f"{cell.name}: training the {training.name}")
+                error = self._train(training.command, training.folder)
             if self._stopped.is_set():
                 return
             if error is not None:
-                self.failures[cell.name] = f"{stage}: {error}"
-                self.say(f"{cell.name}: FAILED, {stage}: {error}")
+                self.failures[cell.name] = f"{training.name}: {error}"
+                self.say(f"{cell.name}: FAILED, {training.name}: {error}")
                 break
         else:
             self.say(f"{cell.name}: done")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from uvim_fsq.data.published_weights import Keys, create_published
 from uvim_fsq.errors import UserError
-from uvim_fsq.published_weights import create_published
 
 
 class TimmFeatures:
@@ -29,7 +29,7 @@ class TimmFeatures:
 
         if not timm.is_model(name):
             raise UserError(f"task.features={name} is not a timm model")
-        model, mean, std = create_published(name, weights)
+        model, mean, std = create_published(name, weights, Keys("task.features", "task.features_weights"))
         self.name, self.sha256, self.device = name, _hash(model), device
         self.model: Any = model.eval().requires_grad_(False).to(device)
         cfg: Any = model.pretrained_cfg
