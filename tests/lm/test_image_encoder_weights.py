@@ -34,7 +34,7 @@ def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no such file; give none, hub, package or a weights file" in message(tmp_path / "none.safetensors")
+    assert "no such file; give hub, package or a weights file" in message(tmp_path / "none.safetensors")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     assert f"does not contain weights of model.encoder.name={name} (its arrays belong to a different" in message(
         tmp_path / "other.pth"
@@ -58,5 +58,5 @@ def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest
     )
     assert message("hub").endswith(
         "the published weights of vit_tiny_patch16_224 are not on this machine and cannot be fetched (We cannot reach "
-        "the Hub); go online once, or give the path of a file with them, or weights=none"
+        "the Hub); go online once, or give the path of a file with them"
     )
