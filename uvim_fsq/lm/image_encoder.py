@@ -217,14 +217,14 @@ class ImageEncoder(nn.Module):
             return [(self.model.embed_dim, height, width)] * len(self._indices)
         model: Any = meta_copy(self.model).eval().requires_grad_()
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 stages = self._intermediates(model, torch.zeros(1, 3, self.size, self.size, device="meta"))
+                torch.autograd.backward([stage.sum() for stage in stages])
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"timm model {self.config.name} cannot take images of {self.size} x {self.size} pixels "
                 f"({first_line(error)}); set model.encoder.image_size"
             ) from error
-        torch.autograd.backward([stage.sum() for stage in stages])
         for name, parameter in model.named_parameters():
             if parameter.grad is None:  # DistributedDataParallel waits for every gradient
                 self.model.get_parameter(name).requires_grad_(False)
