@@ -160,4 +160,4 @@ def test_a_grids_plugin_is_trusted_by_its_processes(tmp_path: Path, monkeypatch:
     )
     (tmp_path / "grid.yaml").write_text("oracle: oracle.yaml\nlm: lm.yaml\nrows: {A: {}}\n")
     (cell,) = plan(read_grid(tmp_path / "grid.yaml"), tmp_path / "out")
-    assert "plugins=[grid_plugin]" in cell.lm_command
+    assert "plugins=[grid_plugin]" in cell.result.command
