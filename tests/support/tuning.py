@@ -20,13 +20,6 @@ SETTINGS: dict[str, Any] = {
     "temperature": 0.5,
     "top_k": 9,
 }
-    "codes": "soft",
-    "code_scale": 0.7,
-    "context_weight": 0.3,
-    "samples": 2,
-    "temperature": 0.5,
-    "top_k": 9,
-}
 
 
 def write_tuned(run_dir: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
