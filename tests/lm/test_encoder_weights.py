@@ -12,12 +12,12 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from uvim_fsq.lm.encoder_weights import create_published
 
 from tests.support.paths import BESIDE
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm import encoder_weights
-from uvim_fsq.lm.encoder_weights import create_published
 from uvim_fsq.lm.image_encoder import build_image_encoder
 
 
