@@ -118,6 +118,16 @@ def random_runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[P
     return base / "oracle", base / "lm"
 
 
+@pytest.fixture(scope="session")
+def held_out_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LM's run with random weights, whose data has a hold-out of 5 images; tests that change it copy it."""
+    base = tmp_path_factory.mktemp("held_out")
+    data = small_data(base / "data", num=100, layout="png")
+    splits = ("data.train_split=train_minus_holdout", "data.selection_split=holdout")
+    oracle = save_untrained(oracle_run(base / "oracle", data, *splits))
+    return save_untrained(lm_run(base / "lm", oracle))
+
+
 @pytest.fixture
 def random_lm(random_runs: tuple[Path, Path]) -> LoadedRun:
     """The LM of `random_runs`."""

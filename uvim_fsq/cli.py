@@ -28,6 +28,7 @@ from uvim_fsq.commands import (
     train_direct,
     train_lm,
     train_oracle,
+    tune,
 )
 from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import clear
@@ -41,6 +42,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train-direct": train_direct,
     "config": config,
     "evaluate": evaluate,
+    "tune": tune,
     "analyze": analyze,
     "predict": predict,
     "synth": synth,
@@ -57,12 +59,12 @@ DATA_COMMANDS: dict[str, ModuleType] = {
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "analyze", "predict"), "lm"),
+    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "analyze", "predict"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth",)
 #: Commands that can run in several processes. With any other, each process would write the same files.
-SHARED = (train_oracle, train_lm, train_direct, evaluate, analyze)
+SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, analyze)
 
 
 def _config_epilog(stage: str) -> str:

@@ -78,7 +78,7 @@ def test_overrides_of_protocol_and_data_apply_to_both(lm_dir: Path, direct_dir: 
 def test_runs_measured_on_other_images_or_by_another_protocol_are_refused(
     keys: list[str], message: str, tmp_path: Path, data: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uvim_fsq.training.run.evaluate", lambda out: {})
+    monkeypatch.setattr("uvim_fsq.training.run.evaluate", lambda out, **keys: {})
     monkeypatch.setattr("uvim_fsq.training.stages.Stage.evaluate", lambda *_: {"rmse": 1.0})
     monkeypatch.setattr("uvim_fsq.training.stages.Stage.panel", lambda *_: None)
     out = train(direct_run(tmp_path / "direct", data, *keys))

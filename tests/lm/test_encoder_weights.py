@@ -12,12 +12,12 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from uvim_fsq.lm.encoder_weights import create_published
 
 from tests.support.paths import BESIDE
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm import encoder_weights
-from uvim_fsq.lm.encoder_weights import create_published
 from uvim_fsq.lm.image_encoder import build_image_encoder
 
 
@@ -103,7 +103,7 @@ def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no such file; give none, hub, package or a weights file" in message(tmp_path / "none.safetensors")
+    assert "no such file; give hub, package or a weights file" in message(tmp_path / "none.safetensors")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     assert f"does not contain weights of model.encoder.name={name} (its arrays belong to a different" in message(
         tmp_path / "other.pth"
@@ -127,7 +127,7 @@ def test_unusable_weights_files_are_one_line(tmp_path: Path, monkeypatch: pytest
     )
     assert message("hub").endswith(
         "the published weights of vit_tiny_patch16_224 are not on this machine and cannot be fetched (We cannot reach "
-        "the Hub); go online once, or give the path of a file with them, or weights=none"
+        "the Hub); go online once, or give the path of a file with them"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from uvim_fsq.lm.encoder_weights import create_published
 
 from tests.support.runs import fit_run, last_weights, losses
 from tests.support.small import lm_run
@@ -14,7 +15,6 @@ from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import checkpoints
 from uvim_fsq.evaluation.results import read_result
 from uvim_fsq.lm import encoder_weights
-from uvim_fsq.lm.encoder_weights import create_published
 from uvim_fsq.training.run import train
 
 #: Removes the overrides of the small configuration.

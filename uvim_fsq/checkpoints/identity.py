@@ -16,7 +16,7 @@ from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import changeable
 
-#: Settings that affect the speed of predictions or the hardware they need, but not the predictions themselves.
+#: Settings that affect the speed of predictions or the hardware they need, but not, by themselves, the predictions.
 SPEED = frozenset(
     {
         "data.workers",
@@ -26,6 +26,7 @@ SPEED = frozenset(
         "eval.batch_size",
         "eval.workers",
         "eval.compile",
+        "eval.tuned",  # the settings that it applies are listed themselves
     }
 )
 #: Settings that may change freely on resume, because no sample, gradient, metric or checkpoint choice depends on them.
@@ -80,7 +81,7 @@ def check_resume(asked: Run, trained: Run) -> None:
     Other settings that change the result may differ only if `train.resume_changes` is set.
     """
     changed = {key: values for key, values in differences(trained, asked).items() if key not in FREE}
-    if "data.root" in changed and _same_folder(*changed["data.root"]):
+    if "data.root" in changed and same_folder(*changed["data.root"]):
         del changed["data.root"]
     # The initial weights no longer matter, but their entry in the configuration should not change by accident.
     initial = "model.encoder.weights"
@@ -122,7 +123,8 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, default=str).replace('""', "''")
 
 
-def _same_folder(before: str, after: str) -> bool:
+def same_folder(before: str, after: str) -> bool:
+    """Whether two values of `data.root` mean the same folder; False if either does not exist."""
     try:
         return find_data_root(before).samefile(find_data_root(after))
     except UserError:

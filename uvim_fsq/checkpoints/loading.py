@@ -15,9 +15,9 @@ from uvim_fsq.checkpoints.run_directory import (
     find_oracle,
     inherit,
     read_oracle_config,
-    read_overridden,
     resolve_checkpoint,
 )
+from uvim_fsq.checkpoints.tuned import DECODING, FROM_RUN, Tuned, read_for_prediction, refuse_chosen_images
 from uvim_fsq.config.plugins import plugin_code
 from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
@@ -120,12 +120,14 @@ class LoadedCheckpoint:
         checkpoint: the checkpoint directory.
         chosen: how the checkpoint was chosen: "given", "last", or a description of the metric it is the best by.
         overrides: key -> [trained value, current value] of the changed settings.
+        decoding_from: where the decoding settings come from: "the run", or a description of the tuning.
     """
 
     task: Task
     checkpoint: Path
     chosen: str = "given"
     overrides: dict[str, list[Any]] = field(default_factory=dict)
+    decoding_from: str = FROM_RUN
 
 
 @dataclass(kw_only=True)
@@ -161,9 +163,15 @@ class LoadedDirect(LoadedCheckpoint):
         self.model.to(device)
 
 
-def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu") -> LoadedRun:
+def load_checkpoint(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    *,
+    tuned: bool = True,
+) -> LoadedRun:
     """Like `load_any` for a run with tokens. Raises UserError for a direct run."""
-    loaded = load_any(path, overrides, device)
+    loaded = load_any(path, overrides, device, tuned=tuned)
     if isinstance(loaded, LoadedDirect):
         raise UserError(f"{path} is a run of the direct baseline, which has no tokens; give an oracle's or an LM's run")
     return loaded
@@ -178,7 +186,11 @@ def load_direct(path: str | Path, overrides: Sequence[str] = (), device: str | t
 
 
 def load_any(
-    path: str | Path, overrides: Sequence[str] = (), device: str | torch.device = "cpu"
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    *,
+    tuned: bool = True,
 ) -> LoadedRun | LoadedDirect:
     """Loads the models and task of a run or checkpoint directory of any stage.
 
@@ -190,15 +202,18 @@ def load_any(
         path: the run or checkpoint directory.
         overrides: `key=value` strings.
         device: where to put the models.
+        tuned: apply the settings that `uvim-fsq tune` chose for the checkpoint, unless `eval.tuned` is false.
 
     Raises UserError for anything missing, damaged or inconsistent.
     """
     with enough_memory(f"{path} needs a machine with more"):
-        return _load(path, overrides, device)
+        return _load(path, overrides, device, tuned)
 
 
-def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device) -> LoadedRun | LoadedDirect:
-    checkpoint, chosen, run, changed = _choose(path, overrides)
+def _load(
+    path: str | Path, overrides: Sequence[str], device: str | torch.device, use_tuned: bool
+) -> LoadedRun | LoadedDirect:
+    checkpoint, chosen, run, changed, tuned = _choose(path, overrides, use_tuned)
     about: dict[str, Any] = {"checkpoint": checkpoint, "chosen": chosen, "overrides": changed}
     if isinstance(run, DirectRun):
         task = build_task(run)
@@ -218,16 +233,28 @@ def _load(path: str | Path, overrides: Sequence[str], device: str | torch.device
     oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)
+    if tuned is not None:
+        about["decoding_from"] = tuned.describe(run.eval)
     return LoadedRun(run=run, task=task, oracle=oracle.to(device), lm=lm.eval().to(device), **about)
 
 
-def _choose(path: str | Path, overrides: Sequence[str]) -> tuple[Path, str, Run, dict[str, list[Any]]]:
+def _choose(
+    path: str | Path, overrides: Sequence[str], use_tuned: bool
+) -> tuple[Path, str, Run, dict[str, list[Any]], Tuned | None]:
     checkpoint, selection = choose(path)
-    run, changed = read_overridden(checkpoint, overrides)
-    if selection is None:
-        return checkpoint, "given" if checkpoint == Path(path) else "last", run, changed
-    if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:
-        # The reported results must not have selected the checkpoint.
-        checkpoint = resolve_checkpoint(path, prefer="last")
-        return checkpoint, "last", *read_overridden(checkpoint, overrides)
-    return checkpoint, selection.describe(), run, changed
+    run, changed, tuned = read_for_prediction(checkpoint, overrides, tuned=use_tuned)
+    chosen = "given" if checkpoint == Path(path) else "last"
+    if selection is not None:
+        chosen = selection.describe()
+        if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:
+            # The reported results must not have selected the checkpoint.
+            checkpoint, chosen = resolve_checkpoint(path, prefer="last"), "last"
+            run, changed, tuned = read_for_prediction(checkpoint, overrides, tuned=use_tuned)
+    if tuned is not None:
+        refuse_chosen_images(tuned, run, checkpoint)
+        if tuned.metric != build_task(run).choosing_metric:
+            raise UserError(
+                f"{checkpoint / DECODING} was tuned by {tuned.metric}, but the task's protocol now reports another "
+                "metric; set eval.tuned=false"
+            )
+    return checkpoint, chosen, run, changed, tuned

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from uvim_fsq.checkpoints.identity import check_overrides
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
-from uvim_fsq.config.yaml_files import read_tree
+from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
 from uvim_fsq.tasks.configuration import load_run, resolve_lm
@@ -201,6 +201,19 @@ def read_config(checkpoint: Path) -> Run:
     return read_overridden(checkpoint)[0]
 
 
+def parse_config(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Run, Tree]:
+    """The configuration of a checkpoint directory with overrides, checked for keys and types only, and its file's tree.
+
+    Raises UserError if the configuration is missing or damaged, and for misspelled overrides.
+    """
+    file = checkpoint / CONFIG
+    if not file.is_file():
+        raise UserError(f"{checkpoint} contains no config.yaml; give a run directory or one of its checkpoints")
+    checked_hash(checkpoint, CONFIG)
+    tree = read_tree(file)
+    return load_run(tree, overrides, found_in=file), tree
+
+
 def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, list[Any]]]:
     """The configuration of a checkpoint directory with overrides applied.
 
@@ -213,18 +226,13 @@ def read_overridden(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[Ru
     Raises UserError if the configuration is missing or damaged, and for overrides that are misspelled or invalid or
     that would change the model.
     """
-    file = checkpoint / CONFIG
-    if not file.is_file():
-        raise UserError(f"{checkpoint} contains no config.yaml; give a run directory or one of its checkpoints")
-    checked_hash(checkpoint, CONFIG)
-    tree = read_tree(file)
-    run = load_run(tree, overrides, found_in=file)
+    run, tree = parse_config(checkpoint, overrides)
     if not overrides:
         validate(run, run)
         return run, {}
     # Plugins given by the user replace those of the run.
     named = [override for override in overrides if override.startswith("plugins=")]
-    trained = load_run(tree, named, found_in=file)
+    trained = load_run(tree, named, found_in=checkpoint / CONFIG)
     changed = check_overrides(run, replace(trained, plugins=tuple(tree.get("plugins") or ())))
     validate(run, trained)
     return run, changed

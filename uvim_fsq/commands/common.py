@@ -34,9 +34,10 @@ def check_run(run: str | Path, overrides: Sequence[str]) -> dict[str, list[Any]]
     Raises:
         UserError: there is no such run, or an override is invalid.
     """
-    from uvim_fsq.checkpoints.run_directory import read_overridden, resolve_checkpoint
+    from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
+    from uvim_fsq.checkpoints.tuned import read_for_prediction
 
-    changed = read_overridden(resolve_checkpoint(run), overrides)[1]
+    changed = read_for_prediction(resolve_checkpoint(run), overrides)[1]
     say(f"{run}: loading ...")
     return changed
 
@@ -60,6 +61,7 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from uvim_fsq.checkpoints.identity import describe_overrides
+    from uvim_fsq.checkpoints.tuned import FROM_RUN
 
     figures: dict[str, dict[str, float]] = result["figures"]
     data = ", ".join(f"{key} {value}" for key, value in result["data"].items())
@@ -78,4 +80,6 @@ def print_result(result: dict[str, Any]) -> None:
     limit = f", first {result['limit']} images only" if result["limit"] else ""
     if result["overrides"]:
         print(describe_overrides(result["overrides"]))
+    if result["decoding_from"] != FROM_RUN:
+        print(f"decoding: {result['decoding_from']}")
     print(f"{result['images']} images{limit}; checkpoint {result['checkpoint']} ({result['checkpoint_sha256'][:12]})")

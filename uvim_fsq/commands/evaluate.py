@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> None:
     if official:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
-    file = args.json or variant_path(result_file(Path(args.run)), changed)
+    file = result_file(Path(args.run))
     if args.compare is not None:
         resolve_checkpoint(args.compare)
-    check_places([file, args.csv, args.report, args.states], [official] if official else [])
+    places = [args.json or variant_path(file, changed), args.csv, args.report, args.states]
+    check_places(places, [official] if official else [])
 
     from uvim_fsq import processes
     from uvim_fsq.evaluation.run import evaluate
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if not processes.is_main():
         return
+    # The checkpoint, and with it the tuned settings, may be another one than `changed` is about.
+    file = args.json or variant_path(file, result["overrides"])
     if args.report is not None:
         write_run_page(args.report, args.run, [*args.overrides, *limited], result, args.compare)
     write_json(file, result)

@@ -308,6 +308,9 @@ class EvalConfig(BasicEvalConfig):
     """Mixes the prediction with context alone: 0 is the codes' prediction, 1 context alone; classes by probability."""
     samples: int = 1
     """Average this many sampled predictions per image (classes by probability); above 1 needs a temperature above 0."""
+    tuned: bool = True
+    """Apply the settings that `uvim-fsq tune` chose for the checkpoint (its decoding.json), except for keys that are
+    given. Training's own evaluations never apply them."""
 
 
 #: The keys of `eval` that say how tokens are chosen, as in `lm.sampling.Sampling`.

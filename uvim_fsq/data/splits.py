@@ -24,6 +24,11 @@ def holdout_mask(names: Sequence[str]) -> np.ndarray:
     return mask
 
 
+def share_images(one: str, two: str) -> bool:
+    """Whether two splits, as far as their names tell, have images in common."""
+    return one == two or ("train" in (one, two) and {one, two} <= {"train", "holdout", "train_minus_holdout"})
+
+
 def split_rows(split: str, names: Sequence[str]) -> np.ndarray:
     """(M,) int64 positions in `names` that belong to `split` (one of `SPLITS`), in order.
 

@@ -18,10 +18,10 @@ from uvim_fsq.config.schema import BasicEvalConfig, DataConfig, Run
 from uvim_fsq.console import Bar
 from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
-from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.intervals import ImageStates, is_recordable
-from uvim_fsq.inference.predictions import PredictFn, Predictions, eval_autocast
+from uvim_fsq.inference.predictions import PredictFn, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
@@ -41,6 +41,7 @@ class Evaluator:
     Attributes:
         source: the samples of the split.
         protocol: the evaluation protocol, set by `run`.
+        metric_details: `Metric.details`, set by `run`.
         rows: metrics of each image of this process, set by `run`.
         states: what each image of this process added to the metric, set by `run`.
         statistics: code counts over all processes, or None.
@@ -60,6 +61,7 @@ class Evaluator:
         self.limit = limit if limit is not None else config.limit
         self.source = task.source(data.root, data.eval_split)
         self.protocol = ""
+        self.metric_details: dict[str, Any] = {}
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
         self.states, self.record = ImageStates(), record
@@ -85,12 +87,14 @@ class Evaluator:
             title: label of the progress bar.
         """
         metric = self.task.metric(self.source)
-        self.protocol = metric.protocol
+        self.protocol, self.metric_details = metric.protocol, metric.details
         self.rows, self.states = [], ImageStates()
         record = self.record and is_recordable(metric)
         entries: list[Any] = []
         cost = np.zeros(3)  # bits, images, tokens
-        for predicted, samples in self._predicted(predict, device, title):
+        for batch, samples in self.batches(device, title):
+            with eval_autocast(self.config, device):
+                predicted = predict(batch)
             for item, sample in zip(predicted.items, samples, strict=True):
                 before = metric.state() if record else {}
                 self.rows.append({"id": sample.id, **metric.update(item, sample)})
@@ -103,7 +107,7 @@ class Evaluator:
                 cost += [bits.sum(), len(bits), predicted.tokens.numel()]
             if self.statistics is not None and predicted.tokens is not None:
                 self.statistics.update(predicted.tokens)
-        metric.load_state(_sum_over_processes(metric.state()))
+        metric.load_state(sum_over_processes(metric.state()))
         figures = metric.compute() | self._code_figures(cost)
         if official is not None:
             entries = [entry for part in processes.gather(entries) for entry in part]
@@ -111,10 +115,13 @@ class Evaluator:
             figures |= {f"official/{name}": value for name, value in scores.items()}
         return figures
 
-    def _predicted(
-        self, predict: PredictFn, device: torch.device, title: str
-    ) -> Iterator[tuple[Predictions, list[Sample]]]:
-        """Each batch of this process's images: predictions, and the samples at native size."""
+    def batches(self, device: torch.device, title: str) -> Iterator[tuple[Batch, list[Sample]]]:
+        """Each batch of this process's images, on the device, and its samples at native size, with a progress bar.
+
+        Args:
+            device: where the batches go.
+            title: label of the progress bar.
+        """
         state = processes.state()
         count = len(self.source) if self.limit is None else min(self.limit, len(self.source))
         batches = eval_batches(
@@ -127,21 +134,21 @@ class Evaluator:
             rank=state.process_index,
             world=state.num_processes,
         )
+        done = 0
         with Bar(title, count) as bar:
             for batch, samples in batches:
-                bar.update(min(len(self.rows) * state.num_processes, count))
-                with eval_autocast(self.config, device):
-                    predicted = predict(to_device(batch, device))
-                yield predicted, samples
+                bar.update(min(done * state.num_processes, count))
+                yield to_device(batch, device), samples
+                done += len(samples)
 
     def _code_figures(self, cost: np.ndarray) -> dict[str, float]:
         """Code usage and bits of the true tokens over all processes; `cost`: this one's bits, images and tokens."""
         figures: dict[str, float] = {}
         if self.statistics is not None:
-            self.statistics.load_state(_sum_over_processes(self.statistics.state()))
+            self.statistics.load_state(sum_over_processes(self.statistics.state()))
             if self.statistics.counts.any():
                 figures |= self.statistics.compute()
-        bits, images, tokens = _sum_over_processes({"cost": cost})["cost"]
+        bits, images, tokens = sum_over_processes({"cost": cost})["cost"]
         if images:
             figures |= {"bits_per_token": float(bits / tokens), "bits_per_image": float(bits / images)}
         return figures
@@ -180,7 +187,7 @@ def _official_scores(official: OfficialResults, entries: list[Any]) -> dict[str,
         return {}
 
 
-def _sum_over_processes(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def sum_over_processes(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Sums each array over all processes."""
     states = processes.gather(state)
     return {name: np.sum([other[name] for other in states], axis=0) for name in state}

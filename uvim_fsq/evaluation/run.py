@@ -12,8 +12,8 @@ import torch
 from uvim_fsq import files, processes
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import file_hash
+from uvim_fsq.checkpoints.tuned import TUNED_KEYS
 from uvim_fsq.config.parse import to_dict
-from uvim_fsq.config.schema import SAMPLING_KEYS
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
@@ -23,16 +23,7 @@ from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
-DECODING_KEYS = (
-    "codes",
-    "code_scale",
-    "context_weight",
-    "samples",
-    *SAMPLING_KEYS,
-    "seed",
-    "precision",
-    "int8_cross_kv",
-)
+DECODING_KEYS = (*TUNED_KEYS, "seed", "precision", "int8_cross_kv")
 
 #: Name of a predict function -> the metrics of each image.
 Rows = dict[str, list[dict[str, Any]]]
@@ -136,9 +127,11 @@ def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: t
     return {
         "task": task.name,
         "protocol": evaluator.protocol,
+        "metric_details": evaluator.metric_details,
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS if hasattr(run.eval, key)},
+        "decoding_from": loaded.decoding_from,
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
         "checkpoint": str(loaded.checkpoint),
@@ -169,6 +162,7 @@ def evaluate(
     official: Path | None = None,
     compare: str | Path | None = None,
     states: Path | None = None,
+    tuned: bool = True,
 ) -> dict[str, Any]:
     """Evaluates a run or checkpoint directory according to its task's protocol.
 
@@ -181,13 +175,14 @@ def evaluate(
         official: folder for result files in the benchmark's own format.
         compare: a direct run or checkpoint directory, whose figures are added under "direct".
         states: if given, write what each image added to the metrics to this .npz file.
+        tuned: apply the settings that `uvim-fsq tune` chose for the checkpoint, unless `eval.tuned` is false.
 
     Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
     and for two runs whose figures cannot be compared.
     """
     device = processes.device()
     limited = [] if limit is None else [f"eval.limit={limit}"]
-    loaded = load_any(run_dir, [*overrides, *limited], device)
+    loaded = load_any(run_dir, [*overrides, *limited], device, tuned=tuned)
     compared = load_compared(compare, loaded, overrides, device) if compare is not None else None
     with enough_memory(EVALUATION_REMEDY):
         return evaluate_loaded(

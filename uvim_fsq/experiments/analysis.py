@@ -22,6 +22,7 @@ from uvim_fsq import processes
 from uvim_fsq.checkpoints.identity import describe_overrides
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash, find_oracle, resolve_checkpoint
+from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.console import Bar
 from uvim_fsq.data.batch import to_device
@@ -160,6 +161,7 @@ def write_pages(out: Path, loaded: LoadedRun, result: Mapping[str, Any], picture
         "images": f"{result['images']}" + (f" (the first {result['limit']})" if result["limit"] else ""),
         "seed": str(result["seed"]),
         **({"settings": describe_overrides(result["overrides"])} if result["overrides"] else {}),
+        **({"decoding": result["decoding_from"]} if result["decoding_from"] != FROM_RUN else {}),
         **{key: result[key][:16] for key in ("checkpoint_sha256", "oracle_sha256") if key in result},
     }
     lines = "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items())

@@ -130,6 +130,12 @@ class Part(NamedTuple):
     features: torch.Tensor | None = None
 
 
+def decode_part(part: Part, image: torch.Tensor, rows: slice) -> Logits:
+    """The logits of a part for some of the images (B, 3, S, S)."""
+    features = None if part.features is None else part.features[rows]
+    return part.decoder.decode(part.codes[rows], image[rows], features)
+
+
 def iter_mixed_logits(
     channels: Mapping[str, LabelChannel], parts: Sequence[Part], image: torch.Tensor
 ) -> Iterator[Logits]:
@@ -146,9 +152,8 @@ def iter_mixed_logits(
         return
     for rows in parts[0].decoder.image_chunks(len(image)):
         mean = LogitMean(channels)
-        for weight, decoder, codes, features in parts:
-            seen = None if features is None else features[rows]
-            mean.add(decoder.decode(codes[rows], image[rows], seen), weight)
+        for part in parts:
+            mean.add(decode_part(part, image, rows), part.weight)
         yield mean.logits()
 
 
@@ -186,21 +191,33 @@ class LMDecoder:
 
     def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
         """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""
-        config, oracle = self.config, self.oracle
+        config = self.config
         parts: list[Part] = []
         tokens: list[torch.Tensor] = []
         for number in range(config.samples):
-            generated = self.generator(image, sample_seeds(seeds, number))
-            codes = scale_codes(oracle, chosen_codes(oracle.quantizer, generated, config.codes), config.code_scale)
+            generated = self.generate(image, seeds, number)
             weight = (1 - config.context_weight) / config.samples
-            features = generated.features if self.decoder.feature_projection is not None else None
-            parts.append(Part(weight, self.decoder, codes, features))
+            parts.append(self.code_part(generated, config.codes, config.code_scale, weight))
             tokens = tokens or [generated.tokens]
         if config.context_weight > 0:
-            parts.append(Part(config.context_weight, oracle, oracle.empty_codes(len(image))))
+            parts.append(self.context_part(len(image), config.context_weight))
         return [part for part in parts if part.weight > 0], tokens[0]
 
     def decode(self, parts: Sequence[Part], image: torch.Tensor) -> list[Any]:
         """One prediction per image, as `Task.decode` returns it, from what `parts` returned for these images."""
         logits = iter_mixed_logits(self.task.label_channels, parts, image)
         return [item for chunk in logits for item in self.task.decode(chunk)]
+
+    def generate(self, image: torch.Tensor, seeds: torch.Tensor, number: int) -> Generated:
+        """Sample `number` of each image (B, 3, S, S); `seeds` (B,) int64 are the images' own."""
+        return self.generator(image, sample_seeds(seeds, number))
+
+    def code_part(self, generated: Generated, codes: str, scale: float, weight: float = 1.0) -> Part:
+        """What the decoder gets for generated tokens, according to `eval.codes` and `eval.code_scale`."""
+        given = scale_codes(self.oracle, chosen_codes(self.oracle.quantizer, generated, codes), scale)
+        features = generated.features if self.decoder.feature_projection is not None else None
+        return Part(weight, self.decoder, given, features)
+
+    def context_part(self, count: int, weight: float = 1.0) -> Part:
+        """What the oracle's decoder gets for context alone, for `count` images."""
+        return Part(weight, self.oracle, self.oracle.empty_codes(count))

@@ -19,9 +19,9 @@ from uvim_fsq.tasks.base import Task
 
 INDEX = "predictions.json"
 
-#: An image in the index: `image`; the path of each written file by its kind, or `error`; `checkpoint`; `overrides`.
+#: An image in the index: `image`; the path of each written file by its kind, or `error`; the predictor's provenance.
 Entry = dict[str, str]
-NO_FILES = ("image", "error", "checkpoint", "overrides")
+NO_FILES = ("image", "error", "checkpoint", "overrides", "decoding_from")
 
 
 def _canonical(name: str) -> str:

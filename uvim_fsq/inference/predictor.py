@@ -17,6 +17,7 @@ from PIL import Image
 
 from uvim_fsq import processes
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
+from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import LINES, Bar
 from uvim_fsq.data.folders import list_images
@@ -46,8 +47,10 @@ class Predictor:
         self.transform = JointTransform(self.run.data, self.task, train=False)
         self._predict = _image_predictor(loaded)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
-        #: Provenance of the predictions, for their index: the checkpoint, and the overrides if there are any.
+        #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
         self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
+        if loaded.decoding_from != FROM_RUN:
+            self.provenance["decoding_from"] = loaded.decoding_from
 
     @classmethod
     def from_run(
@@ -194,7 +197,7 @@ def predict_files(
         overrides: `key=value` strings.
 
     Returns one dict per image, in order: `image`; the path of each written file by its kind, or `error`; `checkpoint`;
-    and `overrides` if there are any.
+    and if there are any, `overrides` and `decoding_from`, the tuning.
 
     Raises UserError before predicting anything if a result would replace a file that is not an earlier result. Raises
     UserError if the disk is full; the index then lists all complete results.

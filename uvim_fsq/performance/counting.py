@@ -25,7 +25,8 @@ def meta_copy(module: nn.Module) -> Any:
 
 def forward_flops(module: nn.Module, shape: Sequence[int]) -> float:
     """FLOP of the forward pass on one floating-point input. A multiply-add counts as 2, elementwise operations as 0."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # The caller may have made another device the default one.
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         model, x = _fake_copy(module).eval(), torch.zeros(*shape)
         # Attention as matrix products, because the counter does not know every fused kernel.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -44,7 +45,8 @@ def saved_bytes(module: nn.Module, shape: Sequence[int], *, bf16: bool) -> float
         shape: that of the input.
         bf16: under autocast.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # The caller may have made another device the default one.
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         model, x = _fake_copy(module).train(), torch.zeros(*shape)
         weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(p.shape)[::-1])}
         storages: dict[int, Any] = {}

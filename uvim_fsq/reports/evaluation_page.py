@@ -32,7 +32,7 @@ EXPLANATIONS = {
     "context_only": "the oracle's decoder with the image but no tokens; what tokens add is measured from here",
     "lm": "the complete model: the LM predicts tokens from the image, and the oracle's decoder turns them into labels",
     "direct": "the LM's image encoder with a label head, trained on the task's loss; no oracle and no tokens",
-    "oracle": "the oracle encodes and decodes the true labels; in practice the limit of what an LM can reach",
+    "oracle": "the oracle encodes and decodes the true labels; its decoder can hardly do better with predicted tokens",
 }
 #: Title of a panel's column -> name of the prediction.
 TITLES = {"oracle": "oracle", "context alone": "context_only", "LM": "lm", "direct": "direct"}
@@ -70,6 +70,8 @@ def _facts(result: Mapping[str, Any]) -> str:
         "protocol": result["protocol"],
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
         "task": ", ".join(f"{key}={value}" for key, value in result["task_options"].items()),
+        "decoding": ", ".join(f"{key}={value}" for key, value in result["decoding"].items()),
+        "decoding from": result["decoding_from"],
         "checkpoint": result["checkpoint_sha256"][:16],
         "versions": ", ".join(f"{key} {value}" for key, value in result["versions"].items()),
     }

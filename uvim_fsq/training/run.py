@@ -45,7 +45,7 @@ def train_inherited(run: Run) -> Path:
     with enough_memory(TRAINING_REMEDY):
         refuse_faults(build_task(run), run.data.root, run.data.eval_split)
         out = fit(build_stage(run), run)
-    result = evaluate(out, states=states_file(result_file(out)))
+    result = evaluate(out, tuned=False, states=states_file(result_file(out)))
     if processes.is_main():
         write_json(result_file(out), result)
     return out

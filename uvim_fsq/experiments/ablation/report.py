@@ -235,7 +235,8 @@ def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]
     for cell in cells:
         if not finished(cell.result.folder, cell.file):
             continue
-        loaded = load_any(cell.result.folder, device=device)
+        # Without tuned settings, as the cell's figures were obtained.
+        loaded = load_any(cell.result.folder, device=device, tuned=False)
         functions = predict_functions(loaded)
         named = {title: functions[name] for title, name in PICTURED.items() if name in functions}
         rows = panel_rows(loaded.task, loaded.run.data, named, device, count=1)

@@ -1,0 +1,118 @@
+"""`uvim-fsq tune`, and what follows from it in `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.cli import failure
+from tests.support.tuning import SETTINGS, write_tuned
+from uvim_fsq.checkpoints.run_directory import checkpoints
+from uvim_fsq.cli import main
+from uvim_fsq.inference.predictor import Predictor
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, held_out_lm: Path) -> Path:
+    return shutil.copytree(held_out_lm, tmp_path / "run")
+
+
+def test_tune_prints_the_best_settings_and_stores_them(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lists = ["--codes", "soft", "--scales", "1,0.5", "--weights", "0, 0.25", "--samples", "2", "--temperature", "0.5"]
+    main(["tune", str(run_dir), *lists, "eval.batch_size=2"])
+    said = capsys.readouterr().out
+    file = checkpoints(run_dir)[-1] / "decoding.json"
+    assert f"written: {file}; eval.tuned=false ignores it" in said and f"next: uvim-fsq evaluate {run_dir}" in said
+    assert "nyu_depth/full on holdout, 5 images" in said
+    for word in ("chosen", "before", "context alone", "scale", "rmse"):
+        assert word in said
+    result = json.loads(file.read_text())
+    tried = {key: {row[key] for row in result["candidates"]} for key in result["settings"]}
+    assert tried == {
+        "codes": {"hard", "soft"},  # hard are the run's own
+        "code_scale": {1.0, 0.5},
+        "context_weight": {0.0, 0.25},
+        "samples": {1, 2},
+        "temperature": {0.0, 0.5},
+        "top_k": {None},
+        "top_p": {None},
+        "steps": {None},
+        "choice_temperature": {0.0},
+    }
+    assert len(result["candidates"]) == 1 + 2 * 4
+    assert ("add nothing" in said) == (result["context_only"] < result["value"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scales", "half"], "--scales half: give a list such as 0,0.5"),
+        (["--samples", "1.5"], "--samples 1.5: give a list such as 4,8"),
+        (["--codes", "soft,both"], "--codes soft,both: give a list such as hard,soft"),
+        (["--split", "val"], "split val is the one that is reported"),
+        (["eval.codes=both"], "eval.codes"),
+        (["--limit", "0"], "eval.limit=0: must be above 0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "tune", run_dir, *arguments)
+    assert not (checkpoints(run_dir)[-1] / "decoding.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("uvim_fsq.evaluation.tuning.tune", lambda *args, **keys: pytest.fail("the work began"))
+    (checkpoints(run_dir)[-1] / "decoding.json").mkdir()
+    assert "decoding.json: it is a folder" in failure(capsys, "tune", run_dir)
+
+
+@pytest.mark.slow
+def test_evaluate_names_the_tuned_settings_and_keeps_the_runs_own_result(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["evaluate", str(run_dir)])
+    own = json.loads((run_dir / "evaluation.json").read_text())
+    assert own["decoding_from"] == "the run"
+    write_tuned(run_dir)
+    capsys.readouterr()
+    main(["evaluate", str(run_dir), "--report", str(run_dir / "page.html")])
+    said = capsys.readouterr().out
+    assert "decoding: tuned on holdout, 5 images" in said and "eval.codes=soft (trained with hard)" in said
+    assert json.loads((run_dir / "evaluation.json").read_text()) == own
+    (file,) = run_dir.glob("evaluation_*.json")
+    result = json.loads(file.read_text())
+    assert {key: result["decoding"][key] for key in SETTINGS} == SETTINGS
+    assert result["decoding_from"] == "tuned on holdout, 5 images"
+    assert result["figures"]["lm"]["rmse"] != own["figures"]["lm"]["rmse"]
+    page = (run_dir / "page.html").read_text()
+    assert "code_scale=0.7" in page and "tuned on holdout, 5 images" in page
+    main(["evaluate", str(run_dir), "eval.tuned=false"])
+    assert len(list(run_dir.glob("evaluation*.json"))) == 2, "the run's own settings have their own name"
+
+
+@pytest.mark.slow
+def test_predict_uses_the_settings_that_evaluate_uses(run_dir: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(photo)
+    write_tuned(run_dir)
+    main(["predict", str(run_dir), str(photo), "--out", str(tmp_path / "tuned")])
+    (entry,) = json.loads((tmp_path / "tuned" / "predictions.json").read_text())
+    assert entry["decoding_from"] == "tuned on holdout, 5 images" and "eval.codes=soft" in entry["overrides"]
+    given = [f"eval.{key}={value}" for key, value in SETTINGS.items()]
+    by_hand = Predictor.from_run(run_dir, ["eval.tuned=false", *given])
+    assert "decoding_from" not in by_hand.provenance
+    found = np.load(entry["npy"])
+    assert np.array_equal(found, by_hand.predict(photo))
+    assert not np.array_equal(found, Predictor.from_run(run_dir, ["eval.tuned=false"]).predict(photo))
+    # The provenance is not taken for a file of results, which would be missing.
+    other = shutil.copy(photo, tmp_path / "other.png")
+    main(["predict", str(run_dir), str(other), "--out", str(tmp_path / "tuned")])
+    assert len(json.loads((tmp_path / "tuned" / "predictions.json").read_text())) == 2
