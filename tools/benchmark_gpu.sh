@@ -31,6 +31,7 @@ for step in ${steps:-tests train fed decode compare embeddings optimizer}; do
   decode)
     measure decode decode configs/nyu_depth/lm.yaml --batch 1 16 64 256 --operators 25
     measure decode_compiled decode configs/nyu_depth/lm.yaml eval.compile=true --batch 1 64
+    measure decode_masked decode configs/nyu_depth/lm.yaml model.kind=masked --batch 1 16 64
     ;;
   compare) measure compare side-by-side configs/nyu_depth/lm.yaml --batch 1 16 64 ;;
   embeddings) python tools/label_embeddings.py 2>&1 | tee "$out/label_embeddings.txt" || echo "failed: embeddings" ;;

@@ -127,6 +127,7 @@ def test_resume_keeps_an_lms_architecture_and_its_oracles_labels(lm_dir: Path, o
     for override, said in (
         ("model.num_heads=4", "model.num_heads=4 (trained with 2)"),
         ("model.encoder.act_layer=gelu_tanh", "model.encoder.act_layer=gelu_tanh (trained with default)"),
+        ("optim.encoder_layer_decay=0.5", "optim.encoder_layer_decay=0.5 (trained with 1.0)"),
     ):
         assert said in refusal(lm_run, lm_dir, oracle_dir, override)
     with pytest.raises(UserError, match=r"task\.max_depth=5\.0.* 10\.0"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.cli import failure
-from tests.support.small import LM, ORACLE
+from tests.support.small import DIRECT, LM, ORACLE
 from uvim_fsq.config.rules import validate
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import load_run
@@ -77,6 +78,26 @@ def test_values_of_a_masked_model_at_their_limits_are_accepted() -> None:
     for floor, share in ((0, 1), (1, 0)):
         keys = [f"model.mask_floor={floor}", f"model.all_masked={share}", "model.label_smoothing=0", "eval.steps=1"]
         validate(load_run(LM, ["train.out=x", "oracle=unused", "model.kind=masked", *keys]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder.stages=[]", "model.encoder.stages=[] is empty; name at least one stage, or null"),
+        ("model.encoder.frozen=true", "frozen=true with model.encoder.weights=none: a frozen encoder with random"),
+        ("model.encoder.image_size=0", "model.encoder.image_size=0: must be above 0"),
+        ("model.encoder.out_width=-1", "model.encoder.out_width=-1: must be above 0"),
+        ("model.encoder.drop_path=1", "model.encoder.drop_path=1.0: must be below 1"),
+        ("model.encoder.drop_path=-0.1", "model.encoder.drop_path=-0.1: must not be negative"),
+        ("optim.encoder_layer_decay=1.1", "optim.encoder_layer_decay=1.1: must be at most 1"),
+        ("optim.encoder_layer_decay=0", "optim.encoder_layer_decay=0.0: must be above 0"),
+    ],
+)
+@pytest.mark.parametrize("base", [LM, DIRECT], ids=["lm", "direct"])
+def test_an_impossible_image_encoder_is_refused(base: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(load_run(base, ["train.out=x", *([] if base is DIRECT else ["oracle=x"]), override]))
+    assert message in str(caught.value)
 
 
 def test_seeds_have_a_range(oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

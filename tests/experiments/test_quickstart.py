@@ -16,7 +16,7 @@ from uvim_fsq.evaluation.results import read_result
 from uvim_fsq.experiments import quickstart as quickstart_module
 from uvim_fsq.experiments.quickstart import Scale, quickstart
 
-SCALE = Scale("quickstart", 12, 9, 16, "plain")
+SCALE = Scale("quickstart", 12, 9, "plain")
 
 
 def write_configurations(folder: Path, task: str) -> None:

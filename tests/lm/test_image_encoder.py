@@ -1,84 +1,209 @@
-"""Image encoders: published weights, names and sizes."""
+"""Image encoders of any family: names and sizes, stages, frozen models, batch norms, stochastic depth."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.image_encoder import build_image_encoder
+from uvim_fsq.lm.image_encoder import ImageEncoder, build_image_encoder
 
 
-def test_published_weights_from_a_file(tmp_path: Path) -> None:
-    name = "vit_tiny_patch16_224"
-    published = timm.create_model(name, num_classes=1000)
-    file = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(published.state_dict(), file)
-    encoder = build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
-    assert encoder.mean.flatten().tolist() == pytest.approx(published.pretrained_cfg["mean"])
-    assert encoder.std.flatten().tolist() == pytest.approx(published.pretrained_cfg["std"])
-    assert torch.equal(encoder.model.blocks[3].attn.qkv.weight, published.blocks[3].attn.qkv.weight)
-    assert encoder.model.pos_embed.shape == (1, 16, 192) and encoder.model.cls_token is None
-    assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 192)
-    safetensors.torch.save_file({"nothing": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="its arrays belong to a different model"):
-        build_image_encoder(EncoderConfig(name=name, weights=str(file)), 64)
-    with pytest.raises(UserError, match="needs the architecture as published; remove model.encoder.width$"):
-        build_image_encoder(EncoderConfig(name=name, weights=str(file), width=64), 64)
-    with pytest.raises(UserError, match="no such file"):
-        build_image_encoder(EncoderConfig(name=name, weights=str(tmp_path / "none.npz")), 64)
+def random_images(side: int, count: int = 2) -> torch.Tensor:
+    """(count, 3, side, side) uint8."""
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def vit_npz(state: dict[str, torch.Tensor], heads: int) -> dict[str, np.ndarray]:
-    """A timm ViT's weights under the names and in the layouts of the public ImageNet-21k .npz files."""
-    size = state["norm.weight"].numel()
-    arrays = {
-        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "cls": state["cls_token"],
-        "head/kernel": state["head.weight"].T,
-        "head/bias": state["head.bias"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        "Transformer/encoder_norm/scale": state["norm.weight"],
-        "Transformer/encoder_norm/bias": state["norm.bias"],
-    }
-    for i in range(sum(name.endswith("attn.qkv.weight") for name in state)):
-        ours, theirs = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
-        attention = f"{theirs}MultiHeadDotProductAttention_1/"
-        for k, norm in ((0, "norm1"), (2, "norm2")):
-            arrays[f"{theirs}LayerNorm_{k}/scale"] = state[f"{ours}{norm}.weight"]
-            arrays[f"{theirs}LayerNorm_{k}/bias"] = state[f"{ours}{norm}.bias"]
-        for k, part in enumerate(("query", "key", "value")):
-            weight, bias = (state[f"{ours}attn.qkv.{kind}"].chunk(3)[k] for kind in ("weight", "bias"))
-            arrays[f"{attention}{part}/kernel"] = weight.T.reshape(size, heads, -1)
-            arrays[f"{attention}{part}/bias"] = bias.reshape(heads, -1)
-        arrays[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, -1, size)
-        arrays[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
-        for k in (0, 1):
-            arrays[f"{theirs}MlpBlock_3/Dense_{k}/kernel"] = state[f"{ours}mlp.fc{k + 1}.weight"].T
-            arrays[f"{theirs}MlpBlock_3/Dense_{k}/bias"] = state[f"{ours}mlp.fc{k + 1}.bias"]
-    return {name: value.detach().numpy() for name, value in arrays.items()}
+def build(name: str, side: int = 64, **config: Any) -> ImageEncoder:
+    torch.manual_seed(0)
+    return build_image_encoder(EncoderConfig(name, **config), side)
 
 
-def test_weights_in_the_public_npz_layout_are_loaded(tmp_path: Path) -> None:
-    name = "vit_tiny_patch16_224.augreg_in21k"
-    published = timm.create_model(name)
-    np.savez(tmp_path / "vit.npz", **vit_npz(published.state_dict(), heads=3))
-    encoder = build_image_encoder(EncoderConfig(name=name, weights=str(tmp_path / "vit.npz")), 224)
-    assert encoder.mean.unique().tolist() == encoder.std.unique().tolist() == [0.5]
-    found, expected = encoder.model.state_dict(), published.state_dict()
-    assert torch.equal(found.pop("pos_embed"), expected["pos_embed"][:, 1:])
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def test_encoder_names_and_sizes() -> None:
-    with pytest.raises(UserError, match="did you mean"):
-        build_image_encoder(EncoderConfig(name="vit_tinny_patch16_224"), 64)
-    with pytest.raises(UserError, match="not divisible"):
-        build_image_encoder(EncoderConfig(name="vit_tiny_patch16_224"), 60)
+#: Name, image side, grid, width of one model of each family, with its own default stage.
+FAMILIES = [
+    ("test_vit", 32, (2, 2), 64),
+    ("test_vit2", 32, (2, 2), 64),
+    ("test_convnext", 64, (2, 2), 64),
+    ("test_efficientnet", 64, (2, 2), 64),
+    ("test_resnet", 64, (2, 2), 96),
+    slow("vit_tiny_patch16_224", 32, (2, 2), 192),
+    slow("vit_tiny_r_s16_p8_224", 64, (2, 2), 192),
+    slow("vit_small_patch14_dinov2", 28, (2, 2), 384),
+    slow("vit_small_patch14_reg4_dinov2", 28, (2, 2), 384),
+    slow("vit_small_patch16_dinov3", 32, (2, 2), 384),
+    slow("vit_base_patch16_siglip_224.v2_webli", 32, (2, 2), 768),
+    slow("eva02_tiny_patch14_224", 28, (2, 2), 192),
+    slow("swin_tiny_patch4_window7_224", 64, (2, 2), 768),
+    slow("hiera_tiny_224", 64, (2, 2), 768),
+    slow("maxvit_rmlp_pico_rw_256", 64, (2, 2), 256),
+    slow("pvt_v2_b0", 64, (2, 2), 256),
+    slow("convnext_atto", 64, (2, 2), 320),
+    slow("tf_efficientnet_lite0", 64, (2, 2), 320),
+    slow("resnet10t", 64, (2, 2), 512),
+    slow("hrnet_w18_small", 64, (2, 2), 1024),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "grid", "width"), FAMILIES)
+def test_a_family_has_features_and_gradients(name: str, side: int, grid: tuple[int, int], width: int) -> None:
+    """Every trained parameter gets a gradient, as DistributedDataParallel demands."""
+    encoder = build(name, side).train()
+    assert (encoder.grid, encoder.num_features) == (grid, width)
+    features = encoder(random_images(side))
+    assert features.shape == (2, encoder.num_patches, width) and features.std() > 0.1
+    features.square().sum().backward()
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trained and [name for name, p in trained.items() if p.grad is None] == []
+    assert set(encoder.depths()) == set(encoder.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [("test_vit3", 32), ("test_coatnet", 64), ("test_resnet", 64)])
+def test_costs_are_counted_without_weights(name: str, side: int) -> None:
+    encoder = build(name, side)
+    with torch.device("meta"):
+        sizes = build_image_encoder(encoder.config, side)
+    cost = encoder.cost()
+    assert sizes.cost() == cost and (cost.width, cost.patches) == (encoder.num_features, 4)
+    assert sizes.activation_bytes(2) == encoder.activation_bytes(2) < encoder.activation_bytes(4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "side"), [("test_vit2", 32), ("test_efficientnet", 64), ("test_resnet", 64)])
+def test_features_do_not_depend_on_the_batch(name: str, side: int) -> None:
+    encoder, images = build(name, side).eval(), random_images(side, 3)
+    torch.testing.assert_close(encoder(images[1:2]), encoder(images)[1:2], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_images_are_resized_to_the_encoders_own_size() -> None:
+    """In [-1, 1], bilinear and antialiased; uint8 and floating-point images alike."""
+    encoder, images = build("test_vit", 96, image_size=32).eval(), random_images(96)
+    resized = F.interpolate(images / 127.5 - 1, (32, 32), mode="bilinear", antialias=True)
+    assert encoder.size == 32 and encoder(images).shape == (2, 4, 64)
+    torch.testing.assert_close(encoder(images), encoder(resized), atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(images / 127.5 - 1), encoder(images), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_several_stages_share_the_grid_of_the_first_one_listed() -> None:
+    """Each normalized and resized, then concatenated in the order of the list and projected."""
+    fine, coarse = (build("test_resnet", stages=(stage,)).eval() for stage in (2, 4))
+    both = build("test_resnet", stages=(4, 2)).eval()
+    assert (fine.grid, coarse.grid, both.grid) == ((8, 8), (2, 2), (2, 2))
+    assert (fine.num_features, coarse.num_features, both.num_features) == (48, 96, 96)
+    assert build("test_resnet", stages=(2, 4)).grid == (8, 8)
+    images = random_images(64)
+    x = fine.model.forward_intermediates(fine.normalize(images), indices=[2], intermediates_only=True)[0]
+    x = F.interpolate(x, (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    parts = torch.cat([coarse(images), F.layer_norm(x, [48], eps=1e-6)], dim=-1)
+    torch.testing.assert_close(both(images), both.projection(parts), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_stages_of_a_vit_are_its_blocks() -> None:
+    """Normalized by the model's last norm; later blocks are removed."""
+    whole, part = build("test_vit", 32).eval(), build("test_vit", 32, stages=(-1, 3)).eval()
+    x = whole.model.forward_intermediates(whole.normalize(random_images(32)), indices=[3, 5], norm=True)[1]
+    parts = torch.cat([stage.flatten(2).transpose(1, 2) for stage in reversed(x)], dim=-1)
+    torch.testing.assert_close(part(random_images(32)), part.projection(parts), atol=1e-5, rtol=1e-4)
+    assert len(build("test_vit", 32, stages=(3,)).model.blocks) == 4
+
+
+def test_features_can_be_projected_to_any_width() -> None:
+    encoder = build("test_efficientnet", out_width=40)
+    assert encoder.num_features == 40 and encoder(random_images(64)).shape == (2, 4, 40)
+
+
+def published(name: str, folder: Any, **config: Any) -> ImageEncoder:
+    """An encoder with weights from a file."""
+    torch.manual_seed(1)
+    safetensors.torch.save_file(timm.create_model(name).state_dict(), folder / "weights.safetensors")
+    return build(name, weights=str(folder / "weights.safetensors"), **config)
+
+
+def statistics(encoder: ImageEncoder) -> torch.Tensor:
+    return torch.cat([x.flatten() for name, x in encoder.named_buffers() if "running" in name]).clone()
+
+
+def test_a_frozen_model_stays_as_it_is(tmp_path: Any) -> None:
+    """Its projection learns."""
+    encoder = published("test_efficientnet", tmp_path, frozen=True, out_width=8).train()
+    before, evaluated = statistics(encoder), encoder.eval()(random_images(64))
+    found = encoder.train()(random_images(64))
+    assert torch.equal(found, evaluated) and encoder.training and not encoder.model.training
+    found.sum().backward()
+    assert torch.equal(statistics(encoder), before)
+    learns = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert learns == {"norms.0.weight", "norms.0.bias", "projection.weight", "projection.bias"}
+
+
+def test_a_frozen_plain_vit_keeps_its_class_token(tmp_path: Any) -> None:
+    """A trained one loses it, as in UViM."""
+    assert published("test_vit", tmp_path, frozen=True).model.cls_token is not None
+    assert published("test_vit", tmp_path).model.cls_token is None
+
+
+def test_statistics_of_published_batch_norms_do_not_change(tmp_path: Any) -> None:
+    encoder = published("test_efficientnet", tmp_path).train()
+    before = statistics(encoder)
+    encoder(random_images(64)).sum().backward()
+    assert torch.equal(statistics(encoder), before)
+    assert encoder.model.bn1.weight.grad is not None
+    fresh = build("test_efficientnet").train()
+    before = statistics(fresh)
+    fresh(random_images(64))
+    assert not torch.equal(statistics(fresh), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_stochastic_depth_drops_branches_in_training_only(name: str) -> None:
+    encoder, images = build(name, drop_path=0.5), random_images(64)
+    assert not torch.equal(encoder.train()(images), encoder(images))
+    assert torch.equal(encoder.eval()(images), encoder(images))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_models_with_stochastic_depth_of_their_own_have_none_by_default() -> None:
+    encoder, images = build("swin_tiny_patch4_window7_224").train(), random_images(64)
+    assert torch.equal(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "vit_tinny_patch16_224"}, "unknown timm model 'vit_tinny_patch16_224'; did you mean vit_tiny_patch"),
+        ({"name": "resnet18.nobody"}, "name=resnet18.nobody: Invalid pretrained tag .*; choose one of resnet18"),
+        ({"name": "test_vit", "image_size": 60}, r"model.encoder.image_size=60 is not divisible by 16, .* e.g. to 64"),
+        ({"name": "test_resnet"}, r"data.image_size=80 is not divisible by 32, .* \(test_resnet\); set model.encoder"),
+        ({"name": "test_resnet", "stages": (5,)}, r"stages=\[5\]: test_resnet has the stages 0 to 4"),
+        ({"name": "test_resnet", "stages": (-6,)}, r"stages=\[-6\]: test_resnet has the stages 0 to 4"),
+        ({"name": "test_resnet", "stages": (1, -4)}, "name each at most once"),
+        ({"name": "test_resnet", "width": 64}, "timm model test_resnet has no model.encoder.width; remove it"),
+        ({"name": "test_vit", "width": 65}, "test_vit cannot be built for 80 x 80 pixels .*divisible"),
+        ({"name": "vgg11", "drop_path": 0.1}, "timm model vgg11 has no model.encoder.drop_path; remove it"),
+        ({"name": "efficientformer_l1", "image_size": 64}, "efficientformer_l1 cannot take images of 64 x 64 pixels"),
+    ],
+)
+def test_impossible_encoders_are_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build_image_encoder(EncoderConfig(**config), 80)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_size_that_a_model_was_published_for_is_always_possible() -> None:
+    """224 is no multiple of the stride of 64."""
+    assert build("levit_128s", 224).grid == (4, 4)

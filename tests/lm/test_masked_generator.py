@@ -65,8 +65,9 @@ def test_one_step_is_one_pass_with_everything_masked() -> None:
     for sampling in (Sampling(), Sampling(steps=1)):
         found = lm.generate(images, sampling, probabilities=True)
         assert torch.equal(found.tokens, logits.argmax(-1))
-        assert found.probabilities is not None
+        assert found.probabilities is not None and found.features is not None
         torch.testing.assert_close(found.probabilities, logits.softmax(-1))
+        assert torch.equal(found.features, lm.encode(images))
 
 
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
@@ -96,6 +97,22 @@ def test_of_equally_confident_tokens_the_first_are_kept() -> None:
     for _, known in seen:
         count = int(known[0].sum())
         assert bool(known[:, :count].all()) and not bool(known[:, count:].any())
+
+
+def test_equal_confidences_in_a_later_step_are_kept_in_the_order_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a step in which later positions were more confident than earlier ones."""
+    assert unknown_counts(9, 4) == (9, 8, 6, 3)
+    lm, certainties = make_masked_lm(), [torch.arange(9.0), torch.zeros(8), torch.zeros(6), torch.zeros(3)]
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(*hidden.shape[:2], 11)
+        found[..., 0] = certainties.pop(0)
+        return found
+
+    monkeypatch.setattr(lm, "logits", logits)
+    seen = passes_of(lm, lambda: lm.generate(make_images(1), Sampling(steps=4)))
+    known = [known[0].nonzero()[:, 0].tolist() for _, known in seen]
+    assert known == [[], [8], [0, 1, 8], [0, 1, 2, 3, 4, 8], list(range(9))]
 
 
 @torch.no_grad()
@@ -129,11 +146,13 @@ def test_the_default_seed_of_an_image_is_its_place_in_the_batch() -> None:
 
 
 def test_noise_on_the_confidence_changes_the_order_by_seed() -> None:
-    lm, images = make_masked_lm(), make_images(1).expand(40, -1, -1, -1)
-    sampling = Sampling(steps=9, choice_temperature=9.0)
-    found = lm.generate(images, sampling, torch.arange(40)).tokens
-    assert len(found.unique(dim=0)) > 1
-    assert torch.equal(found, lm.generate(images, sampling, torch.arange(40)).tokens)
+    lm, images, seeds = make_masked_lm(), make_images(1).expand(30, -1, -1, -1), torch.arange(30)
+    sampling = Sampling(steps=4, choice_temperature=0.5)
+    seen = passes_of(lm, lambda: lm.generate(images, sampling, seeds))
+    kept_in = generate_by_confidence(lm, images, sampling, seeds)[1]
+    assert len(kept_in.unique(dim=0)) > 20
+    for step in range(4):
+        assert torch.equal(seen[step][1], kept_in < step)
 
 
 def test_bf16_decoding_does_not_change_the_model() -> None:

@@ -13,7 +13,7 @@ from uvim_fsq.tasks.imagenet_color.fid import DIM
 class FakeInception:
     """Coarse colours instead of features: as many numbers, and sensitive to every preprocessing step."""
 
-    sha256 = "fake"
+    name, dim, sha256 = "fake", DIM, "fake"
     calls: ClassVar[list[tuple[int, ...]]] = []
 
     def __init__(self, weights: str, device: torch.device) -> None:

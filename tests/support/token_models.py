@@ -29,7 +29,8 @@ def make_masked_lm(length: int = 9, **settings: Any) -> MaskedLM:
     """A masked model of the same size; `settings` are keys of `model`."""
     torch.manual_seed(0)
     lm = MaskedLM(replace(CONFIG, kind="masked", **settings), image_size=32, vocab_size=11, length=length).eval()
-    torch.nn.init.normal_(lm.head.weight)
+    torch.nn.init.normal_(lm.head.weight, std=0.3)
+    lm.positions.data *= 5  # so that positions, and what is known around them, differ
     return lm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from uvim_fsq.synthetic.render import CATEGORIES, Scene, render
+from uvim_fsq.synthetic.render import CATEGORIES, WORLDS, Scene, render
 
 SIZE, SEED = 32, 5
 
@@ -39,11 +39,12 @@ def test_same_seed_and_index_give_the_same_scene(difficulty):
 @pytest.mark.slow
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 @pytest.mark.parametrize("size", [32, 96, (48, 64)])
-def test_fields_have_the_promised_types_and_ranges(difficulty, size):
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_fields_have_the_promised_types_and_ranges(difficulty, size, world):
     shape = (size, size) if isinstance(size, int) else size
     categories = {c["id"]: c["name"] for c in CATEGORIES}
     for index in range(40):
-        scene = render(SEED, index, size, difficulty)
+        scene = render(SEED, index, size, difficulty, world)
         assert scene.image.shape == (*shape, 3) and scene.image.dtype == np.uint8
         assert scene.depth.shape == shape and scene.depth.dtype == np.float32
         assert scene.segments.shape == shape and scene.segments.dtype == np.int32
@@ -116,7 +117,15 @@ def test_plain_rooms_share_camera_height_and_focal_length():
     assert len({c.origin[2] for c in varied}) == len({c.focal for c in varied}) == 10
 
 
-@pytest.mark.parametrize(("size", "difficulty"), [(4, "plain"), ((32, 64), "plain"), (32, "hard")])
-def test_impossible_requests_are_refused(size, difficulty):
-    with pytest.raises(ValueError, match="size|difficulty"):
-        render(SEED, 0, size, difficulty)
+@pytest.mark.parametrize(
+    ("size", "difficulty", "world", "message"),
+    [
+        (4, "plain", "rooms", "size"),
+        ((32, 64), "plain", "rooms", "size"),
+        (32, "hard", "rooms", "difficulty"),
+        (32, "plain", "garden", "world"),
+    ],
+)
+def test_impossible_requests_are_refused(size, difficulty, world, message):
+    with pytest.raises(ValueError, match=message):
+        render(SEED, 0, size, difficulty, world)

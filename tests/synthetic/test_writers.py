@@ -116,6 +116,13 @@ def test_imagenet_train_is_foldered_and_val_is_flat(tmp_path):
     assert_close_picture(out / "val/ILSVRC2012_val_00000002.JPEG", scene_of(1, "val"))
 
 
+def test_scenes_are_of_the_given_world(tmp_path):
+    out = write(tmp_path, "imagenet", world="still_life")
+    assert_close_picture(
+        out / "val/ILSVRC2012_val_00000002.JPEG", render(SEED, VAL_START + 1, SIZE, "plain", "still_life")
+    )
+
+
 def test_val_rooms_are_not_training_rooms():
     train, val = scene_of(0, "train"), scene_of(0, "val")
     assert np.abs(train.depth - val.depth).mean() > 0.05
@@ -156,6 +163,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         ("nyu", {"num": 0}, "num"),
         ("nyu", {"size": 4}, "size"),
         ("nyu", {"workers": 0}, "worker"),
+        ("imagenet", {"world": "garden"}, "world"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, format, options, message):

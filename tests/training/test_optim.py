@@ -14,7 +14,7 @@ from tests.support.runs import fit_run, losses
 from tests.support.small import oracle_run
 from uvim_fsq.config.schema import EncoderConfig, OptimConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.image_encoder import ImageEncoder
+from uvim_fsq.lm.image_encoder import ImageEncoder, build_image_encoder
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.optim import (
     build_optimizer,
@@ -112,6 +112,57 @@ def test_updates_follow_rate_and_decay_from_the_first_step(name: str) -> None:
         factor = share * (0.25 if name == "adamw" and n.startswith("encoder.model.") else 1.0)
         decay = 0.5 * factor if n in KERNELS else 0.0
         torch.testing.assert_close(p.detach(), before[n] * (1 - decay) - rate * moved, rtol=1e-4, atol=1e-6)
+
+
+def vit_rates(name: str, **optim: float) -> dict[str, float]:
+    """Parameter of an image encoder -> its rate in relation to the scheduled one."""
+    encoder = build_image_encoder(EncoderConfig(name, out_width=8), 32)
+    names = {p: name for name, p in encoder.named_parameters()}
+    groups = parameter_groups(encoder, replace(OPTIM, **optim))
+    return {names[p]: group["lr_ratio"] for group in groups for p in group["params"]}
+
+
+def test_layers_further_down_in_an_image_encoder_learn_more_slowly() -> None:
+    """The last block has the encoder's rate, and each layer below another factor. The projection has the full rate."""
+    rates = vit_rates("test_vit", encoder_layer_decay=0.5)
+    for block in range(6):
+        expected = 0.25 * 0.5 ** (5 - block)
+        assert {rate for name, rate in rates.items() if f"blocks.{block}." in name} == {expected}
+    assert rates["model.norm.weight"] == 0.25
+    assert rates["model.patch_embed.proj.weight"] == rates["model.pos_embed"] == 0.25 * 0.5**6
+    assert rates["projection.weight"] == rates["projection.bias"] == 1
+
+
+def test_register_tokens_learn_as_slowly_as_positions() -> None:
+    rates = vit_rates("test_vit3", encoder_layer_decay=0.5)
+    assert rates["model.reg_token"] == rates["model.pos_embed"] == min(rates.values())
+
+
+def test_without_layer_wise_decay_an_encoder_has_one_rate() -> None:
+    assert set(vit_rates("test_vit").values()) == {0.25, 1.0}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_both_optimizers_follow_layer_wise_rates(name: str) -> None:
+    """The first normalized update of a constant gradient is as large as the rate."""
+    encoder = build_image_encoder(EncoderConfig("test_vit"), 32)
+    optim = replace(OPTIM, name=name, encoder_layer_decay=0.5, weight_decay=0.0)
+    optimizer = build_optimizer(encoder, optim)
+    before = {n: p.detach().clone() for n, p in encoder.named_parameters()}
+    for p in encoder.parameters():
+        p.grad = torch.ones_like(p)
+    set_rates(optimizer, optim.lr, 1.0)
+    optimizer.step()
+    moved = {n: (before[n] - p.detach()).mean().item() for n, p in encoder.named_parameters()}
+    for block in range(5):
+        low, high = (moved[f"model.blocks.{i}.mlp.fc1.weight"] for i in (block, block + 1))
+        assert high > 0 and low / high == pytest.approx(0.5, rel=1e-2)
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    encoder = build_image_encoder(EncoderConfig("test_vit", frozen=True, out_width=8), 32)
+    (weight,), (bias,) = (group["params"] for group in parameter_groups(encoder, OPTIM))
+    assert weight is encoder.projection.weight and bias is encoder.projection.bias
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])

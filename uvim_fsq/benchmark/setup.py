@@ -41,7 +41,7 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
     """Reads a configuration of either stage. Neither weights nor data need to exist.
 
     The oracle of an LM configuration is the configuration `oracle` if given, else the run that its key `oracle` names,
-    else the file in the same folder with "oracle" in place of "lm" in its name.
+    else the file in the same folder with "oracle" in place of "lm" in its name, else the folder's oracle.yaml.
 
     Raises:
         UserError: there is no oracle, a configuration is invalid, or it is one of the direct baseline.
@@ -67,6 +67,8 @@ def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
     if given is None and Path(run.oracle).exists():
         return read_oracle_config(run.oracle)[0]
     file = given or config.with_name(config.name.replace("lm", "oracle"))
+    if given is None and not file.is_file() and config.with_name("oracle.yaml").is_file():
+        file = config.with_name("oracle.yaml")
     if not file.is_file() or file == config:
         raise UserError(f"{config}: neither the run oracle={run.oracle} nor {file} exists; name a file with --oracle")
     found = load_run(file, ["train.out=unused"])

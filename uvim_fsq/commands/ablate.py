@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
     chosen = fit_cells(chosen, devices, jobs, print)
     if args.dry_run:
         for cell in chosen:
-            print(f"{cell.name}{' (finished)' if finished(cell.result.folder) else ''}")
-            for training in cell.trainings:
-                print(f"  {command_line(training.command)}")
+            print(f"{cell.name}{' (finished)' if finished(cell.result.folder, cell.file) else ''}")
+            for _, _, _, commands in cell.steps:
+                print("\n".join(f"  {command_line(command)}" for command in commands))
         return
     check_places(folders=[out])
     claim(out, grid, args.overrides)

@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("varied", "plain"),
         help="plain: one camera height, focal length and texture scale (default varied)",
     )
+    parser.add_argument(
+        "--world",
+        default="rooms",
+        choices=("rooms", "still_life"),
+        help="still_life: a few large objects whose materials decide the likely colors (default rooms)",
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
 
 
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
             num_val=args.num_val,
             layout=args.layout,
             difficulty=args.difficulty,
+            world=args.world,
             workers=args.workers,
             progress=bar.update,
         )

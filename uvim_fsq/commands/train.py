@@ -43,6 +43,8 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
         say(f"next: uvim-fsq train-lm {_lm_config(args.config)} oracle={out} train.out=...")
     else:
         say_next_of_predictor(out)
+    if stage == "direct":
+        say(f"or, to compare: uvim-fsq evaluate LM_RUN --compare {out}")
 
 
 def _lm_config(oracle_config: str) -> str:

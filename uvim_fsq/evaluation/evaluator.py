@@ -41,6 +41,7 @@ class Evaluator:
     Attributes:
         source: the samples of the split.
         protocol: the evaluation protocol, set by `run`.
+        metric_details: `Metric.details`, set by `run`.
         rows: metrics of each image of this process, set by `run`.
         states: what each image of this process added to the metric, set by `run`.
         statistics: code counts over all processes, or None.
@@ -60,6 +61,7 @@ class Evaluator:
         self.limit = limit if limit is not None else config.limit
         self.source = task.source(data.root, data.eval_split)
         self.protocol = ""
+        self.metric_details: dict[str, Any] = {}
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
         self.states, self.record = ImageStates(), record
@@ -85,7 +87,7 @@ class Evaluator:
             title: label of the progress bar.
         """
         metric = self.task.metric(self.source)
-        self.protocol = metric.protocol
+        self.protocol, self.metric_details = metric.protocol, metric.details
         self.rows, self.states = [], ImageStates()
         record = self.record and is_recordable(metric)
         entries: list[Any] = []

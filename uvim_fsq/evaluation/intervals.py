@@ -116,26 +116,27 @@ class Interval:
 def paired_bootstrap(
     metric: Metric,
     key: str,
-    first: Stacked,
-    second: Stacked,
+    pairs: Sequence[tuple[Stacked, Stacked]],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The 95% percentile interval of a difference, from images drawn with replacement, the same for both (Efron 1979).
+    """The 95% percentile interval of a difference, from images drawn with replacement, the same for all (Efron 1979).
 
     Args:
         metric: computes the figures; its state is replaced.
         key: the name of the figure, e.g. "rmse".
-        first, second: the states of the two predictions.
+        pairs: the states of the two predictions; with several pairs, e.g. of models trained with other seeds, the
+            interval is that of their mean difference.
         resamples: R.
         seed: of the draws.
 
     Raises UserError if the images are not the same.
     """
-    if first[0] != second[0]:
+    ids = pairs[0][0][0]
+    if any(one[0] != ids for pair in pairs for one in pair):
         raise UserError("a paired interval needs two predictions of the same images; evaluate both on the same split")
-    count = len(first[0])
+    count = len(ids)
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
     weights = np.concatenate([np.ones((1, count)), weights])
@@ -151,7 +152,7 @@ def paired_bootstrap(
                 found[i] = np.nan
         return found
 
-    differences = figures(first[1]) - figures(second[1])
+    differences = np.mean([figures(first[1]) - figures(second[1]) for first, second in pairs], axis=0)
     low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
     return Interval(float(differences[0]), float(low), float(high), float(np.nanstd(differences[1:], ddof=1)))
 
@@ -170,6 +171,6 @@ def intervals(metric: Metric, key: str, found: Mapping[str, Stacked]) -> list[di
     """
     pairs = [(a, b) for a, b in PAIRS if a in found and b in found and len(found[a][0]) > 1]
     return [
-        {"first": a, "second": b, "metric": key, **asdict(paired_bootstrap(metric, key, found[a], found[b]))}
+        {"first": a, "second": b, "metric": key, **asdict(paired_bootstrap(metric, key, [(found[a], found[b])]))}
         for a, b in pairs
     ]

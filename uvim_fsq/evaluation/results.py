@@ -27,9 +27,17 @@ def result_file(run_dir: Path) -> Path:
     return run_dir / "evaluation.json"
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
-    """Reads the evaluation of a run. Raises UserError if it is damaged, FileNotFoundError if there is none."""
-    file = result_file(run_dir)
+def states_file(result: Path) -> Path:
+    """The path of what each image added to the metrics of a result, next to it (`intervals.write_states`)."""
+    return result.with_suffix(".npz")
+
+
+def read_result(run_dir: Path, file: Path | None = None) -> dict[str, Any]:
+    """Reads the evaluation of a run, or one in another file.
+
+    Raises UserError if it is damaged, FileNotFoundError if there is none.
+    """
+    file = file or result_file(run_dir)
     remedy = f"evaluate again: uvim-fsq evaluate {run_dir}"
     result = read_json(file, remedy)
     missing = [key for key in REQUIRED_KEYS if key not in result]
@@ -38,10 +46,10 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def finished(run_dir: Path) -> bool:
-    """Whether a run was trained and evaluated. A damaged result does not count."""
+def finished(run_dir: Path, file: Path | None = None) -> bool:
+    """Whether a run was trained and evaluated, into `file` if given. A damaged result does not count."""
     try:
-        read_result(run_dir)
+        read_result(run_dir, file)
     except (FileNotFoundError, UserError):
         return False
     return True

@@ -127,6 +127,7 @@ def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: t
     return {
         "task": task.name,
         "protocol": evaluator.protocol,
+        "metric_details": evaluator.metric_details,
         "main_metric": task.main_metric,
         "data": {**evaluator.source.info, "image_size": run.data.image_size},
         "decoding": {key: getattr(run.eval, key) for key in DECODING_KEYS if hasattr(run.eval, key)},

@@ -36,17 +36,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the quickstart and its larger version for a GPU."""
+    """What differs between the quickstart and its larger version for a GPU, besides their configurations."""
 
     configs: str
     num_train: int
     num_val: int
-    size: int
     difficulty: str
 
 
-SMALL = Scale("quickstart", num_train=16_000, num_val=500, size=32, difficulty="plain")
-GPU = Scale("quickstart_gpu", num_train=60_000, num_val=1_000, size=128, difficulty="plain")
+SMALL = Scale("quickstart", num_train=16_000, num_val=500, difficulty="plain")
+GPU = Scale("quickstart_gpu", num_train=60_000, num_val=1_000, difficulty="plain")
 
 #: Stage -> what it trains.
 TRAINED = {"oracle": "the oracle", "lm": "the language model", "direct": "the direct baseline"}
@@ -87,8 +86,7 @@ def quickstart(
     Raises:
         UserError: `gpu_scale` without a GPU, or a task without synthetic data.
     """
-    kind = task_class(task).synthetic
-    if kind is None:
+    if task_class(task).synthetic is None:
         raise UserError(f"task {task} has no synthetic data, which the quickstart needs")
     scale, console = _choose_scale(gpu_scale, scenes), Console()
     summary_file = out / "summary.json"
@@ -104,7 +102,8 @@ def quickstart(
     if not data.exists():
         counts = f"{scale.num_train} training and {scale.num_val} test scenes"
         console.print(f"[bold]1/{steps}[/] {counts} -> {data}", soft_wrap=True)
-        timer("data", lambda: _make_data(scale, data, kind))
+        size = _run_config(scale, task, "oracle", out, overrides).data.image_size
+        timer("data", lambda: _make_data(scale, data, task, size))
         _write_seconds(out, timer)
     runs: dict[str, Path] = {}
     for number, name in enumerate(names, 2):
@@ -133,16 +132,19 @@ def _choose_scale(gpu_scale: bool, scenes: int | None) -> Scale:
     return replace(scale, num_train=scenes, num_val=min(scale.num_val, scenes))
 
 
-def _make_data(scale: Scale, out: Path, kind: str) -> None:
+def _make_data(scale: Scale, out: Path, task: str, size: int) -> None:
+    cls = task_class(task)
+    assert cls.synthetic is not None
     with Bar(f"scenes -> {out}") as bar:
         write_dataset(
-            kind,
+            cls.synthetic,
             out,
             scale.num_train,
-            scale.size,
+            size,
             num_val=scale.num_val,
             layout="mat",
             difficulty=scale.difficulty,
+            world=cls.synthetic_world,
             progress=bar.update,
         )
 

@@ -1,7 +1,7 @@
 """The image encoder of token models: any timm model, seen as a function from images to a grid of features.
 
 It owns everything that belongs to the model's weights: its input size, mean and standard deviation, which of its stages
-are used, and their projection. `timm_models` creates the models, `encoder_weights` finds published weights.
+are used, and their projection. `timm_models` creates the models, `data.published_weights` finds their weights.
 
 B batch, S side of the images, s side of the model's input, C channels of a stage, M = h w features, E their width.
 """
@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from uvim_fsq.config.schema import EncoderConfig
+from uvim_fsq.data.published_weights import Triple, first_line
 from uvim_fsq.errors import UserError
 from uvim_fsq.layers import LN_EPS, init_transformer_, signed_pixels
-from uvim_fsq.lm.encoder_weights import Triple, first_line
 from uvim_fsq.lm.timm_models import create_timm_model, is_plain_vit, is_vit
 from uvim_fsq.performance.counting import forward_flops, meta_copy, saved_bytes
 from uvim_fsq.performance.flops import EncoderCost, EncoderSize, vit_cost
@@ -217,14 +217,14 @@ class ImageEncoder(nn.Module):
             return [(self.model.embed_dim, height, width)] * len(self._indices)
         model: Any = meta_copy(self.model).eval().requires_grad_()
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 stages = self._intermediates(model, torch.zeros(1, 3, self.size, self.size, device="meta"))
+                torch.autograd.backward([stage.sum() for stage in stages])
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"timm model {self.config.name} cannot take images of {self.size} x {self.size} pixels "
                 f"({first_line(error)}); set model.encoder.image_size"
             ) from error
-        torch.autograd.backward([stage.sum() for stage in stages])
         for name, parameter in model.named_parameters():
             if parameter.grad is None:  # DistributedDataParallel waits for every gradient
                 self.model.get_parameter(name).requires_grad_(False)

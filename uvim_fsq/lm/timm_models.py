@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import nn
 
 from uvim_fsq.config.schema import EncoderConfig
+from uvim_fsq.data.published_weights import HALF, Triple, check_package, create_published, first_line
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.encoder_weights import HALF, Triple, check_package, create_published, first_line
 
 # timm takes seconds to import, because it imports torchvision and the compiler.
 if TYPE_CHECKING:

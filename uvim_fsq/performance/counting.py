@@ -25,7 +25,8 @@ def meta_copy(module: nn.Module) -> Any:
 
 def forward_flops(module: nn.Module, shape: Sequence[int]) -> float:
     """FLOP of the forward pass on one floating-point input. A multiply-add counts as 2, elementwise operations as 0."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # The caller may have made another device the default one.
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         model, x = _fake_copy(module).eval(), torch.zeros(*shape)
         # Attention as matrix products, because the counter does not know every fused kernel.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -44,7 +45,8 @@ def saved_bytes(module: nn.Module, shape: Sequence[int], *, bf16: bool) -> float
         shape: that of the input.
         bf16: under autocast.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # The caller may have made another device the default one.
+    with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         model, x = _fake_copy(module).train(), torch.zeros(*shape)
         weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(p.shape)[::-1])}
         storages: dict[int, Any] = {}
@@ -76,17 +78,19 @@ class _FusedAttention(TorchFunctionMode):
     """Replaces attention by an operation that saves what fused kernels save; torch's CPU kernel also saves scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and len(args) >= 3:
             low = torch.is_autocast_enabled("cpu")
             return _Attended.apply(*(x.to(torch.bfloat16) if low else x for x in args[:3]))
         return func(*args, **(kwargs or {}))
 
 
 class _Attended(torch.autograd.Function):
-    """Query (B, H, N, d), key (B, H, M, d), value (B, H, M, e) -> (B, H, N, e) without values."""
+    """Query (..., H, N, d), key (..., H, M, d), value (..., H, M, e) -> (..., H, N, e), without values."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        # In memory the heads stand after the positions, so that joining them copies nothing.
+        *batch, heads, length, _ = query.shape
+        out = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
         ctx.save_for_backward(query, key, value, out)
         return out

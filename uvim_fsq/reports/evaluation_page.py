@@ -32,7 +32,7 @@ EXPLANATIONS = {
     "context_only": "the oracle's decoder with the image but no tokens; what tokens add is measured from here",
     "lm": "the complete model: the LM predicts tokens from the image, and the oracle's decoder turns them into labels",
     "direct": "the LM's image encoder with a label head, trained on the task's loss; no oracle and no tokens",
-    "oracle": "the oracle encodes and decodes the true labels; in practice the limit of what an LM can reach",
+    "oracle": "the oracle encodes and decodes the true labels; its decoder can hardly do better with predicted tokens",
 }
 #: Title of a panel's column -> name of the prediction.
 TITLES = {"oracle": "oracle", "context alone": "context_only", "LM": "lm", "direct": "direct"}

@@ -12,12 +12,14 @@ N = S * H * W.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from uvim_fsq.synthetic import rooms, still_life
 from uvim_fsq.synthetic.rooms import (
     BEND,
     CATEGORIES,
@@ -36,11 +38,13 @@ from uvim_fsq.synthetic.rooms import (
     Dice,
     Room,
     Solid,
-    furnish,
     slope_of,
 )
 
-__all__ = ["CATEGORIES", "CATEGORY_IDS", "STUFF", "THINGS", "Camera", "Scene", "render"]
+__all__ = ["CATEGORIES", "CATEGORY_IDS", "STUFF", "THINGS", "WORLDS", "Camera", "Scene", "render"]
+
+#: World -> the function that draws one of its rooms.
+WORLDS: dict[str, Callable[[Dice, bool], Room]] = {"rooms": rooms.furnish, "still_life": still_life.furnish}
 
 Window = tuple[slice, slice, slice]
 SMOOTHED_SIDE = 64  # images are anti-aliased up to this longer side
@@ -66,7 +70,9 @@ class Scene:
     camera: Camera
 
 
-def render(seed: int, index: int, size: int | tuple[int, int], difficulty: str = "varied") -> Scene:
+def render(
+    seed: int, index: int, size: int | tuple[int, int], difficulty: str = "varied", world: str = "rooms"
+) -> Scene:
     """Renders room `index` of the infinite series `seed`.
 
     Args:
@@ -74,17 +80,21 @@ def render(seed: int, index: int, size: int | tuple[int, int], difficulty: str =
         size: side of a square image, or (height, width); each at least 8, the width at most 1.5 times the height.
         difficulty: "varied": camera height, angles, focal length, room and texture sizes all vary.
             "plain": fixed camera height, focal length and texture scale, so that apparent size reveals distance.
+        world: "rooms": up to eight objects of any size; patterns and colors are independent of each other.
+            "still_life": two to four large objects; their materials decide pattern and likely colors.
 
     Raises:
-        ValueError: unknown difficulty, or an image size that is too small or too wide.
+        ValueError: unknown difficulty or world, or an image size that is too small or too wide.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 8 or width > 1.5 * height:
         raise ValueError(f"size {size}: sides must be at least 8 pixels, and the width at most 1.5 times the height")
     if difficulty not in ("varied", "plain"):
         raise ValueError(f'difficulty "{difficulty}" is unknown: use "varied" or "plain"')
+    if world not in WORLDS:
+        raise ValueError(f'world "{world}" is unknown: use {" or ".join(map(repr, WORLDS))}')
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
-    room = furnish(Dice(rng), plain=difficulty == "plain")
+    room = WORLDS[world](Dice(rng), difficulty == "plain")
     samples = 2 if max(height, width) <= SMOOTHED_SIDE else 1
     with np.errstate(all="ignore"):  # rays that miss divide by zero; comparisons with nan then mean "no hit"
         rays = _rays(room.camera, height, width, samples)

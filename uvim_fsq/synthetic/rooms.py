@@ -6,7 +6,7 @@ World axes: x right, y forward, z up, in meters; the camera is above the origin.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,30 @@ class Dice:
         return options[int(next(self._next) * len(options))]
 
 
+@dataclass(frozen=True)
+class Look:
+    """The texture of one surface; see `_PATTERNS`.
+
+    Attributes:
+        cell: cells per meter along the object's x, y, z.
+        phase: offset of the cells along x, y, z, in cells.
+        dark, bright: linear RGB albedo at the ends of the texture's range.
+        weights: of (parity, joint, cell shade, noise).
+        gloss: strength of the highlight.
+    """
+
+    cell: list[float]
+    phase: list[float]
+    dark: list[float]
+    bright: list[float]
+    weights: tuple[float, ...]
+    gloss: float
+
+
+#: Draws the look of a surface of the given name, one of `STUFF` or `THINGS`.
+DrawLook = Callable[[Dice, str, bool], Look]
+
+
 def slope_of(solid: Solid) -> float:
     """Decrease of a round solid's radius per unit of height; 0 for a cylinder."""
     return solid.half[0] / (2 * solid.half[2]) if solid.kind == "cone" else 0.0
@@ -134,20 +158,34 @@ def furnish(dice: Dice, plain: bool) -> Room:
 
     `plain`: fixed camera height, focal length and texture scale (see `uvim_fsq.synthetic.render.render`).
     """
-    camera = _camera(dice, plain)
+    camera = draw_camera(dice, plain)
     low = np.array([-dice.uniform(1.4, 3.8), -dice.uniform(0.7, 1.5), 0.0])
     high = np.array([dice.uniform(1.4, 3.8), dice.uniform(3.2, 8.0), dice.uniform(2.4, 3.2)])
     light = np.array([dice.uniform(-1.2, 1.2), dice.uniform(0.2, 0.7) * high[1], high[2] - dice.uniform(0.15, 0.5)])
     solids = _solids(dice, camera, low, high, float(light[2]) - 0.25, plain)
-    rows = [_surface_row(dice, (0.0, 0.0, 0.0), 0.0, 0.0, 0.0, name, plain) for name in STUFF]
-    rows += [_solid_row(dice, solid, plain) for solid in solids]
+    return assemble(dice, plain, camera, (low, high), light, solids, _random_look)
+
+
+def assemble(
+    dice: Dice,
+    plain: bool,
+    camera: Camera,
+    corners: tuple[np.ndarray, np.ndarray],
+    light: np.ndarray,
+    solids: tuple[Solid, ...],
+    look: DrawLook,
+) -> Room:
+    """Draws the textures by `look`, and the strengths of lamp and noise; other arguments as in `Room`."""
+    rows = [_surface_row((0.0, 0.0, 0.0), 0.0, 0.0, 0.0, look(dice, name, plain)) for name in STUFF]
+    rows += [_solid_row(solid, look(dice, solid.kind, plain)) for solid in solids]
     table = np.array(rows, np.float32).T.copy()
     power = dice.uniform(1.1, 1.5)
     ambient, noise = dice.uniform(0.3, 0.5), 0.01 if plain else dice.uniform(0.004, 0.025)
-    return Room(camera, low, high, light, power, ambient, noise, solids, table)
+    return Room(camera, *corners, light, power, ambient, noise, solids, table)
 
 
-def _camera(dice: Dice, plain: bool) -> Camera:
+def draw_camera(dice: Dice, plain: bool) -> Camera:
+    """Draws a camera above the origin that looks along y and slightly down."""
     yaw = dice.uniform(-0.12, 0.12) if plain else dice.uniform(-0.65, 0.65)
     pitch = dice.uniform(-0.24, -0.18) if plain else dice.uniform(-0.4, 0.02)
     height = 1.5 if plain else dice.uniform(1.1, 1.95)
@@ -220,29 +258,37 @@ _CHOICES = {
 _SCALES = {"floor": (0.4, 0.6), "wall": (0.35, 0.6), "ceiling": (0.5, 0.7)}
 
 
-def _solid_row(dice: Dice, solid: Solid, plain: bool) -> list[float]:
+def _solid_row(solid: Solid, look: Look) -> list[float]:
     """Surface parameters of one solid. The local origin is the center of a sphere or box, the base of other solids."""
     lift = 0.0 if solid.kind in ("cylinder", "cone") else solid.half[2]
     bend = {"sphere": (1.0, 0.0), "cone": (-(slope_of(solid) ** 2), slope_of(solid) * solid.half[0])}
     across, offset = bend.get(solid.kind, (0.0, 0.0))
-    return _surface_row(dice, (solid.x, solid.y, solid.base + lift), solid.yaw, across, offset, solid.kind, plain)
+    return _surface_row((solid.x, solid.y, solid.base + lift), solid.yaw, across, offset, look)
 
 
-def _surface_row(
-    dice: Dice, centre: tuple, yaw: float, across: float, offset: float, name: str, plain: bool
-) -> list[float]:
+def _surface_row(centre: tuple, yaw: float, across: float, offset: float, look: Look) -> list[float]:
     """One row of the table. A curved surface's normal at local q is along (q_x, q_y, across * q_z + offset)."""
+    span = [b - d for b, d in zip(look.bright, look.dark, strict=True)]
+    turn = (math.cos(yaw), math.sin(yaw))
+    return [*centre, *turn, across, offset, *look.cell, *look.phase, *look.dark, *span, *look.weights, look.gloss]
+
+
+def _random_look(dice: Dice, name: str, plain: bool) -> Look:
+    """A pattern and colors drawn independently of each other."""
     default = ("checker", "rings", "stripes", "tiles", "bricks", "planks", "plaster")
     density, weights = _PATTERNS[dice.pick(_CHOICES.get(name, default))]
     low, high = _SCALES.get(name, (0.14, 0.3))
     scale = (low + high) / 2 if plain else dice.uniform(0.8 * low, 1.3 * high)
-    cell = [d / scale for d in density]
-    phase = [dice.uniform(0.1, 0.9) if d else 0.5 for d in density]  # 0.5 keeps unused axes away from the joints
+    cell, phase = cells(dice, density, scale)
     dark, bright = _colors(dice, name)
-    span = [b - d for b, d in zip(bright, dark, strict=True)]
     gloss = 0.0 if name in STUFF else dice.pick((0.0, 0.2, 0.5))
-    turn = (math.cos(yaw), math.sin(yaw))
-    return [*centre, *turn, across, offset, *cell, *phase, *dark, *span, *weights, gloss]
+    return Look(cell, phase, dark, bright, weights, gloss)
+
+
+def cells(dice: Dice, density: tuple[float, float, float], scale: float) -> tuple[list[float], list[float]]:
+    """`Look.cell` and a random `Look.phase` of `density` cells in `scale` meters."""
+    phase = [dice.uniform(0.1, 0.9) if d else 0.5 for d in density]  # 0.5 keeps unused axes away from the joints
+    return [d / scale for d in density], phase
 
 
 def _colors(dice: Dice, name: str) -> tuple[list[float], list[float]]:

@@ -31,11 +31,23 @@ from uvim_fsq.synthetic.render import CATEGORIES, Scene, render
 VAL_START = 10_000_000
 PER_FOLDER = 100
 FOCAL = 518.8579  # the focal length that the NYU file lists give for every image; readers skip it
-NYU_LAYOUTS = ("h5", "mat", "png")
 WNIDS = ("n90000001", "n90000002", "n90000003", "n90000004")
 
 Size = int | tuple[int, int]
 ProgressCallback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Series:
+    """An infinite series of scenes; see `uvim_fsq.synthetic.render.render`."""
+
+    size: Size
+    seed: int
+    difficulty: str
+    world: str
+
+    def scene(self, index: int) -> Scene:
+        return render(self.seed, index, self.size, self.difficulty, self.world)
 
 
 @dataclass(frozen=True)
@@ -45,13 +57,10 @@ class _Job:
     root: Path
     split: str
     number: int
-    size: Size
-    seed: int
-    difficulty: str
+    series: _Series
 
     def scene(self) -> Scene:
-        start = VAL_START if self.split == "val" else 0
-        return render(self.seed, start + self.number, self.size, self.difficulty)
+        return self.series.scene(self.number + (VAL_START if self.split == "val" else 0))
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,13 @@ class _Plan:
 
     num: int
     num_val: int
-    size: Size
-    seed: int
-    difficulty: str
+    series: _Series
     workers: int | None
     progress: ProgressCallback | None
 
     def jobs(self, root: Path) -> list[_Job]:
-        common = (self.size, self.seed, self.difficulty)
-        train = [_Job(root, "train", i, *common) for i in range(self.num)]
-        return train + [_Job(root, "val", i, *common) for i in range(self.num_val)]
+        train = [_Job(root, "train", i, self.series) for i in range(self.num)]
+        return train + [_Job(root, "val", i, self.series) for i in range(self.num_val)]
 
     @contextmanager
     def run(self, function: Callable[[_Job], Any], root: Path) -> Iterator[Iterator[Any]]:
@@ -99,129 +105,54 @@ def write_dataset(
     num_val: int = 0,
     layout: str = "h5",
     difficulty: str = "varied",
+    world: str = "rooms",
     workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic" or "imagenet".
 
+    "nyu": one .h5 per frame (layout "h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
+    "coco_panoptic": images, id PNGs and the two JSON files of 2017. "imagenet": class folders for training and a flat
+    val/; the classes are arbitrary.
+
     Args:
         out: the new data set's folder; must be empty or not exist.
         size: side of square images, or (height, width).
-        seed: seed of the series of rooms.
+        seed: seed of the series of scenes.
         layout: "h5", "mat" or "png"; for "nyu" only.
-        difficulty: see `uvim_fsq.synthetic.render.render`.
+        difficulty, world: see `uvim_fsq.synthetic.render.render`.
         workers: rendering processes; None: one per core; 1: in this process.
         progress: called with (images done, total).
 
     Raises:
-        UserError: `out` is not an empty folder, or a format, layout or number is invalid.
+        UserError: `out` is not an empty folder, or a format, layout, world or number is invalid.
     """
-    options = {"difficulty": difficulty, "workers": workers, "progress": progress}
-    if format == "nyu":
-        write_nyu(out, num, size, seed, num_val=num_val, layout=layout, **options)
-    elif format == "coco_panoptic":
-        write_coco_panoptic(out, num, size, seed, num_val=num_val, **options)
-    elif format == "imagenet":
-        write_imagenet(out, num, size, seed, num_val=num_val, **options)
-    else:
+    writers = {"coco_panoptic": _coco_panoptic, "imagenet": _imagenet}
+    nyu_writers = {"h5": _nyu_h5, "mat": _nyu_mat, "png": _nyu_png}
+    if format != "nyu" and format not in writers:
         raise UserError(f'format "{format}" is unknown: use "nyu", "coco_panoptic" or "imagenet"')
-
-
-def write_nyu(
-    out: Path,
-    num: int,
-    size: Size,
-    seed: int = 0,
-    *,
-    num_val: int,
-    layout: str = "h5",
-    difficulty: str = "varied",
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> None:
-    """NYU Depth v2: one .h5 per frame ("h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
-
-    Arguments and errors as for `write_dataset`.
-    """
-    if layout not in NYU_LAYOUTS:
-        raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(NYU_LAYOUTS)}')
-    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
+    if format == "nyu" and layout not in nyu_writers:
+        raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(nyu_writers)}')
+    writer = nyu_writers[layout] if format == "nyu" else writers[format]
+    plan = _plan(num, num_val, _Series(size, seed, difficulty, world), workers, progress)
     with _fresh(out) as root:
-        {"h5": _nyu_h5, "mat": _nyu_mat, "png": _nyu_png}[layout](plan, root)
-
-
-def write_coco_panoptic(
-    out: Path,
-    num: int,
-    size: Size,
-    seed: int = 0,
-    *,
-    num_val: int,
-    difficulty: str = "varied",
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> None:
-    """COCO panoptic 2017: images, id PNGs and the two JSON files. Arguments and errors as for `write_dataset`."""
-    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
-    with _fresh(out) as root:
-        for split in ("train", "val"):
-            (root / f"{split}2017").mkdir()
-            (root / f"annotations/panoptic_{split}2017").mkdir(parents=True)
-        with plan.run(_store_coco, root) as results:
-            entries = list(results)
-        for split, part in (("train", entries[:num]), ("val", entries[num:])):
-            document = {
-                "info": {"description": "synthetic rooms", "seed": seed, "difficulty": difficulty},
-                "licenses": [],
-                "images": [image for image, _ in part],
-                "annotations": [annotation for _, annotation in part],
-                "categories": CATEGORIES,
-            }
-            (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(document))
-
-
-def write_imagenet(
-    out: Path,
-    num: int,
-    size: Size,
-    seed: int = 0,
-    *,
-    num_val: int,
-    difficulty: str = "varied",
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> None:
-    """ImageNet-1k: class folders for training, a flat val/; the classes are arbitrary. Errors as `write_dataset`."""
-    plan = _plan(num, num_val, size, seed, difficulty, workers, progress)
-    with _fresh(out) as root:
-        (root / "val").mkdir()
-        for wnid in WNIDS:
-            (root / "train" / wnid).mkdir(parents=True)
-        plan.run_all(_store_imagenet, root)
+        writer(plan, root)
 
 
 # ---------------------------------------------------------------- folders and processes
 
 
-def _plan(
-    num: int,
-    num_val: int,
-    size: Size,
-    seed: int,
-    difficulty: str,
-    workers: int | None,
-    progress: ProgressCallback | None,
-) -> _Plan:
+def _plan(num: int, num_val: int, series: _Series, workers: int | None, progress: ProgressCallback | None) -> _Plan:
     """Checks the arguments before anything is written. Raises UserError."""
     if not 1 <= num <= VAL_START or num_val < 0:
         raise UserError(f"num = {num}, num_val = {num_val}: need 1 to {VAL_START} training and 0 or more val images")
-    if seed < 0 or (workers is not None and workers < 1):
-        raise UserError(f"seed = {seed}, workers = {workers}: need a seed of 0 or more and at least one worker")
+    if series.seed < 0 or (workers is not None and workers < 1):
+        raise UserError(f"seed = {series.seed}, workers = {workers}: need a seed of 0 or more and at least one worker")
     try:
-        render(seed, 0, size, difficulty)
+        series.scene(0)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return _Plan(num, num_val, size, seed, difficulty, workers, progress)
+    return _Plan(num, num_val, series, workers, progress)
 
 
 @contextmanager
@@ -301,7 +232,8 @@ def _jpeg(scene: Scene) -> bytes:
 def _nyu_mat(plan: _Plan, root: Path) -> None:
     """Writes the arrays as h5py sees MATLAB's column-major order: (N, 3, W, H) and (N, W, H)."""
     total = plan.num + plan.num_val
-    height, width = (plan.size, plan.size) if isinstance(plan.size, int) else plan.size
+    size = plan.series.size
+    height, width = (size, size) if isinstance(size, int) else size
     places = _interleaved(plan.num, plan.num_val)
     shapes = {
         "images": (total, 3, width, height),
@@ -350,7 +282,7 @@ def _interleaved(num: int, num_val: int) -> list[int]:
 def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image (H, W, 3), depth (H, W), and the depth with a few rectangular holes (0) like those of a real sensor."""
     scene = job.scene()
-    rng = np.random.default_rng([job.seed, job.number, job.split == "val"])
+    rng = np.random.default_rng([job.series.seed, job.number, job.split == "val"])
     holed = scene.depth.copy()
     height, width = holed.shape
     for _ in range(int(rng.integers(2, 6))):
@@ -360,6 +292,29 @@ def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 # ---------------------------------------------------------------- COCO panoptic and ImageNet
+
+
+def _coco_panoptic(plan: _Plan, root: Path) -> None:
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        (root / f"annotations/panoptic_{split}2017").mkdir(parents=True)
+    with plan.run(_store_coco, root) as results:
+        entries = list(results)
+    series = plan.series
+    info = {
+        "description": f"synthetic {series.world.replace('_', ' ')}",
+        "seed": series.seed,
+        "difficulty": series.difficulty,
+    }
+    for split, part in (("train", entries[: plan.num]), ("val", entries[plan.num :])):
+        document = {
+            "info": info,
+            "licenses": [],
+            "images": [image for image, _ in part],
+            "annotations": [annotation for _, annotation in part],
+            "categories": CATEGORIES,
+        }
+        (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(document))
 
 
 def _store_coco(job: _Job) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -392,6 +347,13 @@ def _segment(mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         "area": int(mask.sum()),
         "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
     }
+
+
+def _imagenet(plan: _Plan, root: Path) -> None:
+    (root / "val").mkdir()
+    for wnid in WNIDS:
+        (root / "train" / wnid).mkdir(parents=True)
+    plan.run_all(_store_imagenet, root)
 
 
 def _store_imagenet(job: _Job) -> None:

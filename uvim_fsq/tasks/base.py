@@ -45,6 +45,11 @@ class Metric(ABC):
     #: Name of the evaluation protocol, recorded in every result, e.g. "nyu_depth/uvim".
     protocol: str
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the figures depend on, recorded in every result: e.g. a feature network and its weights' hash."""
+        return {}
+
     @abstractmethod
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
         """Adds one image and returns its own values (a row of the per-image CSV).
@@ -111,9 +116,11 @@ class Task(ABC):
     #: Maps of a Sample to resize bilinearly (e.g. color); all others are resized by nearest neighbor.
     linear_maps: ClassVar[tuple[str, ...]] = ()
     #: Metrics that tables show after the main metric.
-    secondary_metrics: ClassVar[tuple[str, ...]] = ()
+    secondary_metrics: tuple[str, ...] = ()
     #: The `uvim-fsq synth` format of this task's data; None if there is none.
     synthetic: ClassVar[str | None] = None
+    #: The `uvim-fsq synth` world in which the quickstart shows the task.
+    synthetic_world: ClassVar[str] = "rooms"
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -10,7 +10,7 @@ from uvim_fsq.checkpoints.loading import build_task, resolve_task
 from uvim_fsq.checkpoints.run_directory import inherit
 from uvim_fsq.config.schema import Run
 from uvim_fsq.errors import TRAINING_REMEDY, UserError, enough_memory
-from uvim_fsq.evaluation.results import result_file
+from uvim_fsq.evaluation.results import result_file, states_file
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.files import write_json
 from uvim_fsq.tasks.configuration import load_run
@@ -45,7 +45,7 @@ def train_inherited(run: Run) -> Path:
     with enough_memory(TRAINING_REMEDY):
         refuse_faults(build_task(run), run.data.root, run.data.eval_split)
         out = fit(build_stage(run), run)
-    result = evaluate(out, tuned=False)
+    result = evaluate(out, tuned=False, states=states_file(result_file(out)))
     if processes.is_main():
         write_json(result_file(out), result)
     return out

@@ -96,7 +96,7 @@ def test_results_that_share_no_table_do_not_stop_the_grid(tmp_path: Path, monkey
     def refuse(failures: object) -> None:
         raise UserError("their figures cannot stand in one table")
 
-    monkeypatch.setattr(Runner, "_train", lambda *_: None)
+    monkeypatch.setattr(Runner, "_run_command", lambda *_: None)
     runner = Runner(tmp_path / "out", 1, (), lines.append, refuse)
     runner.run(cells)
     assert [line for line in lines if line.endswith(": done")] == ["A, seed 3: done", "B, seed 3: done"]

@@ -14,11 +14,12 @@ from tests.support.photos import LUMA
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.imagenet_color import metrics
+from uvim_fsq.tasks.imagenet_color import distances, metrics
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
 from uvim_fsq.tasks.imagenet_color.data import open_source
+from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance, reference_moments
 from uvim_fsq.tasks.imagenet_color.fid import Moments, frechet_distance
-from uvim_fsq.tasks.imagenet_color.metrics import FIDMetric, PSNRMetric, keep_luma, reference_moments, to_unit
+from uvim_fsq.tasks.imagenet_color.metrics import COLOURFULNESS, FIDMetric, PSNRMetric, keep_luma, to_unit
 
 RNG = np.random.default_rng(5)
 FEATURES = 6
@@ -27,7 +28,7 @@ FEATURES = 6
 class Corners:
     """Mean colours of the upper and lower half: 6 features instead of 2,048. `batches`: the size of each batch."""
 
-    sha256 = "corners"
+    name, dim, sha256 = "corners", FEATURES, "corners"
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -46,8 +47,7 @@ def moments_of(images: list[np.ndarray]) -> Moments:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(metrics, "Moments", lambda: Moments(FEATURES))
-    monkeypatch.setattr(metrics, "FID_BATCH", 2)
+    monkeypatch.setattr(distances, "BATCH", 2)
     monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path / "cache"))
 
 
@@ -56,19 +56,30 @@ def photo(height: int = 20, width: int = 30) -> np.ndarray:
     return (RNG.integers(0, 256, (height, width, 3)) * RNG.random(3)).astype(np.uint8)
 
 
-def others() -> Moments:
-    """A reference set of four photos."""
-    return moments_of([crop_and_resize(photo(), 256) for _ in range(4)])
-
-
 def view(whole: np.ndarray, side: int = 16) -> Sample:
     """A photo as the FID protocols evaluate it."""
     return Sample("x", crop_and_resize(whole, side), {}, {"scale": 128.0, "photo": whole})
 
 
-def fid_metric(luma: bool = False, official: bool = False, reference: Any = None) -> tuple[FIDMetric, Corners]:
-    inception: Any = Corners()
-    return FIDMetric("p", luma, inception, reference or others, official), (inception)
+class Photos:
+    """A reference set in memory."""
+
+    def __init__(self, photos: list[np.ndarray]) -> None:
+        self.photos, self.root, self.names, self.reads = photos, Path("nowhere"), list(map(str, photos)), 0
+        self.info = {"split": "train"}
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.reads += 1
+        return Sample("x", self.photos[index])
+
+
+def fid_metric(luma: bool = False, official: bool = False, photos: Any = None) -> tuple[FIDMetric, Corners]:
+    network = Corners()
+    reference: Any = photos or Photos([photo() for _ in range(4)])
+    return FIDMetric(PSNRMetric("p", luma), FeatureDistance(reference, network, "crop"), official), network
 
 
 def test_pixels_are_scaled_by_the_protocol() -> None:
@@ -87,10 +98,12 @@ def test_psnr_is_at_the_predictions_size_and_adds_up() -> None:
         row = whole.update(prediction, Sample("x", image))
         (first, second)[i % 2].update(prediction, Sample("x", image))
         error = np.mean((prediction - (resize_linear(image, (10, 12)) / 127.5 - 1)) ** 2)
-        assert row == pytest.approx({"psnr": 10 * np.log10(4 / error), "mse": error}, rel=1e-5)
+        assert row["psnr"] == pytest.approx(10 * np.log10(4 / error), rel=1e-5)
+        assert row["mse"] == pytest.approx(error, rel=1e-5)
         expected.append((row["psnr"], row["mse"]))
     psnr, mse = np.mean(expected, 0)
-    assert whole.compute() == pytest.approx({"psnr": psnr, "mse": mse, "images": 5}, rel=1e-12)
+    figures = whole.compute()
+    assert [figures["psnr"], figures["mse"], figures["images"]] == pytest.approx([psnr, mse, 5], rel=1e-12)
     state = first.state()
     first.update(prediction, Sample("x", image))
     merged = PSNRMetric("protocol", luma=False)
@@ -103,10 +116,11 @@ def test_psnr_is_at_the_predictions_size_and_adds_up() -> None:
 def test_psnr_of_equal_and_nearly_equal_pictures() -> None:
     image = np.full((2, 2, 3), 255, np.uint8)
     metric = PSNRMetric("p", luma=False)
-    assert metric.update(np.ones((2, 2, 3)), Sample("x", image)) == {"psnr": pytest.approx(100, abs=1e-9), "mse": 0}
+    equal = metric.update(np.ones((2, 2, 3)), Sample("x", image))
+    assert equal["psnr"] == pytest.approx(100, abs=1e-9) and equal["mse"] == 0
     assert metric.compute()["images"] == 1
     near = metric.update(np.full((2, 2, 3), 1 - 2**-15), Sample("x", image))  # just above the smallest error
-    assert near == pytest.approx({"psnr": 10 * np.log10(2**32), "mse": 2**-30})
+    assert [near["psnr"], near["mse"]] == pytest.approx([10 * np.log10(2**32), 2**-30])
 
 
 def test_keep_luma_takes_the_brightness_of_the_photo() -> None:
@@ -125,47 +139,42 @@ def test_keep_luma_takes_the_brightness_of_the_photo() -> None:
 @pytest.mark.parametrize("luma", [False, True])
 def test_fid_equals_a_computation_by_hand(luma: bool) -> None:
     """Five images in batches of two; predictions and photos are resized to 256 in their own ways."""
-    reference, asked = others(), []
-    metric, inception = fid_metric(luma, reference=lambda: asked.append(1) or reference)
+    reference = Photos([photo() for _ in range(4)])
+    metric, inception = fid_metric(luma, photos=reference)
     images, predictions = [photo() for _ in range(5)], RNG.uniform(-1, 1, (5, 8, 8, 3)) * RNG.random((5, 1, 1, 3))
     psnr = PSNRMetric("p", luma)
     for i, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
-        assert metric.update(prediction, view(image)) == psnr.update(prediction, view(image))
+        row, alone = metric.update(prediction, view(image)), psnr.update(prediction, view(image))
+        assert (row["psnr"], row["mse"]) == (alone["psnr"], alone["mse"])
         assert inception.batches == [2, 2] * ((i + 1) // 2)
-    assert not asked  # only when it is needed
+    assert not reference.reads  # only when it is needed
     figures = metric.compute()
-    assert inception.batches == [2, 2, 2, 2, 1, 1] and not any(metric.waiting.values())
+    assert inception.batches == [2, 2, 2, 2, 1, 1, 2, 2] and not any(metric.inception.waiting.values())
     shown = [p.astype(np.float32) for p in predictions]
     if luma:
         views = [view(image) for image in images]
         shown = [keep_luma(p, to_unit(resize_linear(v.image, (8, 8)), v)) for p, v in zip(shown, views, strict=True)]
-    assert figures == pytest.approx(
-        {
-            "FID-5": frechet_distance(moments_of([prediction_uint8(p, 256) for p in shown]), reference),
-            "FID-5 of the real images": frechet_distance(
-                moments_of([crop_and_resize(i, 256) for i in images]), reference
-            ),
-            "reference_images": 4,
-            **psnr.compute(),
-        },
-        rel=1e-9,
-    )
+    known = moments_of([crop_and_resize(image, 256) for image in reference.photos])
+    sets = [prediction_uint8(p, 256) for p in shown], [crop_and_resize(image, 256) for image in images]
+    fids = [frechet_distance(moments_of(pictures), known) for pictures in sets]
+    assert [figures["FID-5"], figures["FID-5 of the real images"]] == pytest.approx(fids, rel=1e-9)
+    assert figures["reference_images"] == 4 and figures["psnr"] == psnr.compute()["psnr"]
+    colours = [np.mean([metrics.colourfulness(picture) for picture in pictures]) for pictures in sets]
+    assert [figures[name] for name in COLOURFULNESS] == pytest.approx(colours, rel=1e-12)
     assert min(figures["FID-5"], figures["FID-5 of the real images"]) > 0.1
 
 
 def test_metric_states_of_several_processes_add_up() -> None:
-    parts, images = [fid_metric()[0] for _ in range(3)], [photo() for _ in range(5)]
+    reference, images = Photos([photo() for _ in range(4)]), [photo() for _ in range(5)]
+    parts = [fid_metric(photos=reference)[0] for _ in range(3)]
     for i, image in enumerate(images):
         prediction = RNG.uniform(-1, 1, (8, 8, 3))
         for metric in (parts[0], parts[1 + i % 2]):
             metric.update(prediction, view(image))
-    reference = others()
     states = [part.state() for part in parts[1:]]
-    merged = fid_metric()[0]
+    merged = fid_metric(photos=reference)[0]
     merged.update(prediction, view(image))  # load_state replaces it, also what is still waiting
     merged.load_state({name: states[0][name] + states[1][name] for name in states[0]})
-    for metric in (parts[0], merged):
-        metric.reference = lambda: reference
     assert merged.compute() == pytest.approx(parts[0].compute(), rel=1e-9)
     assert merged.compute()["images"] == 5
 
@@ -189,19 +198,19 @@ def test_reference_moments_are_cached_until_weights_or_photos_change(tmp_path: P
             Image.fromarray(photo()).save(tmp_path / "photos" / split / f"{i}.png")
     source, inception = open_source(str(tmp_path / "photos"), "train"), Corners()
     given: Any = inception
-    found = reference_moments(source, given)
+    found = reference_moments(source, given, 256, "crop")
     whole = moments_of([crop_and_resize(source[i].image, 256) for i in range(5)])
     np.testing.assert_allclose(found.mean, whole.mean)
     np.testing.assert_allclose(found.covariance, whole.covariance)
     assert inception.batches == [2, 2, 1] and found.count == 5
-    np.testing.assert_allclose(reference_moments(source, given).mean, whole.mean)
+    np.testing.assert_allclose(reference_moments(source, given, 256, "crop").mean, whole.mean)
     assert len(inception.batches) == 3  # from the cache
     inception.sha256 = "other weights"
-    reference_moments(source, given)
+    reference_moments(source, given, 256, "crop")
     assert len(inception.batches) == 6
     os.utime(tmp_path / "photos" / "train" / "0.png", ns=(1, 1))
-    reference_moments(source, given)
+    reference_moments(source, given, 256, "crop")
     assert len(inception.batches) == 9
     (tmp_path / "photos" / "train" / "4.png").unlink()
     with pytest.raises(UserError, match="4.png"):
-        reference_moments(source, given)
+        reference_moments(source, given, 256, "crop")

@@ -2,7 +2,8 @@
 
 A grid file names two configurations, settings of all cells (`set`), named `rows` of settings and/or a `grid` of keys
 with several values, and `seeds`. A row with the key `direct` trains the direct baseline in place of an oracle and an
-LM; the grid names its configuration too. Run directories are named by a hash of the configuration, so that cells share
+LM; the grid names its configuration too. A row with `eval` evaluates the LM of its settings in another way, and one
+with `tune` chooses how on a hold-out. Run directories are named by a hash of the configuration, so that cells share
 equal models and nothing is trained twice.
 """
 
@@ -23,10 +24,12 @@ from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.config.yaml_files import read_tree
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.results import result_file, states_file
 from uvim_fsq.files import read_json, write_json
 from uvim_fsq.tasks.configuration import load_run, resolve_lm, without_token_keys
 
 KEYS = ("title", "oracle", "lm", "direct", "synthetic", "set", "rows", "grid", "seeds", "paper_protocol", "figures")
+KEYS += ("compare",)
 #: The stages of an ordinary row.
 STAGES = ("oracle", "lm")
 #: All stages that settings may be given for.
@@ -37,7 +40,10 @@ ALL_STAGES = (*STAGES, "direct")
 class Row:
     """One row of the result: `key=value` settings of both stages, and the value that the paper reports.
 
-    `direct` is None, or the settings of a row that trains the direct baseline and has neither oracle nor LM.
+    Attributes:
+        direct: None, or the settings of a row that trains the direct baseline and has neither oracle nor LM.
+        evaluation: settings of the evaluation that were not there in training.
+        tune: the split on which `uvim-fsq tune` chooses how the LM's tokens are decoded, or "" for no tuning.
     """
 
     name: str
@@ -45,11 +51,15 @@ class Row:
     lm: tuple[str, ...]
     direct: tuple[str, ...] | None
     paper: str
+    evaluation: tuple[str, ...] = ()
+    tune: str = ""
 
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
-        """Stage -> settings, of the stages that the row trains."""
-        return {"oracle": self.oracle, "lm": self.lm} if self.direct is None else {"direct": self.direct}
+        """Stage -> settings, of the stages that the row trains, and of its evaluation if it has its own."""
+        stages = {"oracle": self.oracle, "lm": self.lm} if self.direct is None else {"direct": self.direct}
+        tune = {"tune": (self.tune,)} if self.tune else {}
+        return {**stages, **({"eval": self.evaluation} if self.evaluation else {}), **tune}
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Grid:
         synthetic: arguments of `write_dataset` for the scenes to render; None if the data exist.
         paper_protocol: the protocol under which results are comparable with the paper's.
         figures: names of additional metrics of oracle and LM that get columns, e.g. FID-5k.
+        compare: the row that all others are compared with, by paired intervals; empty for none.
     """
 
     title: str
@@ -73,6 +84,7 @@ class Grid:
     seeds: tuple[int, ...]
     paper_protocol: str
     figures: tuple[str, ...]
+    compare: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,11 +109,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row with one seed: an oracle and an LM, or a direct baseline, to be trained in this order."""
+    """One row with one seed: an oracle and an LM, or a direct baseline, to be trained in this order.
+
+    Attributes:
+        evaluation: the arguments of further commands, the last of which writes `file`; empty if the result is that of
+            the training.
+        file: the result.
+    """
 
     row: str
     seed: int
     trainings: tuple[Training, ...]
+    file: Path
+    evaluation: tuple[tuple[str, ...], ...] = ()
 
     @property
     def name(self) -> str:
@@ -111,6 +131,13 @@ class Cell:
     def result(self) -> Training:
         """The last training, whose result stands in the table."""
         return self.trainings[-1]
+
+    @property
+    def steps(self) -> list[tuple[str, Path, Path, tuple[tuple[str, ...], ...]]]:
+        """What is to be done in this order: its name, the run directory, the result file, the commands."""
+        steps = [(f"training the {t.name}", t.folder, result_file(t.folder), (t.command,)) for t in self.trainings]
+        own = [("evaluation", self.result.folder, self.file, self.evaluation)] if self.evaluation else []
+        return [*steps, *own]
 
 
 def read_grid(file: Path) -> Grid:
@@ -127,16 +154,21 @@ def read_grid(file: Path) -> Grid:
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise UserError(f"{file}: `seeds` must be a list of integers")
+    rows = _rows(file, tree)
+    compare = str(tree.get("compare", ""))
+    if compare and compare not in [row.name for row in rows]:
+        raise UserError(f"{file}: `compare` must name a row, and there is none named {compare!r}")
     return Grid(
         title=str(tree.get("title", file.stem)),
         oracle=Path(os.path.normpath(file.parent / tree["oracle"])),
         lm=Path(os.path.normpath(file.parent / tree["lm"])),
         direct=Path(os.path.normpath(file.parent / tree["direct"])) if "direct" in tree else None,
         synthetic=tree.get("synthetic"),
-        rows=_rows(file, tree),
+        rows=rows,
         seeds=tuple(seeds),
         paper_protocol=str(tree.get("paper_protocol", "")),
         figures=tuple(map(str, tree.get("figures") or ())),
+        compare=compare,
     )
 
 
@@ -172,11 +204,15 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
                 varied[stage][rest] = value
             parts = [name] if name else []
             parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in zip(keys, values, strict=True)]
-            merged = {stage: {**common[stage], **own[stage], **varied[stage]} for stage in ALL_STAGES}
+            merged = {part: {**common[part], **own[part], **varied.get(part, {})} for part in (*ALL_STAGES, "eval")}
             texts = {stage: tuple(f"{k}={_text(v)}" for k, v in merged[stage].items()) for stage in ALL_STAGES}
             oracle, lm = ((), ()) if direct else (texts["oracle"], texts["lm"])
-            paper = str((given or {}).get("paper", ""))
-            rows.append(Row(", ".join(parts), oracle, lm, texts["direct"] if direct else None, paper))
+            paper, tune = (str((given or {}).get(key, "")) for key in ("paper", "tune"))
+            if direct and tune:
+                raise UserError(f"{file}: `rows.{name}` is direct: it has no tokens to tune")
+            evaluation = tuple(f"{key}={_text(value)}" for key, value in merged["eval"].items())
+            trained = texts["direct"] if direct else None
+            rows.append(Row(", ".join(parts), oracle, lm, trained, paper, evaluation, tune))
     names = [row.name for row in rows]
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"{file}: there are no rows, or two rows of the same name")
@@ -184,11 +220,12 @@ def _rows(file: Path, tree: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 def _settings(file: Path, where: str, tree: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(tree, dict) or set(tree) - {*ALL_STAGES, "paper"}:
+    if not isinstance(tree, dict) or set(tree) - {*ALL_STAGES, "eval", "tune", "paper"}:
         raise UserError(
-            f"{file}: `{where}` may contain only oracle: and lm:, or direct: (each a mapping of settings), and paper:"
+            f"{file}: `{where}` may contain only oracle: and lm:, or direct:, and eval: (each a mapping of settings), "
+            "tune: (a split) and paper:"
         )
-    found = {stage: tree.get(stage) or {} for stage in ALL_STAGES}
+    found = {stage: tree.get(stage) or {} for stage in (*ALL_STAGES, "eval")}
     for stage, settings in found.items():
         if not isinstance(settings, dict):
             raise UserError(f"{file}: `{where}.{stage}` must be a mapping of settings")
@@ -211,11 +248,27 @@ def plan(grid: Grid, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     for seed, row in itertools.product(grid.seeds, grid.rows):
         train = _train_direct if row.direct is not None else _train_both
         try:
-            cells.append(Cell(row.name, seed, train(grid, row, out, data, [f"train.seed={seed}", *overrides])))
+            cells.append(_cell(row, seed, train(grid, row, out, data, [f"train.seed={seed}", *overrides])))
         except UserError as error:
             raise UserError(f"cell {row.name!r}, seed {seed}: {error}") from error
     _refuse_mixed(cells)
     return cells
+
+
+def _cell(row: Row, seed: int, trainings: tuple[Training, ...]) -> Cell:
+    """A cell with the commands of its evaluation, if training does not include it."""
+    folder = trainings[-1].folder
+    if not row.evaluation and not row.tune:
+        return Cell(row.name, seed, trainings, result_file(folder))
+    key = hashlib.sha256(json.dumps([row.evaluation, row.tune]).encode()).hexdigest()[:12]
+    file = folder / f"evaluation_{key}.json"
+    plugins = trainings[-1].run.plugins
+    settings = (*row.evaluation, *([f"plugins=[{','.join(plugins)}]"] if plugins else []))
+    tune = [("tune", str(folder), "--split", row.tune, *settings)] if row.tune else []
+    # What another row tuned does not apply to this one.
+    tuned = [] if row.direct is not None else [f"eval.tuned={'true' if row.tune else 'false'}"]
+    written = ("--json", str(file), "--states", str(states_file(file)))
+    return Cell(row.name, seed, trainings, file, (*tune, ("evaluate", str(folder), *settings, *tuned, *written)))
 
 
 def _train_both(
@@ -333,4 +386,5 @@ def to_dict_of(grid: Grid) -> dict[str, Any]:
         **({"direct": grid.direct.name} if grid.direct is not None else {}),
         "synthetic": grid.synthetic,
         "rows": rows,
+        **({"compare": grid.compare} if grid.compare else {}),
     }

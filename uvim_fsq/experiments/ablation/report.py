@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from uvim_fsq.checkpoints.loading import load_any
+from uvim_fsq.checkpoints.loading import build_task, load_any
+from uvim_fsq.checkpoints.run_directory import read_overridden, resolve_checkpoint
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation.results import finished, read_result
+from uvim_fsq.evaluation.intervals import paired_bootstrap, read_states
+from uvim_fsq.evaluation.results import finished, read_result, states_file
 from uvim_fsq.experiments.ablation.grid import Cell, Grid
 from uvim_fsq.files import write_csv, write_json, write_text
 from uvim_fsq.inference.predictions import predict_functions
@@ -48,7 +51,9 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
     Raises:
         UserError: two cells, which are named, were evaluated on different images or by different protocols.
     """
-    results = [(cell, read_result(cell.result.folder)) for cell in cells if finished(cell.result.folder)]
+    results = [
+        (cell, read_result(cell.result.folder, cell.file)) for cell in cells if finished(cell.result.folder, cell.file)
+    ]
     common = _measured_on(results)
     titles = columns(common["main_metric"], grid.figures)
     rows: list[dict[str, Any]] = []
@@ -66,6 +71,7 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
                 "settings": row.settings,
                 "cells": entries,
                 "columns": {title: _summary(entries, prediction, key) for title, (prediction, key) in titles.items()},
+                "intervals": _intervals(grid, row.name, [cell for cell, _ in results], common["main_metric"]),
             }
         )
     return {
@@ -80,6 +86,41 @@ def collect(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str]) -> d
         "rows": rows,
         "failures": dict(failures),
     }
+
+
+def _intervals(grid: Grid, row: str, cells: Sequence[Cell], metric: str) -> dict[str, dict[str, Any]]:
+    """Differences of a row's model to context alone and to the row `compare`, over the seeds that both have."""
+    own = {cell.seed: cell for cell in cells if cell.row == row}
+    others = {cell.seed: cell for cell in cells if cell.row == grid.compare and row != grid.compare}
+    wanted = {
+        "context alone": [(cell, cell, "context_only") for cell in own.values() if not _is_direct(cell)],
+        grid.compare: [(cell, others[seed], _model(others[seed])) for seed, cell in own.items() if seed in others],
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for title, entries in wanted.items():
+        if not entries:
+            continue
+        try:
+            pairs = [
+                (read_states(states_file(cell.file), _model(cell)), read_states(states_file(other.file), name))
+                for cell, other, name in entries
+            ]
+        except UserError:  # a metric whose states are too large, or a decoder that does not see the image
+            continue
+        run, _ = read_overridden(resolve_checkpoint(entries[0][0].result.folder), ())
+        task = build_task(run)
+        empty = task.metric(task.source(run.data.root, run.data.eval_split))
+        found[title] = {**asdict(paired_bootstrap(empty, metric, pairs)), "n": len(pairs)}
+    return found
+
+
+def _is_direct(cell: Cell) -> bool:
+    return cell.result.run.stage == "direct"
+
+
+def _model(cell: Cell) -> str:
+    """The name of the predict function that a cell is about."""
+    return "direct" if _is_direct(cell) else "lm"
 
 
 def _measured_on(results: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -126,9 +167,13 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     rows = results["rows"]
     titles = _titles(results)
     paper = results["same_protocol_as_the_paper"] and any(row["paper"] for row in rows)
-    lines = [["", *titles, *(["paper"] if paper else []), "seeds"]]
+    compared = list(dict.fromkeys(title for row in rows for title in row["intervals"]))
+    metric = results["metric"]
+    heads = [f"{metric} - {title} (95%)" for title in compared]
+    lines = [["", *titles, *heads, *(["paper"] if paper else []), "seeds"]]
     for row in rows:
         figures = [_format(row["columns"][title]) for title in titles]
+        figures += [_format_interval(row["intervals"].get(title)) for title in compared]
         lines.append([row["name"], *figures, *([row["paper"]] if paper else []), str(len(row["cells"]))])
     return lines
 
@@ -145,6 +190,13 @@ def _format(summary: Mapping[str, Any] | None) -> str:
     digits = 3 if abs(summary["mean"]) < 10 else 1
     deviation = f" ± {summary['std']:.{digits}f}" if summary["std"] is not None else ""
     return f"{summary['mean']:.{digits}f}{deviation}"
+
+
+def _format_interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    digits = 3 if max(abs(found["low"]), abs(found["high"])) < 10 else 1
+    return f"{found['difference']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
 
 
 def results_markdown(results: Mapping[str, Any]) -> str:
@@ -181,7 +233,7 @@ def panels(cells: Sequence[Cell], device: torch.device) -> list[tuple[str, str]]
     """(row name, HTML tag of a picture) for each row: truth and predictions of the first image, one line per cell."""
     found: dict[str, list[Mapping[str, np.ndarray]]] = {}
     for cell in cells:
-        if not finished(cell.result.folder):
+        if not finished(cell.result.folder, cell.file):
             continue
         # Without tuned settings, as the cell's figures were obtained.
         loaded = load_any(cell.result.folder, device=device, tuned=False)

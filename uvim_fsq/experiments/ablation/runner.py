@@ -80,21 +80,10 @@ class Runner:
     def _cell(self, cell: Cell) -> None:
         if self._stopped.is_set():
             return
-        for training in cell.trainings:
-            # Cells share oracles: the first one trains it, the others wait.
-            with self._locks[training.folder]:
-                if finished(training.folder):
-                    continue
-                self.say(f"{cell.name}: training the {training.name}")
-                error = self._train(training.command, training.folder)
-            if self._stopped.is_set():
-                return
-            if error is not None:
-                self.failures[cell.name] = f"{training.name}: {error}"
-                self.say(f"{cell.name}: FAILED, {training.name}: {error}")
-                break
-        else:
+        if all(self._step(cell, *step) for step in cell.steps):
             self.say(f"{cell.name}: done")
+        if self._stopped.is_set():
+            return
         with self._after_cell_lock:
             try:
                 self._after_cell(self.failures)
@@ -102,7 +91,25 @@ class Runner:
                 # The tables can be written later; training continues.
                 self.say(f"no table: {error}")
 
-    def _train(self, command: Sequence[str], run_dir: Path) -> str | None:
+    def _step(self, cell: Cell, name: str, folder: Path, file: Path, commands: Sequence[Sequence[str]]) -> bool:
+        """Runs the commands of a step (see `Cell.steps`) unless its result exists. Returns whether it exists then."""
+        # Cells share models: the first one trains them, the others wait.
+        with self._locks[folder]:
+            if finished(folder, file):
+                return True
+            self.say(f"{cell.name}: {name}")
+            for command in commands:
+                error = self._run_command(command, folder)
+                if self._stopped.is_set():
+                    return False
+                if error is not None:
+                    self.failures[cell.name] = f"{name}: {error}"
+                    self.say(f"{cell.name}: FAILED, {name}: {error}")
+                    return False
+        return True
+
+    def _run_command(self, command: Sequence[str], run_dir: Path) -> str | None:
+        """Runs a command in a process of its own. Returns None, or the last line that it printed if it failed."""
         log = self.out / "logs" / f"{run_dir.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         device = self._devices.get()

