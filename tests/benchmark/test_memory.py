@@ -189,3 +189,18 @@ def test_bytes_per_parameter_follow_precision_optimizer_and_processes() -> None:
 
     assert fixed(precision="fp32") == 16 and fixed() == 18 and fixed("adafactor") == 14
     assert fixed(processes=2) == 22 and fixed(ema=0.9) == 22
+
+
+def test_frozen_parameters_need_no_gradients_and_no_optimizer_state() -> None:
+    def fixed(frozen: bool, **train: Any) -> float:
+        run = LMRun("", train=TrainConfig(**train), optim=OptimConfig(name="adamw"))
+        with torch.device("meta"):
+            encoder = EncoderConfig("vit_tiny_patch16_224", frozen=frozen, out_width=8)
+            lm = AutoregressiveLM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=32, vocab_size=9, length=4)
+            oracle = Oracle(OracleModelConfig(8, 24, 1, 1, 3, 48, code_length=4), TASKS["depth"].label_channels, 32)
+        model = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("encoder.model."))
+        learned = sum(p.numel() for p in lm.parameters()) - model
+        others = (22 if train else 18) * learned + 6 * sum(p.numel() for p in oracle.parameters())
+        return (lm_memory(lm, oracle, run).fixed - OVERHEAD - others) / model
+
+    assert fixed(False) == 18 and fixed(True) == 6 and fixed(True, ema=0.9) == 10

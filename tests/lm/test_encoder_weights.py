@@ -151,6 +151,7 @@ def test_features_of_published_vits_are_their_patch_tokens(name: str, prefix: in
     """Class and register tokens take part, as in training, but are not among the features."""
     side = 4 * timm.create_model(name).patch_embed.patch_size[0]
     published = timm.create_model(name, img_size=side).eval()
+    torch.nn.init.normal_(published.norm.weight)
     assert published.num_prefix_tokens == prefix
     config = EncoderConfig(name, str(save(published, tmp_path / "weights.safetensors")), image_size=side)
     encoder = build_image_encoder(config, 512).eval()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import EncoderConfig
@@ -30,6 +31,24 @@ def test_counted_bytes_of_a_vit_equal_their_formula(bf16: bool) -> None:
     encoder = vit()
     found = saved_bytes(encoder, (5, 3, 64, 64), bf16=bf16) / 5
     assert found == pytest.approx(encoder.activation_bytes(2 if bf16 else 4), rel=0.04)
+
+
+class Attention(nn.Module):
+    """One head of attention with a learned bias, over the pixels of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(3, 3)
+        self.bias = nn.Parameter(torch.zeros(1, 1, 36, 36))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x.flatten(2).transpose(1, 2).unsqueeze(1))
+        return F.scaled_dot_product_attention(x, 2 * x, 3 * x, attn_mask=self.bias)
+
+
+def test_attention_keeps_no_scores() -> None:
+    """But query, key, value and the weighted sum, as fused kernels do, also with a bias. The fifth is the image."""
+    assert saved_bytes(Attention(), (5, 3, 6, 6), bf16=False) == 5 * (4 * 5 * 36 * 3)
 
 
 def test_counting_leaves_the_module_alone() -> None:

@@ -16,6 +16,7 @@ from uvim_fsq.performance.memory import (
     TrainingMemory,
     decoder_activations,
     fixed_bytes,
+    frozen_bytes,
     number_bytes,
     oracle_activations,
 )
@@ -25,9 +26,15 @@ def _numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _fixed(model: nn.Module, run: Run, processes: int) -> float:
+    """Bytes that do not depend on the batch. Frozen parameters have neither gradients nor optimizer state."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return fixed_bytes(trained, run.train, run.optim, processes) + frozen_bytes(_numbers(model) - trained, run.train)
+
+
 def oracle_memory(oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemory:
     """Training memory of stage I. `oracle` may be on the meta device."""
-    fixed = fixed_bytes(_numbers(oracle), run.train, run.optim, processes)
+    fixed = _fixed(oracle, run, processes)
     image = oracle_activations(oracle.config, oracle.image_size, number_bytes(run.train))
     return TrainingMemory(fixed, image, oracle.label_head.logits * oracle.num_patches, chunking.MAX_LOGITS)
 
@@ -35,7 +42,7 @@ def oracle_memory(oracle: Oracle, run: Run, processes: int = 1) -> TrainingMemor
 def lm_memory(lm: TokenModel, oracle: Oracle, run: LMRun, processes: int = 1) -> TrainingMemory:
     """Training memory of stage II, frozen oracle included. The models may be on the meta device."""
     b = number_bytes(run.train)
-    fixed = fixed_bytes(_numbers(lm), run.train, run.optim, processes) + _numbers(oracle) * (4 + b)
+    fixed = _fixed(lm, run, processes) + _numbers(oracle) * (4 + b)
     if not run.loss.task_weight:
         return TrainingMemory(fixed, lm.activation_bytes(b))
     # The gradient passes through the decoder, which saves its activations.
@@ -46,7 +53,7 @@ def lm_memory(lm: TokenModel, oracle: Oracle, run: LMRun, processes: int = 1) ->
 
 def direct_memory(model: DirectModel, run: Run, processes: int = 1) -> TrainingMemory:
     """Training memory of the direct baseline. `model` may be on the meta device."""
-    fixed = fixed_bytes(_numbers(model), run.train, run.optim, processes)
+    fixed = _fixed(model, run, processes)
     image = model.activation_bytes(number_bytes(run.train))
     return TrainingMemory(fixed, image, model.label_head.logits * model.num_patches, chunking.MAX_LOGITS)
 

@@ -68,6 +68,12 @@ def fixed_bytes(parameters: int, train: TrainConfig, optim: OptimConfig, process
     return OVERHEAD + parameters * (4 + 4 + state + copies)
 
 
+def frozen_bytes(parameters: int, train: TrainConfig) -> float:
+    """Bytes of frozen weights in the trained model: the weights, autocast copies and averaged weights."""
+    copies = 2 if train.precision != "fp32" else 0
+    return parameters * (4 + copies + (4 if train.ema is not None else 0))
+
+
 def oracle_activations(config: OracleModelConfig, image_size: int, b: int) -> float:
     """Bytes per image saved for the oracle's backward pass, without label logits."""
     d, n = config.width, (image_size // config.patch_size) ** 2
