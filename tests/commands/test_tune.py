@@ -45,6 +45,7 @@ def test_tune_prints_the_best_settings_and_stores_them(run_dir: Path, capsys: py
         "choice_temperature": {0.0},
     }
     assert len(result["candidates"]) == 1 + 2 * 4
+    assert ("try larger ones" in said) == (result["settings"]["context_weight"] == 0.25)
     assert ("add nothing" in said) == (result["context_only"] < result["value"])
 
 

@@ -92,7 +92,7 @@ def _print_table(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['protocol']} on {result['split']}, {result['images']} images")
     table.add_column("", no_wrap=True)
     for key in shown:
-        table.add_column(key.replace("_", " "))
+        table.add_column(key.replace("_", " ").replace("temperature", "temp."))
     table.add_column(metric, justify="right")
     sign = 1 if result["smaller_is_better"] else -1
     finite = [row for row in result["candidates"] if math.isfinite(row[metric])]
@@ -103,5 +103,9 @@ def _print_table(result: dict[str, Any]) -> None:
     if result["context_only"] is not None:
         table.add_row("context alone", *("" for _ in shown), f"{result['context_only']:.4f}")
     Console().print(table)
+    if result["settings"]["context_weight"] == max(row["context_weight"] for row in result["candidates"]) > 0:
+        print(
+            "the chosen context weight is the largest that was tried; try larger ones, e.g. --weights 0.5,0.6,0.7,0.8"
+        )
     if result["context_only"] is not None and sign * result["context_only"] < sign * result["value"]:
         print("context alone is better than any of them: on these images the LM's tokens add nothing")
