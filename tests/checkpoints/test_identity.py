@@ -183,7 +183,9 @@ def test_the_free_keys_are_these() -> None:
         "train.out", "train.resume", "train.resume_changes", "train.log_every", "train.save_every", "train.keep",
         "train.wandb", "train.compile", "train.accumulate",
     }  # fmt: skip
-    assert {key for key in FREE if key.startswith("eval.")} == {"eval.batch_size", "eval.workers", "eval.compile"}
+    assert {key for key in FREE if key.startswith("eval.")} == {
+        "eval.batch_size", "eval.workers", "eval.compile", "eval.tuned",
+    }  # fmt: skip
     for section, cls in (("train", TrainConfig), ("eval", EvalConfig)):
         known = {f"{section}.{name}" for name in cls.__dataclass_fields__}
         assert {key for key in FREE if key.startswith(f"{section}.")} <= known
