@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from uvim_fsq.lm.encoder_weights import create_published
 
 from tests.support.runs import fit_run, last_weights, losses
 from tests.support.small import lm_run
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import checkpoints
+from uvim_fsq.data import published_weights
+from uvim_fsq.data.published_weights import create_published
 from uvim_fsq.evaluation.results import read_result
-from uvim_fsq.lm import encoder_weights
 from uvim_fsq.training.run import train
 
 #: Removes the overrides of the small configuration.
@@ -51,7 +51,7 @@ def test_a_frozen_encoder_leaves_training_as_it_came(
     theirs = {name: value for name, value in package.state_dict().items() if f"{prefix}{name}" in trained}
     assert len(theirs) > 50 and all(torch.equal(trained[f"{prefix}{name}"], value) for name, value in theirs.items())
     assert not torch.equal(trained["encoder.norms.0.weight"], torch.ones(40))
-    monkeypatch.setattr(encoder_weights, "PACKAGE", "not_installed_anywhere")
+    monkeypatch.setattr(published_weights, "PACKAGE", "not_installed_anywhere")
     lm = load_checkpoint(out).lm
     assert lm is not None and "rmse" in read_result(out)["figures"]["lm"]
     assert torch.equal(lm.state_dict()["encoder.mean"], torch.full((1, 3, 1, 1), 127 / 255))
