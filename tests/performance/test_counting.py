@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 def test_attention_keeps_no_scores() -> None:
-    """But query, key, value and the weighted sum, as fused kernels do, also with a bias. The fifth is the image."""
+    """But query, key, value and weighted sum, as fused kernels do, also those with a bias. The fifth is the image."""
     assert saved_bytes(Attention(), (5, 3, 6, 6), bf16=False) == 5 * (4 * 5 * 36 * 3)
 
 

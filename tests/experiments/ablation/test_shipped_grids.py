@@ -39,4 +39,5 @@ def test_shipped_grids_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     for file in files:
         cells = plan(read_grid(file), tmp_path / file.stem)
-        assert len({cell.result.folder for cell in cells}) == len(cells), file
+        # Rows may share a training, but not a result.
+        assert len({cell.file for cell in cells}) == len(cells), file
