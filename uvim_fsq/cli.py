@@ -29,6 +29,7 @@ from uvim_fsq.commands import (
     train_lm,
     train_oracle,
     tune,
+    tune_decoder,
 )
 from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import clear
@@ -43,6 +44,7 @@ COMMANDS: dict[str, ModuleType] = {
     "config": config,
     "evaluate": evaluate,
     "tune": tune,
+    "tune-decoder": tune_decoder,
     "analyze": analyze,
     "predict": predict,
     "synth": synth,
@@ -59,12 +61,12 @@ DATA_COMMANDS: dict[str, ModuleType] = {
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "analyze", "predict"), "lm"),
+    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth",)
 #: Commands that can run in several processes. With any other, each process would write the same files.
-SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, analyze)
+SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, tune_decoder, analyze)
 
 
 def _config_epilog(stage: str) -> str:

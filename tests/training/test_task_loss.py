@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_the_tokens_plus_the_weighted_task_loss(
 def test_the_gradient_reaches_the_token_model_and_not_the_oracle(tmp_path: Path, oracle_dir: Path) -> None:
     weighted, batch = stage(tmp_path, oracle_dir, "depth", "loss.task_weight=1")
     # Without the loss on tokens, all gradients come through the decoder.
-    codes = weighted._code_loss(batch)
+    codes = weighted.code_loss(batch)
     assert codes is not None
     logits = weighted.lm.logits(batch["image"], weighted.oracle.tokenize(batch["labels"], batch["image"]))
     value, _ = codes(logits.softmax(-1), None)

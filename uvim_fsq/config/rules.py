@@ -162,9 +162,10 @@ _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature eval.code_scale
     eval.context_weight model.dropout model.quantizer.momentum model.quantizer.commitment model.label_smoothing
-    model.mask_floor model.all_masked model.encoder.drop_path loss.task_weight"""
+    model.mask_floor model.all_masked model.encoder.drop_path loss.task_weight decoder_tuning.true_share"""
 _AT_MOST_ONE = """
-    optim.final_lr_ratio optim.encoder_layer_decay eval.top_p eval.context_weight model.mask_floor model.all_masked"""
+    optim.final_lr_ratio optim.encoder_layer_decay eval.top_p eval.context_weight model.mask_floor model.all_masked
+    decoder_tuning.true_share"""
 _BELOW_ONE = "model.dropout model.quantizer.momentum model.label_smoothing model.encoder.drop_path"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
@@ -194,13 +195,15 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield "train.out is empty; name a run directory, e.g. train.out=runs/my_run"
     if (train.epochs is None) == (train.steps is None):
         yield "give exactly one of train.epochs and train.steps"
-    yield from _out_of_range(run, ("train", "optim", "loss"))
+    yield from _out_of_range(run, ("train", "optim", "loss", "decoder_tuning"))
     if not all(0 <= beta < 1 for beta in run.optim.betas):
         yield f"optim.betas={list(run.optim.betas)}: both must be at least 0 and below 1"
     if train.steps is not None:
         yield from _warmup_problems(run, train.steps)
     if isinstance(run, LMRun) and run.model.decoder == "trained" and not run.loss.task_weight:
         yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
+    if isinstance(run, LMRun) and run.decoder_tuning.run and run.model.decoder != "trained":
+        yield "decoder_tuning.run trains a copy of the oracle's decoder; set model.decoder=trained"
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 

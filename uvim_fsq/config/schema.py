@@ -201,6 +201,17 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DecoderTuningConfig:
+    """The keys under `decoder_tuning:`, which `uvim-fsq tune-decoder` sets: stage II, with a token model that stays."""
+
+    run: str = ""
+    """Checkpoint of an LM. Its token model is kept, and only its copy of the oracle's decoder is trained; empty: the
+    token model is trained."""
+    true_share: float = 0.25
+    """Share of tokens that are the true ones in this training; the LM predicts the others."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The keys under `optim:`: optimizer and learning rate."""
 
@@ -355,6 +366,7 @@ class LMRun:
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    decoder_tuning: DecoderTuningConfig = field(default_factory=DecoderTuningConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -165,9 +165,19 @@ class TokenModel(nn.Module, ABC):
         """Makes an untrained model predict varied tokens, for benchmarks; by default does nothing."""
 
     def forward(
-        self, image: torch.Tensor, tokens: torch.Tensor, code_loss: CodeLoss | None = None
+        self,
+        image: torch.Tensor,
+        tokens: torch.Tensor,
+        code_loss: CodeLoss | None = None,
+        generated: Generated | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Calls `loss`. Wrappers such as DistributedDataParallel and torch.compile require calls through `forward`."""
+        """Calls `loss`. Wrappers such as DistributedDataParallel and torch.compile require calls through `forward`.
+
+        If distributions are given, as `generated`, nothing is predicted: the result is `code_loss` of them.
+        """
+        if generated is not None:
+            assert code_loss is not None and generated.probabilities is not None
+            return code_loss(generated.probabilities, generated.features)
         return self.loss(image, tokens, code_loss)
 
 

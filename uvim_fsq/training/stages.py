@@ -17,17 +17,28 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from uvim_fsq.checkpoints.files import copy_checkpoint
-from uvim_fsq.checkpoints.loading import build_direct, build_lm, build_oracle, build_task, load_oracle
-from uvim_fsq.checkpoints.run_directory import oracle_to_train_on, weights_hash
+from uvim_fsq.checkpoints.loading import (
+    LoadedRun,
+    build_direct,
+    build_lm,
+    build_oracle,
+    build_task,
+    load_checkpoint,
+    load_oracle,
+)
+from uvim_fsq.checkpoints.run_directory import find_oracle, oracle_to_train_on, weights_hash
 from uvim_fsq.compilation import compiled
 from uvim_fsq.config.schema import DataConfig, DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
+from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.evaluator import Evaluator
+from uvim_fsq.inference.code_decoding import build_generator
 from uvim_fsq.inference.predictions import PredictFn, direct_predictions, lm_predictions, oracle_predictions
-from uvim_fsq.lm.base import CodeLoss, TokenModel
+from uvim_fsq.lm.base import CodeLoss, Generated, Generator, TokenModel
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.label_head import Loss
 from uvim_fsq.oracle.model import Oracle
@@ -197,21 +208,24 @@ class LMStage(Stage):
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
         """The loss of the token model on the oracle's tokens."""
+        loss, logs = model(batch["image"], self.true_tokens(batch), self.code_loss(batch))
+        return loss.mean(), {name: value.mean() for name, value in logs.items()}
+
+    def true_tokens(self, batch: Batch) -> torch.Tensor:
+        """The tokens (B, L) int64 of the labels. Moves the oracle to the device of the batch."""
         if next(self.oracle.parameters()).device != batch["image"].device:
             self.oracle.to(batch["image"].device)
         with torch.no_grad():
-            tokens = self.tokenize(batch["labels"], batch["image"])
-        loss, logs = model(batch["image"], tokens, self._code_loss(batch))
-        return loss.mean(), {name: value.mean() for name, value in logs.items()}
+            return self.tokenize(batch["labels"], batch["image"])
 
-    def _code_loss(self, batch: Batch) -> CodeLoss | None:
+    def code_loss(self, batch: Batch) -> CodeLoss | None:
         """The weighted task loss of soft codes, decoded by the frozen oracle or its trained copy; None at weight 0."""
         weight = self.run.loss.task_weight
         if not weight:
             return None
         decoder = self.lm.label_decoder or self.oracle
 
-        def code_loss(
+        def soft_code_loss(
             probabilities: torch.Tensor, features: torch.Tensor | None
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             codes = self.oracle.quantizer.expected_codes(probabilities)
@@ -219,7 +233,7 @@ class LMStage(Stage):
             value, logs = decoder.label_loss(codes, labels, image, self.task.loss, self.image_loss, features)
             return weight * value, {"task_loss": value.detach(), **logs}
 
-        return code_loss
+        return soft_code_loss
 
     def train_flops(self) -> float:
         oracle = self.oracle.cost()
@@ -236,6 +250,70 @@ class LMStage(Stage):
         """Copies the oracle's configuration and weights to `out`/oracle, so that the LM's run is self-contained."""
         if self.oracle_dir is not None:
             copy_checkpoint(self.oracle_dir, out / "oracle")
+
+
+class DecoderTuningStage(LMStage):
+    """Stage II with a token model that stays: trains the LM's copy of the oracle's decoder on the tokens it predicts.
+
+    The oracle's decoder has seen only true tokens. Here some are true and the others are predicted, so that it learns
+    how far to trust them (the post-training of RobusTok). The predictions are those of `run.eval`.
+    """
+
+    def __init__(self, run: LMRun) -> None:
+        """Raises UserError if `decoder_tuning.run` is no LM, or has another token model or oracle than `run`."""
+        # The token model only predicts, so nothing of it is dropped.
+        encoder = replace(run.model.encoder, drop_path=0.0, weights="none")
+        super().__init__(replace(run, model=replace(run.model, dropout=0.0, encoder=encoder)))
+        kept = load_checkpoint(run.decoder_tuning.run, tuned=False)
+        self._refuse_other(run, kept)
+        assert kept.lm is not None and self.lm.label_decoder is not None
+        self.lm.load_state_dict({**self.lm.state_dict(), **kept.lm.state_dict()})
+        self.lm.requires_grad_(False)
+        self.lm.label_decoder.requires_grad_(True)
+        self._generator: Generator | None = None
+
+    def _refuse_other(self, run: LMRun, kept: LoadedRun) -> None:
+        place = run.decoder_tuning.run
+        if not isinstance(kept.run, LMRun):
+            raise UserError(f"decoder_tuning.run={place} is of stage {kept.run.stage}; give the run of an LM")
+        context = run.model.decoder_context
+        if kept.run.model.decoder == "trained" and kept.run.model.decoder_context != context:
+            raise UserError(
+                f"{place} has a trained decoder with model.decoder_context={kept.run.model.decoder_context}, which "
+                "cannot change; leave it as it was"
+            )
+        if replace(kept.run.model, decoder="trained", decoder_context=context) != run.model:
+            raise UserError(f"{place} has another token model; leave model.* as it was, except for decoder_context")
+        if weights_hash(find_oracle(kept.checkpoint, kept.run)) != self.oracle_sha256:
+            raise UserError(f"{place} was trained on another oracle than oracle={run.oracle}; leave oracle= out")
+
+    def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
+        """The task's loss of labels decoded from mixtures of true and predicted codes."""
+        tokens = self.true_tokens(batch)
+        loss, logs = model(batch["image"], tokens, self.code_loss(batch), self.mixture(batch["image"], tokens))
+        return loss.mean(), {name: value.mean() for name, value in logs.items()}
+
+    def mixture(self, image: torch.Tensor, tokens: torch.Tensor) -> Generated:
+        """What the LM predicts for images (B, 3, S, S), with `true_share` of the tokens replaced by the true ones.
+
+        The distributions of true tokens, and with `eval.codes: hard` of all tokens, have a single value of 1.
+        """
+        if self._generator is None:
+            self._generator = build_generator(self.lm.eval(), self.run.eval)
+        generated = self._generator(image, torch.randint(2**31, (len(image),)))
+        true = torch.rand(tokens.shape, device=tokens.device) < self.run.decoder_tuning.true_share
+        chosen = torch.where(true, tokens, generated.tokens)
+        certain = one_hot(chosen, self.lm.vocab_size).float()
+        soft = generated.probabilities
+        probabilities = certain if soft is None else torch.where(true.unsqueeze(-1), certain, soft)
+        # A copy, because what was computed in inference mode cannot be saved for the backward pass.
+        features = generated.features.clone() if generated.features is not None else None
+        return Generated(chosen, probabilities, features)
+
+    def train_flops(self) -> float:
+        oracle = self.oracle.cost()
+        # Prediction needs a forward pass of the token model, a third of its training.
+        return self.lm.cost().train / 3 + oracle.tokenize + 3 * oracle.decode
 
 
 class DirectStage(Stage):
@@ -267,4 +345,6 @@ def build_stage(run: Run) -> Stage:
     """Builds the stage of a resolved configuration. Weights are initialized with `train.seed`."""
     if isinstance(run, OracleRun):
         return OracleStage(run)
-    return LMStage(run) if isinstance(run, LMRun) else DirectStage(run)
+    if isinstance(run, LMRun):
+        return DecoderTuningStage(run) if run.decoder_tuning.run else LMStage(run)
+    return DirectStage(run)
