@@ -314,18 +314,25 @@ def test_finished_steps_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_signal_ends_waiting_jobs_and_starts_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    commands, before = Commands(tmp_path, monkeypatch, 2, "hard", "small"), signal.getsignal(number)
+    commands = Commands(tmp_path, monkeypatch, 2, "hard", "small")
 
     def stopped() -> str:
         commands.job_waits()
         commands.stop(number)
         return "stopped by a signal"
 
+    def handler(*_: object) -> None: ...
+
     commands.during["train-oracle"] = stopped
-    with pytest.raises(KeyboardInterrupt):
-        commands.run()
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            commands.run()
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
     assert commands.ran == ["train-oracle"] and commands.runner.failures == {} and commands.after == []
-    assert commands.lines == ["hard, seed 3: training the oracle"] and signal.getsignal(number) is before
+    assert commands.lines == ["hard, seed 3: training the oracle"]
 
 
 def test_a_stopped_evaluation_does_not_start_its_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,3 +385,27 @@ def test_a_failed_process_is_reported_by_the_last_line_of_its_log(
     assert runner.failures == {"A, seed 3": f"training the oracle: {said.format(log=log)}"}
     assert environments[0]["OMP_NUM_THREADS"] == "3", "the jobs share the cores"
     assert not runner._running and runner._devices.qsize() == 2
+
+
+def test_an_error_in_one_job_terminates_the_processes_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminated, started = threading.Event(), threading.Event()
+
+    class Process:
+        def __init__(self, program: Sequence[str], **_: object) -> None:
+            if program[-1] == "train-direct":
+                assert started.wait(PATIENCE)
+                raise OSError("no more processes")
+
+        def terminate(self) -> None:
+            terminated.set()
+
+        def wait(self) -> int:
+            started.set()
+            return 0 if terminated.wait(PATIENCE) else 1
+
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.runner.subprocess.Popen", Process)
+    with pytest.raises(OSError, match="no more processes"):
+        Runner(tmp_path / "out", 2, (), lambda _: None).run(sharing(tmp_path, "hard", "direct"))
+    assert terminated.is_set()
