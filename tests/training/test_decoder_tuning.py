@@ -83,10 +83,8 @@ def test_gradients_reach_all_of_the_decoder_and_nothing_else(
 ) -> None:
     stage = tuning_stage(tuning_run(tmp_path, bases["autoregressive"], CONTEXT, SOFT))
     stage.step(stage.model, batch)[0].backward()
-    gradients = {name: p.grad for name, p in stage.lm.named_parameters()}
-    assert {name for name, value in gradients.items() if value is not None} == {
-        f"label_decoder.{name}" for name, _ in stage.lm.label_decoder.named_parameters()
-    }
+    gradients = {name: p.grad for name, p in stage.lm.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name, _ in stage.lm.named_parameters() if name.startswith("label_decoder.")}
     assert float(gradients["label_decoder.feature_projection.weight"].abs().max()) > 0
     assert float(gradients["label_decoder.decoder_stem.weight"].abs().max()) > 0
     assert all(p.grad is None for p in stage.oracle.parameters())

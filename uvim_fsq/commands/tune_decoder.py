@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         *args.overrides,
     ]
     new = parse_config(checkpoint, settings)[0]
+    if not isinstance(new, LMRun) or new.decoder_tuning.run != str(checkpoint):
+        raise UserError(f"decoder_tuning.run is the LM that the command is given, {args.run}; leave this key out")
     _refuse_other_images(split, new)
     say_next_of_predictor(train_run(new, args.run))
 

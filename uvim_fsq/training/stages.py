@@ -256,7 +256,7 @@ class DecoderTuningStage(LMStage):
     """Stage II with a token model that stays: trains the LM's copy of the oracle's decoder on the tokens it predicts.
 
     The oracle's decoder has seen only true tokens. Here some are true and the others are predicted, so that it learns
-    how far to trust them (the post-training of RobusTok). The predictions are those of `run.eval`.
+    how far to trust them (the post-training of RobusTok, arXiv 2509.12474). The predictions are those of `run.eval`.
     """
 
     def __init__(self, run: LMRun) -> None:
