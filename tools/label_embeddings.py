@@ -41,8 +41,8 @@ DEPTH, PANOPTIC = {"depth": 256}, {"semantics": 134, "instances": 100}
 SETTINGS = {
     "reference depth": Setting(512, 16, 768, DEPTH),
     "reference panoptic": Setting(512, 16, 768, PANOPTIC),
-    "quickstart depth": Setting(32, 4, 96, {"depth": 64}),
-    "quickstart panoptic": Setting(32, 4, 96, {"semantics": 12, "instances": 16}),
+    "small depth": Setting(32, 4, 96, {"depth": 64}),
+    "small panoptic": Setting(32, 4, 96, {"semantics": 12, "instances": 16}),
 }
 
 

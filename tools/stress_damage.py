@@ -75,8 +75,8 @@ class World:
         # All commands work on the copy, so that the paths in configurations are valid.
         shutil.copytree(self.whole, self.work)
         data = f"data.root={self.work / 'data'}"
-        self.oracle = ["train-oracle", str(CONFIGS / "quickstart_oracle.yaml"), *MODEL["oracle"], *common, data]
-        self.lm = ["train-lm", str(CONFIGS / "quickstart_lm.yaml"), *MODEL["lm"], "model.num_heads=2", *common, data]
+        self.oracle = ["train-oracle", str(CONFIGS / "small_oracle.yaml"), *MODEL["oracle"], *common, data]
+        self.lm = ["train-lm", str(CONFIGS / "small_lm.yaml"), *MODEL["lm"], "model.num_heads=2", *common, data]
         self.lm.append(f"oracle={self.work / 'oracle'}")
         self._must(["data", "prepare", str(self.work / "data"), "--task", "nyu_depth"])
         self._must([*self.oracle, f"train.out={self.work / 'oracle'}"])

@@ -152,9 +152,9 @@ def main() -> None:
         folder = Path(name)
         write_dataset("nyu", folder / "data", 120, 32, num_val=12, layout="h5", workers=1)
         common = [*SMALL, *TRAINING, f"data.root={folder / 'data'}"]
-        oracle = ["train-oracle", str(CONFIGS / "quickstart_oracle.yaml"), *MODEL["oracle"], *common]
+        oracle = ["train-oracle", str(CONFIGS / "small_oracle.yaml"), *MODEL["oracle"], *common]
         differ = stage_trials("oracle", oracle, folder, arguments.kills, chance)
-        lm = ["train-lm", str(CONFIGS / "quickstart_lm.yaml"), *MODEL["lm"], "model.num_heads=2", *common]
+        lm = ["train-lm", str(CONFIGS / "small_lm.yaml"), *MODEL["lm"], "model.num_heads=2", *common]
         lm.append(f"oracle={folder / 'oracle_whole'}")
         differ += stage_trials("lm", lm, folder, arguments.kills, chance)
     sys.exit(bool(differ))

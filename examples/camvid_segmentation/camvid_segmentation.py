@@ -12,6 +12,7 @@ from uvim_fsq.data.images import read_image
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.splits import split_rows
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, Metric, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
@@ -26,8 +27,11 @@ class Photos:
     """Photos ROOT/{train,val}/NAME.jpg or .png with class indices in ROOT/{train,val}annot/NAME.png."""
 
     def __init__(self, root, split, label_suffix):
-        folder = find_data_root(root) / split
-        self.files, self.labels = list_images([str(folder)]), Path(f"{folder}{label_suffix}")
+        folder = find_data_root(root) / ("val" if split == "val" else "train")
+        files = list_images([str(folder)])
+        # Also "holdout", a tenth of the training photos for tuning, and "train_minus_holdout".
+        self.files = [files[row] for row in split_rows(split, [file.name for file in files])]
+        self.labels = Path(f"{folder}{label_suffix}")
         self.info = {"layout": "CamVid", "split": split, "count": len(self.files), "root": root}
 
     def __len__(self):

@@ -62,7 +62,7 @@ def test_hugging_face_static_cache_sees_the_image() -> None:
     torch.testing.assert_close(second, decoders["Hugging Face, dynamic cache"]())
 
 
-@pytest.mark.parametrize("file", ["quickstart_lm", "quickstart_gpu_lm", "lm"])
+@pytest.mark.parametrize("file", ["small_lm", "quickstart_gpu_lm", "lm"])
 def test_hugging_face_is_of_equal_size(file: str) -> None:
     pytest.importorskip("transformers")
     run = load_run(ROOT / f"configs/nyu_depth/{file}.yaml", ["model.encoder.weights=none"])

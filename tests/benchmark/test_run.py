@@ -19,7 +19,7 @@ from uvim_fsq.cli import main
     ["train-oracle", pytest.param("train-lm", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)],
 )
 def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = CONFIGS / "coco_panoptic" / "quickstart_lm.yaml"
+    config = CONFIGS / "coco_panoptic" / "small_lm.yaml"
     file = tmp_path / "new" / "result.json"
     main(["benchmark", job, str(config), "--repeats", "2", "--batch", "2", "--json", str(file)])
     result = json.loads(file.read_text())
@@ -37,7 +37,7 @@ def test_a_job_prints_and_writes_its_results(job: str, tmp_path: Path, capsys: p
 
 @pytest.mark.slow
 def test_masked_decoding_is_timed_by_steps_beside_an_autoregressive_model(tmp_path: Path) -> None:
-    config, file = CONFIGS / "nyu_depth" / "quickstart_lm.yaml", tmp_path / "result.json"
+    config, file = CONFIGS / "nyu_depth" / "small_lm.yaml", tmp_path / "result.json"
     main(
         ["benchmark", "decode", str(config), "model.kind=masked", "--repeats", "1", "--batch", "2", "--json", str(file)]
     )
@@ -56,7 +56,7 @@ def test_the_job_all_continues_without_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "JOBS", ("train-lm", "loader", "decode", "all"))
-    config = CONFIGS / "nyu_depth" / "quickstart_lm.yaml"
+    config = CONFIGS / "nyu_depth" / "small_lm.yaml"
     main(["benchmark", "all", str(config), "--repeats", "1", "--batch", "2"])
     said = capsys.readouterr().out
     assert "not measured: " in said and "| train-lm nyu_depth" in said and "| decode nyu_depth" in said
@@ -64,7 +64,7 @@ def test_the_job_all_continues_without_data(
 
 @pytest.mark.slow
 def test_training_on_synthetic_data_is_fed_by_the_loader(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = CONFIGS / "nyu_depth" / "quickstart_oracle.yaml"
+    config = CONFIGS / "nyu_depth" / "small_oracle.yaml"
     keys = [f"data.root={data}", "data.workers=1", "task.protocol=full"]
     main(["benchmark", "train-oracle", str(config), *keys, "--repeats", "1", "--batch", "2"])
     said = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_all_lines_of_the_other_jobs_are_printed(
     monkeypatch.setattr(side_by_side, "LARGE_CALL", (4, 4))
     fewer = functools.partial(metrics.measure_metrics, images=1, features=40, dim=8)
     monkeypatch.setattr(run, "measure_metrics", fewer)
-    config = [] if job == "metrics" else [str(CONFIGS / "nyu_depth" / "quickstart_lm.yaml"), "--batch", "1"]
+    config = [] if job == "metrics" else [str(CONFIGS / "nyu_depth" / "small_lm.yaml"), "--batch", "1"]
     main(["benchmark", job, *config, "--repeats", "1"])
     said = capsys.readouterr().out
     assert ("naive loop" if job == "side-by-side" else "FID") in said
@@ -90,7 +90,7 @@ def test_wrong_arguments_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # away from runs/quickstart, which configurations name
-    oracle, lm = (str(CONFIGS / "nyu_depth" / f"quickstart_{stage}.yaml") for stage in ("oracle", "lm"))
+    oracle, lm = (str(CONFIGS / "nyu_depth" / f"small_{stage}.yaml") for stage in ("oracle", "lm"))
     alone = tmp_path / "my_lm.yaml"
     alone.write_text(Path(lm).read_text())
     wrong = tmp_path / "wrong.json"
