@@ -69,6 +69,7 @@ def test_the_plugin_of_an_untrusted_run_is_not_imported(
         ("evaluate", run),
         ("analyze", run, "--out", tmp_path / "analysis"),
         ("predict", run, photo, "--out", tmp_path / "out"),
+        ("tune-decoder", run),
         ("train-lm", own, f"oracle={oracle}"),
         ("config", own, f"oracle={oracle}"),
         ("evaluate", oracle),

@@ -135,7 +135,12 @@ def _same_data(one: str, two: str) -> bool:
 
 
 def tuning_split(
-    checkpoint: Path, overrides: Sequence[str] = (), split: str | None = None, *, unseen: bool = False
+    checkpoint: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    *,
+    unseen: bool = False,
+    remedy: str = REMEDY,
 ) -> str:
     """The split to tune a checkpoint on: `split`, by default `data.selection_split`.
 
@@ -145,6 +150,7 @@ def tuning_split(
         split: its name, or None.
         unseen: the user says that `data.root` holds images that the run was neither trained on nor is reported for;
             then by default `data.eval_split`. Otherwise `data.root` counts as the data of training, wherever it is.
+        remedy: how to get such images, for the errors.
 
     Raises UserError if there is no such split, if it is the one that is reported, and if the LM or its oracle was
     trained on its images.
@@ -161,17 +167,17 @@ def tuning_split(
     if not chosen:
         raise UserError(
             f"{checkpoint} was trained without a hold-out (data.selection_split is empty), so there is nothing to tune "
-            f"on: {REMEDY}"
+            f"on: {remedy}"
         )
     if chosen in (trained.eval_split, run.data.eval_split):
         raise UserError(
-            f"split {chosen} is the one that is reported (data.eval_split), so it must not choose settings: {REMEDY}"
+            f"split {chosen} is the one that is reported (data.eval_split), so it must not serve to tune: {remedy}"
         )
     for name, data in (("the LM", trained), ("its oracle", _oracle_data(checkpoint, run))):
         if share_images(chosen, data.train_split):
             raise UserError(
-                f"{name} was trained on images of split {chosen} (data.train_split={data.train_split}), so its figures "
-                f"there would mislead: {REMEDY}"
+                f"{name} was trained on images of split {chosen} (data.train_split={data.train_split}), so its tokens "
+                f"there are better than on new images: {remedy}"
             )
     return chosen
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from uvim_fsq.commands.common import add_overrides, say_next_of_predictor
 from uvim_fsq.commands.train import train_run
-from uvim_fsq.config.schema import LMRun
+from uvim_fsq.config.schema import LMRun, Run, TrainConfig
 from uvim_fsq.errors import UserError
 
 HELP = "train the oracle's decoder on the tokens that an LM predicts, as a new run"
 #: Steps, as a share of the LM's.
 SHARE = 0.1
+#: How to get images to train on.
+REMEDY = (
+    "train both stages with data.train_split=train_minus_holdout data.selection_split=holdout, name another split with "
+    "--split, or use --split train, the images of training, augmented"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,25 +31,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains and evaluates the new run."""
     from uvim_fsq.checkpoints.run_directory import find_oracle, parse_config, resolve_checkpoint
-    from uvim_fsq.checkpoints.tuned import tuning_split
 
     checkpoint = resolve_checkpoint(args.run)
     trained = parse_config(checkpoint)[0]
     if not isinstance(trained, LMRun):
         raise UserError(f"{args.run} is of stage {trained.stage}; give the run of an LM")
-    split = "train" if args.split == "train" else tuning_split(checkpoint, (), args.split)
+    split = _split(checkpoint, args.split)
+    asked = parse_config(checkpoint, ["train.steps=null", "train.epochs=null", *args.overrides])[0]
     settings = [
-        f"oracle={find_oracle(checkpoint, trained)}",
-        f"decoder_tuning.run={checkpoint}",
+        f"oracle={_text(find_oracle(checkpoint, trained))}",
+        f"decoder_tuning.run={_text(checkpoint)}",
         "model.decoder=trained",
         f"loss.task_weight={trained.loss.task_weight or 1.0}",
-        f"data.train_split={split}",
+        f"data.train_split={_text(split)}",
         "data.selection_split=",
-        f"train.out={_new_run(args.run)}",
-        *_shorter(trained),
+        f"train.out={_text(_new_run(args.run))}",
+        *_shorter(trained, asked.train),
         *args.overrides,
     ]
-    say_next_of_predictor(train_run(parse_config(checkpoint, settings)[0], args.run))
+    new = parse_config(checkpoint, settings)[0]
+    if not isinstance(new, LMRun) or new.decoder_tuning.run != str(checkpoint):
+        raise UserError(f"decoder_tuning.run is the LM that the command is given, {args.run}; leave this key out")
+    _refuse_other_images(split, new)
+    say_next_of_predictor(train_run(new, args.run))
+
+
+def _text(value: str | Path) -> str:
+    """A value for `key=value` that stays what it is, whatever YAML would make of it."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _split(checkpoint: Path, asked: str | None) -> str:
+    """The split to train on. The images of training are allowed if asked for: augmentation makes them new ones."""
+    from uvim_fsq.checkpoints.tuned import tuning_split
+
+    return asked if asked == "train" else tuning_split(checkpoint, (), asked, remedy=REMEDY)
+
+
+def _refuse_other_images(split: str, new: Run) -> None:
+    """Raises UserError if overrides name other images to train on, or report those that are trained on."""
+    from uvim_fsq.data.splits import share_images
+
+    if new.data.train_split != split:
+        raise UserError(f"data.train_split={new.data.train_split}: name the images to train on with --split instead")
+    if share_images(split, new.data.eval_split):
+        raise UserError(
+            f"data.eval_split={new.data.eval_split} is reported, but the decoder would be trained on its images "
+            f"(split {split}); report another split, or name another one with --split"
+        )
 
 
 def _new_run(run: str) -> Path:
@@ -53,13 +88,26 @@ def _new_run(run: str) -> Path:
     return place.with_name(f"{place.name}_decoder")
 
 
-def _shorter(trained: LMRun) -> list[str]:
-    """The length and the rate of the new training: a tenth of the steps or epochs, half the rate, no weight decay."""
-    train = trained.train
-    if train.steps is None:
-        length = [f"train.epochs={(train.epochs or 0) * SHARE}", "optim.warmup_steps=0"]
-    else:
-        steps = max(1, round(train.steps * SHARE))
-        length = [f"train.steps={steps}", f"optim.warmup_steps={steps // 10}"]
+def _shorter(trained: LMRun, asked: TrainConfig) -> list[str]:
+    """The length and the rate of the new training: a tenth of the steps or epochs, half the rate, no weight decay.
+
+    Args:
+        trained: the LM's configuration.
+        asked: its training section with the overrides, and without `steps` and `epochs` unless they override them.
+    """
+    steps, epochs = asked.steps, asked.epochs
+    if steps is None and epochs is None and trained.train.steps is not None:
+        steps = max(1, round(trained.train.steps * SHARE))
+    elif steps is None and epochs is None:
+        epochs = (trained.train.epochs or 0) * SHARE
+    length = [
+        f"train.steps={_null(steps)}",
+        f"train.epochs={_null(epochs)}",
+        f"optim.warmup_steps={(steps or 0) // 10}",
+    ]
     rest = ["train.resume=no", "train.eval_every=null", "train.save_every=null", "optim.weight_decay=0"]
     return [*length, *rest, f"optim.lr={trained.optim.lr / 2}"]
+
+
+def _null(value: float | None) -> str:
+    return "null" if value is None else str(value)

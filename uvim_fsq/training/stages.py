@@ -256,14 +256,13 @@ class DecoderTuningStage(LMStage):
     """Stage II with a token model that stays: trains the LM's copy of the oracle's decoder on the tokens it predicts.
 
     The oracle's decoder has seen only true tokens. Here some are true and the others are predicted, so that it learns
-    how far to trust them (the post-training of RobusTok). The predictions are those of `run.eval`.
+    how far to trust them (the post-training of RobusTok, arXiv 2509.12474). The predictions are those of `run.eval`.
     """
 
     def __init__(self, run: LMRun) -> None:
         """Raises UserError if `decoder_tuning.run` is no LM, or has another token model or oracle than `run`."""
-        # The token model only predicts, so nothing of it is dropped.
-        encoder = replace(run.model.encoder, drop_path=0.0, weights="none")
-        super().__init__(replace(run, model=replace(run.model, dropout=0.0, encoder=encoder)))
+        encoder = replace(run.model.encoder, weights="none")
+        super().__init__(replace(run, model=replace(run.model, encoder=encoder)))
         kept = load_checkpoint(run.decoder_tuning.run, tuned=False)
         self._refuse_other(run, kept)
         assert kept.lm is not None and self.lm.label_decoder is not None
@@ -298,8 +297,10 @@ class DecoderTuningStage(LMStage):
 
         The distributions of true tokens, and with `eval.codes: hard` of all tokens, have a single value of 1.
         """
+        # The loop has put the model into training mode, where a token model drops units and norms see the batch.
+        self.lm.eval()
         if self._generator is None:
-            self._generator = build_generator(self.lm.eval(), self.run.eval)
+            self._generator = build_generator(self.lm, self.run.eval)
         generated = self._generator(image, torch.randint(2**31, (len(image),)))
         true = torch.rand(tokens.shape, device=tokens.device) < self.run.decoder_tuning.true_share
         chosen = torch.where(true, tokens, generated.tokens)
@@ -307,7 +308,9 @@ class DecoderTuningStage(LMStage):
         soft = generated.probabilities
         probabilities = certain if soft is None else torch.where(true.unsqueeze(-1), certain, soft)
         # A copy, because what was computed in inference mode cannot be saved for the backward pass.
-        features = generated.features.clone() if generated.features is not None else None
+        features = generated.features
+        if features is not None:
+            features = features.to(torch.float32, copy=True)
         return Generated(chosen, probabilities, features)
 
     def train_flops(self) -> float:
