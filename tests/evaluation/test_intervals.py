@@ -11,7 +11,7 @@ from tests.support.small import TASKS
 from uvim_fsq.data.sample import Array, Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation import intervals
-from uvim_fsq.evaluation.intervals import ImageStates, Interval, paired_bootstrap, read_states, write_states
+from uvim_fsq.evaluation.intervals import ImageStates, Interval, interval, read_states, resampled, write_states
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.tasks.base import Metric
 
@@ -47,10 +47,14 @@ def recorded(values: Array, ids: list[str] | None = None) -> ImageStates:
     return states
 
 
+def paired_bootstrap(*pairs: tuple[intervals.Stacked, intervals.Stacked], **settings: int) -> Interval:
+    return interval([tuple(resampled(Ratio(), "ratio", x, **settings) for x in pair) for pair in pairs])  # type: ignore[misc]
+
+
 def interval_of(first: Array, second: Array, folder: Path, **settings: int) -> Interval:
     file = folder / "x.npz"
     write_states(file, {"a": recorded(first).stacked(), "b": recorded(second).stacked()})
-    return paired_bootstrap(Ratio(), "ratio", [(read_states(file, "a"), read_states(file, "b"))], **settings)
+    return paired_bootstrap((read_states(file, "a"), read_states(file, "b")), **settings)
 
 
 def test_the_difference_is_that_of_the_metric_and_not_of_means_over_images(tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_the_difference_of_several_pairs_is_their_mean(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = [np.stack([rng.normal(size=200), np.ones(200)], 1) for _ in range(4)]
     states = [recorded(x).stacked() for x in values]
-    found = paired_bootstrap(Ratio(), "ratio", [(states[0], states[1]), (states[2], states[3])], resamples=2000)
+    found = paired_bootstrap((states[0], states[1]), (states[2], states[3]), resamples=2000)
     gaps = (values[0] - values[1] + values[2] - values[3])[:, 0] / 2
     assert found.difference == pytest.approx(gaps.mean())
     assert found.deviation == pytest.approx(gaps.std(ddof=1) / np.sqrt(200), rel=0.08)
@@ -94,9 +98,7 @@ def test_the_order_of_the_images_does_not_matter(tmp_path: Path) -> None:
     order = rng.permutation(20)
     write_states(tmp_path / "a.npz", {"x": recorded(first, ids).stacked()})
     write_states(tmp_path / "b.npz", {"x": recorded(second[order], [ids[i] for i in order]).stacked()})
-    shuffled = paired_bootstrap(
-        Ratio(), "ratio", [(read_states(tmp_path / "a.npz", "x"), read_states(tmp_path / "b.npz", "x"))]
-    )
+    shuffled = paired_bootstrap((read_states(tmp_path / "a.npz", "x"), read_states(tmp_path / "b.npz", "x")))
     straight = interval_of(first, second, tmp_path)
     assert shuffled.difference == pytest.approx(straight.difference)
     assert shuffled.low == pytest.approx(straight.low) and shuffled.high == pytest.approx(straight.high)
@@ -106,9 +108,7 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     write_states(tmp_path / "a.npz", {"x": recorded(np.ones((2, 2)), ["p", "q"]).stacked()})
     write_states(tmp_path / "b.npz", {"x": recorded(np.ones((2, 2)), ["p", "r"]).stacked()})
     with pytest.raises(UserError, match="the same images"):
-        paired_bootstrap(
-            Ratio(), "ratio", [(read_states(tmp_path / "a.npz", "x"), read_states(tmp_path / "b.npz", "x"))]
-        )
+        paired_bootstrap((read_states(tmp_path / "a.npz", "x"), read_states(tmp_path / "b.npz", "x")))
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "another function"])

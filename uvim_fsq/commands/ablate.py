@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "settings of all stages of all cells")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/ablations/GRID)")
     parser.add_argument("--only", action="append", metavar="ROW", help="only this row; may be given several times")
-    parser.add_argument("--jobs", type=int, help="cells trained at a time (default: one per GPU; 1 without GPUs)")
+    parser.add_argument(
+        "--jobs", type=int, help="trainings or evaluations at a time (default: one per GPU; 1 without GPUs)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the cells and their commands")
 
 

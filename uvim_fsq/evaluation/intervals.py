@@ -113,46 +113,57 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(
-    metric: Metric,
-    key: str,
-    pairs: Sequence[tuple[Stacked, Stacked]],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """The 95% percentile interval of a difference, from images drawn with replacement, the same for all (Efron 1979).
+@dataclass(frozen=True)
+class Resampled:
+    """The figures of one prediction on all images and on resamples of them.
+
+    Attributes:
+        ids: the images' ids.
+        figures: (1 + R,) float64, first that on all images; NaN if no image of a resample counts.
+    """
+
+    ids: list[str]
+    figures: Array
+
+
+def resampled(metric: Metric, key: str, states: Stacked, *, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
+    """A figure on images drawn with replacement (Efron 1979), the same ones if the seed, N and R are.
 
     Args:
-        metric: computes the figures; its state is replaced.
+        metric: computes the figure; its state is replaced.
         key: the name of the figure, e.g. "rmse".
-        pairs: the states of the two predictions; with several pairs, e.g. of models trained with other seeds, the
-            interval is that of their mean difference.
+        states: of the prediction.
         resamples: R.
         seed: of the draws.
-
-    Raises UserError if the images are not the same.
     """
-    ids = pairs[0][0][0]
-    if any(one[0] != ids for pair in pairs for one in pair):
-        raise UserError("a paired interval needs two predictions of the same images; evaluate both on the same split")
+    ids, arrays = states
     count = len(ids)
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
     weights = np.concatenate([np.ones((1, count)), weights])
+    sums = {name: np.tensordot(weights, x, axes=1) for name, x in arrays.items()}
+    figures = np.empty(len(weights))
+    for i in range(len(weights)):
+        metric.load_state({name: x[i] for name, x in sums.items()})
+        try:
+            figures[i] = metric.compute()[key]
+        except UserError:  # a resample of images that do not count
+            figures[i] = np.nan
+    return Resampled(ids, figures)
 
-    def figures(states: Mapping[str, Array]) -> Array:
-        sums = {name: np.tensordot(weights, x, axes=1) for name, x in states.items()}
-        found = np.empty(len(weights))
-        for i in range(len(weights)):
-            metric.load_state({name: x[i] for name, x in sums.items()})
-            try:
-                found[i] = metric.compute()[key]
-            except UserError:  # a resample of images that do not count
-                found[i] = np.nan
-        return found
 
-    differences = np.mean([figures(first[1]) - figures(second[1]) for first, second in pairs], axis=0)
+def interval(pairs: Sequence[tuple[Resampled, Resampled]]) -> Interval:
+    """The 95% percentile interval of a difference.
+
+    Args:
+        pairs: the two predictions; with several pairs, e.g. of models trained with other seeds, the interval is that of
+            their mean difference.
+
+    Raises UserError if the images are not the same.
+    """
+    if any(one.ids != pairs[0][0].ids for pair in pairs for one in pair):
+        raise UserError("a paired interval needs two predictions of the same images; evaluate both on the same split")
+    differences = np.mean([first.figures - second.figures for first, second in pairs], axis=0)
     low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
     return Interval(float(differences[0]), float(low), float(high), float(np.nanstd(differences[1:], ddof=1)))
 
@@ -170,7 +181,5 @@ def intervals(metric: Metric, key: str, found: Mapping[str, Stacked]) -> list[di
         found: states by name of the predict function.
     """
     pairs = [(a, b) for a, b in PAIRS if a in found and b in found and len(found[a][0]) > 1]
-    return [
-        {"first": a, "second": b, "metric": key, **asdict(paired_bootstrap(metric, key, [(found[a], found[b])]))}
-        for a, b in pairs
-    ]
+    drawn = {name: resampled(metric, key, found[name]) for name in dict.fromkeys(x for pair in pairs for x in pair)}
+    return [{"first": a, "second": b, "metric": key, **asdict(interval([(drawn[a], drawn[b])]))} for a, b in pairs]

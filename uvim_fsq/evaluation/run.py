@@ -51,7 +51,7 @@ def evaluate_loaded(
         official: folder for result files in the benchmark's own format, one subfolder per predict function. They are
             also scored if the benchmark's program is available.
         compared: a direct run to evaluate too.
-        states_file: if given, write what each image added to the metrics to this .npz file, for `paired_bootstrap`.
+        states_file: if given, write what each image added to the metrics to this .npz file, for `intervals.resampled`.
 
     Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `intervals` (of
     differences in the main metric, see `intervals`), `images`, `limit`, `baseline`, `checkpoint_sha256`, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.support.grids import write_grid
 from tests.support.small import DIRECT
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import intervals
 from uvim_fsq.evaluation.results import states_file
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.experiments.ablation import report
@@ -71,6 +73,26 @@ def test_rows_are_compared_by_paired_intervals(tmp_path: Path, lm_dir: Path) -> 
     assert "rmse - hard (95%)" in text and f"{gap:+.3f} [" in text
     states_file(hard.file).unlink()
     assert list(report.collect(grid, [hard, scaled], {})["rows"][1]["intervals"]) == ["context alone"]
+
+
+def test_tables_written_after_each_cell_resample_only_new_states(
+    tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = read_grid(write_grid(tmp_path, rows={"hard": {}}))
+    (cell,) = plan(grid, tmp_path / "out")
+    shutil.copytree(lm_dir, cell.result.folder)
+    evaluate(lm_dir, states=states_file(cell.file))
+    drawn: list[object] = []
+
+    def resampled(*arguments: Any) -> intervals.Resampled:
+        drawn.append(arguments)
+        return intervals.resampled(*arguments)
+
+    monkeypatch.setattr(report, "resampled", resampled)
+    first = report.collect(grid, [cell], {})
+    assert len(drawn) == 2 and report.collect(grid, [cell], {}) == first and len(drawn) == 2
+    os.utime(states_file(cell.file), (1, 1))
+    assert report.collect(grid, [cell], {}) == first and len(drawn) == 4, "the states were written again"
 
 
 @pytest.mark.slow

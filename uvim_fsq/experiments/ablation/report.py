@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from uvim_fsq.checkpoints.loading import build_task, load_any
 from uvim_fsq.checkpoints.run_directory import read_overridden, resolve_checkpoint
 from uvim_fsq.errors import UserError
-from uvim_fsq.evaluation.intervals import paired_bootstrap, read_states
+from uvim_fsq.evaluation.intervals import Resampled, interval, read_states, resampled
 from uvim_fsq.evaluation.results import finished, read_result, states_file
 from uvim_fsq.experiments.ablation.grid import Cell, Grid
 from uvim_fsq.files import write_csv, write_json, write_text
@@ -100,18 +101,31 @@ def _intervals(grid: Grid, row: str, cells: Sequence[Cell], metric: str) -> dict
     for title, entries in wanted.items():
         if not entries:
             continue
-        try:
-            pairs = [
-                (read_states(states_file(cell.file), _model(cell)), read_states(states_file(other.file), name))
-                for cell, other, name in entries
-            ]
-        except UserError:  # a metric whose states are too large, or a decoder that does not see the image
-            continue
-        run, _ = read_overridden(resolve_checkpoint(entries[0][0].result.folder), ())
-        task = build_task(run)
-        empty = task.metric(task.source(run.data.root, run.data.eval_split))
-        found[title] = {**asdict(paired_bootstrap(empty, metric, pairs)), "n": len(pairs)}
+        pairs = [(_drawn(cell, _model(cell), metric), _drawn(other, name, metric)) for cell, other, name in entries]
+        complete = [(first, second) for first, second in pairs if first is not None and second is not None]
+        if len(complete) == len(pairs):
+            found[title] = {**asdict(interval(complete)), "n": len(pairs)}
     return found
+
+
+def _drawn(cell: Cell, name: str, metric: str) -> Resampled | None:
+    """A metric of one prediction of a cell on resamples of the images; None if the cell has no states of it."""
+    file = states_file(cell.file)
+    written = file.stat().st_mtime_ns if file.exists() else 0
+    return _resampled(cell.result.folder, file, written, name, metric)
+
+
+# Tables are written after each cell, and resampling takes seconds for a large grid.
+@functools.cache
+def _resampled(folder: Path, file: Path, written: int, name: str, metric: str) -> Resampled | None:
+    """Arguments: the run directory, the file of its states and when it was written, as for `_drawn`."""
+    try:
+        states = read_states(file, name)
+    except UserError:  # a metric whose states are too large, or a decoder that does not see the image
+        return None
+    run, _ = read_overridden(resolve_checkpoint(folder), ())
+    task = build_task(run)
+    return resampled(task.metric(task.source(run.data.root, run.data.eval_split)), metric, states)
 
 
 def _is_direct(cell: Cell) -> bool:
