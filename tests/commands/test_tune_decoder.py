@@ -186,7 +186,7 @@ def test_the_images_of_training_serve_if_they_are_asked_for(random_runs: tuple[P
     assert asked[0].data.train_split == "train"
 
 
-@pytest.mark.parametrize("name", ["a #b: [c]", "1e3", "x=y", "null", "zwölf 'dreizehn\""])
+@pytest.mark.parametrize("name", ["a #b: [c]", "1e3", "x=y", "null", "zwölf 🪑 'dreizehn\""])
 def test_any_folder_name_will_do(
     tmp_path: Path, run_dir: Path, asked: list[LMRun], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -14,6 +14,9 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import at, fit_run, last_weights, losses, save_untrained
 from tests.support.small import TASKS, lm_run, oracle_run, random_batch
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
+from uvim_fsq.checkpoints.run_directory import checkpoints
+from uvim_fsq.checkpoints.tuned import DECODING
+from uvim_fsq.config.schema import DecoderTuningConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.evaluator import Evaluator
@@ -21,7 +24,7 @@ from uvim_fsq.inference.code_decoding import build_generator
 from uvim_fsq.inference.predictions import lm_predictions
 from uvim_fsq.training import stages, step
 from uvim_fsq.training.loop import fit
-from uvim_fsq.training.stages import DecoderTuningStage
+from uvim_fsq.training.stages import DecoderTuningStage, LMStage
 
 CONTEXT = "model.decoder_context=encoder"
 SOFT = "eval.codes=soft"
@@ -85,6 +88,7 @@ def test_gradients_reach_all_of_the_decoder_and_nothing_else(
     stage.step(stage.model, batch)[0].backward()
     gradients = {name: p.grad for name, p in stage.lm.named_parameters() if p.grad is not None}
     assert gradients.keys() == {name for name, _ in stage.lm.named_parameters() if name.startswith("label_decoder.")}
+    assert gradients.keys() == {name for name, p in stage.lm.named_parameters() if p.requires_grad}
     assert float(gradients["label_decoder.feature_projection.weight"].abs().max()) > 0
     assert float(gradients["label_decoder.decoder_stem.weight"].abs().max()) > 0
     assert all(p.grad is None for p in stage.oracle.parameters())
@@ -194,6 +198,19 @@ def test_tuning_starts_from_a_decoder_that_was_trained_before(
     assert before is not None and before.label_decoder is not None and stage.lm.label_decoder is not None
     torch.testing.assert_close(stage.lm.label_decoder.state_dict(), before.label_decoder.state_dict(), rtol=0, atol=0)
     assert not torch.equal(stage.lm.label_decoder.decoder_stem.weight, stage.oracle.decoder_stem.weight)
+
+
+def test_settings_tuned_for_the_lm_do_not_matter(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Not even if they are damaged: training's predictions have the settings of the run."""
+    lm = shutil.copytree(bases["autoregressive"], tmp_path / "lm")
+    (checkpoints(lm)[-1] / DECODING).write_text("{")
+    tuning_stage(tuning_run(tmp_path / "new", lm))
+
+
+def test_a_step_counts_a_prediction_and_the_training_of_the_decoder(tmp_path: Path, bases: dict[str, Path]) -> None:
+    stage = tuning_stage(tuning_run(tmp_path, bases["masked"]))
+    both = LMStage(replace(stage.run, decoder_tuning=DecoderTuningConfig()))
+    assert both.train_flops() - stage.train_flops() == pytest.approx(stage.lm.cost().train * 2 / 3)
 
 
 @pytest.mark.slow
