@@ -123,6 +123,7 @@ def test_the_images_of_the_tuning_are_not_evaluated_with_it(
     # Other data has a split of the same name.
     write_tuned(run_dir, split="val", other_root=str(tmp_path))
     assert used(run_dir)["codes"] == "soft"
+    assert load_checkpoint(run_dir).decoding_from == f"tuned on val of {tmp_path}, 5 images"
     with pytest.raises(UserError, match="was tuned on val, the split to evaluate"):
         load_checkpoint(run_dir, [f"data.root={tmp_path}"])
 

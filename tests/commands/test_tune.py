@@ -46,7 +46,15 @@ def test_tune_prints_the_best_settings_and_stores_them(run_dir: Path, capsys: py
     }
     assert len(result["candidates"]) == 1 + 2 * 4
     assert ("try larger ones" in said) == (result["settings"]["context_weight"] == 0.25)
-    assert ("add nothing" in said) == (result["context_only"] < result["value"])
+    assert ("add nothing" in said) == (result["context_only"] <= result["value"])
+
+
+def test_context_alone_is_told_as_such_and_no_larger_weight_is_suggested(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["tune", str(run_dir), "eval.context_weight=1", "--codes", "hard", "--scales", "1", "--weights", "1"])
+    said = capsys.readouterr().out
+    assert "none of them is better than context alone" in said and "try larger ones" not in said
 
 
 @pytest.mark.parametrize(

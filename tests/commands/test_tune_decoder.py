@@ -186,6 +186,14 @@ def test_the_images_of_training_serve_if_they_are_asked_for(random_runs: tuple[P
     assert asked[0].data.train_split == "train"
 
 
+def test_a_decoder_tuned_on_the_lms_own_images_leaves_its_hold_out_for_tune(run_dir: Path, asked: list[LMRun]) -> None:
+    main(["tune-decoder", str(run_dir), "--split", "train_minus_holdout"])
+    main(["tune-decoder", str(run_dir), "--split", "train"])
+    kept, mixed = (run.data for run in asked)
+    assert (kept.train_split, kept.selection_split) == ("train_minus_holdout", "holdout")
+    assert (mixed.train_split, mixed.selection_split) == ("train", "")
+
+
 @pytest.mark.parametrize("name", ["a #b: [c]", "1e3", "x=y", "null", "zwölf 🪑 'dreizehn\""])
 def test_any_folder_name_will_do(
     tmp_path: Path, run_dir: Path, asked: list[LMRun], monkeypatch: pytest.MonkeyPatch, name: str
@@ -204,7 +212,6 @@ HOLD_OUT = "train both stages with data.train_split=train_minus_holdout data.sel
     ("arguments", "message"),
     [
         (["--split", "val"], "split val is the one that is reported (data.eval_split), so it must not serve to tune:"),
-        (["--split", "train_minus_holdout"], "so its tokens there are better than on new images: "),
         (["data.train_split=val"], "data.train_split=val: name the images to train on with --split instead"),
         (["data.eval_split=holdout"], "data.eval_split=holdout is reported, but the decoder would be trained on its"),
         (["--split", "train", "data.eval_split=holdout"], "(split train); report another split, or name another"),
@@ -242,7 +249,7 @@ def test_mistakes_are_one_line(
 def test_the_remedies_are_those_of_the_command(
     random_runs: tuple[Path, Path], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in ([random_runs[1]], [run_dir, "--split", "val"], [run_dir, "--split", "train_minus_holdout"]):
+    for arguments in ([random_runs[1]], [run_dir, "--split", "val"], [random_runs[1], "--split", "holdout"]):
         said = failure(capsys, "tune-decoder", *arguments)
         assert HOLD_OUT in said and "--split train, the images of training, augmented" in said
         assert "--unseen" not in said

@@ -14,6 +14,7 @@ from tests.support.oracles import CONFIG
 from tests.support.small import TASKS
 from uvim_fsq.config.schema import EncoderConfig, EvalConfig, LMModelConfig, OracleModelConfig
 from uvim_fsq.data.loader import derive_seed
+from uvim_fsq.errors import UserError
 from uvim_fsq.inference.code_decoding import LMDecoder, LogitMean, image_seeds, sample_seeds
 from uvim_fsq.inference.predictions import context_predictions
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
@@ -130,6 +131,13 @@ def test_soft_codes_are_the_mean_codes_of_the_lms_own_distribution(depth: World)
         found = depth.predict(codes="soft", **settings)
         assert close(found, depth.task.decode(depth.logits(by_hand)))
         assert not close(found, depth.predict(**settings))
+
+
+def test_a_token_model_without_probabilities_has_no_soft_codes(depth: World) -> None:
+    tokens, decoder = depth.tokens(), depth.decoder(codes="soft")
+    decoder.generator = lambda image, seeds: Generated(tokens)
+    with pytest.raises(UserError, match=r"the token model returned no probabilities.*; set eval.codes=hard"):
+        decoder(depth.image, depth.seeds)
 
 
 def test_scale_zero_is_context_alone(world: World) -> None:

@@ -108,6 +108,10 @@ def test_predictions_come_from_the_trained_decoder(
         (("model.decoder=trained",), "learns from the task loss alone; set loss.task_weight"),
         (("model.decoder_context=encoder",), "frozen decoder sees only pixels; set model.decoder=trained"),
         (
+            ("decoder_tuning.true_share=0.5",),
+            "true_share=0.5 has no effect without decoder_tuning.run; remove it, or use",
+        ),
+        (
             (*WITH_FEATURES, "model.kind=parallel", "plugins=[examples.extensions.extensions]"),
             "parallel has no image features; set it to pixels",
         ),

@@ -60,7 +60,8 @@ class Tuned:
         """Where the settings `used` come from, as text for results."""
         given = [key for key, value in self.settings.items() if getattr(used, key) != value]
         own = f", except for {', '.join(given)}" if given else ""
-        return f"tuned on {self.split}, {self.images} images{own}"
+        other = f" of {self.other_root}" if self.other_root else ""
+        return f"tuned on {self.split}{other}, {self.images} images{own}"
 
     def overrides(self) -> list[str]:
         """The settings as `key=value`."""

@@ -103,9 +103,10 @@ def _print_table(result: dict[str, Any]) -> None:
     if result["context_only"] is not None:
         table.add_row("context alone", *("" for _ in shown), f"{result['context_only']:.4f}")
     Console().print(table)
-    if result["settings"]["context_weight"] == max(row["context_weight"] for row in result["candidates"]) > 0:
+    largest = max(row["context_weight"] for row in result["candidates"])
+    if result["settings"]["context_weight"] == largest and 0 < largest < 1:
         print(
             "the chosen context weight is the largest that was tried; try larger ones, e.g. --weights 0.5,0.6,0.7,0.8"
         )
-    if result["context_only"] is not None and sign * result["context_only"] < sign * result["value"]:
-        print("context alone is better than any of them: on these images the LM's tokens add nothing")
+    if result["context_only"] is not None and sign * result["context_only"] <= sign * result["value"]:
+        print("none of them is better than context alone: on these images the LM's tokens add nothing")

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     trained = parse_config(checkpoint)[0]
     if not isinstance(trained, LMRun):
         raise UserError(f"{args.run} is of stage {trained.stage}; give the run of an LM")
-    split = _split(checkpoint, args.split)
+    split = _split(checkpoint, args.split, trained)
     asked = parse_config(checkpoint, ["train.steps=null", "train.epochs=null", *args.overrides])[0]
     settings = [
         f"oracle={_text(find_oracle(checkpoint, trained))}",
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         "model.decoder=trained",
         f"loss.task_weight={trained.loss.task_weight or 1.0}",
         f"data.train_split={_text(split)}",
-        "data.selection_split=",
+        f"data.selection_split={_text(_selection_split(split, trained))}",
         f"train.out={_text(_new_run(args.run))}",
         *_shorter(trained, asked.train),
         *args.overrides,
@@ -61,11 +61,21 @@ def _text(value: str | Path) -> str:
     return json.dumps(str(value), ensure_ascii=False)
 
 
-def _split(checkpoint: Path, asked: str | None) -> str:
+def _split(checkpoint: Path, asked: str | None, trained: LMRun) -> str:
     """The split to train on. The images of training are allowed if asked for: augmentation makes them new ones."""
     from uvim_fsq.checkpoints.tuned import tuning_split
 
-    return asked if asked == "train" else tuning_split(checkpoint, (), asked, remedy=REMEDY)
+    if asked is not None and asked in ("train", trained.data.train_split):
+        return asked
+    return tuning_split(checkpoint, (), asked, remedy=REMEDY)
+
+
+def _selection_split(split: str, trained: LMRun) -> str:
+    """The LM's hold-out, if the decoder is trained on other images (then `tune` can use it); else none."""
+    from uvim_fsq.data.splits import share_images
+
+    held_out = trained.data.selection_split
+    return "" if not held_out or share_images(split, held_out) else held_out
 
 
 def _refuse_other_images(split: str, new: Run) -> None:

@@ -14,6 +14,7 @@ from uvim_fsq.config.schema import (
     BUILT_IN_TOKEN_MODELS,
     LEVEL_PRESETS,
     SAMPLING_KEYS,
+    DecoderTuningConfig,
     DirectRun,
     EncoderConfig,
     EvalConfig,
@@ -204,6 +205,11 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
     if isinstance(run, LMRun) and run.decoder_tuning.run and run.model.decoder != "trained":
         yield "decoder_tuning.run trains a copy of the oracle's decoder; set model.decoder=trained"
+    if isinstance(run, LMRun) and not run.decoder_tuning.run and run.decoder_tuning != DecoderTuningConfig():
+        yield (
+            f"decoder_tuning.true_share={run.decoder_tuning.true_share} has no effect without decoder_tuning.run; "
+            "remove it, or use uvim-fsq tune-decoder"
+        )
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 

@@ -16,6 +16,7 @@ import torch
 
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.loader import derive_seed
+from uvim_fsq.errors import UserError
 from uvim_fsq.lm.base import Generated, Generator, TokenModel
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.label_decoder import LabelDecoder
@@ -62,8 +63,17 @@ def chosen_codes(quantizer: Quantizer, generated: Generated, kind: str) -> torch
     """
     if kind == "hard":
         return quantizer.indices_to_codes(generated.tokens)
-    assert generated.probabilities is not None
-    return quantizer.expected_codes(generated.probabilities)
+    return quantizer.expected_codes(distributions(generated))
+
+
+def distributions(generated: Generated) -> torch.Tensor:
+    """The probabilities (B, L, V) of generated tokens. Raises UserError for a token model that returned none."""
+    if generated.probabilities is None:
+        raise UserError(
+            "eval.codes=soft: the token model returned no probabilities, which its `generate` must do if asked for "
+            "them; set eval.codes=hard, or mend the plugin"
+        )
+    return generated.probabilities
 
 
 def scale_codes(decoder: LabelDecoder, codes: torch.Tensor, scale: float) -> torch.Tensor:

@@ -36,7 +36,7 @@ from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.evaluator import Evaluator
-from uvim_fsq.inference.code_decoding import build_generator
+from uvim_fsq.inference.code_decoding import build_generator, distributions
 from uvim_fsq.inference.predictions import PredictFn, direct_predictions, lm_predictions, oracle_predictions
 from uvim_fsq.lm.base import CodeLoss, Generated, Generator, TokenModel
 from uvim_fsq.lm.sampling import Sampling
@@ -305,8 +305,9 @@ class DecoderTuningStage(LMStage):
         true = torch.rand(tokens.shape, device=tokens.device) < self.run.decoder_tuning.true_share
         chosen = torch.where(true, tokens, generated.tokens)
         certain = one_hot(chosen, self.lm.vocab_size).float()
-        soft = generated.probabilities
-        probabilities = certain if soft is None else torch.where(true.unsqueeze(-1), certain, soft)
+        probabilities = certain
+        if self.run.eval.codes == "soft":
+            probabilities = torch.where(true.unsqueeze(-1), certain, distributions(generated))
         # A copy, because what was computed in inference mode cannot be saved for the backward pass.
         features = generated.features
         if features is not None:
