@@ -28,10 +28,8 @@ class Photos:
 
     def __init__(self, root, split, label_suffix):
         folder = find_data_root(root) / ("val" if split == "val" else "train")
-        files = list_images([str(folder)])
-        # Also "holdout", a tenth of the training photos for tuning, and "train_minus_holdout".
+        files, self.labels = list_images([str(folder)]), Path(f"{folder}{label_suffix}")
         self.files = [files[row] for row in split_rows(split, [file.name for file in files])]
-        self.labels = Path(f"{folder}{label_suffix}")
         self.info = {"layout": "CamVid", "split": split, "count": len(self.files), "root": root}
 
     def __len__(self):

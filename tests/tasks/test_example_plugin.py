@@ -54,6 +54,16 @@ def test_mean_iou_equals_values_computed_by_hand(photos: Path) -> None:
         task.metric(task.source(str(photos), "val")).compute()
 
 
+def test_a_tenth_of_the_training_photos_can_be_held_out(photos: Path) -> None:
+    task = build_task(load_run({"task": {"name": "camvid_segmentation"}, "plugins": [PLUGIN]}))
+    names = {}
+    for split in ("train", "holdout", "train_minus_holdout"):
+        source = task.source(str(photos), split)
+        names[split] = [source[i].id for i in range(len(source))]
+    assert len(names["train"]) == 10 and len(names["holdout"]) == 1
+    assert sorted(names["holdout"] + names["train_minus_holdout"]) == sorted(names["train"])
+
+
 def test_data_check_finds_a_missing_label_map(photos: Path) -> None:
     (photos / "valannot" / "2.png").unlink()
     lines, ok = check_data("camvid_segmentation", str(photos), [f"plugins=[{PLUGIN}]"])
