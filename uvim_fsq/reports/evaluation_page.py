@@ -32,7 +32,7 @@ EXPLANATIONS = {
     "context_only": "the oracle's decoder with the image but no tokens; what tokens add is measured from here",
     "lm": "the complete model: the LM predicts tokens from the image, and a decoder turns them into labels",
     "direct": "the LM's image encoder with a label head, trained on the task's loss; no oracle and no tokens",
-    "oracle": "the oracle encodes and decodes the true labels; no other tokens can do better with the same decoder",
+    "oracle": "the oracle encodes and decodes the true labels; other tokens can hardly do better with the same decoder",
 }
 #: Title of a panel's column -> name of the prediction.
 TITLES = {"oracle": "oracle", "context alone": "context_only", "LM": "lm", "direct": "direct"}
