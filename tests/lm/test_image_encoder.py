@@ -70,6 +70,17 @@ def test_a_family_has_features_and_gradients(name: str, side: int, grid: tuple[i
     assert set(encoder.depths()) == set(encoder.model.parameters())
 
 
+def test_tokens_and_positions_are_the_lowest_layer_whatever_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build("test_vit2", 32)
+    # As in timm 1.0.20, which counts register tokens, and here all of them, as the last layer.
+    groups = {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+    monkeypatch.setattr(encoder.model, "group_matcher", lambda coarse: groups)
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    lowest = depths["patch_embed.proj.weight"]
+    assert lowest == max(depths.values()) > 0
+    assert {depth for name, depth in depths.items() if "." not in name} == {lowest}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("test_vit3", 32), ("test_coatnet", 64), ("test_resnet", 64)])
 def test_costs_are_counted_without_weights(name: str, side: int) -> None:

@@ -129,6 +129,8 @@ class ImageEncoder(nn.Module):
         if not hasattr(self.model, "group_matcher"):
             raise UserError(f"optim.encoder_layer_decay: timm does not order the layers of {self.config.name}; use 1")
         layers = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        # Tokens and positions precede the first block; timm 1.0.20 counts register tokens as the last layer.
+        layers = {name: layer if "." in name else 0 for name, layer in layers.items()}
         ranks = {layer: depth for depth, layer in enumerate(sorted(set(layers.values()), reverse=True))}
         return {p: ranks[layers[name]] for name, p in self.model.named_parameters()}
 
