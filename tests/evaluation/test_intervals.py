@@ -48,7 +48,8 @@ def recorded(values: Array, ids: list[str] | None = None) -> ImageStates:
 
 
 def paired_bootstrap(*pairs: tuple[intervals.Stacked, intervals.Stacked], **settings: int) -> Interval:
-    return interval([tuple(resampled(Ratio(), "ratio", x, **settings) for x in pair) for pair in pairs])  # type: ignore[misc]
+    drawn = [[resampled(Ratio(), "ratio", states, **settings) for states in pair] for pair in pairs]
+    return interval([(first, second) for first, second in drawn])
 
 
 def interval_of(first: Array, second: Array, folder: Path, **settings: int) -> Interval:
