@@ -152,6 +152,12 @@ def test_a_trained_oracles_model_and_task_cannot_change(oracle_dir: Path, overri
     assert said in str(caught.value) and "cannot change" in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["eval.codes=soft", "eval.code_scale=0.5", "eval.samples=4", "eval.top_k=3"])
+def test_settings_of_predicted_tokens_are_refused_for_an_oracle(oracle_dir: Path, override: str) -> None:
+    with pytest.raises(UserError, match=f"^{override.partition('=')[0]}: an oracle predicts no tokens"):
+        load_checkpoint(oracle_dir, [override])
+
+
 def test_a_trained_lms_model_and_task_cannot_change(lm_dir: Path, tmp_path: Path, oracle_dir: Path) -> None:
     for override in ("model.num_heads=4", "task.max_depth=5", "data.image_size=32", f"oracle={tmp_path}"):
         with pytest.raises(UserError, match="cannot change"):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from uvim_fsq.config.schema import LEVEL_PRESETS, Run, TaskSection
+from uvim_fsq.config.schema import LEVEL_PRESETS, SAMPLING_KEYS, OracleRun, Run, TaskSection
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import changeable
@@ -42,6 +42,11 @@ FREE = SPEED | {
     "train.compile",
     "train.accumulate",  # splits the same batch differently, to fit another device
 }
+
+#: Settings of predicted tokens, of which an oracle has none.
+PREDICTED = frozenset(
+    f"eval.{key}" for key in ("codes", "code_scale", "context_weight", "samples", "int8_cross_kv", *SAMPLING_KEYS)
+)
 
 Differences = Mapping[str, tuple[Any, Any]]
 
@@ -105,9 +110,12 @@ def check_resume(asked: Run, trained: Run) -> None:
 def check_overrides(asked: Run, trained: Run) -> dict[str, list[Any]]:
     """Key -> [trained value, requested value] for the settings that overrides changed; results list them.
 
-    Raises UserError, naming the keys with both values, for settings that define the model or its labels.
+    Raises UserError, naming the keys with both values, for settings that define the model or its labels, and for those
+    of predicted tokens if the model is an oracle.
     """
     changed = differences(trained, asked)
+    if isinstance(trained, OracleRun) and (unused := [key for key in changed if key in PREDICTED]):
+        raise UserError(f"{', '.join(unused)}: an oracle predicts no tokens; leave it out, or give the run of an LM")
     fixed = {key: values for key, values in changed.items() if is_fixed(key, trained.task)}
     if fixed:
         raise UserError(f"{describe_overrides(fixed)}: a trained model cannot change these; leave these settings out")
