@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from uvim_fsq.checkpoints.hub import is_hub
 from uvim_fsq.checkpoints.loading import build_lm, build_oracle, build_task
 from uvim_fsq.checkpoints.run_directory import read_oracle_config
 from uvim_fsq.config.rules import validate
@@ -64,7 +65,7 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
 
 
 def _oracle_of(config: Path, run: LMRun, given: Path | None) -> OracleRun:
-    if given is None and Path(run.oracle).exists():
+    if given is None and (is_hub(run.oracle) or Path(run.oracle).exists()):
         return read_oracle_config(run.oracle)[0]
     file = given or config.with_name(config.name.replace("lm", "oracle"))
     if given is None and not file.is_file() and config.with_name("oracle.yaml").is_file():

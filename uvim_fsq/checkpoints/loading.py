@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uvim_fsq.checkpoints.files import load_model_weights
+from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.checkpoints.run_directory import (
     choose,
     find_oracle,
@@ -241,9 +242,10 @@ def _load(
 def _choose(
     path: str | Path, overrides: Sequence[str], use_tuned: bool
 ) -> tuple[Path, str, Run, dict[str, list[Any]], Tuned | None]:
+    path = local_run(path)
     checkpoint, selection = choose(path)
     run, changed, tuned = read_for_prediction(checkpoint, overrides, tuned=use_tuned)
-    chosen = "given" if checkpoint == Path(path) else "last"
+    chosen = "given" if checkpoint == path else "last"
     if selection is not None:
         chosen = selection.describe()
         if selection.split == run.data.eval_split or selection.metric != build_task(run).choosing_metric:

@@ -7,7 +7,6 @@ module does not import torch.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from uvim_fsq.checkpoints.hub import is_hub, local_run
 from uvim_fsq.checkpoints.identity import check_overrides
+from uvim_fsq.checkpoints.layout import CONFIG, FIGURES, ORACLE, STATE, SUMS, WEIGHTS, file_hash
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
 from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
 from uvim_fsq.tasks.configuration import load_run, resolve_lm
-
-CONFIG = "config.yaml"
-WEIGHTS = "model.safetensors"
-STATE = "trainer/state.pt"
-SUMS = "sha256.json"
-#: The results of training's own evaluation; a checkpoint without this file was not evaluated.
-FIGURES = "evaluation.json"
 
 
 def step_name(step: int) -> str:
@@ -109,12 +103,13 @@ def best(run_dir: Path) -> tuple[Path, Selection] | None:
 def choose(path: str | Path) -> tuple[Path, Selection | None]:
     """The checkpoint to use for a run or checkpoint directory, and how it was selected.
 
-    A checkpoint directory stands for itself. A run stands for its best checkpoint if its evaluations select one, else
-    for its last. The second value is None unless the checkpoint was selected as the best.
+    A checkpoint directory stands for itself, and so does a run on a hub (`hub:OWNER/NAME@REVISION`), which is
+    downloaded first. A run stands for its best checkpoint if its evaluations select one, else for its last. The second
+    value is None unless the checkpoint was selected as the best.
 
-    Raises UserError for a missing path or a directory without checkpoints.
+    Raises UserError for a missing path, a directory without checkpoints and a run that cannot be downloaded.
     """
-    path = Path(path)
+    path = local_run(path)
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint directory")
     if (path / WEIGHTS).is_file():
@@ -129,8 +124,9 @@ def choose(path: str | Path) -> tuple[Path, Selection | None]:
 
 def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     """The checkpoint that `choose` finds or, with `prefer="last"`, the newest one of a run."""
+    path = local_run(path)
     chosen = choose(path)[0]
-    return chosen if prefer == "best" or chosen == Path(path) else checkpoints(Path(path))[-1]
+    return chosen if prefer == "best" or chosen == path else checkpoints(path)[-1]
 
 
 def resume_from(run_dir: Path, how: str) -> Path | None:
@@ -151,19 +147,15 @@ def resume_from(run_dir: Path, how: str) -> Path | None:
         )
     if how == "no":
         return None
+    if is_hub(how):
+        raise UserError(
+            f"train.resume={how}: a run on a hub has no optimizer state to continue from; "
+            f"start a new run from its weights with init_from={how}"
+        )
     path = resolve_checkpoint(how, prefer="last")
     if existing and path.resolve() not in [place.resolve() for place in existing]:
         raise UserError(f"{run_dir} already holds checkpoints, and {path} is not one of them; choose another train.out")
     return path
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def recorded_hashes(checkpoint: Path) -> dict[str, str]:
@@ -269,8 +261,8 @@ def find_oracle(checkpoint: Path, run: LMRun) -> Path:
     Raises UserError if neither has the weights that the LM was trained on.
     """
     wanted = recorded_hashes(checkpoint).get("oracle")
-    copy = checkpoint.parent.parent / "oracle"
-    for place in (copy, checkpoint / "oracle"):
+    copy = checkpoint.parent.parent / ORACLE
+    for place in (checkpoint / ORACLE, copy):
         if (place / WEIGHTS).is_file():
             if weights_hash(place) != wanted:
                 raise UserError(
@@ -307,7 +299,7 @@ def oracle_to_train_on(run: LMRun) -> Path:
             kept = resolve_checkpoint(find_oracle(checkpoint, run))
             _refuse_different_oracle(run, checkpoint, kept)
             return kept
-    if not Path(run.oracle).exists():
+    if not is_hub(run.oracle) and not Path(run.oracle).exists():
         raise UserError(
             f"oracle={run.oracle}: no such run or checkpoint directory; train the oracle first, or give another one"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from uvim_fsq.checkpoints.identity import same_folder
+from uvim_fsq.checkpoints.layout import DECODING as DECODING
 from uvim_fsq.checkpoints.run_directory import (
     find_oracle,
     parse_config,
@@ -25,8 +26,6 @@ from uvim_fsq.data.splits import share_images
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
 
-#: The file, in the checkpoint directory.
-DECODING = "decoding.json"
 #: The keys of `eval` that are chosen together.
 TUNED_KEYS = ("codes", "code_scale", "context_weight", "samples", *SAMPLING_KEYS)
 #: `LoadedRun.decoding_from` of settings that were not tuned.

@@ -13,7 +13,7 @@ HELP = "show what a run's codes encode and how much its predictions depend on th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory of either stage")
+    parser.add_argument("run", help="run or checkpoint directory of either stage, or hub:OWNER/NAME@REVISION")
     add_overrides(parser, "e.g. eval.seed=1 data.eval_split=train")
     parser.add_argument(
         "--out", type=Path, help="folder for analysis.json, report.html and pictures (default: RUN/analysis)"
@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Analyzes the run, prints a table and writes a report."""
-    out = args.out or Path(args.run) / "analysis"
+    from uvim_fsq.checkpoints.hub import results_folder
+
     check_run(args.run, args.overrides)
+    place = results_folder(args.run)
+    out = args.out or place / "analysis"
     if args.out is None:
-        inside(Path(args.run), out / "analysis.json")
+        inside(place, out / "analysis.json")
     check_places(folders=[out])
 
     from uvim_fsq import processes

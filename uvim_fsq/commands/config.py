@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the configuration, as far as it is known if data, oracle or run directory do not exist yet."""
     from dataclasses import replace
 
+    from uvim_fsq.checkpoints.hub import is_hub
     from uvim_fsq.checkpoints.loading import resolve_task
     from uvim_fsq.checkpoints.run_directory import inherit
     from uvim_fsq.config.parse import dump_yaml
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
             if not str(error).startswith("data.root"):
                 raise
             notes.append(f"{error}; settings that depend on the data are left out")
-    elif Path(run.oracle).exists():
+    elif is_hub(run.oracle) or Path(run.oracle).exists():
         run = inherit(run)
     else:
         validate(run)

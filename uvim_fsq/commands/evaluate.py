@@ -14,12 +14,14 @@ HELP = "evaluate a run by its task's protocol"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory")
+    parser.add_argument("run", help="run or checkpoint directory, or hub:OWNER/NAME@REVISION")
     add_overrides(parser, "e.g. task.protocol=eigen data.root=...")
     parser.add_argument("--limit", type=int, help="use only the first N images")
     parser.add_argument("--csv", type=Path, help="write the metrics of each image to this file")
     parser.add_argument(
-        "--json", type=Path, help="result file (default: RUN/evaluation.json, or a file next to it if settings differ)"
+        "--json",
+        type=Path,
+        help="result file (default: RUN/evaluation.json, or a file next to it if settings differ; of a hub's run in runs/hub/)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="also evaluate the trivial baseline, computed from the training split"
@@ -40,17 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates the run, prints a table and writes the result as JSON."""
+    from uvim_fsq.checkpoints.hub import results_folder
     from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
     from uvim_fsq.evaluation.results import result_file, variant_path
 
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
     changed = check_run(args.run, [*args.overrides, *limited])
     # Results of a subset or with other settings must not replace those of the run as trained.
-    official = variant_path(Path(args.run) / "official", changed) if args.official else None
+    place = results_folder(args.run)
+    official = variant_path(place / "official", changed) if args.official else None
     if official:
-        inside(Path(args.run), official / "oracle")
+        inside(place, official / "oracle")
         refuse_links(official)
-    file = result_file(Path(args.run))
+    file = result_file(place)
     if args.compare is not None:
         resolve_checkpoint(args.compare)
     places = [args.json or variant_path(file, changed), args.csv, args.report, args.states]

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Tunes the run, prints a table and writes decoding.json into its checkpoint."""
+    from uvim_fsq.checkpoints.hub import refuse_downloaded
     from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
     from uvim_fsq.checkpoints.tuned import DECODING, tuning_split
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         "steps": _values(args.steps, "--steps", int),
         "samples": _values(args.samples, "--samples", int),
     }
+    refuse_downloaded(args.run, "tune writes the settings into the run")
     checkpoint = resolve_checkpoint(args.run)
     split = tuning_split(checkpoint, args.overrides, args.split, unseen=args.unseen)
     check_places([inside(Path(args.run), checkpoint / DECODING)])

@@ -23,7 +23,7 @@ REMEDY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory of an LM; it is not changed")
+    parser.add_argument("run", help="run or checkpoint directory of an LM, or hub:OWNER/NAME@REVISION; it is not changed")
     add_overrides(parser, "e.g. train.out=... train.steps=1000 decoder_tuning.true_share=0.5")
     parser.add_argument("--split", help="images to train on (default: data.selection_split), never data.eval_split")
 
@@ -93,7 +93,9 @@ def _refuse_other_images(split: str, new: Run) -> None:
 
 def _new_run(run: str) -> Path:
     """RUN_decoder, beside the run or the run of the checkpoint."""
-    place = Path(run).absolute()
+    from uvim_fsq.checkpoints.hub import results_folder
+
+    place = results_folder(run).absolute()
     place = place.parent.parent if place.parent.name == "checkpoints" else place
     return place.with_name(f"{place.name}_decoder")
 

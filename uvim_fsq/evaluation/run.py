@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uvim_fsq import files, processes
+from uvim_fsq.checkpoints.hub import provenance_name
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.checkpoints.tuned import TUNED_KEYS
@@ -134,7 +135,7 @@ def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: t
         "decoding_from": loaded.decoding_from,
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
-        "checkpoint": str(loaded.checkpoint),
+        "checkpoint": provenance_name(loaded.checkpoint),
         "chosen": loaded.chosen,
         "versions": {
             "uvim_fsq": __version__,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from uvim_fsq import processes
+from uvim_fsq.checkpoints.hub import refuse_downloaded
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash, resolve_checkpoint
 from uvim_fsq.checkpoints.tuned import DECODING, TUNED_KEYS, tuning_split
@@ -213,6 +214,7 @@ def tune(
     Returns the content of the file. Raises UserError for a run without a hold-out, for a task whose protocol reports no
     metric that may choose, and for invalid values.
     """
+    refuse_downloaded(run_dir, "tune writes the settings into the run")
     split = tuning_split(resolve_checkpoint(run_dir), overrides, split, unseen=unseen)
     limited = [] if limit is None else [f"eval.limit={limit}"]
     device = processes.device()

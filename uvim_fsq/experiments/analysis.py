@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from uvim_fsq import processes
+from uvim_fsq.checkpoints.hub import results_folder
 from uvim_fsq.checkpoints.identity import describe_overrides
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash, find_oracle, resolve_checkpoint
@@ -188,7 +189,7 @@ def analyze_run(
     Raises:
         UserError: there are fewer than 2 evaluation images.
     """
-    out = out or Path(run_dir) / "analysis"
+    out = out or results_folder(run_dir) / "analysis"
     check_folder(out)
     device = processes.device()
     loaded = load_checkpoint(run_dir, overrides, device)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from uvim_fsq import processes
+from uvim_fsq.checkpoints.hub import provenance_name
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.plugins import trusting
@@ -48,7 +49,7 @@ class Predictor:
         self._predict = _image_predictor(loaded)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
-        self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
+        self.provenance = {"checkpoint": provenance_name(loaded.checkpoint), **({"overrides": changed} if changed else {})}
         if loaded.decoding_from != FROM_RUN:
             self.provenance["decoding_from"] = loaded.decoding_from
 
@@ -61,10 +62,10 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads a run directory (its best checkpoint on a hold-out, or its last) or a checkpoint directory.
+        """Loads a run directory (its best checkpoint on a hold-out, or its last), a checkpoint directory or a hub's run.
 
         Args:
-            path: the run or checkpoint directory of an LM or a direct model.
+            path: the run or checkpoint directory of an LM or a direct model, or `hub:OWNER/NAME@REVISION`.
             overrides: `key=value` strings, e.g. "task.decoding=expectation" or "eval.temperature=0.7".
             device: a torch device; by default a GPU if there is one.
             trust: import the plugins that the run names, which executes their code. Otherwise they must be named in
