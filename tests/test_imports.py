@@ -19,6 +19,7 @@ ORDER = [
     "experiments",
     "benchmark",
     "interop",
+    "sharing",
     "training",
     "reports",
     "evaluation",

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -174,10 +174,8 @@ def _locked(folder: Path) -> Iterator[None]:
     with writing(folder):
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
+        with suppress(OSError):
             fcntl.lockf(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass
         yield
     finally:
         os.close(handle)
@@ -213,9 +211,9 @@ def _wanted(run: HubRun, files: dict[str, RemoteFile | None]) -> dict[str, Remot
 def _is_plain(name: str) -> bool:
     """Whether a file's name is a relative path that stays in its folder, on any system."""
     parts = PurePosixPath(name).parts
-    return (
-        bool(parts) and not name.startswith(("/", "~")) and ".." not in parts and "\\" not in name and name.isprintable()
-    )
+    if not parts or ".." in parts:
+        return False
+    return not name.startswith(("/", "~")) and "\\" not in name and name.isprintable()
 
 
 def _download(run: HubRun, target: Path, files: dict[str, RemoteFile]) -> None:

@@ -131,15 +131,23 @@ def hub_errors(what: str) -> Iterator[None]:
         )
     except errors.HfHubHTTPError as error:
         raise UserError(_refusal(what, error, token)) from error
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise Unreachable(
-            f"{what}: {endpoint()} cannot be reached, or broke off ({_reason(error)}); check the connection and run "
-            "the same command again, which continues"
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or disk_is_full(error)):
+    except Exception as error:
+        if _is_connection(error):
+            raise Unreachable(
+                f"{what}: {endpoint()} cannot be reached, or broke off ({_reason(error)}); check the connection and "
+                "run the same command again, which continues"
+            ) from error
+        if disk_is_full(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise UserError(f"{what}: {_reason(error)}; run the same command again") from error
+
+
+def _is_connection(error: Exception) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # By name, because versions of the client use different HTTP libraries.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) or "TransportError" in names
 
 
 def _refusal(what: str, error: Any, token: str) -> str:

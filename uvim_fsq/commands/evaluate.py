@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         type=Path,
-        help="result file (default: RUN/evaluation.json, or a file next to it if settings differ; of a hub's run in runs/hub/)",
+        help="result file (default: RUN/evaluation.json, or a file next to it if settings differ)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="also evaluate the trivial baseline, computed from the training split"

@@ -17,7 +17,7 @@ SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory of an LM or a direct model, or hub:OWNER/NAME@REVISION")
+    parser.add_argument("run", help="run or checkpoint of an LM or a direct model, or hub:OWNER/NAME@REVISION")
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE|FOLDER|key=value", help="images and folders, and settings of the run"
     )

@@ -23,7 +23,7 @@ REMEDY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint directory of an LM, or hub:OWNER/NAME@REVISION; it is not changed")
+    parser.add_argument("run", help="run or checkpoint of an LM, or hub:OWNER/NAME@REVISION; it is not changed")
     add_overrides(parser, "e.g. train.out=... train.steps=1000 decoder_tuning.true_share=0.5")
     parser.add_argument("--split", help="images to train on (default: data.selection_split), never data.eval_split")
 

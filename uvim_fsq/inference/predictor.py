@@ -49,7 +49,10 @@ class Predictor:
         self._predict = _image_predictor(loaded)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
-        self.provenance = {"checkpoint": provenance_name(loaded.checkpoint), **({"overrides": changed} if changed else {})}
+        self.provenance = {
+            "checkpoint": provenance_name(loaded.checkpoint),
+            **({"overrides": changed} if changed else {}),
+        }
         if loaded.decoding_from != FROM_RUN:
             self.provenance["decoding_from"] = loaded.decoding_from
 
@@ -62,7 +65,7 @@ class Predictor:
         *,
         trust: bool = False,
     ) -> Predictor:
-        """Loads a run directory (its best checkpoint on a hold-out, or its last), a checkpoint directory or a hub's run.
+        """Loads a run (its best checkpoint on a hold-out, or its last), a checkpoint directory or a run on a hub.
 
         Args:
             path: the run or checkpoint directory of an LM or a direct model, or `hub:OWNER/NAME@REVISION`.
