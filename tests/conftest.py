@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.hub import FakeHub, serving
 from tests.support.runs import save_untrained
 from tests.support.small import direct_run, lm_run, oracle_run, small_data
 from tests.support.terminal import Clock
@@ -19,6 +20,7 @@ from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.config import plugins
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.images import limit_pixels
+from uvim_fsq.sharing.push import write_folder
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.training.run import train
 from uvim_fsq.training.stages import OracleStage
@@ -157,3 +159,28 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Iterator[FakeHub]:
+    """A hub on this machine, which is the only one that the client knows; a new cache and no token."""
+    from huggingface_hub import constants
+
+    found = FakeHub()
+    with serving(found) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(own_cache / "no_token"))
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def uploads(tmp_path_factory: pytest.TempPathFactory, random_runs: tuple[Path, Path]) -> Path:
+    """The folders oracle/ and lm/: what `push` would upload of `random_runs`; tests that change them copy them."""
+    base = tmp_path_factory.mktemp("uploads")
+    for name, run in zip(("oracle", "lm"), random_runs, strict=True):
+        write_folder(run, f"ann/{name}", base / name)
+    return base

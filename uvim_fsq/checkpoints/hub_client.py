@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from uvim_fsq.checkpoints.layout import file_hash
+from uvim_fsq.console import on_terminal
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import disk_is_full
 
@@ -106,10 +107,13 @@ def download(repo: str, commit: str, name: str, folder: Path) -> None:
 def hub_errors(what: str) -> Iterator[None]:
     """Converts the errors of the hub's client inside into a UserError of one line that begins with `what`.
 
-    A full disk stays what it is.
+    A full disk stays what it is. The client's progress bars are shown on a terminal only.
     """
     from huggingface_hub import errors
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
+    if not on_terminal() and not are_progress_bars_disabled():
+        disable_progress_bars()  # they would fill logs
     token = "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
