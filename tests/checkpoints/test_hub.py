@@ -17,7 +17,15 @@ from tests.support.hub import FakeHub
 from tests.support.runs import sign
 from uvim_fsq.checkpoints import hub as hub_cache
 from uvim_fsq.checkpoints import hub_client
-from uvim_fsq.checkpoints.hub import RECORD, is_hub, local_run, parse, provenance_name, refuse_downloaded, results_folder
+from uvim_fsq.checkpoints.hub import (
+    RECORD,
+    is_hub,
+    local_run,
+    parse,
+    provenance_name,
+    refuse_downloaded,
+    results_folder,
+)
 from uvim_fsq.checkpoints.run_directory import choose, file_hash, resume_from
 from uvim_fsq.cli import main
 from uvim_fsq.config import plugins

@@ -93,8 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.calls.append(f"{self.command} {path}")
-        signed = path.startswith("/upload/")  # such addresses contain their own permission
-        if self.hub.token is not None and not signed and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        # Addresses for uploads contain their own permission.
+        needed = None if path.startswith("/upload/") else self.hub.token
+        if needed is not None and self.headers.get("Authorization") != f"Bearer {needed}":
             return self._send(401, {"error": "Invalid credentials"}, error="RepoNotFound")
         for pattern, handle in (
             (r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
