@@ -17,6 +17,17 @@ from torch import nn
 LN_EPS = 1e-6
 
 
+class Layered:
+    """A model that knows the order of its layers, for layer-wise learning rates (`optim.layer_decay`)."""
+
+    def layer_order(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        """The layers from input to output, each a list of modules and parameters.
+
+        What is learned anew for other labels or tokens (embeddings, heads) is in none, and learns at the full rate.
+        """
+        raise NotImplementedError
+
+
 class Attention(nn.Module):
     """Multi-head attention with four separate linear layers: query, key, value, out.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uvim_fsq.checkpoints.run_directory import checkpoints, inherit, parse_config
+from uvim_fsq.checkpoints.ancestors import inherit
+from uvim_fsq.checkpoints.run_directory import checkpoints, parse_config
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.training.stages import DecoderTuningStage, build_stage
 

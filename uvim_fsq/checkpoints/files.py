@@ -168,17 +168,23 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     return moved
 
 
+def read_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of model.safetensors, and the file's SHA-256. Raises UserError if the file is damaged."""
+    file = checkpoint / WEIGHTS
+    digest = checked_hash(checkpoint, WEIGHTS)
+    try:
+        return safetensors.torch.load_file(file), digest
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); use another checkpoint") from error
+
+
 def load_model_weights(model: nn.Module, checkpoint: Path) -> str:
     """Loads model.safetensors into `model`, requiring all names and shapes to match. Returns its SHA-256.
 
     Raises UserError, naming the file and the differences, if the file is damaged or does not match the model.
     """
     file = checkpoint / WEIGHTS
-    digest = checked_hash(checkpoint, WEIGHTS)
-    try:
-        state = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or not a safetensors file ({error}); use another checkpoint") from error
+    state, digest = read_weights(checkpoint)
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]

@@ -72,11 +72,13 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def is_fixed(key: str, task: TaskSection) -> bool:
-    """Whether a key defines the model or the meaning of its labels, so that it cannot change after training."""
+    """Whether a key defines the model, what it started from, or the meaning of its labels, so that it cannot change
+    after training.
+    """
     section, _, rest = key.partition(".")
     if section == "task":
         return rest.partition(".")[0] not in changeable(task)
-    return section in ("stage", "model") or key == "data.image_size"
+    return section in ("stage", "model", "init_from", "ancestors") or key == "data.image_size"
 
 
 def check_resume(asked: Run, trained: Run) -> None:
@@ -93,7 +95,8 @@ def check_resume(asked: Run, trained: Run) -> None:
     fixed = {
         key: values
         for key, values in changed.items()
-        if (is_fixed(key, trained.task) and key != initial) or key in ("optim.name", "optim.encoder_layer_decay")
+        if (is_fixed(key, trained.task) and key != initial)
+        or key in ("optim.name", "optim.encoder_layer_decay", "optim.layer_decay")
     }
     if fixed:
         raise UserError(

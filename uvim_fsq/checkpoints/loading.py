@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from uvim_fsq.checkpoints.ancestors import inherit
 from uvim_fsq.checkpoints.files import load_model_weights
 from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.checkpoints.run_directory import (
     choose,
     find_oracle,
-    inherit,
     read_oracle_config,
     resolve_checkpoint,
 )

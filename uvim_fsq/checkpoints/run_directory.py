@@ -22,7 +22,7 @@ from uvim_fsq.config.schema import LMRun, OracleRun, Run
 from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
-from uvim_fsq.tasks.configuration import load_run, resolve_lm
+from uvim_fsq.tasks.configuration import load_run
 
 
 def step_name(step: int) -> str:
@@ -240,14 +240,6 @@ def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
     if not isinstance(run, OracleRun):
         raise UserError(f"{path} is a checkpoint of stage {run.stage!r}, not an oracle; point `oracle=` at stage I")
     return run, checkpoint
-
-
-def inherit(run: Run) -> Run:
-    """Completes an LM's configuration from its oracle's checkpoint. Raises UserError for invalid combinations."""
-    if isinstance(run, LMRun):
-        run = resolve_lm(run, read_oracle_config(oracle_to_train_on(run))[0])
-    validate(run)
-    return run
 
 
 def weights_hash(checkpoint: Path) -> str:

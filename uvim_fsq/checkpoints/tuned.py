@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from uvim_fsq.checkpoints.ancestors import seen
 from uvim_fsq.checkpoints.identity import same_folder
 from uvim_fsq.checkpoints.layout import DECODING as DECODING
 from uvim_fsq.checkpoints.run_directory import (
@@ -21,7 +22,7 @@ from uvim_fsq.checkpoints.run_directory import (
     weights_hash,
 )
 from uvim_fsq.config.parse import convert
-from uvim_fsq.config.schema import SAMPLING_KEYS, DataConfig, EvalConfig, LMRun, Run
+from uvim_fsq.config.schema import SAMPLING_KEYS, Ancestor, EvalConfig, LMRun, Run
 from uvim_fsq.data.splits import share_images
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
@@ -159,10 +160,14 @@ def tuning_split(
     if not isinstance(run, LMRun):
         raise UserError(f"{checkpoint} is of stage {run.stage}, which predicts no tokens; give the run of an LM")
     trained = read_overridden(checkpoint)[0].data
+    oracle = read_oracle_config(find_oracle(checkpoint, run))[0]
+    ancestors = (*run.ancestors, *oracle.ancestors)
     if unseen:
         if _same_data(trained.root, run.data.root):
             raise UserError(f"--unseen needs other data than the run's: data.root=FOLDER, which is now {trained.root}")
-        return split or run.data.eval_split
+        chosen = split or run.data.eval_split
+        _refuse_seen(ancestors, run.data.root, chosen, remedy)
+        return chosen
     chosen = split or run.data.selection_split
     if not chosen:
         raise UserError(
@@ -173,14 +178,21 @@ def tuning_split(
         raise UserError(
             f"split {chosen} is the one that is reported (data.eval_split), so it must not serve to tune: {remedy}"
         )
-    for name, data in (("the LM", trained), ("its oracle", _oracle_data(checkpoint, run))):
+    for name, data in (("the LM", trained), ("its oracle", oracle.data)):
         if share_images(chosen, data.train_split):
             raise UserError(
                 f"{name} was trained on images of split {chosen} (data.train_split={data.train_split}), so its tokens "
                 f"there are better than on new images: {remedy}"
             )
+    _refuse_seen(ancestors, trained.root, chosen, remedy)
     return chosen
 
 
-def _oracle_data(checkpoint: Path, run: LMRun) -> DataConfig:
-    return read_oracle_config(find_oracle(checkpoint, run))[0].data
+def _refuse_seen(ancestors: tuple[Ancestor, ...], root: str, split: str, remedy: str) -> None:
+    """Raises UserError if a run that this one started from was trained or chosen on images of a split in `root`."""
+    for ancestor, used in seen(ancestors, root):
+        if share_images(split, used):
+            raise UserError(
+                f"{ancestor.run}, which this run started from (init_from), was trained or chosen on images of split "
+                f"{split} (its split {used}), so tokens there are better than on new images: {remedy}"
+            )

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> None:
     """Prints the configuration, as far as it is known if data, oracle or run directory do not exist yet."""
     from dataclasses import replace
 
+    from uvim_fsq.checkpoints.ancestors import inherit
     from uvim_fsq.checkpoints.hub import is_hub
     from uvim_fsq.checkpoints.loading import resolve_task
-    from uvim_fsq.checkpoints.run_directory import inherit
     from uvim_fsq.config.parse import dump_yaml
     from uvim_fsq.config.rules import validate
     from uvim_fsq.config.schema import LMRun

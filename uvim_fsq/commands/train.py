@@ -36,7 +36,8 @@ def train_stage(args: argparse.Namespace, stage: str) -> None:
 
 def train_run(run: Run, source: str) -> Path:
     """Trains and evaluates a configuration, which came from `source`. Returns the run directory."""
-    from uvim_fsq.checkpoints.run_directory import inherit, resume_from
+    from uvim_fsq.checkpoints.ancestors import inherit
+    from uvim_fsq.checkpoints.run_directory import resume_from
     from uvim_fsq.data.roots import find_data_root
     from uvim_fsq.tasks.registry import BUILT_IN
 

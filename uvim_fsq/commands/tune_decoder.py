@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     settings = [
         f"oracle={_text(find_oracle(checkpoint, trained))}",
         f"decoder_tuning.run={_text(checkpoint)}",
+        "init_from=",
         "model.decoder=trained",
         f"loss.task_weight={trained.loss.task_weight or 1.0}",
         f"data.train_split={_text(split)}",

@@ -16,7 +16,6 @@ from uvim_fsq.config.schema import (
     SAMPLING_KEYS,
     DecoderTuningConfig,
     DirectRun,
-    EncoderConfig,
     EvalConfig,
     LMRun,
     OracleRun,
@@ -158,15 +157,15 @@ _ABOVE_ZERO = """
     model.num_heads model.mlp_dim model.code_length model.quantizer.codebook_size model.quantizer.codeword_dim
     model.encoder.patch_size model.encoder.width model.encoder.depth
     model.encoder.num_heads model.encoder.mlp_dim model.encoder.image_size model.encoder.out_width
-    optim.encoder_layer_decay"""
+    optim.encoder_layer_decay optim.layer_decay"""
 _NOT_NEGATIVE = """
     train.seed eval.seed data.workers eval.workers data.max_bad_samples optim.warmup_steps optim.weight_decay
     optim.final_lr_ratio optim.encoder_lr_ratio eval.temperature eval.choice_temperature eval.code_scale
     eval.context_weight model.dropout model.quantizer.momentum model.quantizer.commitment model.label_smoothing
     model.mask_floor model.all_masked model.encoder.drop_path loss.task_weight decoder_tuning.true_share"""
 _AT_MOST_ONE = """
-    optim.final_lr_ratio optim.encoder_layer_decay eval.top_p eval.context_weight model.mask_floor model.all_masked
-    decoder_tuning.true_share"""
+    optim.final_lr_ratio optim.encoder_layer_decay optim.layer_decay eval.top_p eval.context_weight model.mask_floor
+    model.all_masked decoder_tuning.true_share"""
 _BELOW_ONE = "model.dropout model.quantizer.momentum model.label_smoothing model.encoder.drop_path"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
@@ -210,6 +209,8 @@ def _training_problems(run: Run) -> Iterator[str]:
             f"decoder_tuning.true_share={run.decoder_tuning.true_share} has no effect without decoder_tuning.run; "
             "remove it, or use uvim-fsq tune-decoder"
         )
+    if isinstance(run, LMRun) and run.decoder_tuning.run and run.init_from:
+        yield f"init_from={run.init_from} has no effect with decoder_tuning.run, whose weights are kept; remove it"
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 
@@ -230,10 +231,10 @@ def _problems(run: Run) -> Iterator[str]:
     if isinstance(run, OracleRun):
         yield from _oracle_problems(run)
     elif isinstance(run, DirectRun):
-        yield from _encoder_problems(run.model.encoder)
+        yield from _encoder_problems(run)
         yield from _problems_of(lambda: check_patches(run.data.image_size, run.model.patch_size))
     else:
-        yield from _encoder_problems(run.model.encoder)
+        yield from _encoder_problems(run)
         yield from _lm_problems(run)
 
 
@@ -251,13 +252,14 @@ def _oracle_problems(run: OracleRun) -> Iterator[str]:
     yield from _problems_of(lambda: resolve_levels(quantizer.levels, quantizer.shift, "model.quantizer."))
 
 
-def _encoder_problems(encoder: EncoderConfig) -> Iterator[str]:
+def _encoder_problems(run: LMRun | DirectRun) -> Iterator[str]:
+    encoder = run.model.encoder
     if encoder.stages is not None and not encoder.stages:
         yield "model.encoder.stages=[] is empty; name at least one stage, or null for the last one"
-    if encoder.frozen and encoder.weights == "none":
+    if encoder.frozen and encoder.weights == "none" and not run.init_from:
         yield (
             "model.encoder.frozen=true with model.encoder.weights=none: a frozen encoder with random weights learns "
-            "nothing; give its weights, or set frozen to false"
+            "nothing; give its weights or init_from, or set frozen to false"
         )
     if encoder.frozen and encoder.drop_path:
         yield f"model.encoder.drop_path={encoder.drop_path} has no effect on a frozen encoder; set it to 0"

@@ -233,6 +233,9 @@ class OptimConfig:
     """Learning rate multiplier of the image encoder of an LM (reference: 0.1) or direct model; no effect in stage I."""
     encoder_layer_decay: float = 1.0
     """Further multiplier for each layer of the image encoder below its last one (layer-wise decay; e.g. 0.8)."""
+    layer_decay: float = 1.0
+    """The same for the blocks of the oracle (encoder and decoder counted through), of the token model's decoder or of
+    the direct model, e.g. 0.8 with init_from. Label and token embeddings and heads keep the full rate."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +340,22 @@ class TaskSection:
 
 
 @dataclass(frozen=True)
+class Ancestor:
+    """A run whose weights another run started from, directly or through others."""
+
+    run: str
+    """Its checkpoint directory, or hub:OWNER/NAME@COMMIT."""
+    weights: str
+    """SHA-256 of its weights."""
+    data_root: str
+    """Its data.root."""
+    train_split: str
+    """The split that it was trained on."""
+    selection_split: str
+    """The split that chose its checkpoint; may be empty."""
+
+
+@dataclass(frozen=True)
 class OracleRun:
     """Stage I: train the oracle of a task."""
 
@@ -344,6 +363,11 @@ class OracleRun:
     """The task: `name` and the task's own keys."""
     plugins: tuple[str, ...] = ()
     """Python modules to import first; they can register your own tasks, quantizers and token models."""
+    init_from: str = ""
+    """Run or checkpoint directory, or hub:OWNER/NAME@REVISION, of another oracle to start from: weights of the same
+    name and shape are taken, the others are listed and start as usual. Empty: a new model."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """Not a setting: the runs that init_from led to, with what they were trained on, as training records them."""
     data: DataConfig = field(default_factory=DataConfig)
     model: OracleModelConfig = field(default_factory=OracleModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -363,6 +387,12 @@ class LMRun:
     """Read from the oracle's checkpoint; only keys of decoding and evaluation protocol may be overridden."""
     plugins: tuple[str, ...] = ()
     """Modules to import first. The oracle's are added, but must be listed here too unless trusted (--trust)."""
+    init_from: str = ""
+    """Run or checkpoint directory, or hub:OWNER/NAME@REVISION, of another LM, or a direct run for its image encoder,
+    to start from: weights of the same name and shape are taken, the others are listed and start as usual. Empty: a new
+    model."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """Not a setting: the runs that init_from led to, with what they were trained on, as training records them."""
     data: DataConfig = field(default_factory=DataConfig)
     model: LMModelConfig = field(default_factory=LMModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -384,6 +414,12 @@ class DirectRun:
     """The task: `name` and the task's own keys."""
     plugins: tuple[str, ...] = ()
     """Python modules to import first; they can register your own tasks."""
+    init_from: str = ""
+    """Run or checkpoint directory, or hub:OWNER/NAME@REVISION, of another direct run, or an LM for its image encoder,
+    to start from: weights of the same name and shape are taken, the others are listed and start as usual. Empty: a new
+    model."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """Not a setting: the runs that init_from led to, with what they were trained on, as training records them."""
     data: DataConfig = field(default_factory=DataConfig)
     model: DirectModelConfig = field(default_factory=DirectModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

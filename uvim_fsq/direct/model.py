@@ -15,7 +15,7 @@ from torch import nn
 
 from uvim_fsq.config.rules import check_patches
 from uvim_fsq.config.schema import DirectModelConfig
-from uvim_fsq.layers import init_transformer_, position_embedding, resize_grid
+from uvim_fsq.layers import Layered, init_transformer_, position_embedding, resize_grid
 from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.oracle.backbones.transformer import Transformer
 from uvim_fsq.oracle.label_head import LabelHead, Loss
@@ -24,7 +24,7 @@ from uvim_fsq.performance.memory import direct_activations
 from uvim_fsq.tasks.base import LabelChannel
 
 
-class DirectModel(nn.Module):
+class DirectModel(nn.Module, Layered):
     """Image encoder, transformer blocks on the grid of label patches, label head.
 
     Args:
@@ -47,6 +47,9 @@ class DirectModel(nn.Module):
         self.positions = position_embedding(self.num_patches, config.width)
         self.blocks = Transformer(config.width, config.depth, config.num_heads, config.mlp_dim)
         self.label_head = LabelHead(channels, config.patch_size, config.width)
+
+    def layer_order(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        return [[self.stem, self.positions], *self.blocks.layers()]
 
     def hidden(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S), uint8 or floating point in [-1, 1] -> hidden states (B, N, D) before the label head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: t
         "decoding_from": loaded.decoding_from,
         "task_options": to_dict(task.config),
         "overrides": loaded.overrides,
+        **({"ancestors": [asdict(ancestor) for ancestor in run.ancestors]} if run.ancestors else {}),
         "checkpoint": provenance_name(loaded.checkpoint),
         "chosen": loaded.chosen,
         "versions": {

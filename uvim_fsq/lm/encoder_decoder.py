@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvim_fsq.config.schema import LMModelConfig
-from uvim_fsq.layers import LN_EPS, init_transformer_, position_embedding
+from uvim_fsq.layers import LN_EPS, Layered, init_transformer_, position_embedding
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.lm.decoder_block import DecoderBlock
 from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.performance.memory import encoder_decoder_activations
 
 
-class EncoderDecoder(TokenModel):
+class EncoderDecoder(TokenModel, Layered):
     """An image encoder and a decoder of `DecoderBlock`s over the embedded tokens.
 
     Args:
@@ -43,6 +43,10 @@ class EncoderDecoder(TokenModel):
         self.head = nn.Linear(dim, vocab_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def layer_order(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        blocks: list[list[nn.Module | nn.Parameter | None]] = [[block] for block in self.blocks]
+        return [[self.positions], *blocks[:-1], [*blocks[-1], self.norm]]
 
     @property
     def num_features(self) -> int:

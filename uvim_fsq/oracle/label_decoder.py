@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from uvim_fsq.config.schema import OracleModelConfig
-from uvim_fsq.layers import PatchEmbed, resize_tokens, signed_pixels
+from uvim_fsq.layers import Layered, PatchEmbed, resize_tokens, signed_pixels
 from uvim_fsq.oracle.backbones.transformer import Transformer
 from uvim_fsq.oracle.chunking import chunk_slices
 from uvim_fsq.oracle.label_head import LabelHead, Loss
 
 
-class LabelDecoder(nn.Module):
+class LabelDecoder(nn.Module, Layered):
     """Decodes codes to label logits. Subclasses create the modules.
 
     Attributes:
@@ -41,6 +41,10 @@ class LabelDecoder(nn.Module):
     decoder: Transformer
     label_head: LabelHead
     feature_projection: nn.Linear | None
+
+    def layer_order(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        first: list[nn.Module | nn.Parameter | None] = [self.decoder_positions, self.decoder_context, self.decoder_stem]
+        return [first, *self.decoder.layers()]
 
     @property
     def code_length(self) -> int:

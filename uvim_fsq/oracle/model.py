@@ -101,6 +101,11 @@ class Oracle(LabelDecoder):
         self.num_patches = num_patches
         self.feature_projection = None
 
+    def layer_order(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        first: list[nn.Module | nn.Parameter | None] = [self.encoder_positions, self.encoder_context]
+        encoder = self.encoder.layers()
+        return [first, *encoder[:-1], [*encoder[-1], self.encoder_head], *super().layer_order()]
+
     def cost(self) -> OracleCost:
         """Floating-point operations per image, by part."""
         logits = self.label_head.logits // self.config.patch_size**2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from uvim_fsq.config.schema import OptimConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.layers import Layered
 from uvim_fsq.lm.image_encoder import ImageEncoder
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.layouts import reference_layouts
@@ -43,33 +44,66 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
     A group's `lr_ratio` multiplies the scheduled rate. For the timm model of an `ImageEncoder`, it is
     `optim.encoder_lr_ratio`, times `optim.encoder_layer_decay` for each layer above. The encoder's new layers, such as
-    its projection, learn at the full rate.
+    its projection, learn at the full rate. For the layers of a `Layered` model it is `optim.layer_decay` for each layer
+    above; what it does not count as a layer learns at the full rate.
 
     Without layer-wise decay, the assignment of parameters to groups does not depend on `optim`, so that a saved state
     can be loaded after these settings change.
+
+    Raises UserError for layer-wise decay of a model whose layers have no known order.
     """
-    depths = _encoder_depths(model, optim)
-    groups: dict[tuple[bool, int | None], list[nn.Parameter]] = {}
+    places = _places(model, optim)
+    groups: dict[tuple[bool, _Place | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((decays(name, parameter), depths.get(parameter)), []).append(parameter)
+            groups.setdefault((decays(name, parameter), places.get(parameter)), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": optim.weight_decay if decay else 0.0,
-            "lr_ratio": 1.0 if depth is None else optim.encoder_lr_ratio * optim.encoder_layer_decay**depth,
+            "lr_ratio": 1.0 if place is None else place.lr_ratio(optim),
             "lr": optim.lr,
         }
-        for (decay, depth), parameters in groups.items()
+        for (decay, place), parameters in groups.items()
     ]
 
 
-def _encoder_depths(model: nn.Module, optim: OptimConfig) -> dict[nn.Parameter, int]:
-    """The number of layers above each parameter of the image encoders; all 0 without layer-wise decay."""
-    encoders = [module for module in model.modules() if isinstance(module, ImageEncoder)]
-    if optim.encoder_layer_decay == 1:
-        return {parameter: 0 for encoder in encoders for parameter in encoder.model.parameters()}
-    return {parameter: depth for encoder in encoders for parameter, depth in encoder.depths().items()}
+class _Place(NamedTuple):
+    """Where a parameter is: in an image encoder's timm model or not, and how many layers are above it."""
+
+    in_encoder: bool
+    depth: int
+
+    def lr_ratio(self, optim: OptimConfig) -> float:
+        if self.in_encoder:
+            return optim.encoder_lr_ratio * optim.encoder_layer_decay**self.depth
+        return optim.layer_decay**self.depth
+
+
+def _places(model: nn.Module, optim: OptimConfig) -> dict[nn.Parameter, _Place]:
+    """The places of all parameters whose rate may differ; the depth is 0 without layer-wise decay."""
+    places: dict[nn.Parameter, _Place] = {}
+    if optim.layer_decay != 1:
+        places |= {parameter: _Place(False, depth) for parameter, depth in _own_depths(model).items()}
+    for encoder in (module for module in model.modules() if isinstance(module, ImageEncoder)):
+        flat = optim.encoder_layer_decay == 1
+        depths = dict.fromkeys(encoder.model.parameters(), 0) if flat else encoder.depths()
+        places |= {parameter: _Place(True, depth) for parameter, depth in depths.items()}
+    return places
+
+
+def _own_depths(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The number of layers above each parameter that `Layered` models count as part of a layer."""
+    depths: dict[nn.Parameter, int] = {}
+    layered = [module for module in model.modules() if isinstance(module, Layered)]
+    if not layered:
+        raise UserError(f"optim.layer_decay: {type(model).__name__} does not order its layers; use 1")
+    for part in layered:
+        for depth, layer in enumerate(reversed(part.layer_order())):
+            for item in layer:
+                found = [item] if isinstance(item, nn.Parameter) else [] if item is None else item.parameters()
+                depths |= dict.fromkeys(found, depth)
+    return depths
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uvim_fsq import processes
+from uvim_fsq.checkpoints.ancestors import inherit
 from uvim_fsq.checkpoints.loading import build_task, resolve_task
-from uvim_fsq.checkpoints.run_directory import inherit
 from uvim_fsq.config.schema import Run
 from uvim_fsq.errors import TRAINING_REMEDY, UserError, enough_memory
 from uvim_fsq.evaluation.results import result_file, states_file

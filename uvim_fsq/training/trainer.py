@@ -34,6 +34,7 @@ from uvim_fsq.console import say
 from uvim_fsq.data.loader import TrainLoader
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_text, write_whole
+from uvim_fsq.training.initialize import initialize
 from uvim_fsq.training.optim import load_optimizers
 from uvim_fsq.training.progress import Progress
 from uvim_fsq.training.stages import Stage, selection_data
@@ -102,18 +103,26 @@ class Trainer:
         return self.out / "checkpoints" / step_name(self.step)
 
     def resume(self) -> None:
-        """Loads the checkpoint that `train.resume` asks for, if any.
+        """Loads the checkpoint that `train.resume` asks for, if any; else a new run starts from `init_from`, if set.
 
         Raises UserError if a process lacks the checkpoint or loads a different one than the main process, if the
         checkpoint is damaged, and if a run would be overwritten.
         """
         path = processes.broadcast(self._resume_from() if processes.is_main() else None)
         if path is None:
+            self._initialize()
             processes.same(self.stage.oracle_sha256, "the oracle's run")
             return
         processes.same(self._load(path), path)
         if processes.is_main():
             self._set_newer_aside()
+
+    def _initialize(self) -> None:
+        """Takes the weights of `init_from`, if it is set."""
+        if self.run.init_from:
+            processes.same(initialize(self.stage.model, self.run), f"init_from={self.run.init_from}")
+            if self.stepper.ema is not None:
+                self.stepper.ema = self.stepper.ema_start()
 
     def _resume_from(self) -> Path | None:
         # Detect damaged evaluation records now, rather than when old checkpoints are deleted.

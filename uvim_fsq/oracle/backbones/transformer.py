@@ -35,6 +35,11 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=LN_EPS)
         init_transformer_(self)
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter | None]]:
+        """The blocks from input to output, the last one with the norm."""
+        blocks: list[list[nn.Module | nn.Parameter | None]] = [[block] for block in self.blocks]
+        return [*blocks[:-1], [*blocks[-1], self.norm]]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = block(x)
