@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from tests.support.runs import fit_run, losses
-from tests.support.small import oracle_run
-from uvim_fsq.config.schema import EncoderConfig, OptimConfig
+from tests.support.small import ORACLE, TASKS, oracle_run
+from uvim_fsq.checkpoints.loading import LoadedRun, build_oracle
+from uvim_fsq.config.schema import EncoderConfig, OptimConfig, OracleRun
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.image_encoder import ImageEncoder, build_image_encoder
+from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.adafactor import Adafactor
 from uvim_fsq.training.optim import (
     build_optimizer,
@@ -200,3 +202,35 @@ def test_a_warmup_that_is_as_long_as_the_run_is_refused(tmp_path: Path, data: Pa
 def test_both_optimizers_reduce_the_loss_in_bf16(tmp_path: Path, data: Path, name: str) -> None:
     curve = losses(fit_run(oracle_run(tmp_path / name, data, f"optim.name={name}", "train.precision=bf16")))
     assert np.isfinite(curve).all() and curve[-1] < curve[0]
+
+
+def rates(model: nn.Module, **optim: float) -> dict[str, float]:
+    names = {p: name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, replace(OPTIM, **optim))
+    return {names[p]: group["lr_ratio"] for group in groups for p in group["params"]}
+
+
+def test_layers_further_down_in_an_oracle_learn_more_slowly() -> None:
+    """Encoder and decoder are counted through; what depends on the labels has the full rate."""
+    run = load_run(ORACLE, ["model.encoder_depth=2", "model.decoder_depth=2"])
+    assert isinstance(run, OracleRun)
+    found = rates(build_oracle(run, TASKS["depth"]), layer_decay=0.5)
+    order = ["encoder_positions", "encoder.blocks.0.mlp.fc1.weight", "encoder_head.weight", "decoder_stem.bias"]
+    order += ["decoder.blocks.0.mlp.fc1.weight", "decoder.norm.weight"]
+    assert [found[name] for name in order] == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+    assert found["encoder_context.proj.weight"] == 0.5**5 and found["encoder.norm.bias"] == 0.5**3
+    assert found["label_embed.channels.depth.weight"] == found["label_head.heads.depth.bias"] == 1.0
+
+
+def test_layers_further_down_in_a_token_model_learn_more_slowly(random_lm: LoadedRun) -> None:
+    """The image encoder keeps its own two settings."""
+    assert random_lm.lm is not None
+    found = rates(random_lm.lm, layer_decay=0.5)
+    assert found["positions"] == 0.5 and found["blocks.0.mlp.fc1.weight"] == found["norm.bias"] == 1.0
+    assert found["token_embedding.weight"] == found["head.weight"] == found["start"] == 1.0
+    assert {rate for name, rate in found.items() if name.startswith("encoder.")} == {0.25}
+
+
+def test_layers_of_unknown_order_have_no_layer_wise_rates() -> None:
+    with pytest.raises(UserError, match=r"optim.layer_decay: Linear does not order its layers; use 1"):
+        parameter_groups(nn.Linear(2, 2), replace(OPTIM, layer_decay=0.5))
