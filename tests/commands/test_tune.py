@@ -95,15 +95,14 @@ def printed(
 
 
 def test_without_options_the_default_settings_are_tried_on_the_hold_out(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(run: str, overrides: list[str], **given: Any) -> None:
         assert run == str(run_dir) and given == {"split": "holdout", "unseen": False, "limit": None, "grid": Grid()}
         raise UserError("seen")
 
     monkeypatch.setattr("uvim_fsq.evaluation.tuning.tune", stop)
-    with pytest.raises(SystemExit):
-        main(["tune", str(run_dir)])
+    assert "seen" in failure(capsys, "tune", run_dir)
 
 
 #: Context weight -> figure.
