@@ -90,6 +90,9 @@ def test_every_block_is_a_layer_of_its_own() -> None:
     depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
     assert [depths[f"blocks.{i}.attn.qkv.weight"] for i in range(6)] == [5, 4, 3, 2, 1, 0]
     assert depths["norm.weight"] == 0 and depths["pos_embed"] == 6
+    encoder = build("test_convnext")
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    assert [depths[f"stages.2.blocks.{i}.conv_dw.weight"] for i in range(4)] == [5, 4, 3, 2]
 
 
 def test_tokens_and_positions_are_the_lowest_layer_whatever_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
