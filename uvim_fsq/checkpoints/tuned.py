@@ -17,6 +17,7 @@ from uvim_fsq.checkpoints.layout import DECODING as DECODING
 from uvim_fsq.checkpoints.run_directory import (
     find_oracle,
     parse_config,
+    read_config,
     read_oracle_config,
     read_overridden,
     weights_hash,
@@ -153,13 +154,15 @@ def tuning_split(
             then by default `data.eval_split`. Otherwise `data.root` counts as the data of training, wherever it is.
         remedy: how to get such images, for the errors.
 
-    Raises UserError if there is no such split, if it is the one that is reported, and if the LM or its oracle was
-    trained on its images.
+    Raises UserError if there is no such split, if it is the one that is reported, and if the LM, an LM whose decoder it
+    tuned, or its oracle was trained on its images.
     """
     run, _ = read_overridden(checkpoint, overrides)
     if not isinstance(run, LMRun):
         raise UserError(f"{checkpoint} is of stage {run.stage}, which predicts no tokens; give the run of an LM")
-    trained = read_overridden(checkpoint)[0].data
+    before = read_config(checkpoint)
+    assert isinstance(before, LMRun)
+    trained = before.data
     oracle = read_oracle_config(find_oracle(checkpoint, run))[0]
     ancestors = (*run.ancestors, *oracle.ancestors)
     if unseen:
@@ -178,11 +181,13 @@ def tuning_split(
         raise UserError(
             f"split {chosen} is the one that is reported (data.eval_split), so it must not serve to tune: {remedy}"
         )
-    for name, data in (("the LM", trained), ("its oracle", oracle.data)):
-        if share_images(chosen, data.train_split):
+    trained_on = [("the LM", trained.train_split), ("its oracle", oracle.data.train_split)]
+    trained_on += [("the LM whose decoder it tuned", name) for name in before.decoder_tuning.trained_on]
+    for model, name in trained_on:
+        if share_images(chosen, name):
             raise UserError(
-                f"{name} was trained on images of split {chosen} (data.train_split={data.train_split}), so its tokens "
-                f"there are better than on new images: {remedy}"
+                f"{model} was trained on images of split {chosen} (data.train_split={name}), so its tokens there are "
+                f"better than on new images: {remedy}"
             )
     _refuse_seen(ancestors, trained.root, chosen, remedy)
     return chosen
