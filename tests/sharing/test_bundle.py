@@ -36,7 +36,8 @@ def evaluated(random_runs: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of the oracle's run with three evaluations, one of them of other weights."""
     run = shutil.copytree(random_runs[0], tmp_path / "oracle")
     checkpoint = checkpoints(run)[-1]
-    limited = result(checkpoint, overrides={"eval.limit": [None, 2]}, limit=2)
+    tuned = {"decoding_from": "tuned on val of /home/ann/rooms, 5 images"}
+    limited = result(checkpoint, overrides={"eval.limit": [None, 2]}, limit=2, **tuned)
     (run / "evaluation.json").write_text(json.dumps(result(checkpoint)))
     (run / "evaluation_limit-2.json").write_text(json.dumps(limited))
     (run / "evaluation_old.json").write_text(json.dumps(result(checkpoint, checkpoint_sha256="0" * 64)))
@@ -73,6 +74,7 @@ def test_of_a_path_the_last_part_is_kept(root: str, expected: str) -> None:
 def test_evaluations_of_these_weights_are_uploaded(evaluated: Path) -> None:
     found = make_bundle(evaluated).results
     assert [item["limit"] for item in found] == [None, 2]
+    assert found[1]["decoding_from"] == "tuned on val of rooms, 5 images"
     assert found[0]["checkpoint"] == checkpoints(evaluated)[-1].name and found[0]["data"]["root"] == "nyu"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from uvim_fsq.config.schema import Ancestor
 from uvim_fsq.sharing.bundle import Bundle, make_bundle
 from uvim_fsq.sharing.card import model_card
 
@@ -37,6 +38,12 @@ def test_the_card_states_seed_data_and_hashes(bundle: Bundle) -> None:
     card = model_card(bundle, "ann/depth", None)
     assert "| seed | 0 |" in card and "h5, trained on split train, reported on val" in card
     assert bundle.weights in card and str(bundle.oracle) in card
+
+
+def test_the_card_names_what_a_run_started_from(bundle: Bundle) -> None:
+    ancestor = Ancestor("hub:bob/base@c0ffee", "ab12", "nyu", "train", "")
+    card = model_card(replace(bundle, run=replace(bundle.run, ancestors=(ancestor,))), "ann/depth", None)
+    assert "| started from | hub:bob/base@c0ffee (SHA-256 of its weights ab12) |" in card
 
 
 @pytest.mark.parametrize(("given", "field"), [("apache-2.0", "apache-2.0"), (None, "unknown")])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -22,6 +23,8 @@ from uvim_fsq.files import read_json
 
 #: The model card.
 CARD = "README.md"
+#: The folders of an absolute path within a text, such as "tuned on val of /data/rooms"; not those of a URL.
+_FOLDERS = re.compile(r"(?<![^\s(='\"])/(?:[^/\s,;)]+/)+")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def make_bundle(path: str | Path) -> Bundle:
         files |= {f"{ORACLE}/{name}": value for name, value in _checkpoint_files(place, None, oracle).items()}
     tuned = read_tuned(checkpoint) if isinstance(run, LMRun) else None
     if tuned is not None:
+        tuned = replace(tuned, other_root=_portable(tuned.other_root))
         files[DECODING] = _json(_portable(read_json(checkpoint / DECODING, "run `uvim-fsq tune` again")))
     results = _results(Path(path) if not str(path).startswith("hub:") else checkpoint, checkpoint, weights)
     if results:
@@ -110,8 +114,10 @@ def _portable(value: Any) -> Any:
         return {key: _portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_portable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
     # Windows' rules know both kinds of slashes.
-    return PureWindowsPath(value).name.lstrip("~.") if isinstance(value, str) and leads_outside(value) else value
+    return PureWindowsPath(value).name.lstrip("~.") if leads_outside(value) else _FOLDERS.sub("", value)
 
 
 def _results(path: Path, checkpoint: Path, weights: str) -> list[dict[str, Any]]:

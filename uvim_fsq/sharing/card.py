@@ -102,6 +102,9 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         facts["token model"] = run.model.kind
     if not isinstance(run, OracleRun):
         facts["image encoder"] = f"{run.model.encoder.name}, weights {_last(run.model.encoder.weights)}"
+    if run.ancestors:
+        first = run.ancestors[0]
+        facts["started from"] = f"{first.run} (SHA-256 of its weights {first.weights})"
     if bundle.tuned is not None and isinstance(run, LMRun):
         facts["decoding"] = bundle.tuned.describe(run.eval) + " (decoding.json)"
     facts["SHA-256 of the weights"] = bundle.weights
