@@ -304,7 +304,7 @@ class TrainLoader:
                 f"train.batch_size={batch_size} is smaller than processes x accumulation ({world} x {accumulate})"
             )
         if data.cache_dir:
-            check_folder(Path(data.cache_dir))
+            check_folder(Path(data.cache_dir), f"data.cache_dir={data.cache_dir}")
         self.data, self.accumulate, self.rank, self.world = data, accumulate, rank, world
         self.dataset = _Samples(source, task, data, train=True)
         self.bad: dict[int, str] = {}
