@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm import timm_models
 from uvim_fsq.lm.image_encoder import ImageEncoder, build_image_encoder
 
 
@@ -68,6 +69,27 @@ def test_a_family_has_features_and_gradients(name: str, side: int, grid: tuple[i
     trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     assert trained and [name for name, p in trained.items() if p.grad is None] == []
     assert set(encoder.depths()) == set(encoder.model.parameters())
+
+
+@pytest.mark.parametrize(("name", "side"), [("test_vit2", 32), ("test_efficientnet", 64), ("test_resnet", 64)])
+def test_what_the_features_do_not_need_is_removed(name: str, side: int) -> None:
+    """The classifier, and the pooling before it."""
+    encoder = build(name, side)
+    classes = timm.create_model(name).num_classes
+    assert not any(classes in p.shape for p in encoder.model.parameters())
+
+
+def test_stages_count_from_the_first() -> None:
+    first = build("test_resnet", stages=(0,))
+    assert (first.grid, first.num_features) == ((32, 32), 32)
+    assert torch.equal(first(random_images(64)), build("test_resnet", stages=(-5,))(random_images(64)))
+
+
+def test_every_block_is_a_layer_of_its_own() -> None:
+    encoder = build("test_vit", 32)
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    assert [depths[f"blocks.{i}.attn.qkv.weight"] for i in range(6)] == [5, 4, 3, 2, 1, 0]
+    assert depths["norm.weight"] == 0 and depths["pos_embed"] == 6
 
 
 def test_tokens_and_positions_are_the_lowest_layer_whatever_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +175,7 @@ def statistics(encoder: ImageEncoder) -> torch.Tensor:
 def test_a_frozen_model_stays_as_it_is(tmp_path: Any) -> None:
     """Its projection learns."""
     encoder = published("test_efficientnet", tmp_path, frozen=True, out_width=8).train()
+    assert not any(p.requires_grad for p in encoder.model.parameters())
     before, evaluated = statistics(encoder), encoder.eval()(random_images(64))
     found = encoder.train()(random_images(64))
     assert torch.equal(found, evaluated) and encoder.training and not encoder.model.training
@@ -160,6 +183,13 @@ def test_a_frozen_model_stays_as_it_is(tmp_path: Any) -> None:
     assert torch.equal(statistics(encoder), before)
     learns = {name for name, p in encoder.named_parameters() if p.grad is not None}
     assert learns == {"norms.0.weight", "norms.0.bias", "projection.weight", "projection.bias"}
+
+
+def test_a_new_frozen_model_is_in_evaluation_mode(tmp_path: Any) -> None:
+    """And with published weights that are trained, its batch norms are."""
+    assert not published("test_efficientnet", tmp_path, frozen=True).model.training
+    trained = published("test_efficientnet", tmp_path)
+    assert trained.model.training and not trained.model.bn1.training
 
 
 def test_a_frozen_plain_vit_keeps_its_class_token(tmp_path: Any) -> None:
@@ -188,11 +218,25 @@ def test_stochastic_depth_drops_branches_in_training_only(name: str) -> None:
     assert torch.equal(encoder.eval()(images), encoder(images))
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_models_with_stochastic_depth_of_their_own_have_none_by_default() -> None:
-    encoder, images = build("swin_tiny_patch4_window7_224").train(), random_images(64)
+def test_models_with_stochastic_depth_of_their_own_have_none_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **keys: real(*names, drop_path_rate=0.5, **keys))
+    encoder, images = build("test_vit", 32).train(), random_images(32)
     assert torch.equal(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(("stride", "padding", "plain"), [(4, 0, True), (2, 0, False), (4, 1, False)])
+def test_patches_are_a_matrix_product_unless_they_overlap(stride: int, padding: int, plain: bool) -> None:
+    model = torch.nn.Module()
+    model.patch_embed = torch.nn.Module()
+    model.patch_embed.proj = torch.nn.Conv2d(3, 5, 4, stride, padding)
+    timm_models._use_patch_linear(model)
+    assert isinstance(model.patch_embed.proj, timm_models.PatchLinear) == plain
+
+
+def test_the_patches_of_a_vit_are_a_matrix_product() -> None:
+    assert isinstance(build("test_vit", 32).model.patch_embed.proj, timm_models.PatchLinear)
 
 
 @pytest.mark.parametrize(
