@@ -158,11 +158,18 @@ def test_a_folder_that_cannot_be_written_is_a_warning(file: Path) -> None:
         np.testing.assert_array_equal(decoded(file, np.uint8, None, Decoder(ARRAYS[0])), ARRAYS[0])
 
 
-@pytest.fixture(params=["nyu_depth", "coco_panoptic", "imagenet_color"])
+TASKS = {
+    "nyu_depth": "nyu",
+    "coco_panoptic": "coco_panoptic",
+    "imagenet_color": "imagenet",
+    "semantic_segmentation": "semantic",
+}
+
+
+@pytest.fixture(params=TASKS)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     """A small configuration of each task, with data whose files are decoded."""
-    formats = {"nyu_depth": "nyu", "coco_panoptic": "coco_panoptic", "imagenet_color": "imagenet"}
-    write_dataset(formats[request.param], tmp_path / "data", 8, (24, 32), num_val=2, layout="png", workers=1)
+    write_dataset(TASKS[request.param], tmp_path / "data", 8, (24, 32), num_val=2, layout="png", workers=1)
     task = {"name": request.param} | ({"protocol": "full"} if request.param == "nyu_depth" else {})
     return resolve(load_run(ORACLE | {"task": task}, ["train.out=x", f"data.root={tmp_path / 'data'}"]))
 
