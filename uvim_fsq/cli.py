@@ -22,6 +22,7 @@ from uvim_fsq.commands import (
     data_prepare,
     evaluate,
     import_uvim,
+    plan,
     predict,
     quickstart,
     synth,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, ModuleType] = {
     "ablate": ablate,
     "import-uvim": import_uvim,
     "benchmark": benchmark,
+    "plan": plan,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
