@@ -90,6 +90,9 @@ def test_every_block_is_a_layer_of_its_own() -> None:
     depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
     assert [depths[f"blocks.{i}.attn.qkv.weight"] for i in range(6)] == [5, 4, 3, 2, 1, 0]
     assert depths["norm.weight"] == 0 and depths["pos_embed"] == 6
+    encoder = build("test_convnext")
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    assert [depths[f"stages.2.blocks.{i}.conv_dw.weight"] for i in range(4)] == [5, 4, 3, 2]
 
 
 def test_tokens_and_positions_are_the_lowest_layer_whatever_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +146,7 @@ def test_several_stages_share_the_grid_of_the_first_one_listed() -> None:
     x = fine.model.forward_intermediates(fine.normalize(images), indices=[2], intermediates_only=True)[0]
     x = F.interpolate(x, (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     parts = torch.cat([coarse(images), F.layer_norm(x, [48], eps=1e-6)], dim=-1)
+    assert isinstance(both.projection, torch.nn.Linear) and both(images).shape == (2, 4, 96)
     torch.testing.assert_close(both(images), both.projection(parts), atol=1e-5, rtol=1e-4)
 
 
@@ -224,6 +228,22 @@ def test_models_with_stochastic_depth_of_their_own_have_none_by_default(monkeypa
     monkeypatch.setattr(timm, "create_model", lambda *names, **keys: real(*names, drop_path_rate=0.5, **keys))
     encoder, images = build("test_vit", 32).train(), random_images(32)
     assert torch.equal(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "plain"),
+    [
+        ("test_vit", {}, True),
+        ("test_vit", {"reg_tokens": 1}, False),
+        ("test_vit", {"init_values": 1e-5}, False),
+        ("test_vit", {"global_pool": "map"}, False),
+        ("test_resnet", {}, False),
+    ],
+)
+def test_a_plain_vit_has_no_register_tokens_no_layer_scale_and_no_attention_pooling(
+    name: str, changes: dict[str, Any], plain: bool
+) -> None:
+    assert timm_models.is_plain_vit(timm.create_model(name, **changes)) == plain
 
 
 @pytest.mark.parametrize(("stride", "padding", "plain"), [(4, 0, True), (2, 0, False), (4, 1, False)])

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from uvim_fsq.data.arrays import check_npy
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.images import check_pixels, open_picture, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -103,6 +104,15 @@ def read_mask(path: Path) -> np.ndarray:
     return values > 0
 
 
+def _fingerprint(file: Path) -> list[Any]:
+    """A file's path, size and modification time; without the last two if it is missing."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return [str(file)]
+    return [str(file), stat.st_size, stat.st_mtime_ns]
+
+
 def _same_size(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """An image that is larger than its depth map, as in ScanNet, shrunk to its `size` if it has the same shape."""
     height, width = image.shape[:2]
@@ -158,7 +168,9 @@ class PairSource:
         if image_file == depth_file:
             image, depth = _read_fastdepth(image_file, self.broken)
         else:
-            image, depth = read_image(image_file), read_depth_file(depth_file, self.scale, self.masks.get(name))
+            image, mask = read_image(image_file), self.masks.get(name)
+            how = ["depth", self.scale] if mask is None else ["depth", self.scale, *_fingerprint(mask)]
+            depth = decoded(depth_file, np.float32, how, lambda: read_depth_file(depth_file, self.scale, mask))
             if self.shrink:
                 image = _same_size(image, depth.shape)
         if image.shape[:2] != depth.shape:
