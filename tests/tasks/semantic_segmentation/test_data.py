@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from uvim_fsq.commands.data_check import check_data
+from uvim_fsq.data.decoded import keep_decoded
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
 from uvim_fsq.tasks.semantic_segmentation.data import ClassTable, open_source, read_label_map
@@ -173,3 +174,20 @@ def test_data_check_finds_each_kind_of_damage(scenes: Path, tmp_path: Path) -> N
     (labels / "000000.png").unlink()
     lines, ok = check_data("semantic_segmentation", str(root))
     assert not ok and any("1 photos have no class PNG, the first would be 000000.png" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "classes"),
+    [
+        (TRUTH, ((3, "road", "#804080"), (0, "sky", "#4682b4"), CLASSES[2])),
+        ([[[128, 64, 128], [70, 130, 180]]], ((0, "road", "#4682b4"), (3, "sky", "#804080"), CLASSES[2])),
+    ],
+    ids=["values", "colors"],
+)
+def test_another_class_table_is_not_taken_from_decoded_files(tmp_path: Path, pixels: Any, classes: Any) -> None:
+    for split in ("train", "val"):
+        pair(tmp_path / f"images/{split}/a.png", tmp_path / f"annotations/{split}/a.png", pixels)
+    with keep_decoded(str(tmp_path / "kept")):
+        one = open_source(str(tmp_path), "train", config())[0].maps["classes"]
+        two = open_source(str(tmp_path), "train", config(classes=classes))[0].maps["classes"]
+    np.testing.assert_array_equal(two, np.array([1, 0, 2, -1])[one])

@@ -5,6 +5,8 @@ A Sample's map `classes`, (H, W) int32, numbers the classes 0..C - 1 in the orde
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Container
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, files_by_stem, has_split_folders, split_folder
 from uvim_fsq.data.images import open_picture, read_image
 from uvim_fsq.data.roots import find_data_root
@@ -148,7 +151,14 @@ class SegmentationSource:
 
     def __getitem__(self, index: int) -> Sample:
         name, photo, labels = self.pairs[index]
-        return make_sample(name, read_image(photo), read_label_map(labels, self.table, labels), labels)
+        how = ["classes", self._translation]
+        classes = decoded(labels, np.int32, how, lambda: read_label_map(labels, self.table, labels))
+        return make_sample(name, read_image(photo), classes, labels)
+
+    @functools.cached_property
+    def _translation(self) -> str:
+        """Identifies what `ClassTable.translate` makes of pixels."""
+        return hashlib.sha256(self.table.indices.tobytes() + repr(sorted(self.table.rgb.items())).encode()).hexdigest()
 
 
 def make_sample(name: str, image: np.ndarray, classes: np.ndarray, labels: str | Path) -> Sample:
