@@ -19,8 +19,12 @@ OUTLINED_FROM = 64
 ROW = 18
 
 
-def class_colours(count: int) -> np.ndarray:
-    """(count + 1, 3) uint8 colors: black for void (entry 0), then distinct colors with hues by the golden angle."""
+def class_colours(count: int, given: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """(count + 1, 3) uint8 colors: black for void (entry 0), then the given ones (RGB), or distinct colors with hues by
+    the golden angle unless there are `count` of them.
+    """
+    if len(given) == count:
+        return np.array([(0, 0, 0), *given], np.uint8)
     rows = [(0.0, 0.0, 0.0)]
     for i in range(count):
         value, saturation = (1.0, 0.8, 0.62)[i % 3], (0.62, 0.85, 0.5)[(i // 3) % 3]
@@ -40,7 +44,12 @@ def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarra
 
 
 def overlay(
-    image: np.ndarray, segments: Segments, names: Sequence[str], is_thing: np.ndarray, share: float = 0.6
+    image: np.ndarray,
+    segments: Segments,
+    names: Sequence[str],
+    is_thing: np.ndarray,
+    palette: np.ndarray,
+    share: float = 0.6,
 ) -> np.ndarray:
     """The image blended with the colors of its segments, with outlines and names: (H, W, 3) uint8.
 
@@ -49,10 +58,11 @@ def overlay(
         segments: ids 1..K in the order of `segment_ids`, any size.
         names: class names; entry 0 is void.
         is_thing: (C + 1,) bool.
+        palette: (C + 1, 3) uint8 colors by class, as from `class_colours`.
         share: weight of the colors.
     """
     ids = resize_nearest(segments.ids, image.shape[:2])
-    colours = segment_colours(segments, class_colours(len(names) - 1), is_thing)[ids]
+    colours = segment_colours(segments, palette, is_thing)[ids]
     mixed = (image * (1 - share) + colours * share).astype(np.uint8)
     mixed[ids == 0] = image[ids == 0]
     if min(ids.shape) < OUTLINED_FROM:
@@ -90,10 +100,11 @@ def _inner_point(mask: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: int | None = None) -> np.ndarray:
+def legend(
+    names: Sequence[str], palette: np.ndarray, classes: Sequence[int] | None = None, height: int | None = None
+) -> np.ndarray:
     """Colors and names of the given classes (default: all), (H, W, 3) uint8, in columns of at most `height` pixels."""
     shown = list(range(1, len(names))) if classes is None else list(classes)
-    colours = class_colours(len(names) - 1)
     rows = max(1, min(len(shown), (height or 20 * ROW) // ROW))
     columns = -(-max(len(shown), 1) // rows)
     font = ImageFont.load_default(12)
@@ -102,15 +113,15 @@ def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: i
     draw = ImageDraw.Draw(sheet)
     for i, c in enumerate(shown):
         x, y = i // rows * width, i % rows * ROW
-        draw.rectangle((x + 4, y + 4, x + 16, y + 15), fill=tuple(int(v) for v in colours[c]))
+        draw.rectangle((x + 4, y + 4, x + 16, y + 15), fill=tuple(int(v) for v in palette[c]))
         draw.text((x + 22, y + ROW // 2), names[c], fill="black", anchor="lm", font=font)
     return np.asarray(sheet)
 
 
-def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
+def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str], palette: np.ndarray) -> np.ndarray:
     """`picture` with a legend of its classes on the right."""
     present = sorted({int(c) for c in segments.classes})
-    side = legend(names, present, picture.shape[0])
+    side = legend(names, palette, present, picture.shape[0])
     sheet = np.full((max(picture.shape[0], side.shape[0]), picture.shape[1] + side.shape[1], 3), 255, np.uint8)
     sheet[: picture.shape[0], : picture.shape[1]] = picture
     sheet[: side.shape[0], picture.shape[1] :] = side
