@@ -19,6 +19,7 @@ from uvim_fsq.commands import (
     coltran_lists,
     config,
     data_check,
+    data_convert,
     data_prepare,
     evaluate,
     import_uvim,
@@ -55,6 +56,7 @@ COMMANDS: dict[str, ModuleType] = {
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
     "prepare": data_prepare,
+    "convert": data_convert,
     "coltran-lists": coltran_lists,
 }
 #: Command -> the stage whose configuration keys its --help lists.
@@ -120,7 +122,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = parsers.add_parser(name, help=command.HELP, description=command.HELP)
         _add_command(sub, name, argv if name in argv else ())
-    data = parsers.add_parser("data", help="check and prepare data sets")
+    data = parsers.add_parser("data", help="check, prepare and convert data sets")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     for name, command in DATA_COMMANDS.items():
         sub = actions.add_parser(name, help=command.HELP, description=command.HELP)

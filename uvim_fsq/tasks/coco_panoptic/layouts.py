@@ -135,13 +135,15 @@ def raw_labels(root: Path) -> str:
 def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Path:
     """Finds the folder of the images. Raises UserError if there is none.
 
-    `image_dir` (relative to `root`, with {split} replaced) takes precedence over the standard places.
+    `image_dir` (relative to `root`, with {split} replaced by train or training, val or validation) takes precedence
+    over the standard places.
     """
     if image_dir:
-        place = root / image_dir.replace("{split}", split)
-        if not place.is_dir():
-            raise UserError(f"task.image_dir={image_dir}: {place} is not a folder")
-        return place
+        given = [root / image_dir.replace("{split}", part) for part in (split, _LONG[split])]
+        for place in given:
+            if place.is_dir():
+                return place
+        raise UserError(f"task.image_dir={image_dir}: {given[0]} is not a folder")
     if annotations.name == "_annotations.coco.json":
         return annotations.parent
     # The part of the name that says which photos: train2017 of panoptic_train2017.

@@ -21,6 +21,7 @@ from uvim_fsq.files import write_json
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
 from uvim_fsq.tasks.coco_panoptic import render
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
+from uvim_fsq.tasks.coco_panoptic.convert import convert
 from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.index import read_index
 from uvim_fsq.tasks.coco_panoptic.instance_results import InstanceResults
@@ -208,3 +209,8 @@ class CocoPanoptic(Task):
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
         return prepare(root, progress, self.config.annotations)
+
+    @classmethod
+    def convert(cls, root: str, out: Path | None, progress: Callable[[int, int], None]) -> str:
+        """Writes the panoptic JSON and PNGs of Cityscapes or ADE20K from their original labels."""
+        return convert(root, out, progress)
