@@ -23,8 +23,7 @@ class CocoPanopticConfig:
     min_fraction: float = 0.0
     """Predicted instances that cover at most this fraction of the image become void."""
     image_dir: str = ""
-    """Folder of the images, relative to data.root, if not in a standard place; {split} becomes train or val (or the
-    folder is named training or validation)."""
+    """Folder of the images under data.root, if not in a standard place; {split} becomes train(ing) or val(idation)."""
     categories: tuple[tuple[int, str, bool], ...] = ()
     """(id, name, is a thing) of each class; read from the annotation file and stored in the checkpoint."""
     colors: tuple[tuple[int, int, int], ...] = ()

@@ -70,27 +70,25 @@ class InstanceResults(OfficialResults):
 def ground_truth(index: InstanceIndex, image_ids: Sequence[int | str]) -> dict[str, Any]:
     """The instances of some images in COCO's format, with all masks whole, also where others cover them."""
     row_of_image = {image_id.item(): row for row, image_id in enumerate(index.image_ids)}
+    images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in image_ids:
         row = row_of_image[image_id]
-        annotations += [
-            {
-                "id": 0,
-                "image_id": image_id,
-                "category_id": int(index.category_ids[index.classes[k] - 1]),
-                "segmentation": index.rle(row, k),
-                "area": float(index.given_areas[k]),
-                "iscrowd": int(index.crowd[k]),
-            }
-            for k in range(int(index.first[row]), int(index.first[row + 1]))
-        ]
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
-    return {
-        "images": [{"id": image_id} for image_id in image_ids],
-        "annotations": annotations,
-        "categories": [{"id": int(category_id)} for category_id in index.category_ids],
-    }
+        height, width = map(int, index.sizes[row])
+        images.append({"id": image_id, "height": height, "width": width})
+        for k in range(int(index.first[row]), int(index.first[row + 1])):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # COCOeval takes id 0 for "not matched"
+                    "image_id": image_id,
+                    "category_id": int(index.category_ids[index.classes[k] - 1]),
+                    "segmentation": index.rle(row, k),
+                    "area": float(index.given_areas[k]),
+                    "iscrowd": int(index.crowd[k]),
+                }
+            )
+    categories = [{"id": int(category_id)} for category_id in index.category_ids]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def average_precision(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from uvim_fsq.console import say
 from uvim_fsq.data.cache import cached_arrays
 from uvim_fsq.data.images import check_pixels
 from uvim_fsq.data.names import inner_name
@@ -88,9 +89,14 @@ def _read(file: Path, mtime: int, size: int) -> InstanceIndex:
         arrays = _parse(file)
     else:
         key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 1}
-        arrays = cached_arrays("instances_index", key, lambda: _parse(file))
+        arrays = cached_arrays("instances_index", key, lambda: _parse_large(file))
     counts = {name: int(arrays[name]) for name in ("without_annotation", "without_mask")}
     return InstanceIndex(file=file, **{**arrays, **counts})
+
+
+def _parse_large(file: Path) -> dict[str, np.ndarray]:
+    say(f"{file}: reading the masks, once; the 860,000 of COCO's training set take about two minutes")
+    return _parse(file)
 
 
 def _parse(file: Path) -> dict[str, np.ndarray]:
