@@ -23,6 +23,7 @@ from uvim_fsq.commands import (
     data_prepare,
     evaluate,
     import_uvim,
+    plan,
     predict,
     quickstart,
     synth,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "ablate": ablate,
     "import-uvim": import_uvim,
     "benchmark": benchmark,
+    "plan": plan,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,

@@ -21,6 +21,7 @@ SPEED = frozenset(
     {
         "data.workers",
         "data.cache",
+        "data.cache_dir",
         "data.max_bad_samples",  # decides when training gives up, not what it learns
         "data.max_pixels",
         "eval.batch_size",

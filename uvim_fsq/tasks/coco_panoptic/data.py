@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from uvim_fsq.data.arrays import MAX_RATIO
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.images import decode_png, read_image
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
@@ -32,7 +33,7 @@ from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
 from uvim_fsq.tasks.coco_panoptic.instances import InstanceIndex, read_instances
 from uvim_fsq.tasks.coco_panoptic.layouts import find_annotations, find_photos, photo_name
-from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
+from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgba_to_ids, segment_index
 
 PREPARED = "prepared_panoptic"
 
@@ -48,6 +49,10 @@ class PngStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zip": None}
+
+    def file(self, name: str) -> Path:
+        """The file that holds the PNG `name`."""
+        return self.place if self.place.is_file() else self.place / name
 
     def read(self, name: str) -> bytes:
         """The content of the PNG `name`. Raises UserError if it is missing or damaged."""
@@ -94,8 +99,8 @@ def decode_ids(data: bytes, name: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
         kind = f"{pixels.dtype.itemsize * 8}-bit, {1 if pixels.ndim == 2 else pixels.shape[2]} channels"
         raise UserError(f"{name} is {kind}; panoptic PNGs are 8-bit RGB with id = R + 256 G + 65536 B")
-    code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
-    return rgb_to_ids(cv2.cvtColor(pixels, code))
+    code = cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGBA
+    return rgba_to_ids(cv2.cvtColor(pixels, code))
 
 
 def number_segments(ids: np.ndarray, segment_ids: np.ndarray, name: str) -> np.ndarray:
@@ -180,7 +185,10 @@ class PanopticSource:
         row = int(self.rows[index])
         part = slice(int(self.index.first[row]), int(self.index.first[row + 1]))
         photo, png = self.photos / self.names[row], str(self.index.pngs[row])
-        image, numbers = read_image(photo), self._numbers(row)
+        image = read_image(photo)
+        file = self.annotations if self.pngs is None else self.pngs.file(png)
+        how = ["segments", png, self.index.ids[part].tolist()]
+        numbers = decoded(file, np.int32, how, lambda: self._numbers(row))
         if image.shape[:2] != numbers.shape:
             label = f"its mask in {self.annotations.name}" if self.instances else f"its PNG {png}"
             raise UserError(

@@ -59,7 +59,7 @@ class CocoPanoptic(Task):
         super().__init__(config)
         self.names = ["void", *(name for _, name, _ in config.categories)]
         self.is_thing = np.array([False, *(thing for _, _, thing in config.categories)])
-        self.palette = render.class_colours(len(config.categories), config.colors)
+        self.palette = render.class_palette(len(config.categories), config.colors)
 
     @classmethod
     def resolve_config(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
