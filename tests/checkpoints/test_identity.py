@@ -216,7 +216,7 @@ def test_the_free_keys_are_these() -> None:
 
     assert {key for key in FREE if key.startswith("train.")} == {
         "train.out", "train.resume", "train.resume_changes", "train.log_every", "train.save_every", "train.keep",
-        "train.wandb", "train.compile", "train.accumulate",
+        "train.trackers", "train.wandb", "train.compile", "train.accumulate",
     }  # fmt: skip
     assert {key for key in FREE if key.startswith("eval.")} == {
         "eval.batch_size", "eval.workers", "eval.compile", "eval.tuned",

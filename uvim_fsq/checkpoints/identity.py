@@ -39,6 +39,7 @@ FREE = SPEED | {
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.trackers",
     "train.wandb",
     "train.compile",
     "train.accumulate",  # splits the same batch differently, to fit another device
