@@ -93,7 +93,7 @@ def test_ade20k_is_read_as_the_common_recipe_writes_it(tmp_path: Path) -> None:
 
 def test_labels_that_are_not_converted_are_recognised(tmp_path: Path) -> None:
     write_cityscapes(tmp_path)
-    with pytest.raises(UserError, match="Cityscapes's original labels.*run: uvim-fsq data convert .* --task coco_pan"):
+    with pytest.raises(UserError, match="original labels of Cityscapes.*run: uvim-fsq data convert .* --task coco_pan"):
         open_source(str(tmp_path), "val", CONFIG)
 
 

@@ -114,7 +114,7 @@ def _nothing_found(root: Path, split: str, layout: Layout) -> str:
     raw = raw_labels(root)
     if raw:
         return (
-            f"{root} holds {raw}'s original labels, without a panoptic JSON of {split}; "
+            f"{root} holds the original labels of {raw}, without a panoptic JSON of {split}; "
             f"run: uvim-fsq data convert {root} --task coco_panoptic"
         )
     others = sorted(file.name for place in ("annotations", "gtFine", ".") for file in (root / place).glob("*.json"))
