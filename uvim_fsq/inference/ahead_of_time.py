@@ -95,11 +95,11 @@ def compile_graph(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Pa
 def _refuse_long(loaded: LoadedRun | LoadedDirect, graph: PredictionGraph) -> None:
     generator = getattr(graph, "generator", None)
     if isinstance(generator, TokenGenerator) and isinstance(loaded.run, LMRun):
-        steps = generator.model.length * loaded.run.model.depth
-        if steps > MAX_UNROLLED:
+        length, depth = generator.model.length, loaded.run.model.depth
+        if length * depth > MAX_UNROLLED:
             raise UserError(
-                f"{generator.model.length} tokens one by one through {loaded.run.model.depth} blocks take hours to compile "
-                "as one graph; set eval.compile=true, which compiles a single step, or train a masked model"
+                f"{length} tokens one by one through {depth} blocks take hours to compile as one graph; set "
+                "eval.compile=true, which compiles a single step, or train a masked model"
             )
 
 
