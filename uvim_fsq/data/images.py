@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
@@ -154,6 +155,12 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
 
     Raises UserError naming the file if it is missing, truncated, too large or not an image.
     """
+    if isinstance(source, bytes):
+        return _decode_image(source)
+    return decoded(Path(source), np.uint8, "image", lambda: _decode_image(source))
+
+
+def _decode_image(source: str | Path | bytes) -> np.ndarray:
     path = _name(source)
     try:
         with open_picture(source) as image:
