@@ -21,6 +21,7 @@ from uvim_fsq.commands import (
     config,
     data_check,
     data_prepare,
+    data_view,
     doctor,
     evaluate,
     import_uvim,
@@ -62,6 +63,7 @@ COMMANDS: dict[str, ModuleType] = {
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
+    "view": data_view,
     "prepare": data_prepare,
     "coltran-lists": coltran_lists,
 }
