@@ -17,6 +17,7 @@ from uvim_fsq.commands import (
     analyze,
     benchmark,
     coltran_lists,
+    compile,
     completion,
     config,
     data_check,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "tune-decoder": tune_decoder,
     "analyze": analyze,
     "predict": predict,
+    "compile": compile,
     "synth": synth,
     "ablate": ablate,
     "import-uvim": import_uvim,
@@ -71,7 +73,7 @@ DATA_COMMANDS: dict[str, ModuleType] = {
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict"), "lm"),
+    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")

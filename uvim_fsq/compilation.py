@@ -15,11 +15,14 @@ Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
-def require_compiler() -> None:
-    """Raises UserError if no C++ compiler is found ($CXX, or one of `COMPILERS` on the path)."""
+#: What to do without a compiler.
+WITHOUT = "or set train.compile=false eval.compile=false eval.int8_cross_kv=false"
+
+
+def require_compiler(remedy: str = WITHOUT) -> None:
+    """Raises UserError, ending with `remedy`, if no C++ compiler is found ($CXX, or one of `COMPILERS` on the path)."""
     if "CXX" not in os.environ and not any(map(shutil.which, COMPILERS)):
-        keys = "train.compile=false eval.compile=false eval.int8_cross_kv=false"
-        raise UserError(f"compilation needs a C++ compiler; install g++, or set {keys}")
+        raise UserError(f"compilation needs a C++ compiler; install g++, {remedy}")
 
 
 def compiled(function: Compilable, **options: Any) -> Compilable:
