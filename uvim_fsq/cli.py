@@ -23,6 +23,7 @@ from uvim_fsq.commands import (
     data_check,
     data_convert,
     data_prepare,
+    data_view,
     doctor,
     evaluate,
     import_uvim,
@@ -65,6 +66,7 @@ COMMANDS: dict[str, ModuleType] = {
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
+    "view": data_view,
     "prepare": data_prepare,
     "convert": data_convert,
     "coltran-lists": coltran_lists,
