@@ -5,11 +5,12 @@ Only the main process prints and writes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from uvim_fsq.config.schema import TrainConfig
 from uvim_fsq.console import LINES, Bar, clear, say
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines, write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 
 class Progress:
@@ -50,15 +54,19 @@ class Progress:
         self.waiting = 0.0
         self.out = Path(train.out)
         self.wandb: Any = None
+        self.start_step = start_step
         if not main:
             return
-
-        from torch.utils.tensorboard.writer import SummaryWriter  # takes a third of a second
-
-        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=start_step + 1)
         self._truncate(start_step, unevaluated)
         if train.wandb:
             self.wandb = _start_wandb(self.out)
+
+    @functools.cached_property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer, made when there is something to write: its import delays the first step."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start_step + 1)
 
     def _truncate(self, step: int, unevaluated: bool) -> None:
         file = self.out / "metrics.jsonl"
@@ -133,7 +141,8 @@ class Progress:
         if not self.main:
             return
         clear()
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
 
