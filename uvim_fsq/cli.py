@@ -17,13 +17,17 @@ from uvim_fsq.commands import (
     analyze,
     benchmark,
     coltran_lists,
+    completion,
     config,
     data_check,
     data_prepare,
+    doctor,
     evaluate,
     import_uvim,
+    plan,
     predict,
     quickstart,
+    runs,
     synth,
     train_direct,
     train_lm,
@@ -52,6 +56,10 @@ COMMANDS: dict[str, ModuleType] = {
     "ablate": ablate,
     "import-uvim": import_uvim,
     "benchmark": benchmark,
+    "plan": plan,
+    "runs": runs,
+    "doctor": doctor,
+    "completion": completion,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
@@ -65,7 +73,7 @@ LISTS_KEYS = {
     **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
-READS_NO_RUN = ("synth",)
+READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")
 #: Commands that can run in several processes. With any other, each process would write the same files.
 SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, tune_decoder, analyze)
 
@@ -122,6 +130,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = parsers.add_parser(name, help=command.HELP, description=command.HELP)
         _add_command(sub, name, argv if name in argv else ())
+        if command is completion:
+            sub.set_defaults(parser=parser, stages=LISTS_KEYS)
     data = parsers.add_parser("data", help="check and prepare data sets")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     for name, command in DATA_COMMANDS.items():

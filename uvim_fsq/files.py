@@ -60,7 +60,7 @@ def writing(what: str | Path) -> Iterator[None]:
         raise
 
 
-def check_folder(folder: Path, what: Path | None = None) -> None:
+def check_folder(folder: Path, what: str | Path | None = None) -> None:
     """Raises UserError, naming `what` or the folder, unless files can be created in `folder`, which need not exist yet.
 
     Called when a command starts, so that a bad path does not surface after hours of work.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.small import oracle_run
+from tests.support.damage import blank_images
+from tests.support.small import oracle_run, small_data
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.errors import UserError
 
@@ -23,6 +24,15 @@ def test_the_steps_add_up_to_the_whole(data: Path, workers: int) -> None:
     # The steps are all of the work, up to the clock's own share and the spread of two repeats.
     assert sum(part.value for part in parts) == pytest.approx(1000 / core.value, rel=0.5)
     assert loader.value > 0 and loader.roofline == pytest.approx(core.value)
+
+
+@pytest.mark.slow
+def test_one_core_reads_what_the_folder_keeps(tmp_path: Path) -> None:
+    root = small_data(tmp_path / "data", num=8, num_val=2, layout="png")
+    run = oracle_run(Path("x"), root, f"data.cache_dir={tmp_path / 'kept'}")
+    measure_loader(run, repeats=1)
+    blank_images(root)
+    assert measure_loader(run, repeats=1)[0].value > 0
 
 
 def test_missing_data_are_an_error(data: Path, tmp_path: Path) -> None:

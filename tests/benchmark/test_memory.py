@@ -36,14 +36,13 @@ from uvim_fsq.config.schema import (
     TrainConfig,
 )
 from uvim_fsq.direct.model import DirectModel
-from uvim_fsq.experiments.ablation.devices import USABLE
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.lm.masked import MaskedLM
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.label_decoder import TrainedDecoder
 from uvim_fsq.oracle.model import Oracle
-from uvim_fsq.performance.memory import OVERHEAD, smallest_accumulate
+from uvim_fsq.performance.memory import OVERHEAD, USABLE, smallest_accumulate
 
 RUN = OracleRun(task=None, train=TrainConfig(), optim=OptimConfig())
 LM_RUN = LMRun("", train=TrainConfig(), optim=OptimConfig())

@@ -24,7 +24,7 @@ def test_each_stage_takes_longer_and_more_memory_than_the_one_before(tmp_path: P
     assert {line["unit"] for line in lines[::2]} == {"ms"} and {line["unit"] for line in lines[1::2]} == {"MB"}
     memory = [line["value"] for line in lines[1::2]]
     # Python and the package are small; torch is not.
-    assert memory[0] <= memory[1] < 60 < 3 * memory[1] < memory[2] < memory[3] < memory[4]
+    assert memory[0] <= memory[1] < 60 and 150 < memory[2] < memory[3] < memory[4]
 
 
 def test_without_a_run_only_imports_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

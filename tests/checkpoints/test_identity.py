@@ -14,9 +14,10 @@ import yaml
 from tests.support.runs import fit_run, sign
 from tests.support.small import lm_run, oracle_run
 from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.identity import check_resume, describe_overrides, differences, flatten, same_folder
 from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.cli import main
-from uvim_fsq.config.schema import EvalConfig, TrainConfig
+from uvim_fsq.config.schema import EvalConfig, LMRun, TrainConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.run import evaluate
 from uvim_fsq.inference.predictor import Predictor
@@ -134,6 +135,34 @@ def test_resume_keeps_an_lms_architecture_and_its_oracles_labels(lm_dir: Path, o
         lm_run(lm_dir, oracle_dir, "task.max_depth=5")
 
 
+def test_the_source_of_the_first_weights_may_change_on_request(tmp_path: Path, random_runs: tuple[Path, Path]) -> None:
+    trained = lm_run(tmp_path, random_runs[0])
+    assert isinstance(trained, LMRun)
+    encoder = replace(trained.model.encoder, weights="hub")
+    asked = replace(trained, model=replace(trained.model, encoder=encoder))
+    with pytest.raises(UserError, match="model.encoder.weights=hub .was none.; leave them as they were, or continue"):
+        check_resume(asked, trained)
+    check_resume(replace(asked, train=replace(asked.train, resume_changes=True)), trained)
+
+
+def test_what_is_no_setting_is_not_compared(tmp_path: Path, random_runs: tuple[Path, Path]) -> None:
+    run = lm_run(tmp_path, random_runs[0])
+    assert isinstance(run, LMRun)
+    assert "given" not in flatten(run) and flatten(run)["task.max_depth"] == 10.0
+    assert differences(run, replace(run, given=("root",))) == {}
+
+
+def test_an_empty_setting_is_shown_as_such() -> None:
+    found = describe_overrides({"a": ("", "x"), "b": (None, [1, 2]), "c": (0.5, "")})
+    assert found == "a=x (trained with ''), b=[1, 2] (trained with null), c='' (trained with 0.5)"
+
+
+def test_folders_that_do_not_exist_are_not_the_same(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert same_folder(str(tmp_path), str(tmp_path / "link"))
+    assert not same_folder(str(tmp_path), str(tmp_path / "no")) and not same_folder("no", "no")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -187,7 +216,7 @@ def test_the_free_keys_are_these() -> None:
 
     assert {key for key in FREE if key.startswith("train.")} == {
         "train.out", "train.resume", "train.resume_changes", "train.log_every", "train.save_every", "train.keep",
-        "train.wandb", "train.compile", "train.accumulate",
+        "train.trackers", "train.wandb", "train.compile", "train.accumulate",
     }  # fmt: skip
     assert {key for key in FREE if key.startswith("eval.")} == {
         "eval.batch_size", "eval.workers", "eval.compile", "eval.tuned",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.cli import failure
+from tests.support.decoder_tuning import tuning_run
 from tests.support.runs import save_untrained
 from tests.support.small import lm_run
 from tests.support.tuning import DEFAULT, SETTINGS, write_tuned
@@ -178,6 +179,23 @@ def test_the_oracles_training_images_do_not_tune(tmp_path: Path, data: Path, ran
     lm = save_untrained(lm_run(tmp_path / "lm", random_runs[0], *splits))
     with pytest.raises(UserError, match=r"its oracle was trained on images of split holdout .data.train_split=train."):
         tuning_split(checkpoints(lm)[-1])
+
+
+def test_images_of_an_lm_whose_decoder_was_tuned_do_not_tune(tmp_path: Path, held_out_lm: Path) -> None:
+    oracle, hold_out = held_out_lm / "oracle", "data.selection_split=holdout"
+    lm = save_untrained(lm_run(tmp_path / "lm", oracle, "data.train_split=train"))
+    kept = ("data.train_split=train_minus_holdout", hold_out)
+    once = save_untrained(tuning_run(tmp_path / "once", lm, *kept))
+    shutil.rmtree(lm)
+    twice = save_untrained(tuning_run(tmp_path / "twice", once, *kept))
+    for run in (once, twice):
+        with pytest.raises(UserError, match=r"the LM whose decoder it tuned was trained on images of split holdout "):
+            tuning_split(checkpoints(run)[-1])
+    # Nor can the record be overridden.
+    with pytest.raises(UserError, match="the LM whose decoder it tuned"):
+        tuning_split(checkpoints(once)[-1], ["decoder_tuning.trained_on=[]"])
+    clean = save_untrained(tuning_run(tmp_path / "clean", held_out_lm, *kept))
+    assert tuning_split(checkpoints(clean)[-1]) == "holdout"
 
 
 def test_other_images_may_tune_if_the_user_says_so(tmp_path: Path, random_runs: tuple[Path, Path]) -> None:

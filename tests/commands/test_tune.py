@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from tests.support.cli import failure
 from tests.support.tuning import SETTINGS, write_tuned
 from uvim_fsq.checkpoints.run_directory import checkpoints
 from uvim_fsq.cli import main
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.tuning import Grid
 from uvim_fsq.inference.predictor import Predictor
 
 
@@ -55,6 +60,98 @@ def test_context_alone_is_told_as_such_and_no_larger_weight_is_suggested(
     main(["tune", str(run_dir), "eval.context_weight=1", "--codes", "hard", "--scales", "1", "--weights", "1"])
     said = capsys.readouterr().out
     assert "none of them is better than context alone" in said and "try larger ones" not in said
+
+
+def printed(
+    rows: dict[float, float],
+    context: float | None,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    smaller_is_better: bool = True,
+) -> str:
+    """What is printed if the context weights `rows` reach these figures. The first are the run's own settings."""
+    settings = {"codes": "hard", "choice_temperature": 0.0}
+    tried = [{**settings, "context_weight": weight, "rmse": value} for weight, value in rows.items()]
+    finite = [row for row in tried if math.isfinite(row["rmse"])]
+    best = (min if smaller_is_better else max)(finite, key=lambda row: row["rmse"])
+    result = {
+        "settings": {key: best[key] for key in (*settings, "context_weight")},
+        "candidates": tried,
+        "value": best["rmse"],
+        "own": tried[0],
+        "context_only": context,
+        "metric": "rmse",
+        "smaller_is_better": smaller_is_better,
+        "protocol": "nyu_depth/full",
+        "split": "holdout",
+        "images": 5,
+        "checkpoint": str(run_dir),
+    }
+    monkeypatch.setattr("uvim_fsq.evaluation.tuning.tune", lambda *args, **keys: result)
+    main(["tune", str(run_dir)])
+    return capsys.readouterr().out
+
+
+def test_without_options_the_default_settings_are_tried_on_the_hold_out(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(run: str, overrides: list[str], **given: Any) -> None:
+        assert run == str(run_dir) and given == {"split": "holdout", "unseen": False, "limit": None, "grid": Grid()}
+        raise UserError("seen")
+
+    monkeypatch.setattr("uvim_fsq.evaluation.tuning.tune", stop)
+    assert "seen" in failure(capsys, "tune", run_dir)
+
+
+#: Context weight -> figure.
+FIGURES = {0.0: 0.7, 0.1: math.nan, 0.2: 0.4, 0.3: 0.6, 0.4: 0.5, 0.5: 0.8, 0.6: 0.9}
+
+
+@pytest.mark.parametrize(
+    ("smaller_is_better", "order"),
+    [
+        (True, ["0.4000", "0.5000", "0.6000", "0.7000", "0.8000"]),
+        (False, ["0.9000", "0.8000", "0.7000", "0.6000", "0.5000"]),
+    ],
+)
+def test_the_five_best_settings_are_printed_in_order_with_what_differs(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    smaller_is_better: bool,
+    order: list[str],
+) -> None:
+    said = printed(FIGURES, 0.65, run_dir, monkeypatch, capsys, smaller_is_better=smaller_is_better)
+    assert re.findall(r"0\.\d{4}", said) == [*order, "0.7000", "0.6500"]
+    assert "context weight" in said and "codes" not in said and "choice temp." not in said
+    assert (said.index("chosen") < said.index(order[0]) < said.index("before")) and "add nothing" not in said
+
+
+@pytest.mark.parametrize(
+    ("figures", "context", "larger", "nothing"),
+    [
+        ({0.0: 0.5, 0.4: 0.4}, 0.6, True, False),
+        ({0.0: 0.4, 0.4: 0.5}, 0.6, False, False),
+        ({0.0: 0.5, 1.0: 0.4}, 0.6, False, False),
+        ({0.0: 0.5, 0.4: 0.6}, 0.5, False, True),
+        ({0.0: 0.5, 0.4: 0.6}, 0.4, False, True),
+        ({0.0: 0.5}, None, False, False),
+    ],
+)
+def test_hints_follow_from_the_figures(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figures: dict[float, float],
+    context: float | None,
+    larger: bool,
+    nothing: bool,
+) -> None:
+    said = printed(figures, context, run_dir, monkeypatch, capsys)
+    assert ("try larger ones" in said) == larger and ("add nothing" in said) == nothing
+    assert ("context alone" in said) == (context is not None)
 
 
 @pytest.mark.parametrize(

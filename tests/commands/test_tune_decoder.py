@@ -217,7 +217,7 @@ HOLD_OUT = "train both stages with data.train_split=train_minus_holdout data.sel
         (["--split", "train", "data.eval_split=holdout"], "(split train); report another split, or name another"),
         (["decoder_tuning.true_share=2"], "decoder_tuning.true_share=2.0: must be at most 1"),
         (["decoder_tuning.true_share=-1"], "decoder_tuning.true_share=-1.0: must not be negative"),
-        (["decoder_tuning.true_share=nan"], "decoder_tuning.true_share=nan: must"),
+        (["decoder_tuning.true_share=nan"], "decoder_tuning.true_share=nan: must be finite"),
         (["decoder_tuning.true_share=half"], "decoder_tuning.true_share"),
         (["model.depth=2"], "has another token model; leave model.* as it was, except for decoder_context"),
         (["model.kind=masked"], "has another token model; leave model.* as it was"),

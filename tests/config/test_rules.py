@@ -29,7 +29,7 @@ from uvim_fsq.tasks.configuration import load_run
         ("model.patch_size=0", "above 0"),
         ("model.code_length=-4", "above 0"),
         ("model.decoder_depth=0", "above 0"),
-        ("optim.lr=inf", "above 0"),
+        ("optim.lr=inf", "optim.lr=inf: must be finite"),
         ("optim.weight_decay=-1", "must not be negative"),
         ("data.workers=-1", "must not be negative"),
         ("train.seed=-1", "must not be negative"),
@@ -38,7 +38,9 @@ from uvim_fsq.tasks.configuration import load_run
         ("eval.context_weight=1.5", "eval.context_weight=1.5: must be at most 1"),
         ("eval.context_weight=-0.1", "eval.context_weight=-0.1: must not be negative"),
         ("eval.code_scale=-1", "eval.code_scale=-1.0: must not be negative"),
-        ("eval.code_scale=inf", "eval.code_scale=inf: must not be negative"),
+        ("eval.code_scale=inf", "eval.code_scale=inf: must be finite"),
+        ("eval.code_scale=nan", "eval.code_scale=nan: must be finite"),
+        ("optim.lr=nan", "optim.lr=nan: must be finite"),
         ("eval.samples=0", "eval.samples=0: must be above 0"),
         ("eval.samples=4", "eval.samples=4 with eval.temperature=0: greedy decoding has only one prediction; set"),
         ("eval.codes=both", "eval.codes"),
@@ -59,6 +61,8 @@ def test_an_impossible_value_is_refused(override: str, message: str) -> None:
         ("model.label_smoothing=1", "model.label_smoothing=1.0: must be below 1"),
         ("eval.steps=0", "eval.steps=0: must be above 0"),
         ("eval.choice_temperature=-1", "eval.choice_temperature=-1.0: must not be negative"),
+        ("loss.task_weight=nan", "loss.task_weight=nan: must be finite"),
+        ("loss.task_weight=-inf", "loss.task_weight=-inf: must be finite"),
     ],
 )
 def test_an_impossible_value_of_a_masked_model_is_refused(override: str, message: str) -> None:

@@ -96,6 +96,13 @@ def test_a_new_model_predicts_no_class_before_another() -> None:
     assert not logits["classes"].any()
 
 
+def test_the_stem_is_initialized_as_a_transformers_layer() -> None:
+    """Xavier-uniform, in place of torch's smaller weights and random biases."""
+    stem = DirectModel(model().config, CHANNELS, 16).stem
+    bound = (6 / (16 + 24)) ** 0.5
+    assert not stem.bias.any() and 0.9 * bound < float(stem.weight.abs().max()) <= bound
+
+
 def test_a_label_patch_must_divide_the_image() -> None:
     with pytest.raises(UserError, match="data.image_size=16 is not divisible by model.patch_size=6"):
         model(6)

@@ -109,6 +109,13 @@ def test_only_a_direct_run_can_be_compared_with_a_run_with_tokens(
     assert "no such run" in failure(capsys, "evaluate", lm_dir, "--compare", tmp_path / "nowhere", *json_file)
 
 
+def test_several_direct_runs_are_refused_and_not_dropped(
+    random_runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failure(capsys, "evaluate", random_runs[1], "--compare", "a", "--compare", "b")
+    assert "--compare is given 2 times, but a result has one row of a direct baseline; give one, or" in said
+
+
 def test_the_command_prints_the_direct_column_and_its_checkpoint(
     lm_dir: Path, direct_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,29 @@ def test_an_evaluation_has_intervals_of_its_figures_and_writes_the_states(lm_dir
     assert len(ids) == result["images"] == 6 and states["counts"].sum(0)[0] == 6
 
 
+def test_the_resamples_are_the_same_on_every_machine() -> None:
+    values = np.random.default_rng(5).uniform(1, 2, (7, 2))
+    drawn = np.random.default_rng(0).multinomial(7, [1 / 7] * 7, size=1000) @ values
+    found = resampled(Ratio(), "ratio", recorded(values).stacked())
+    np.testing.assert_allclose(found.figures, [values[:, 0].sum() / values[:, 1].sum(), *(drawn[:, 0] / drawn[:, 1])])
+
+
+def test_the_images_of_all_pairs_must_be_the_same() -> None:
+    here, there = (resampled(Ratio(), "ratio", recorded(np.ones((2, 2)), ["p", x]).stacked()) for x in "qr")
+    with pytest.raises(UserError, match="the same images"):
+        interval([(here, here), (there, there)])
+
+
+def test_a_single_image_has_no_interval() -> None:
+    many, single = ({name: recorded(np.ones((n, 2))).stacked() for name in ("lm", "oracle")} for n in (2, 1))
+    assert [(x["first"], x["second"]) for x in intervals.intervals(Ratio(), "ratio", many)] == [("lm", "oracle")]
+    ids, arrays = single["lm"]
+    assert (
+        intervals.intervals(Ratio(), "ratio", {name: (ids, {**arrays, "more": arrays["sums"]}) for name in single})
+        == []
+    )
+
+
 def test_states_too_large_to_keep_are_not_recorded(lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "MAX_NUMBERS", 3)
     assert evaluate(lm_dir)["intervals"] == []

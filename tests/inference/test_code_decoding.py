@@ -238,6 +238,10 @@ def test_the_first_sample_is_the_one_of_a_single_prediction(world: World) -> Non
     assert torch.equal(one, many)
 
 
+def test_an_image_has_the_same_seed_in_every_version() -> None:
+    assert image_seeds(2, torch.tensor([0, 5])).tolist() == [2_000_006, 2_000_011]
+
+
 def test_every_sample_has_a_seed_of_its_own() -> None:
     seeds = image_seeds(2**32 - 1, torch.arange(50))
     found = torch.stack([sample_seeds(seeds, number) for number in range(20)])

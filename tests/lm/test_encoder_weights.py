@@ -15,6 +15,7 @@ import torch
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.data.published_weights import create_published
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm import timm_models
 from uvim_fsq.lm.image_encoder import build_image_encoder
 
 
@@ -192,6 +193,17 @@ def test_weights_of_another_size_of_the_model_are_refused(tmp_path: Path) -> Non
     file = save(timm.create_model("test_resnet"), tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match=r"not contain weights of model.encoder.name=resnet18 .its arrays belong to a"):
         build_image_encoder(EncoderConfig("resnet18", str(file)), 64)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("norm", r"missing \['norm.weight'"), ("more", r"unexpected \['more.weight'")]
+)
+def test_published_weights_with_other_parts_are_refused(part: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = timm.create_model("test_vit")
+    setattr(published, part, torch.nn.LayerNorm(4) if part == "more" else torch.nn.Identity())
+    monkeypatch.setattr(timm_models, "create_published", lambda *_: (published, (0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(UserError, match=f"weights of test_vit do not fit: .*{said}"):
+        build_image_encoder(EncoderConfig("test_vit", "hub"), 32)
 
 
 def test_overrides_of_any_family_are_refused_with_weights() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm import timm_models
 from uvim_fsq.lm.image_encoder import ImageEncoder, build_image_encoder
 
 
@@ -70,6 +71,30 @@ def test_a_family_has_features_and_gradients(name: str, side: int, grid: tuple[i
     assert set(encoder.depths()) == set(encoder.model.parameters())
 
 
+@pytest.mark.parametrize(("name", "side"), [("test_vit2", 32), ("test_efficientnet", 64), ("test_resnet", 64)])
+def test_what_the_features_do_not_need_is_removed(name: str, side: int) -> None:
+    """The classifier, and the pooling before it."""
+    encoder = build(name, side)
+    classes = timm.create_model(name).num_classes
+    assert not any(classes in p.shape for p in encoder.model.parameters())
+
+
+def test_stages_count_from_the_first() -> None:
+    first = build("test_resnet", stages=(0,))
+    assert (first.grid, first.num_features) == ((32, 32), 32)
+    assert torch.equal(first(random_images(64)), build("test_resnet", stages=(-5,))(random_images(64)))
+
+
+def test_every_block_is_a_layer_of_its_own() -> None:
+    encoder = build("test_vit", 32)
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    assert [depths[f"blocks.{i}.attn.qkv.weight"] for i in range(6)] == [5, 4, 3, 2, 1, 0]
+    assert depths["norm.weight"] == 0 and depths["pos_embed"] == 6
+    encoder = build("test_convnext")
+    depths = {name: encoder.depths()[p] for name, p in encoder.model.named_parameters()}
+    assert [depths[f"stages.2.blocks.{i}.conv_dw.weight"] for i in range(4)] == [5, 4, 3, 2]
+
+
 def test_tokens_and_positions_are_the_lowest_layer_whatever_timm_says(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = build("test_vit2", 32)
     # As in timm 1.0.20, which counts register tokens, and here all of them, as the last layer.
@@ -121,6 +146,7 @@ def test_several_stages_share_the_grid_of_the_first_one_listed() -> None:
     x = fine.model.forward_intermediates(fine.normalize(images), indices=[2], intermediates_only=True)[0]
     x = F.interpolate(x, (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     parts = torch.cat([coarse(images), F.layer_norm(x, [48], eps=1e-6)], dim=-1)
+    assert isinstance(both.projection, torch.nn.Linear) and both(images).shape == (2, 4, 96)
     torch.testing.assert_close(both(images), both.projection(parts), atol=1e-5, rtol=1e-4)
 
 
@@ -153,6 +179,7 @@ def statistics(encoder: ImageEncoder) -> torch.Tensor:
 def test_a_frozen_model_stays_as_it_is(tmp_path: Any) -> None:
     """Its projection learns."""
     encoder = published("test_efficientnet", tmp_path, frozen=True, out_width=8).train()
+    assert not any(p.requires_grad for p in encoder.model.parameters())
     before, evaluated = statistics(encoder), encoder.eval()(random_images(64))
     found = encoder.train()(random_images(64))
     assert torch.equal(found, evaluated) and encoder.training and not encoder.model.training
@@ -160,6 +187,13 @@ def test_a_frozen_model_stays_as_it_is(tmp_path: Any) -> None:
     assert torch.equal(statistics(encoder), before)
     learns = {name for name, p in encoder.named_parameters() if p.grad is not None}
     assert learns == {"norms.0.weight", "norms.0.bias", "projection.weight", "projection.bias"}
+
+
+def test_a_new_frozen_model_is_in_evaluation_mode(tmp_path: Any) -> None:
+    """And with published weights that are trained, its batch norms are."""
+    assert not published("test_efficientnet", tmp_path, frozen=True).model.training
+    trained = published("test_efficientnet", tmp_path)
+    assert trained.model.training and not trained.model.bn1.training
 
 
 def test_a_frozen_plain_vit_keeps_its_class_token(tmp_path: Any) -> None:
@@ -188,11 +222,41 @@ def test_stochastic_depth_drops_branches_in_training_only(name: str) -> None:
     assert torch.equal(encoder.eval()(images), encoder(images))
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_models_with_stochastic_depth_of_their_own_have_none_by_default() -> None:
-    encoder, images = build("swin_tiny_patch4_window7_224").train(), random_images(64)
+def test_models_with_stochastic_depth_of_their_own_have_none_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **keys: real(*names, drop_path_rate=0.5, **keys))
+    encoder, images = build("test_vit", 32).train(), random_images(32)
     assert torch.equal(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "plain"),
+    [
+        ("test_vit", {}, True),
+        ("test_vit", {"reg_tokens": 1}, False),
+        ("test_vit", {"init_values": 1e-5}, False),
+        ("test_vit", {"global_pool": "map"}, False),
+        ("test_resnet", {}, False),
+    ],
+)
+def test_a_plain_vit_has_no_register_tokens_no_layer_scale_and_no_attention_pooling(
+    name: str, changes: dict[str, Any], plain: bool
+) -> None:
+    assert timm_models.is_plain_vit(timm.create_model(name, **changes)) == plain
+
+
+@pytest.mark.parametrize(("stride", "padding", "plain"), [(4, 0, True), (2, 0, False), (4, 1, False)])
+def test_patches_are_a_matrix_product_unless_they_overlap(stride: int, padding: int, plain: bool) -> None:
+    model = torch.nn.Module()
+    model.patch_embed = torch.nn.Module()
+    model.patch_embed.proj = torch.nn.Conv2d(3, 5, 4, stride, padding)
+    timm_models._use_patch_linear(model)
+    assert isinstance(model.patch_embed.proj, timm_models.PatchLinear) == plain
+
+
+def test_the_patches_of_a_vit_are_a_matrix_product() -> None:
+    assert isinstance(build("test_vit", 32).model.patch_embed.proj, timm_models.PatchLinear)
 
 
 @pytest.mark.parametrize(

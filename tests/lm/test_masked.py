@@ -55,6 +55,14 @@ def test_shares_of_masked_tokens_follow_the_cosine() -> None:
         assert float(shares.quantile(quantile)) == pytest.approx(expected, abs=0.02)
 
 
+def test_numbers_of_masked_tokens_are_rounded_up() -> None:
+    """Of two tokens, both are masked if the cosine is above 1/2, which is so for angles below 60 of 90 degrees."""
+    torch.manual_seed(0)
+    counts = random_masks(3000, 2, 0.0, 0.0).sum(1)
+    assert set(counts.tolist()) == {1, 2}
+    assert float((counts == 2).float().mean()) == pytest.approx(2 / 3, abs=0.03)
+
+
 def test_everything_is_masked_as_often_as_asked() -> None:
     torch.manual_seed(0)
     assert bool(random_masks(50, 9, 0.0, 1.0).all())
@@ -136,6 +144,14 @@ def test_smoothed_targets_are_spread_over_all_tokens(make: Any, monkeypatch: pyt
         logits = lm.logits(images, TOKENS)
     uniform = -logits.log_softmax(-1).mean((1, 2))
     torch.testing.assert_close(smoothed, 0.9 * plain + 0.1 * uniform)
+
+
+@torch.no_grad()
+def test_the_blocks_get_embeddings_or_the_mask_with_positions_added() -> None:
+    lm, known = make_masked_lm(), torch.arange(9).expand(5, -1) > 5
+    lm.blocks = torch.nn.ModuleList()
+    embedded = torch.where(known[..., None], lm.token_embedding(TOKENS), lm.mask)
+    torch.testing.assert_close(lm.hidden(TOKENS, known, []), lm.norm(embedded + lm.positions))
 
 
 @torch.no_grad()

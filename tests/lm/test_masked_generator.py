@@ -128,6 +128,22 @@ def test_probabilities_are_those_of_the_step_that_kept_the_token() -> None:
         torch.testing.assert_close(found.probabilities[kept], distributions[kept])
 
 
+def test_probabilities_are_returned_only_if_asked_for() -> None:
+    lm, images = make_masked_lm(), make_images(1)
+    for generate in (lm.generate, lm.generator(), MaskedGenerator(lm)):
+        assert generate(images).probabilities is None  # pyright: ignore[reportCallIssue]
+    assert lm.generator(probabilities=True)(images, None).probabilities is not None
+
+
+def test_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr("uvim_fsq.lm.masked_generator.compiled", lambda fn, **_: compiled.append(fn) or fn)
+    lm = make_masked_lm()
+    for generate in (lm.generator(), MaskedGenerator(lm), lm.generator(compile=True)):
+        generate(make_images(1), None)
+    assert compiled == [lm.hidden]
+
+
 def test_the_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, calls = make_masked_lm(), []
     for name in ("encode", "memory_heads"):

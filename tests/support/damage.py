@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
+
+from uvim_fsq.data.folders import IMAGE_SUFFIXES
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
@@ -19,3 +24,12 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
         end = min(len(data), at + (8 if kind == 3 else 64))
         changed[at:end] = rng.bytes(end - at) if kind == 3 else bytes(end - at)
     return bytes(changed)
+
+
+def blank_images(root: Path) -> None:
+    """Overwrites every image below `root` with zeros, without changing its size or time."""
+    for file in root.rglob("*"):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            stat = file.stat()
+            file.write_bytes(bytes(stat.st_size))
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -104,6 +104,20 @@ def test_coco_panoptic_annotations_describe_the_pngs(tmp_path):
                 assert mask[y].any() and mask[y + height - 1].any()
 
 
+def test_class_pngs_are_numbered_by_the_class_file(tmp_path):
+    out = write(tmp_path, "semantic")
+    names = [line.rsplit(" ", 3)[0] for line in (out / "classes.txt").read_text().splitlines()]
+    assert names == [category["name"] for category in CATEGORIES]
+    for split, number, count in (("train", 4, 5), ("val", 1, 2)):
+        assert len(list((out / split / "labels").iterdir())) == count
+        scene, stem = scene_of(number, split), f"{number:06d}"
+        assert_close_picture(out / split / f"images/{stem}.jpg", scene)
+        with Image.open(out / split / f"labels/{stem}.png") as png:
+            classes = np.asarray(png)
+        for info in scene.segments_info:
+            assert {names[c] for c in classes[scene.segments == info["id"]]} == {info["name"]}
+
+
 def test_imagenet_train_is_foldered_and_val_is_flat(tmp_path):
     out = write(tmp_path, "imagenet")
     train = sorted(out.glob("train/*/*.JPEG"), key=lambda p: int(p.stem.split("_")[1]))

@@ -13,6 +13,7 @@ from tests.support.small import TASKS, lm_run, random_batch
 from uvim_fsq.config.schema import LMRun, OracleModelConfig, QuantizerConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.oracle import chunking
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Task
@@ -106,6 +107,18 @@ def test_the_soft_codes_stay_in_float32_under_autocast(tmp_path: Path, oracle_di
         codes = weighted.oracle.quantizer.expected_codes(probabilities)
     torch.testing.assert_close(low, full, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(codes, probabilities @ weighted.oracle.quantizer.codebook(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_model_that_ignores_the_task_loss_is_refused(
+    tmp_path: Path, oracle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighted, batch = stage(tmp_path / "a", oracle_dir, "depth", "loss.task_weight=0.5")
+    plain, _ = stage(tmp_path / "b", oracle_dir, "depth")
+    loss = AutoregressiveLM.loss
+    monkeypatch.setattr(AutoregressiveLM, "loss", lambda self, image, tokens, _=None: loss(self, image, tokens))
+    with pytest.raises(UserError, match="loss.task_weight=0.5: .* AutoregressiveLM .* its `loss` ignores `code_loss`"):
+        weighted.step(weighted.model, batch)
+    assert "task_loss" not in plain.step(plain.model, batch)[1]
 
 
 @pytest.mark.slow

@@ -43,6 +43,24 @@ def test_training_starts_from_the_loss_of_the_frozen_decoder(
     torch.testing.assert_close(frozen, trained)
 
 
+def test_a_step_counts_the_decoder_if_the_task_loss_passes_through_it(tmp_path: Path, oracle_dir: Path) -> None:
+    """Forward and backward, and its weights' gradients if they learn."""
+    for settings, passes in (((), 0), (("loss.task_weight=1",), 2), (TRAINED, 3)):
+        stage = LMStage(make_run(tmp_path, oracle_dir, *settings))
+        oracle = stage.oracle.cost()
+        assert stage.train_flops() == stage.lm.cost().train + oracle.tokenize + passes * oracle.decode
+
+
+def test_the_seed_of_the_run_determines_the_first_weights(tmp_path: Path, oracle_dir: Path) -> None:
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        found.append(
+            LMStage(make_run(tmp_path, oracle_dir, f"train.seed={seed}")).lm.get_parameter("token_embedding.weight")
+        )
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_the_decoder_and_the_image_encoder_learn_from_each_other_s_output(
     tmp_path: Path, oracle_dir: Path, batch: Batch
 ) -> None:

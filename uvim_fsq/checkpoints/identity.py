@@ -21,6 +21,7 @@ SPEED = frozenset(
     {
         "data.workers",
         "data.cache",
+        "data.cache_dir",
         "data.max_bad_samples",  # decides when training gives up, not what it learns
         "data.max_pixels",
         "eval.batch_size",
@@ -38,6 +39,7 @@ FREE = SPEED | {
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.trackers",
     "train.wandb",
     "train.compile",
     "train.accumulate",  # splits the same batch differently, to fit another device

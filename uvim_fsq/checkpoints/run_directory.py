@@ -251,11 +251,23 @@ def read_oracle_config(path: str | Path) -> tuple[OracleRun, Path]:
 
 
 def inherit(run: Run) -> Run:
-    """Completes an LM's configuration from its oracle's checkpoint. Raises UserError for invalid combinations."""
+    """Completes an LM's configuration from its oracle's checkpoint, and from that of the LM whose decoder is tuned.
+
+    Raises UserError for invalid combinations.
+    """
     if isinstance(run, LMRun):
         run = resolve_lm(run, read_oracle_config(oracle_to_train_on(run))[0])
+        if run.decoder_tuning.run:
+            splits = _trained_on(read_config(resolve_checkpoint(run.decoder_tuning.run)))
+            run = replace(run, decoder_tuning=replace(run.decoder_tuning, trained_on=splits))
     validate(run)
     return run
+
+
+def _trained_on(run: Run) -> tuple[str, ...]:
+    """The splits that a run was trained on, and the LMs whose decoder it tuned."""
+    before = run.decoder_tuning.trained_on if isinstance(run, LMRun) else ()
+    return tuple(dict.fromkeys((*before, run.data.train_split)))
 
 
 def weights_hash(checkpoint: Path) -> str:

@@ -15,12 +15,13 @@ from uvim_fsq.checkpoints.identity import same_folder
 from uvim_fsq.checkpoints.run_directory import (
     find_oracle,
     parse_config,
+    read_config,
     read_oracle_config,
     read_overridden,
     weights_hash,
 )
 from uvim_fsq.config.parse import convert
-from uvim_fsq.config.schema import SAMPLING_KEYS, DataConfig, EvalConfig, LMRun, Run
+from uvim_fsq.config.schema import SAMPLING_KEYS, EvalConfig, LMRun, Run
 from uvim_fsq.data.splits import share_images
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json
@@ -153,13 +154,15 @@ def tuning_split(
             then by default `data.eval_split`. Otherwise `data.root` counts as the data of training, wherever it is.
         remedy: how to get such images, for the errors.
 
-    Raises UserError if there is no such split, if it is the one that is reported, and if the LM or its oracle was
-    trained on its images.
+    Raises UserError if there is no such split, if it is the one that is reported, and if the LM, an LM whose decoder it
+    tuned, or its oracle was trained on its images.
     """
     run, _ = read_overridden(checkpoint, overrides)
     if not isinstance(run, LMRun):
         raise UserError(f"{checkpoint} is of stage {run.stage}, which predicts no tokens; give the run of an LM")
-    trained = read_overridden(checkpoint)[0].data
+    before = read_config(checkpoint)
+    assert isinstance(before, LMRun)
+    trained = before.data
     if unseen:
         if _same_data(trained.root, run.data.root):
             raise UserError(f"--unseen needs other data than the run's: data.root=FOLDER, which is now {trained.root}")
@@ -174,14 +177,13 @@ def tuning_split(
         raise UserError(
             f"split {chosen} is the one that is reported (data.eval_split), so it must not serve to tune: {remedy}"
         )
-    for name, data in (("the LM", trained), ("its oracle", _oracle_data(checkpoint, run))):
-        if share_images(chosen, data.train_split):
+    oracle = read_oracle_config(find_oracle(checkpoint, run))[0]
+    seen = [("the LM", trained.train_split), ("its oracle", oracle.data.train_split)]
+    seen += [("the LM whose decoder it tuned", name) for name in before.decoder_tuning.trained_on]
+    for model, name in seen:
+        if share_images(chosen, name):
             raise UserError(
-                f"{name} was trained on images of split {chosen} (data.train_split={data.train_split}), so its tokens "
-                f"there are better than on new images: {remedy}"
+                f"{model} was trained on images of split {chosen} (data.train_split={name}), so its tokens there are "
+                f"better than on new images: {remedy}"
             )
     return chosen
-
-
-def _oracle_data(checkpoint: Path, run: LMRun) -> DataConfig:
-    return read_oracle_config(find_oracle(checkpoint, run))[0].data

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from uvim_fsq.commands.common import add_overrides, check_places, check_run, print_result
 from uvim_fsq.console import say
+from uvim_fsq.errors import UserError
 from uvim_fsq.files import inside, refuse_links, write_json
 
 HELP = "evaluate a run by its task's protocol"
@@ -25,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", action="store_true", help="also evaluate the trivial baseline, computed from the training split"
     )
     parser.add_argument(
-        "--compare", metavar="DIRECT_RUN", help="also evaluate this run of the direct baseline on the same images"
+        "--compare",
+        metavar="DIRECT_RUN",
+        action="append",
+        default=[],
+        help="also evaluate this run of the direct baseline on the same images",
     )
     parser.add_argument(
         "--states", type=Path, help="write each image's share in the metrics to this .npz file, for later intervals"
@@ -43,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
     from uvim_fsq.evaluation.results import result_file, variant_path
 
+    compare = _at_most_one(args.compare)
     limited = [f"eval.limit={args.limit}"] if args.limit is not None else []
     changed = check_run(args.run, [*args.overrides, *limited])
     # Results of a subset or with other settings must not replace those of the run as trained.
@@ -51,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
         inside(Path(args.run), official / "oracle")
         refuse_links(official)
     file = result_file(Path(args.run))
-    if args.compare is not None:
-        resolve_checkpoint(args.compare)
+    if compare is not None:
+        resolve_checkpoint(compare)
     places = [args.json or variant_path(file, changed), args.csv, args.report, args.states]
     check_places(places, [official] if official else [])
 
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         csv=args.csv,
         baseline=args.baseline,
         official=official,
-        compare=args.compare,
+        compare=compare,
         states=args.states,
     )
     if not processes.is_main():
@@ -75,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     # The checkpoint, and with it the tuned settings, may be another one than `changed` is about.
     file = args.json or variant_path(file, result["overrides"])
     if args.report is not None:
-        write_run_page(args.report, args.run, [*args.overrides, *limited], result, args.compare)
+        write_run_page(args.report, args.run, [*args.overrides, *limited], result, compare)
     write_json(file, result)
     print_result(result)
     if result["baseline"]:
@@ -87,3 +94,13 @@ def run(args: argparse.Namespace) -> None:
         say(f"next: uvim-fsq predict {args.run} PHOTOS --out predictions")
     else:
         say(f"next: uvim-fsq train-lm LM_CONFIG.yaml oracle={args.run} train.out=...")
+
+
+def _at_most_one(runs: Sequence[str]) -> str | None:
+    """The run to compare with, or None. Raises UserError for several: results have one row of a direct baseline."""
+    if len(runs) > 1:
+        raise UserError(
+            f"--compare is given {len(runs)} times, but a result has one row of a direct baseline; give one, or "
+            "evaluate once for each, with --json files of their own"
+        )
+    return runs[0] if runs else None

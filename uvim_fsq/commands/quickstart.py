@@ -13,7 +13,7 @@ HELP = "render data, train both stages, evaluate, write a report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("--task", default="nyu_depth", help="nyu_depth (default), coco_panoptic or imagenet_color")
+    parser.add_argument("--task", default="nyu_depth", help="nyu_depth (default), or another task")
     parser.add_argument(
         "--out", help="folder of the results (default: runs/quickstart, for other tasks runs/quickstart_TASK)"
     )

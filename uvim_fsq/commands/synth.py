@@ -11,7 +11,12 @@ from uvim_fsq.errors import UserError
 
 HELP = "write a synthetic data set in the on-disk format of a real one"
 #: Format -> the task that reads it.
-TASK_OF_FORMAT = {"nyu": "nyu_depth", "coco_panoptic": "coco_panoptic", "imagenet": "imagenet_color"}
+TASK_OF_FORMAT = {
+    "nyu": "nyu_depth",
+    "coco_panoptic": "coco_panoptic",
+    "semantic": "semantic_segmentation",
+    "imagenet": "imagenet_color",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -169,8 +169,10 @@ _AT_MOST_ONE = """
     decoder_tuning.true_share"""
 _BELOW_ONE = "model.dropout model.quantizer.momentum model.label_smoothing model.encoder.drop_path"
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (f"{_ABOVE_ZERO} data.max_pixels", lambda value: 0 < value < math.inf, "must be above 0"),
-    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+    # In place of math.isfinite, which fails for integers that no float can hold. False for NaN.
+    (f"{_ABOVE_ZERO} data.max_pixels {_NOT_NEGATIVE}", lambda value: abs(value) < math.inf, "must be finite"),
+    (f"{_ABOVE_ZERO} data.max_pixels", lambda value: value > 0, "must be above 0"),
+    (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
     (_ABOVE_ZERO, lambda value: isinstance(value, float) or value < 2**31, "must be below 2^31"),
     (_AT_MOST_ONE, lambda value: value <= 1, "must be at most 1"),
     ("train.seed eval.seed", lambda value: value < 2**32, "must be below 2^32"),
@@ -205,11 +207,13 @@ def _training_problems(run: Run) -> Iterator[str]:
         yield "model.decoder=trained learns from the task loss alone; set loss.task_weight above 0 (e.g. 1.0)"
     if isinstance(run, LMRun) and run.decoder_tuning.run and run.model.decoder != "trained":
         yield "decoder_tuning.run trains a copy of the oracle's decoder; set model.decoder=trained"
-    if isinstance(run, LMRun) and not run.decoder_tuning.run and run.decoder_tuning != DecoderTuningConfig():
-        yield (
-            f"decoder_tuning.true_share={run.decoder_tuning.true_share} has no effect without decoder_tuning.run; "
-            "remove it, or use uvim-fsq tune-decoder"
-        )
+    if isinstance(run, LMRun) and not run.decoder_tuning.run:
+        for key, value in vars(run.decoder_tuning).items():
+            if value != getattr(DecoderTuningConfig, key):
+                yield (
+                    f"decoder_tuning.{key}={value} has no effect without decoder_tuning.run; remove it, or use "
+                    "uvim-fsq tune-decoder"
+                )
     if train.ema is not None and not 0 < train.ema < 1:
         yield f"train.ema={train.ema}: must be between 0 and 1 (e.g. 0.999), or null"
 

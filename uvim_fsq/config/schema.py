@@ -51,6 +51,9 @@ class DataConfig:
     """Loader processes per training process; 0 loads in the training process."""
     cache: bool = False
     """Keep decoded samples in memory (small data sets; with workers > 0 each worker keeps its own)."""
+    cache_dir: str = ""
+    """Folder in which training keeps decoded images and label maps, 1 to 2 MB per sample of 480 x 640, so that only the
+    first epoch decodes the files; samples are the same; empty: none."""
     max_pixels: int = 250_000_000
     """Largest image or label map to decode, in pixels; larger ones are refused once the header is read."""
     max_bad_samples: int = 0
@@ -209,6 +212,9 @@ class DecoderTuningConfig:
     token model is trained."""
     true_share: float = 0.25
     """Share of tokens that are the true ones in this training; the LM predicts the others."""
+    trained_on: tuple[str, ...] = ()
+    """Splits that the LM was trained on, and the LMs before it. Read from its checkpoint, so that `uvim-fsq tune`
+    refuses their images."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +278,10 @@ class TrainConfig:
     checkpoint; newer checkpoints of that run are then moved to its folder set_aside/."""
     resume_changes: bool = False
     """Allow resuming with settings that differ from the checkpoint's; otherwise they are listed and refused."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "aim"], ...] = ("tensorboard",)
+    """Where to log besides TensorBoard: wandb (Weights & Biases), mlflow, aim; each needs its package."""
     wandb: bool = False
-    """Also log to Weights & Biases (needs the wandb package)."""
+    """The same as wandb among the trackers."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Only the exact names train/ and val/ are used; error messages suggest renaming f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uvim_fsq.errors import UserError
@@ -67,3 +67,19 @@ def list_images(inputs: list[str]) -> list[Path]:
         else:
             raise UserError(f"{entry}: no such file or folder")
     return files
+
+
+def files_by_stem(folder: Path, wanted: Callable[[Path], bool], suffix: str = "") -> dict[str, Path]:
+    """The files below `folder` by path without extension and `suffix`, sorted; others than those with it are left out.
+
+    Raises UserError if two have the same.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(filter(wanted, folder.rglob("*"))):
+        if not path.stem.endswith(suffix):
+            continue
+        stem = str(path.relative_to(folder).with_suffix("")).removesuffix(suffix)
+        other = found.setdefault(stem, path)
+        if other != path:
+            raise UserError(f"{other} and {path.name} have the same name; remove one of them")
+    return found

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
@@ -156,6 +157,12 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
 
     Raises UserError naming the file if it is missing, truncated, too large or not an image.
     """
+    if isinstance(source, bytes):
+        return _decode_image(source)
+    return decoded(Path(source), np.uint8, "image", lambda: _decode_image(source))
+
+
+def _decode_image(source: str | Path | bytes) -> np.ndarray:
     path = _name(source)
     try:
         with open_picture(source) as image:

@@ -13,6 +13,7 @@ import math
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +23,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import DataConfig
+from uvim_fsq.data.decoded import keep_decoded
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.pool import signals_blocked
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.data.transforms import Encoding, JointTransform
 from uvim_fsq.errors import UserError
+from uvim_fsq.files import check_folder
 
 #: Seconds to wait for a batch before a loader process counts as stuck.
 BATCH_TIMEOUT = 600
@@ -130,17 +133,22 @@ class _Samples(Dataset[Item | dict[int, str]]):
     """
 
     def __init__(self, source: SampleSource, task: Encoding, data: DataConfig, *, train: bool) -> None:
-        """`train`: augment samples, and cache them if `data.cache`; otherwise keep each sample's evaluation view."""
+        """`train`: augment samples, and cache them by `data.cache` and `data.cache_dir`; otherwise keep each sample's
+        evaluation view.
+        """
         self.source, self.transform, self.keep_view = source, JointTransform(data, task, train=train), not train
         self.cache: dict[int, Sample] | None = {} if data.cache and train else None
+        self.folder = data.cache_dir if train else ""
         self.max_pixels = data.max_pixels
 
     def _sample(self, index: int) -> Sample:
-        if self.cache is None:
-            return self.source[index]
-        if index not in self.cache:
-            self.cache[index] = self.source[index]
-        return self.cache[index]
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        with keep_decoded(self.folder):
+            sample = self.source[index]
+        if self.cache is not None:
+            self.cache[index] = sample
+        return sample
 
     def __getitem__(self, request: Request) -> Item | dict[int, str]:
         bad: dict[int, str] = {}
@@ -297,6 +305,8 @@ class TrainLoader:
             raise UserError(
                 f"train.batch_size={batch_size} is smaller than processes x accumulation ({world} x {accumulate})"
             )
+        if data.cache_dir:
+            check_folder(Path(data.cache_dir), f"data.cache_dir={data.cache_dir}")
         self.data, self.accumulate, self.rank, self.world = data, accumulate, rank, world
         self.dataset = _Samples(source, task, data, train=True)
         self.bad: dict[int, str] = {}

@@ -24,7 +24,7 @@ from uvim_fsq.evaluation.intervals import ImageStates, is_recordable
 from uvim_fsq.inference.predictions import PredictFn, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
 from uvim_fsq.oracle.quantizers.base import Quantizer
-from uvim_fsq.tasks.base import Baseline, OfficialResults, Task
+from uvim_fsq.tasks.base import Baseline, Matrix, OfficialResults, Task
 
 
 class Evaluator:
@@ -44,6 +44,7 @@ class Evaluator:
         metric_details: `Metric.details`, set by `run`.
         rows: metrics of each image of this process, set by `run`.
         states: what each image of this process added to the metric, set by `run`.
+        matrices: `Metric.matrices` over all processes, set by `run`.
         statistics: code counts over all processes, or None.
     """
 
@@ -65,6 +66,7 @@ class Evaluator:
         self.statistics = CodeStatistics(quantizer) if quantizer is not None else None
         self.rows: list[dict[str, Any]] = []
         self.states, self.record = ImageStates(), record
+        self.matrices: dict[str, Matrix] = {}
 
     @torch.inference_mode()
     def run(
@@ -109,6 +111,7 @@ class Evaluator:
                 self.statistics.update(predicted.tokens)
         metric.load_state(sum_over_processes(metric.state()))
         figures = metric.compute() | self._code_figures(cost)
+        self.matrices = metric.matrices()
         if official is not None:
             entries = [entry for part in processes.gather(entries) for entry in part]
             scores = _official_scores(official, entries) if processes.is_main() else {}

@@ -20,6 +20,7 @@ from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
 from uvim_fsq.evaluation.intervals import ImageStates, Stacked, intervals, write_states
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
 from uvim_fsq.oracle.code_usage import CodeStatistics
+from uvim_fsq.tasks.base import Matrix
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
@@ -55,7 +56,8 @@ def evaluate_loaded(
 
     Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `intervals` (of
     differences in the main metric, see `intervals`), `images`, `limit`, `baseline`, `checkpoint_sha256`, and
-    `code_counts` and `level_histogram` by name. With a compared run also `compared`: the provenance of its figures.
+    `code_counts`, `level_histogram` and, if the metric has any, `matrices` by name. With a compared run also
+    `compared`: the provenance of its figures.
 
     Raises UserError if the compared run would be evaluated on other images or by another protocol.
     """
@@ -71,6 +73,8 @@ def evaluate_loaded(
         refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
         about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
         result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
+        if "matrices" in result:
+            result["matrices"] |= second["matrices"]
         rows |= other_rows
         states |= other_states
     result["intervals"] = intervals(loaded.task.metric(evaluator.source), loaded.task.main_metric, states)
@@ -98,11 +102,13 @@ def _evaluate(
     codes: dict[str, CodeStatistics] = {}
     rows: Rows = {}
     states: dict[str, Stacked] = {}
+    matrices: dict[str, dict[str, Any]] = {}
     for name, predict in predict_fns.items():
         evaluator.statistics = CodeStatistics(quantizer) if quantizer is not None and name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
         figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
+        matrices[name] = {key: _plain(matrix) for key, matrix in evaluator.matrices.items()}
         recorded = processes.gather(evaluator.states)
         if any(part.ids for part in recorded):
             states[name] = ImageStates.joined(recorded).stacked()
@@ -117,8 +123,14 @@ def _evaluate(
         "figures": figures,
         "code_counts": {name: [int(count) for count in found.counts] for name, found in codes.items()},
         "level_histogram": {name: found.level_histogram() for name, found in codes.items()},
+        **({"matrices": matrices} if any(matrices.values()) else {}),
     }
     return result, rows, states
+
+
+def _plain(matrix: Matrix) -> dict[str, Any]:
+    """A matrix as JSON has it."""
+    return {"rows": list(matrix.rows), "columns": list(matrix.columns), "values": matrix.values.tolist()}
 
 
 def provenance(loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device) -> dict[str, Any]:

@@ -209,8 +209,7 @@ class LMDecoder:
             weight = (1 - config.context_weight) / config.samples
             parts.append(self.code_part(generated, config.codes, config.code_scale, weight))
             tokens = tokens or [generated.tokens]
-        if config.context_weight > 0:
-            parts.append(self.context_part(len(image), config.context_weight))
+        parts.append(self.context_part(len(image), config.context_weight))
         return [part for part in parts if part.weight > 0], tokens[0]
 
     def decode(self, parts: Sequence[Part], image: torch.Tensor) -> list[Any]:

@@ -79,8 +79,9 @@ class TokenModel(nn.Module, ABC):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss against the true tokens (B, L) int64: (B,) float32 per example, and logs name -> (B,).
 
-        If `code_loss` is given, it is called once with the predicted distributions, and its value is added. It lets
-        the labels that the oracle decodes from soft codes be part of the loss. `total_loss` does both.
+        If `code_loss` is given, it is called once with the predicted distributions, and its value and logs are added.
+        It lets the labels that the oracle decodes from soft codes be part of the loss. `total_loss` does all of this.
+        Training is refused if the logs then lack "task_loss".
         """
 
     @abstractmethod

@@ -135,10 +135,11 @@ class MaskedGenerator:
         """
         if count == candidates.shape[1]:
             everything = torch.arange(count, device=candidates.device).expand(len(candidates), -1)
-            return everything, everything[:, :0]
+            return everything, everything[:, count:]
         confidence = logits.gather(2, candidates.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         scale = self.sampling.choice_temperature * (1 - (step + 1) / len(self.counts))
-        if scale > 0 and uniforms is not None:
+        if scale > 0:
+            assert uniforms is not None
             gumbel = -(-uniforms[1].log()).log()
             confidence = confidence + scale * gumbel.float()
         order = confidence.argsort(dim=1, descending=True, stable=True)

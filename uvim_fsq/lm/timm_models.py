@@ -76,7 +76,7 @@ def create_timm_model(config: EncoderConfig, size: int) -> tuple[nn.Module, Trip
         check_package(config.name)
     mean, std = HALF, HALF
     if is_plain_vit(published) and not config.frozen:
-        arguments |= {"num_classes": 0, "class_token": False, "global_pool": "", "dynamic_img_size": True}
+        arguments |= {"num_classes": 0, "class_token": False, "global_pool": ""}
         model = _sized(config, size, partial(timm.create_model, config.name), arguments)
         if config.weights != "none":
             mean, std = _load_without_class_token(model, config)

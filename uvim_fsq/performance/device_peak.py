@@ -13,6 +13,8 @@ from uvim_fsq.performance.timing import time_repeats
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Dense bf16 rates of the vendors' datasheets, FLOP/s. The first key that occurs in the device name applies.
 DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+#: Their float32 rates without tensor cores, which torch uses for float32 products by default, FLOP/s.
+DATASHEET_FP32 = {"H200": 67e12, "H100": 67e12, "A100": 19.5e12, "L40S": 91.6e12, "4090": 82.6e12}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from uvim_fsq.performance.flops import EncoderSize
 LOGIT_BYTES = 18
 #: Bytes used besides the tensors: the device context, libraries and the allocator's rounding.
 OVERHEAD = 2e9
+#: The fraction of a device's memory that training may use; the rest is for fragmentation and peaks.
+USABLE = 0.92
 
 
 def encoder_block(d: int, m: int, n: int, b: int, *, fused: bool = False) -> float:
@@ -136,9 +138,9 @@ def direct_activations(
 
 def smallest_accumulate(memory: TrainingMemory, train: TrainConfig, available: float, processes: int = 1) -> int | None:
     """The smallest number of micro-batches, at least `train.accumulate`, with which a process fits into `available`
-    bytes. None if not even single images fit.
+    bytes. None if not even the smallest micro-batches fit, of which every process gets at least one image.
     """
-    for count in range(train.accumulate, train.batch_size + 1):
+    for count in range(train.accumulate, train.batch_size // processes + 1):
         # Only divisors of the batch size, besides the user's own value.
         allowed = train.batch_size % count == 0 or count == train.accumulate
         if allowed and memory.of(-(-train.batch_size // (count * processes))) <= available:

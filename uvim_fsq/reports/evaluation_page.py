@@ -15,7 +15,7 @@ from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.evaluation.comparison import load_compared
 from uvim_fsq.inference.predictions import predict_functions
-from uvim_fsq.reports.figures import curve_figure, read_metrics, usage_figure
+from uvim_fsq.reports.figures import curve_figure, matrix_figure, read_metrics, usage_figure
 from uvim_fsq.reports.html import html_table, png_tag, write_report
 from uvim_fsq.reports.panels import panel_rows, tile
 from uvim_fsq.tasks.base import Task
@@ -117,6 +117,12 @@ def write_evaluation_page(
         panels += png_tag(legend, "legend")
     results = html_table(result_table(task, result)) + _explanations(result) + _facts(result)
     sections = [("Results", results), ("Panels", panels)]
+    matrices = result.get("matrices", {})
+    shown = next((name for name in ("lm", "direct", "oracle") if matrices.get(name)), None)
+    if shown is not None:
+        for name, matrix in matrices[shown].items():
+            heading = f"{NAMES[shown]}: {name}"
+            sections.append((heading, png_tag(matrix_figure(matrix), f"{heading}, shares of each row")))
     curves = {name: run for name, run in runs.items() if read_metrics(run)}
     if curves:
         sections.append(("Training", png_tag(curve_figure(curves), "training loss")))

@@ -53,6 +53,29 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
     return figure
 
 
+def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
+    """Plots a confusion matrix (`rows`, `columns`, `values`) as shares of its rows in percent."""
+    from matplotlib.figure import Figure
+
+    values = np.array(matrix["values"], np.float64)
+    shares = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
+    rows, columns = values.shape
+    figure = Figure(figsize=(2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (12, 11))
+    axis = figure.add_subplot()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true, row = 100%")
+    if rows <= 40:
+        # parse_math: a class may be named "$".
+        axis.set_xticks(range(columns), matrix["columns"], rotation=90, parse_math=False)
+        axis.set_yticks(range(rows), matrix["rows"], parse_math=False)
+        for i, j in np.argwhere(shares >= 1):
+            shade = "white" if shares[i, j] > 60 else "black"
+            axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=shade)
+    figure.tight_layout()
+    return figure
+
+
 def _draw_levels(axis: Axes, levels: Sequence[Sequence[int]]) -> None:
     for i, histogram in enumerate(levels):
         total, half = max(sum(histogram), 1), len(histogram) // 2

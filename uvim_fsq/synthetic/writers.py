@@ -1,4 +1,4 @@
-"""Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet.
+"""Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet, and as class PNGs.
 
 Training image i is room i of the series, validation image i is room 10,000,000 + i. A data set is written to a
 temporary folder and renamed when complete, so that it is never seen half-written. Independent of tasks and models.
@@ -109,11 +109,11 @@ def write_dataset(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic" or "imagenet".
+    """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic", "semantic" or "imagenet".
 
     "nyu": one .h5 per frame (layout "h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
-    "coco_panoptic": images, id PNGs and the two JSON files of 2017. "imagenet": class folders for training and a flat
-    val/; the classes are arbitrary.
+    "coco_panoptic": images, id PNGs and the two JSON files of 2017. "semantic": photos, class PNGs and classes.txt.
+    "imagenet": class folders for training and a flat val/; the classes are arbitrary.
 
     Args:
         out: the new data set's folder; must be empty or not exist.
@@ -127,10 +127,10 @@ def write_dataset(
     Raises:
         UserError: `out` is not an empty folder, or a format, layout, world or number is invalid.
     """
-    writers = {"coco_panoptic": _coco_panoptic, "imagenet": _imagenet}
+    writers = {"coco_panoptic": _coco_panoptic, "semantic": _semantic, "imagenet": _imagenet}
     nyu_writers = {"h5": _nyu_h5, "mat": _nyu_mat, "png": _nyu_png}
     if format != "nyu" and format not in writers:
-        raise UserError(f'format "{format}" is unknown: use "nyu", "coco_panoptic" or "imagenet"')
+        raise UserError(f'format "{format}" is unknown: use "nyu", "coco_panoptic", "semantic" or "imagenet"')
     if format == "nyu" and layout not in nyu_writers:
         raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(nyu_writers)}')
     writer = nyu_writers[layout] if format == "nyu" else writers[format]
@@ -291,7 +291,7 @@ def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return scene.image, scene.depth, holed
 
 
-# ---------------------------------------------------------------- COCO panoptic and ImageNet
+# ---------------------------------------------------------------- COCO panoptic, class PNGs and ImageNet
 
 
 def _coco_panoptic(plan: _Plan, root: Path) -> None:
@@ -347,6 +347,24 @@ def _segment(mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         "area": int(mask.sum()),
         "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
     }
+
+
+def _semantic(plan: _Plan, root: Path) -> None:
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True)
+    lines = (" ".join(map(str, (category["name"], *category["color"]))) for category in CATEGORIES)
+    (root / "classes.txt").write_text("\n".join(lines) + "\n")
+    plan.run_all(_store_semantic, root)
+
+
+def _store_semantic(job: _Job) -> None:
+    """Stores image and class map; classes are numbered in the order of `CATEGORIES`."""
+    scene = job.scene()
+    number = {category["id"]: i for i, category in enumerate(CATEGORIES)}
+    classes = np.array([0, *(number[info["category_id"]] for info in scene.segments_info)], np.uint8)[scene.segments]
+    (job.root / job.split / "images" / f"{job.number:06d}.jpg").write_bytes(_jpeg(scene))
+    (job.root / job.split / "labels" / f"{job.number:06d}.png").write_bytes(picture_bytes(classes))
 
 
 def _imagenet(plan: _Plan, root: Path) -> None:

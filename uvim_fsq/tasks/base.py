@@ -1,4 +1,4 @@
-"""The Task interface: everything that differs between depth, panoptic segmentation, colorization and your own task.
+"""The Task interface: everything that differs between depth, segmentation, colorization and your own task.
 
 A task reads its data set, encodes labels, computes the reconstruction loss and scores predictions. It is independent of
 the models.
@@ -9,7 +9,7 @@ Shapes: B batch, P pixels (any number, in any order), S label size, H and W nati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,20 @@ class Real:
 
 
 LabelChannel = Categorical | Real
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table of numbers with names, e.g. a confusion matrix.
+
+    Attributes:
+        rows, columns: names of R rows and C columns.
+        values: (R, C) float64.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Array
 
 
 class Metric(ABC):
@@ -70,6 +84,10 @@ class Metric(ABC):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The metrics over all images added. Raises UserError if there are none."""
+
+    def matrices(self) -> dict[str, Matrix]:
+        """Tables over all images added, by name, recorded in every result besides the metrics; by default none."""
+        return {}
 
 
 @dataclass(frozen=True)

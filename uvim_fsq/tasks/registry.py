@@ -25,6 +25,7 @@ BUILT_IN = {
     "coco_panoptic": "CocoPanopticConfig",
     "imagenet_color": "ImagenetColorConfig",
     "nyu_depth": "NYUDepthConfig",
+    "semantic_segmentation": "SemanticSegmentationConfig",
 }
 TASKS: Registry[type[Task]] = Registry("task", "task.name")
 T = TypeVar("T", bound="Task")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,5 +47,22 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+    finally:
+        os.close(handle)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether another process holds the lock of a run directory, without touching it."""
+    try:
+        handle = os.open(run_dir / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # struct flock: type, whence, start, length, process. F_GETLK changes the type to F_UNLCK if nobody holds it.
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(handle, fcntl.F_GETLK, asked)
+        return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(handle)

@@ -16,6 +16,7 @@ import torch
 
 from uvim_fsq import processes
 from uvim_fsq.checkpoints import files as ckpt
+from uvim_fsq.checkpoints.identity import flatten
 from uvim_fsq.config.schema import Run
 from uvim_fsq.console import say
 from uvim_fsq.data.loader import worker_errors
@@ -55,6 +56,7 @@ def fit(stage: Stage, run: Run) -> Path:
             main=processes.is_main(),
             peak_rate=_peak_rate(trainer),
             unevaluated=unevaluated,
+            settings=flatten(run),
         )
         try:
             with StopSignals() as signals, worker_errors():

@@ -1,4 +1,4 @@
-"""Progress of training: printed lines and a progress bar, TensorBoard and metrics.jsonl.
+"""Progress of training: printed lines and a progress bar, metrics.jsonl, TensorBoard and other trackers.
 
 Only the main process prints and writes.
 """
@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import numpy as np
 
 from uvim_fsq.config.schema import TrainConfig
 from uvim_fsq.console import LINES, Bar, clear, say
-from uvim_fsq.errors import UserError
 from uvim_fsq.files import read_json_lines, write_text
+from uvim_fsq.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -34,6 +35,7 @@ class Progress:
         main: whether this is the main process.
         peak_rate: images/s of all devices together if they ran at the rate of a large matrix product; for the MFU.
         unevaluated: also drop the evaluation at `start_step`, because it will be repeated.
+        settings: the configuration, flat, for trackers.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Progress:
         main: bool,
         peak_rate: float | None = None,
         unevaluated: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.train, self.title, self.total, self.main, self.peak_rate = train, title, total, main, peak_rate
         self.last_step, self.last_time = start_step, time.perf_counter()
@@ -53,13 +56,11 @@ class Progress:
         self.bar, self.last_line = Bar(title, total, start_step, every=2 * LINES), -math.inf
         self.waiting = 0.0
         self.out = Path(train.out)
-        self.wandb: Any = None
         self.start_step = start_step
         if not main:
             return
         self._truncate(start_step, unevaluated)
-        if train.wandb:
-            self.wandb = _start_wandb(self.out)
+        self.trackers = Trackers(train, settings or {})
 
     @functools.cached_property
     def writer(self) -> SummaryWriter:
@@ -133,8 +134,7 @@ class Progress:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        self.trackers.log(step, values)
 
     def close(self) -> None:
         """Clears the bar and closes the writers."""
@@ -143,15 +143,4 @@ class Progress:
         clear()
         if "writer" in vars(self):
             self.writer.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def _start_wandb(out: Path) -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise UserError(
-            "train.wandb=true needs the wandb package: pip install wandb, or set train.wandb=false"
-        ) from None
-    return wandb.init(project="uvim_fsq", name=out.name, dir=str(out))
+        self.trackers.close()

@@ -18,6 +18,7 @@ from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.contract import refuse_faults
 from uvim_fsq.training.loop import fit
 from uvim_fsq.training.stages import build_stage
+from uvim_fsq.training.trackers import check_trackers
 
 
 def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
@@ -40,6 +41,7 @@ def train(config: str | Path | Run, overrides: Sequence[str] = ()) -> Path:
 
 def train_inherited(run: Run) -> Path:
     """Like `train`, for a configuration that `inherit` has already completed and checked."""
+    check_trackers(run.train)
     # Set up the process group first, because reading the data takes time.
     processes.state()
     run = resolve_task(run)

@@ -207,8 +207,14 @@ class LMStage(Stage):
         return self.oracle.quantizer
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Logs]:
-        """The loss of the token model on the oracle's tokens."""
+        """The loss of the token model on the oracle's tokens. Raises UserError if it lacks the task loss asked for."""
         loss, logs = model(batch["image"], self.true_tokens(batch), self.code_loss(batch))
+        weight = self.run.loss.task_weight
+        if weight and "task_loss" not in logs:
+            raise UserError(
+                f"loss.task_weight={weight}: the logs of token model {type(self.lm).__name__} have no task_loss, "
+                "so its `loss` ignores `code_loss`; set the weight to 0, or let the plugin call `total_loss`"
+            )
         return loss.mean(), {name: value.mean() for name, value in logs.items()}
 
     def true_tokens(self, batch: Batch) -> torch.Tensor:

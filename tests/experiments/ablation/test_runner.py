@@ -387,6 +387,47 @@ def test_a_failed_process_is_reported_by_the_last_line_of_its_log(
     assert not runner._running and runner._devices.qsize() == 2
 
 
+@pytest.mark.parametrize(("jobs", "cores", "threads"), [(2, 6, "3"), (4, 2, "1"), (2, None, "1"), (1, 6, "the user's")])
+def test_several_jobs_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, cores: int | None, threads: str
+) -> None:
+    seen: list[str] = []
+
+    class Process:
+        def __init__(self, _: object, env: dict[str, str], **__: object) -> None:
+            seen.append(env["OMP_NUM_THREADS"])
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "the user's")
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.runner.subprocess.Popen", Process)
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.runner.os.cpu_count", lambda: cores)
+    Runner(tmp_path / "out", jobs, (), lambda _: None).run(sharing(tmp_path, "direct"))
+    assert seen == [threads]
+
+
+def test_a_process_that_starts_while_the_grid_stops_is_terminated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminated: list[bool] = []
+
+    class Process:
+        def __init__(self, *_: object, **__: object) -> None:
+            runner._stopped.set()
+
+        def terminate(self) -> None:
+            terminated.append(True)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("uvim_fsq.experiments.ablation.runner.subprocess.Popen", Process)
+    runner = Runner(tmp_path / "out", 1, (), lambda _: None)
+    runner._run_command(("train-oracle",), tmp_path / "oracle")
+    assert terminated == [True]
+
+
 def test_an_error_in_one_job_terminates_the_processes_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.support.panoptic import CONFIG, edit, task_for
+from uvim_fsq.data.decoded import keep_decoded
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.coco_panoptic.data import open_source, prepare
+from uvim_fsq.tasks.coco_panoptic.data import PngStore, open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic
 
@@ -45,6 +46,41 @@ def test_pngs_are_found_in_all_three_places(root: Path, place: str) -> None:
         np.testing.assert_array_equal(source[i].maps["segments"], segments)
     assert pickle.loads(pickle.dumps(source))[0].id == source[0].id
     assert (source.unpacked_pngs() is None) == (place == "zip")
+
+
+def test_zipped_pngs_are_decoded_once(root: Path, tmp_path: Path) -> None:
+    pngs = root / "annotations/panoptic_val2017"
+    shutil.make_archive(str(pngs), "zip", pngs.parent, pngs.name)
+    shutil.rmtree(pngs)
+    source = open_source(str(root), "val", CONFIG)
+    with keep_decoded(str(tmp_path / "kept")):
+        expected = [source[i].maps["segments"] for i in range(4)]
+        source.pngs = PngStore(pngs.with_suffix(".zip"), "no such folder in the zip file/")
+        for i, segments in enumerate(expected):
+            np.testing.assert_array_equal(source[i].maps["segments"], segments)
+
+
+def test_zipped_pngs_with_the_same_segments_are_kept_apart(root: Path, tmp_path: Path) -> None:
+    pngs = root / "annotations/panoptic_val2017"
+    for number, file in enumerate(sorted(pngs.iterdir())):
+        ids = np.zeros((24, 32, 3), np.uint8)
+        ids[number:, :, 0] = 1
+        Image.fromarray(ids).save(file)
+    shutil.make_archive(str(pngs), "zip", pngs.parent, pngs.name)
+    shutil.rmtree(pngs)
+    segment = [{"id": 1, "category_id": 1, "iscrowd": 0, "area": 1}]
+    edit(root, lambda tree: [entry.update(segments_info=segment) for entry in tree["annotations"]])
+    with keep_decoded(str(tmp_path / "kept")):
+        source = open_source(str(root), "val", CONFIG)
+        assert [int((source[i].maps["segments"] == 0).sum()) for i in range(4)] == [0, 32, 64, 96]
+
+
+def test_segments_in_another_order_are_not_taken_from_decoded_files(root: Path, tmp_path: Path) -> None:
+    with keep_decoded(str(tmp_path)):
+        before = open_source(str(root), "val", CONFIG)[0].maps["segments"]
+        edit(root, lambda tree: [entry["segments_info"].reverse() for entry in tree["annotations"]], "val")
+        after = open_source(str(root), "val", CONFIG)[0].maps["segments"]
+    np.testing.assert_array_equal(after, np.where(before > 0, before.max() + 1 - before, 0))
 
 
 def test_ground_truth_agrees_with_the_png(root: Path) -> None:

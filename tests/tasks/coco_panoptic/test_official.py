@@ -59,6 +59,17 @@ def test_segment_ids_round_trip_through_rgb() -> None:
     np.testing.assert_array_equal(index, [*range(41), *[-1] * len(others)])
 
 
+@pytest.mark.parametrize("side", [1, 20])
+def test_areas_and_single_pixels_get_the_same_segment_numbers(side: int) -> None:
+    cells = np.random.default_rng(0).choice([0, 7, 300, 65536, MAX_ID, 8], (6, 5)).astype(np.int32)
+    ids = cells.repeat(side, 0).repeat(side, 1)[:, ::-1]
+    table = {0: 0, 65536: 1, 7: 2, MAX_ID: 3, 300: 4, 8: -1}  # 8 is not listed
+    expected = np.vectorize(table.__getitem__)(ids)
+    index = segment_index(ids, np.array([65536, 7, MAX_ID, 300]))
+    np.testing.assert_array_equal(index, expected)
+    assert index.dtype == np.int32 and segment_index(ids[:0], np.array([7])).shape == (0, 5 * side)
+
+
 def test_official_files_hold_the_same_segments(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path / "new" / "official", CATEGORY_IDS)
     cases = {i: random_case(*CASES[i]) for i in range(len(CASES))}

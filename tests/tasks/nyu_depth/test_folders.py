@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.small import small_data
 from uvim_fsq.commands.data_check import check_data
+from uvim_fsq.data.decoded import keep_decoded
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.data import open_source
 from uvim_fsq.tasks.nyu_depth.task import NYUDepth, NYUDepthConfig
@@ -98,3 +100,13 @@ def test_an_impossible_depth_scale_is_refused(scale: float) -> None:
     """0 must not be read as null."""
     with pytest.raises(UserError, match="task.depth_scale=.* a number above 0"):
         NYUDepth(NYUDepthConfig(depth_scale=scale))
+
+
+def test_another_depth_scale_is_not_taken_from_decoded_files(own_depth_folder: Path, tmp_path: Path) -> None:
+    with keep_decoded(str(tmp_path / "kept")):
+        one, half = (
+            open_source(str(own_depth_folder), "train", NYUDepthConfig(protocol="full", depth_scale=scale))[0]
+            for scale in (1.0, 2.0)
+        )
+    np.testing.assert_array_equal(half.maps["depth"], one.maps["depth"] / 2)
+    np.testing.assert_array_equal(half.image, one.image)

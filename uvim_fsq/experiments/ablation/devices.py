@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.errors import UserError
 from uvim_fsq.experiments.ablation.grid import Cell, Training
-
-#: The fraction of a device's memory that training may use; the rest is for fragmentation and peaks.
-USABLE = 0.92
+from uvim_fsq.performance.memory import USABLE
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from uvim_fsq.data.arrays import MAX_RATIO
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.folders import and_list
 from uvim_fsq.data.images import decode_png, read_image
 from uvim_fsq.data.roots import find_data_root
@@ -31,7 +32,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import inside, read_json, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
-from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgb_to_ids, segment_index
+from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgba_to_ids, segment_index
 
 OFFICIAL = {"panoptic_train2017": 118_287, "panoptic_val2017": 5_000}
 PREPARED = "prepared_panoptic"
@@ -63,6 +64,10 @@ class PngStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_zip": None}
+
+    def file(self, name: str) -> Path:
+        """The file that holds the PNG `name`."""
+        return self.place if self.place.is_file() else self.place / name
 
     def read(self, name: str) -> bytes:
         """The content of the PNG `name`. Raises UserError if it is missing or damaged."""
@@ -130,8 +135,8 @@ def decode_ids(data: bytes, name: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
         kind = f"{pixels.dtype.itemsize * 8}-bit, {1 if pixels.ndim == 2 else pixels.shape[2]} channels"
         raise UserError(f"{name} is {kind}; panoptic PNGs are 8-bit RGB with id = R + 256 G + 65536 B")
-    code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
-    return rgb_to_ids(cv2.cvtColor(pixels, code))
+    code = cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGBA
+    return rgba_to_ids(cv2.cvtColor(pixels, code))
 
 
 def number_segments(ids: np.ndarray, segment_ids: np.ndarray, name: str) -> np.ndarray:
@@ -194,14 +199,9 @@ class PanopticSource:
         row = int(self.rows[index])
         part = slice(int(self.index.first[row]), int(self.index.first[row + 1]))
         image = read_image(self.photos / str(self.index.images[row]))
-        png = str(self.index.pngs[row])
-        data = self.pngs.read(png)
-        if self.prepared:
-            numbers = decode_prepared(data, str(self.prepared / png))
-        else:
-            numbers = number_segments(
-                decode_ids(data, str(self.pngs.place / png)), self.index.ids[part], str(self.pngs.place / png)
-            )
+        png, ids = str(self.index.pngs[row]), self.index.ids[part]
+        how = ["segments", png, ids.tolist()]
+        numbers = decoded(self.pngs.file(png), np.int32, how, lambda: self._numbers(png, ids))
         if image.shape[:2] != numbers.shape:
             raise UserError(
                 f"{self.photos / str(self.index.images[row])} is {image.shape[0]} x {image.shape[1]} but its PNG {png} "
@@ -215,6 +215,13 @@ class PanopticSource:
             "png": png,
         }
         return Sample(str(self.index.images[row]), image, {"segments": numbers}, meta)
+
+    def _numbers(self, png: str, ids: np.ndarray) -> np.ndarray:
+        """(H, W) int32 segment numbers of a PNG."""
+        data, name = self.pngs.read(png), str(self.pngs.place / png)
+        if self.prepared:
+            return decode_prepared(data, name)
+        return number_segments(decode_ids(data, name), ids, name)
 
 
 def _check_categories(index: Index, config: CocoPanopticConfig) -> None:

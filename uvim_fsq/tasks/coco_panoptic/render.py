@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 
 import cv2
@@ -11,21 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.tasks.coco_panoptic.segments import Segments
+from uvim_fsq.tasks.legend import beside, class_colors, draw_legend
 
 #: Segments that cover a smaller fraction of the image are not labeled with a name.
 NAMED_SHARE = 0.01
 #: Side in pixels from which things are outlined; in smaller images outlines would hide them.
 OUTLINED_FROM = 64
-ROW = 18
-
-
-def class_colours(count: int) -> np.ndarray:
-    """(count + 1, 3) uint8 colors: black for void (entry 0), then distinct colors with hues by the golden angle."""
-    rows = [(0.0, 0.0, 0.0)]
-    for i in range(count):
-        value, saturation = (1.0, 0.8, 0.62)[i % 3], (0.62, 0.85, 0.5)[(i // 3) % 3]
-        rows.append(colorsys.hsv_to_rgb(i * 0.61803399 % 1.0, saturation, value))
-    return (np.array(rows) * 255).round().astype(np.uint8)
 
 
 def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
@@ -52,7 +42,7 @@ def overlay(
         share: weight of the colors.
     """
     ids = resize_nearest(segments.ids, image.shape[:2])
-    colours = segment_colours(segments, class_colours(len(names) - 1), is_thing)[ids]
+    colours = segment_colours(segments, class_colors(len(names) - 1), is_thing)[ids]
     mixed = (image * (1 - share) + colours * share).astype(np.uint8)
     mixed[ids == 0] = image[ids == 0]
     if min(ids.shape) < OUTLINED_FROM:
@@ -93,25 +83,10 @@ def _inner_point(mask: np.ndarray) -> tuple[int, int]:
 def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: int | None = None) -> np.ndarray:
     """Colors and names of the given classes (default: all), (H, W, 3) uint8, in columns of at most `height` pixels."""
     shown = list(range(1, len(names))) if classes is None else list(classes)
-    colours = class_colours(len(names) - 1)
-    rows = max(1, min(len(shown), (height or 20 * ROW) // ROW))
-    columns = -(-max(len(shown), 1) // rows)
-    font = ImageFont.load_default(12)
-    width = 30 + max((int(font.getlength(names[c])) for c in shown), default=40)
-    sheet = Image.new("RGB", (columns * width, max(rows * ROW, height or 0)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, c in enumerate(shown):
-        x, y = i // rows * width, i % rows * ROW
-        draw.rectangle((x + 4, y + 4, x + 16, y + 15), fill=tuple(int(v) for v in colours[c]))
-        draw.text((x + 22, y + ROW // 2), names[c], fill="black", anchor="lm", font=font)
-    return np.asarray(sheet)
+    return draw_legend([names[c] for c in shown], class_colors(len(names) - 1)[shown], height)
 
 
 def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
     """`picture` with a legend of its classes on the right."""
     present = sorted({int(c) for c in segments.classes})
-    side = legend(names, present, picture.shape[0])
-    sheet = np.full((max(picture.shape[0], side.shape[0]), picture.shape[1] + side.shape[1], 3), 255, np.uint8)
-    sheet[: picture.shape[0], : picture.shape[1]] = picture
-    sheet[: side.shape[0], picture.shape[1] :] = side
-    return sheet
+    return beside(picture, legend(names, present, picture.shape[0]))

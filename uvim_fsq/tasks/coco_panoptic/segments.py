@@ -43,9 +43,15 @@ class Segments:
 def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) int32 ids, R + 256 G + 65536 B."""
     assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3, (rgb.dtype, rgb.shape)
-    # With a fourth byte, a pixel is one little-endian integer; OpenCV's BGR to BGRA keeps the byte order.
-    four = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_BGR2BGRA)
-    return (four.view("<i4")[..., 0] & MAX_ID).astype(np.int32, copy=False)
+    # OpenCV's BGR to BGRA keeps the byte order.
+    return rgba_to_ids(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_BGR2BGRA))
+
+
+def rgba_to_ids(rgba: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8, contiguous, the fourth channel ignored -> (H, W) int32 ids, R + 256 G + 65536 B."""
+    assert rgba.dtype == np.uint8 and rgba.ndim == 3 and rgba.shape[2] == 4, (rgba.dtype, rgba.shape)
+    # Four bytes are one little-endian integer.
+    return (rgba.view("<i4")[..., 0] & MAX_ID).astype(np.int32, copy=False)
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
@@ -68,6 +74,16 @@ def segment_index(values: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
         UserError: a listed id is not in 1..2^24 - 1, or is listed twice.
     """
     _check_listed(segment_ids)
+    # Neighbors mostly have the same id, so few have to be looked up. In noise it is faster to look up all.
+    flat = values.ravel()
+    first = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    if 8 * len(first) > len(flat):
+        return _look_up(values, segment_ids)
+    lengths = np.diff(first, append=len(flat))
+    return np.repeat(_look_up(flat[first], segment_ids), lengths).reshape(values.shape)
+
+
+def _look_up(values: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
     # A two-level table: filling a flat one of 2^24 entries costs more, and searching among sorted ids is slower still.
     listed = np.concatenate([[0], segment_ids]).astype(np.int64)
     pages, page_of_id = np.unique(listed >> _PAGE_BITS, return_inverse=True)

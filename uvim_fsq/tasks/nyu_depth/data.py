@@ -15,7 +15,7 @@ import cv2
 import h5py
 import numpy as np
 
-from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, has_split_folders, split_folder
+from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, files_by_stem, has_split_folders, split_folder
 from uvim_fsq.data.names import inner_name
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
@@ -166,8 +166,8 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
         if not folder.is_dir():
             there = and_list(sorted(f"{path.name}/" for path in base.iterdir() if path.is_dir()))
             raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; set task.{key} to its name")
-    photos = _by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
-    maps = _by_stem(depths, lambda path: path.is_file())
+    photos = files_by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
+    maps = files_by_stem(depths, lambda path: path.is_file())
     missing = sorted(photos.keys() - maps.keys())
     if missing:
         raise UserError(f"{depths}: {len(missing)} images have no depth map, the first is {missing[0]}")
@@ -178,16 +178,6 @@ def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
     train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
     pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
     return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
-
-
-def _by_stem(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """The files below `folder` by path without extension, sorted. Raises UserError if two have the same."""
-    found: dict[str, Path] = {}
-    for path in sorted(filter(wanted, folder.rglob("*"))):
-        other = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
-        if other != path:
-            raise UserError(f"{other} and {path.name} have the same name; remove one of them")
-    return found
 
 
 def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]:

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from uvim_fsq.data.arrays import check_npy
+from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.images import check_pixels, open_picture, read_image
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
@@ -117,7 +118,9 @@ class PairSource:
         if image_file == depth_file:
             image, depth = _read_fastdepth(image_file, self.broken)
         else:
-            image, depth = read_image(image_file), read_depth_file(depth_file, self.scale)
+            image = read_image(image_file)
+            how = ["depth", self.scale]
+            depth = decoded(depth_file, np.float32, how, lambda: read_depth_file(depth_file, self.scale))
         if image.shape[:2] != depth.shape:
             raise UserError(
                 f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"
