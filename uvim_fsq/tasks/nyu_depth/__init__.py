@@ -1,1 +1,1 @@
-"""Monocular depth: NYU Depth v2 and your own depth maps."""
+"""Monocular depth: NYU Depth v2, KITTI and your own depth maps."""

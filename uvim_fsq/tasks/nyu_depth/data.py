@@ -1,4 +1,4 @@
-"""Reads NYU Depth v2 in its common layouts, detected by content, and your own folders of images and depth maps.
+"""Reads NYU Depth v2 in its common layouts, KITTI, and your own folders of images and depth maps, detected by content.
 
 Layouts of NYU Depth v2: A, the labeled .mat (HDF5); B, the FastDepth tree of .h5 files; C, the BTS tree of JPEG and
 16-bit PNG files. Every adapter is a `SampleSource` with one map `depth`: (H, W) float32 meters, 0 where invalid.
@@ -15,13 +15,16 @@ import cv2
 import h5py
 import numpy as np
 
-from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, files_by_stem, has_split_folders, split_folder
+from uvim_fsq.data.folders import has_split_folders, split_folder
 from uvim_fsq.data.names import inner_name
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
 from uvim_fsq.tasks.nyu_depth.files import PairSource, h5_dataset, metres, one_line
+from uvim_fsq.tasks.nyu_depth.kitti import SCALE as KITTI_SCALE
+from uvim_fsq.tasks.nyu_depth.kitti import Drives, is_kitti
+from uvim_fsq.tasks.nyu_depth.own import find_own, find_scenes, own_pairs
 from uvim_fsq.tasks.nyu_depth.prepared import use_prepared, write_prepared
 from uvim_fsq.tasks.nyu_depth.splits_mat import read_splits
 
@@ -157,33 +160,72 @@ def _bts_list(file: Path, folder: Path, root: Path) -> tuple[list[tuple[str, Pat
     return pairs, skipped
 
 
+def _kitti(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
+    part = "val" if split == "val" else "train"
+    drives, file, skipped = Drives(root), _kitti_list(root, part, config), 0
+    if file is not None:
+        pairs, skipped = drives.listed(file)
+    else:
+        pairs = drives.annotated(part)
+    if not pairs:
+        where = f"{file} lists no image with a depth map" if file else f"{root} holds no annotated depth maps of {part}"
+        raise UserError(f"{where}; expected data_depth_annotated/, see datasets/README.md, or set task.list_file")
+    pairs = _take_split(split, pairs, pairs, set(range(0, len(pairs), HOLDOUT_STRIDE)))
+    layout = "KITTI" if file is None else f"KITTI, {file.name}"
+    info = {**_info(layout, split, "raw", len(pairs), root), "without_depth": skipped}
+    return PairSource(root, pairs, info, config.depth_scale or KITTI_SCALE)
+
+
+def _kitti_list(root: Path, part: str, config: NYUDepthConfig) -> Path | None:
+    """The list of a part: `task.list_file`, or one in the root."""
+    if config.list_file:
+        return root / config.list_file.replace("{split}", part)
+    return next(iter(sorted(root.glob("*test*files*.txt" if part == "val" else "*train*files*.txt"))), None)
+
+
 def _folder(root: Path, split: str, config: NYUDepthConfig) -> PairSource:
-    """Your own data: ROOT[/train|/val]/<image_dir>/NAME.jpg and <depth_dir>/NAME.(png|npy|h5)."""
-    own_split = has_split_folders(root)
-    base = split_folder(root, "val" if split == "val" else "train") if own_split else root
-    images, depths = base / config.image_dir, base / config.depth_dir
-    for folder, key in ((images, "image_dir"), (depths, "depth_dir")):
-        if not folder.is_dir():
-            there = and_list(sorted(f"{path.name}/" for path in base.iterdir() if path.is_dir()))
-            raise UserError(f"{base} holds {there or 'no folder'}, but no {folder.name}/; set task.{key} to its name")
-    photos = files_by_stem(images, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
-    maps = files_by_stem(depths, lambda path: path.is_file())
-    missing = sorted(photos.keys() - maps.keys())
-    if missing:
-        raise UserError(f"{depths}: {len(missing)} images have no depth map, the first is {missing[0]}")
-    if not photos:
-        raise UserError(f"{images} holds no images")
-    pairs = [(stem, image, maps[stem]) for stem, image in photos.items()]
-    # Without train/ and val/ folders, every tenth image belongs to the evaluation split.
-    train = pairs if own_split else [pair for i, pair in enumerate(pairs) if i % 10]
-    pairs = _take_split(split, train, pairs if own_split else pairs[::10], set(range(0, len(train), 10)))
-    return PairSource(root, pairs, _info("folder", split, "as given", len(pairs), root), config.depth_scale)
+    """Your own data, with or without folders train/ and val/."""
+    part, own_split = "val" if split == "val" else "train", has_split_folders(root)
+    found = own_pairs(split_folder(root, part) if own_split else root, config)
+    rows = list(range(len(found.pairs)))
+    if config.list_file:
+        rows = _listed_rows(root / config.list_file.replace("{split}", part), [name for name, *_ in found.pairs])
+    if not own_split and "{split}" not in config.list_file:
+        # Without folders or lists of parts, every tenth image or scene belongs to the evaluation split.
+        held_out = found.every_tenth(rows)
+        rows = [row for row in rows if (row in held_out) == (part == "val")]
+    if split in ("holdout", "train_minus_holdout"):
+        held_out = found.every_tenth(rows)
+        rows = [row for row in rows if (row in held_out) == (split == "holdout")]
+    pairs = [found.pairs[row] for row in rows]
+    info = _info("folder", split, "as given", len(pairs), root)
+    return PairSource(root, pairs, info, config.depth_scale, masks=found.masks, shrink=True)
+
+
+def _listed_rows(file: Path, names: list[str]) -> list[int]:
+    """The rows of the images that a file lists in its lines, by name without extension or by the folder of a scene.
+
+    Raises UserError for a missing file and for a line that names neither.
+    """
+    try:
+        lines = [line.strip() for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"task.list_file: {file} cannot be read ({error.strerror})") from error
+    below: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        for folder in (name, *map(str, Path(name).parents)):
+            below.setdefault(folder, []).append(row)
+    unknown = next((line for line in lines if line not in below), None)
+    if unknown is not None or not lines:
+        what = "nothing" if unknown is None else f"{unknown[:200]!r}, but there is no image or scene of that name"
+        raise UserError(f"{file} lists {what}")
+    return sorted({row for line in lines for row in below[line]})
 
 
 def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]:
     """Detects the layout of the data in `root` or in one of its folders, by content.
 
-    Returns ("A" | "B" | "C" | "folder", the root of the data). Raises UserError listing what it looked for.
+    Returns ("A" | "B" | "C" | "KITTI" | "folder", the root of the data). Raises UserError listing what it looked for.
     """
     config = config or NYUDepthConfig()
     places = [root]
@@ -198,17 +240,26 @@ def detect(root: Path, config: NYUDepthConfig | None = None) -> tuple[str, Path]
         own = any((base / config.image_dir).is_dir() for base in bases)
         if not own and any(next(base.rglob("*.h5"), None) for base in bases[1:]):
             return "B", place
+        if is_kitti(place):
+            return "KITTI", place
         if (place / "sync").is_dir() or (place / "official_splits").is_dir():
             return "C", place
         # For the folder that the user gave, accept half of the layout, so that the error can name what is missing.
         if own and (place == root or any((base / config.depth_dir).is_dir() for base in bases)):
             return "folder", place
+        # A folder of scenes is one data set; a folder with a single one holds a data set.
+        if place == root and len(places) > 2 and len(find_scenes(place, config, levels=1)) > 1:
+            return "folder", place
+    for place in sorted(places, key=lambda path: not has_split_folders(path)):
+        if find_own(place, config):
+            return "folder", place
     if has_split_folders(root):
         split_folder(root, "train")
     raise UserError(
         f"{root}: no depth data found. Looked for nyu_depth_v2_labeled.mat, train/**/*.h5 (FastDepth), sync/ and "
-        f"official_splits/ (BTS), {config.image_dir}/ with {config.depth_dir}/ (own data; task.image_dir=, "
-        "task.depth_dir=); see datasets/README.md"
+        "official_splits/ (BTS), 2011_09_26/ (KITTI), NAME_depth.npy next to images (DIODE), and "
+        f"{config.image_dir}/ with {config.depth_dir}/ (own data; task.image_dir=, task.depth_dir=); see "
+        "datasets/README.md"
     )
 
 
@@ -240,7 +291,9 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
 
 
 def _decoded(layout: str, place: Path, split: str, config: NYUDepthConfig) -> PairSource:
-    """Opens a layout of image files, which are slow to decode: C or your own data."""
+    """Opens a layout of image files, which are slow to decode: C, KITTI or your own data."""
+    if layout == "KITTI":
+        return _kitti(place, split, config)
     return _bts(place, split) if layout == "C" else _folder(place, split, config)
 
 
@@ -250,7 +303,7 @@ def prepare(root: str, config: NYUDepthConfig, progress: Callable[[int, int], No
     Raises UserError for layouts A and B, which are HDF5 already.
     """
     layout, place = detect(find_data_root(root), config)
-    if layout in "AB":
+    if layout in ("A", "B"):
         raise UserError(f"{place} is HDF5 already (layout {layout}) and loads fast; there is nothing to prepare")
     sources: list[PairSource] = []
     missing: list[str] = []

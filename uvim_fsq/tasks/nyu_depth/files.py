@@ -5,7 +5,7 @@ meters, 0 where invalid.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,16 @@ def metres(values: np.ndarray, name: str) -> np.ndarray:
     return depth
 
 
-def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
+def read_depth_file(path: Path, scale: float | None = None, mask: Path | None = None) -> np.ndarray:
     """A depth map in any supported format -> (H, W) float32 meters, 0 where invalid.
 
     `scale`: stored units per meter. Default: 16-bit PNG is in millimeters, 8-bit PNG has 255 = 10 m (as in DenseDepth),
-    .npy and .h5 (dataset `depth`) are in meters. Raises UserError naming the file.
+    .npy and .h5 (dataset `depth`) are in meters. Where the file `mask` is 0, so is the depth. Raises UserError naming
+    the file.
     """
     try:
         if path.suffix == ".npy":
-            with path.open("rb") as file:
-                shape = check_npy(file, path.stat().st_size, path)
-            if len(shape) == 2:
-                check_pixels(shape[1], shape[0], path)
-            values = np.load(path, allow_pickle=False) / (scale or 1.0)
+            values = _load_npy(path) / (scale or 1.0)
         elif path.suffix in (".h5", ".hdf5"):
             with h5py.File(path, "r") as file:
                 values = np.asarray(h5_dataset(file, "depth", path, 2)) / (scale or 1.0)
@@ -72,7 +69,56 @@ def read_depth_file(path: Path, scale: float | None = None) -> np.ndarray:
         raise UserError(f"{path} is too large for this machine's memory; make it smaller") from error
     except Exception as error:  # Pillow, NumPy and h5py raise many kinds for a damaged file
         raise UserError(f"{path} cannot be read as a depth map ({one_line(error)}); replace or remove it") from error
+    if mask is not None:
+        valid = read_mask(mask)
+        if valid.shape != values.shape:
+            raise UserError(f"{mask} is {valid.shape}, but its depth map {values.shape}; fix or remove it")
+        values = np.where(valid, values, 0)
     return metres(values, str(path))
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    """An array whose size is checked first; (H, W, 1), as in DIODE, becomes (H, W)."""
+    with path.open("rb") as file:
+        shape = check_npy(file, path.stat().st_size, path)
+    if len(shape) in (2, 3):
+        check_pixels(shape[1], shape[0], path)
+    values = np.load(path, allow_pickle=False)
+    return values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask of valid pixels, .npy or a picture -> (H, W) bool: values above 0. Raises UserError naming the file."""
+    try:
+        if path.suffix == ".npy":
+            values = _load_npy(path)
+        else:
+            with open_picture(path) as image:
+                values = np.asarray(image)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow and NumPy raise many kinds for a damaged file
+        raise UserError(f"{path} cannot be read as a mask ({one_line(error)}); replace or remove it") from error
+    if values.ndim != 2:
+        raise UserError(f"{path}: the mask has shape {values.shape}, expected (H, W)")
+    return values > 0
+
+
+def _fingerprint(file: Path) -> list[Any]:
+    """A file's path, size and modification time; without the last two if it is missing."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return [str(file)]
+    return [str(file), stat.st_size, stat.st_mtime_ns]
+
+
+def _same_size(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """An image that is larger than its depth map, as in ScanNet, shrunk to its `size` if it has the same shape."""
+    height, width = image.shape[:2]
+    if height > size[0] and width > size[1] and abs(width * size[0] / (height * size[1]) - 1) < 0.02:
+        return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+    return image
 
 
 def one_line(error: BaseException) -> str:
@@ -109,6 +155,10 @@ class PairSource:
     scale: float | None = None
     broken: str = "replace it"
     """Advice for a damaged .h5 file."""
+    masks: dict[str, Path] = field(default_factory=dict[str, Path])
+    """Your own data: id -> mask of the valid pixels."""
+    shrink: bool = False
+    """Your own data: an image that is larger than its depth map gets its size."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -118,9 +168,11 @@ class PairSource:
         if image_file == depth_file:
             image, depth = _read_fastdepth(image_file, self.broken)
         else:
-            image = read_image(image_file)
-            how = ["depth", self.scale]
-            depth = decoded(depth_file, np.float32, how, lambda: read_depth_file(depth_file, self.scale))
+            image, mask = read_image(image_file), self.masks.get(name)
+            how = ["depth", self.scale] if mask is None else ["depth", self.scale, *_fingerprint(mask)]
+            depth = decoded(depth_file, np.float32, how, lambda: read_depth_file(depth_file, self.scale, mask))
+            if self.shrink:
+                image = _same_size(image, depth.shape)
         if image.shape[:2] != depth.shape:
             raise UserError(
                 f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"

@@ -23,11 +23,12 @@ from uvim_fsq.tasks.nyu_depth.files import PairSource
 FOLDER = "prepared_depth"
 
 
-def _origin(source: PairSource, image: Path, depth: Path) -> tuple[str, Any]:
+def _origin(source: PairSource, name: str, image: Path, depth: Path) -> tuple[str, Any]:
     """An image's path in the data set, and a fingerprint of the originals (None if one of them is missing)."""
     key, depth_key = (os.path.relpath(path, source.root) for path in (image, depth))
     try:
-        stats = [path.stat() for path in (image, depth)]
+        mask = [source.masks[name]] if name in source.masks else []
+        stats = [path.stat() for path in (image, depth, *mask)]
     except OSError:
         return key, None
     return key, [depth_key, source.scale, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
@@ -53,7 +54,7 @@ def use_prepared(source: PairSource) -> PairSource:
     pairs: list[tuple[str, Path, Path]] = []
     count = 0
     for name, image, depth in source.pairs:
-        key, origin = _origin(source, image, depth)
+        key, origin = _origin(source, name, image, depth)
         if origin is not None and contents.get(key) == origin:
             image = depth = source.root / FOLDER / f"{key}.h5"
             count += 1
@@ -71,7 +72,7 @@ def write_prepared(sources: list[PairSource], progress: Callable[[int, int], Non
     """
     root = sources[0].root
     contents = _contents(root)
-    todo = [(s, i, *_origin(s, *s.pairs[i][1:])) for s in sources for i in range(len(s))]
+    todo = [(s, i, *_origin(s, *s.pairs[i])) for s in sources for i in range(len(s))]
     todo = [entry for entry in todo if entry[3] is None or contents.get(entry[2]) != entry[3]]
     if not todo:
         return f"all {sum(map(len, sources))} images are in {root / FOLDER} already"

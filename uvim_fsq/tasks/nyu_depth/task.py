@@ -26,6 +26,13 @@ from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 from uvim_fsq.tasks.registry import register_task
 
+#: Protocol -> scored part of the picture, as in the papers' published code; Garg's is that of arXiv 1603.04992.
+REGIONS = {
+    "kitti_garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
+    "kitti_eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
+}
+#: Largest depth that KITTI's protocols score, in meters.
+KITTI_CAP = 80.0
 #: Protocol -> (first row, end row, first column, end column); for 480 x 640 images only.
 CROPS = {"uvim": (54, 480, 41, 601), "eigen": (45, 471, 41, 601)}
 
@@ -45,6 +52,8 @@ class NYUDepth(Task):
             raise UserError("task: needs num_bins >= 2 and 0 <= min_depth < max_depth")
         if config.depth_scale is not None and not 0 < config.depth_scale < math.inf:
             raise UserError(f"task.depth_scale={config.depth_scale}: must be a number above 0 (stored units per meter)")
+        if config.max_eval_depth is not None and not 1e-3 < config.max_eval_depth < math.inf:
+            raise UserError(f"task.max_eval_depth={config.max_eval_depth}: must be above 0.001 (meters)")
         super().__init__(config)
         self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
@@ -58,8 +67,8 @@ class NYUDepth(Task):
         return open_source(root, split, self.config)
 
     def evaluation_view(self, sample: Sample) -> Sample:
-        """The protocol's crop of image and truth. Raises UserError for any size but 480 x 640."""
-        if self.config.protocol == "full":
+        """The crop of image and truth by protocols uvim and eigen. Raises UserError for any size but 480 x 640."""
+        if self.config.protocol not in CROPS:
             return sample
         if sample.image.shape[:2] != (480, 640):
             h, w = sample.image.shape[:2]
@@ -101,7 +110,11 @@ class NYUDepth(Task):
     def metric(self, source: SampleSource) -> Metric:
         c = self.config
         # The valid range is that of the protocol, not that of the bins.
-        return DepthMetric(f"nyu_depth/{c.protocol}", 1e-3, 10.0 if c.protocol != "full" else c.max_depth)
+        region = REGIONS.get(c.protocol)
+        usual = KITTI_CAP if region is not None else 10.0 if c.protocol in CROPS else c.max_depth
+        cap = c.max_eval_depth or usual
+        name = f"nyu_depth/{c.protocol}" + (f"_{cap:g}m" if cap != usual else "")
+        return DepthMetric(name, 1e-3, cap, region)
 
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         """Color-coded depth, with the same range for prediction and truth; the error's range is a quarter of it."""
@@ -120,13 +133,16 @@ class NYUDepth(Task):
         return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
 
     def save_prediction(self, prediction: np.ndarray, image: np.ndarray, stem: str) -> dict[str, str]:
-        """stem.png: 16-bit millimeters, with the scale in its text chunks; stem.npy: float32 meters; stem_color.png."""
+        """stem.png: 16-bit millimeters, or 1/256 m as in KITTI for depths beyond 65 m; the scale is in its text chunks;
+        stem.npy: float32 meters; stem_color.png.
+        """
         depth = resize_nearest(prediction, image.shape[:2]).astype(np.float32)
         paths = self.prediction_files(stem)
         info = PngInfo()
-        info.add_text("unit", "millimetre")
-        info.add_text("depth_scale", "1000")
-        write_png(paths["png"], (depth * 1000).round().clip(0, 65535).astype(np.uint16), info)
+        scale = 1000 if self.config.max_depth * 1000 <= 65535 else 256
+        info.add_text("unit", "millimetre" if scale == 1000 else f"1/{scale} metre")
+        info.add_text("depth_scale", str(scale))
+        write_png(paths["png"], (depth * scale).round().clip(0, 65535).astype(np.uint16), info)
         write_whole(Path(paths["npy"]), lambda file: _save_array(file, depth), durable=False)
         write_png(paths["color"], self.render(image, depth)["prediction"])
         return paths
