@@ -42,6 +42,7 @@ from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import clear
 from uvim_fsq.errors import UserError
 from uvim_fsq.training.signals import ended_by_sigterm
+from uvim_fsq.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
     "quickstart": quickstart,
@@ -130,6 +131,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of `uvim-fsq`. The keys of a command are listed only if `argv` asks for its help."""
     parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction with discrete tokens.")
     _add_debug(parser)
+    parser.add_argument("--version", action="version", version=f"uvim-fsq {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = parsers.add_parser(name, help=command.HELP, description=command.HELP)
