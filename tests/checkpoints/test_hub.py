@@ -292,7 +292,15 @@ def test_evaluate_leaves_the_cache_as_it_was(
     assert len(list(local_run("hub:ann/oracle").iterdir())) == 4
 
 
-def test_tune_refuses_a_downloaded_run_and_names_a_way(hub: FakeHub, uploads: Path) -> None:
+@pytest.mark.parametrize("command", ["tune", "compile"])
+def test_commands_that_write_into_a_run_refuse_a_downloaded_one(
+    hub: FakeHub, uploads: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    hub.add_folder("ann/lm", uploads / "lm")
+    assert f"is read-only, but {command} writes" in failure(capsys, command, "hub:ann/lm")
+
+
+def test_a_refusal_to_write_names_a_way(hub: FakeHub, uploads: Path) -> None:
     hub.add_folder("ann/lm", uploads / "lm")
     with pytest.raises(UserError, match=r"is read-only, but tune writes .*cp -r .* runs/COPY"):
         refuse_downloaded("hub:ann/lm", "tune writes the settings into the run")
