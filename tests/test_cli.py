@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import uvim_fsq
 from tests.support.cli import run_command
 from tests.support.small import ORACLE
+from uvim_fsq.cli import main
 
 
 @pytest.mark.slow
@@ -27,3 +29,9 @@ def test_errors_are_one_line_in_a_real_process(tmp_path: Path) -> None:
     done = run_command("train-oracle", file, "optim.lrr=3")
     assert done.returncode == 2 and done.stderr.strip() == "error: unknown key optim.lrr; did you mean optim.lr?"
     assert "Traceback" in run_command("--debug", "train-oracle", file, "optim.lrr=3").stderr
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"uvim-fsq {uvim_fsq.__version__}\n"

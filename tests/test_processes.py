@@ -106,7 +106,7 @@ def test_processes_that_cannot_connect_name_the_remedy(monkeypatch: pytest.Monke
     def fail(**_: object) -> None:
         raise torch.distributed.DistNetworkError("gloo: connectFullMesh failed\nmore")
 
-    monkeypatch.setattr(processes, "PartialState", fail)
+    monkeypatch.setattr("accelerate.state.PartialState", fail)
     with pytest.raises(RuntimeError):
         processes.state()
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -122,7 +122,7 @@ def test_signal_handlers_are_restored_after_joining(monkeypatch: pytest.MonkeyPa
         seen.append(signal.getsignal(signal.SIGTERM))
         return SimpleNamespace(num_processes=2)
 
-    monkeypatch.setattr(processes, "PartialState", ask)
+    monkeypatch.setattr("accelerate.state.PartialState", ask)
     monkeypatch.setattr(processes, "_group", None)
     monkeypatch.setattr(processes, "_gloo_group", lambda: "joined")
     monkeypatch.setenv("WORLD_SIZE", "2")

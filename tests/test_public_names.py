@@ -28,7 +28,10 @@ def test_the_package_is_imported_without_heavy_libraries() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["--help", "train-oracle --help", "ablate --help", "data check --help"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "train-oracle --help", "ablate --help", "data check --help", "predict", "misspelt"],
+)
 def test_help_needs_no_heavy_libraries(arguments: str) -> None:
     code = f"from uvim_fsq.cli import main\ntry:\n    main({arguments.split()!r})\nexcept SystemExit:\n    pass"
     assert heavy_after(code) == set()

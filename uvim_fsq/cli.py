@@ -17,10 +17,13 @@ from uvim_fsq.commands import (
     analyze,
     benchmark,
     coltran_lists,
+    compile,
     completion,
     config,
     data_check,
+    data_convert,
     data_prepare,
+    data_view,
     doctor,
     evaluate,
     import_uvim,
@@ -39,6 +42,7 @@ from uvim_fsq.config.plugins import trusting
 from uvim_fsq.console import clear
 from uvim_fsq.errors import UserError
 from uvim_fsq.training.signals import ended_by_sigterm
+from uvim_fsq.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
     "quickstart": quickstart,
@@ -51,6 +55,7 @@ COMMANDS: dict[str, ModuleType] = {
     "tune-decoder": tune_decoder,
     "analyze": analyze,
     "predict": predict,
+    "compile": compile,
     "synth": synth,
     "ablate": ablate,
     "import-uvim": import_uvim,
@@ -62,14 +67,16 @@ COMMANDS: dict[str, ModuleType] = {
 }
 DATA_COMMANDS: dict[str, ModuleType] = {
     "check": data_check,
+    "view": data_view,
     "prepare": data_prepare,
+    "convert": data_convert,
     "coltran-lists": coltran_lists,
 }
 #: Command -> the stage whose configuration keys its --help lists.
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict"), "lm"),
+    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")
@@ -124,13 +131,14 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of `uvim-fsq`. The keys of a command are listed only if `argv` asks for its help."""
     parser = argparse.ArgumentParser(prog="uvim-fsq", description="Dense prediction with discrete tokens.")
     _add_debug(parser)
+    parser.add_argument("--version", action="version", version=f"uvim-fsq {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = parsers.add_parser(name, help=command.HELP, description=command.HELP)
         _add_command(sub, name, argv if name in argv else ())
         if command is completion:
             sub.set_defaults(parser=parser, stages=LISTS_KEYS)
-    data = parsers.add_parser("data", help="check and prepare data sets")
+    data = parsers.add_parser("data", help="check, prepare and convert data sets")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     for name, command in DATA_COMMANDS.items():
         sub = actions.add_parser(name, help=command.HELP, description=command.HELP)

@@ -13,14 +13,15 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from uvim_fsq.errors import UserError
+
+if TYPE_CHECKING:  # a Predictor on a CPU does without Accelerate
+    from accelerate.state import PartialState
 
 #: How long a process waits for the others within a training step. Longer than the loader's timeout for a batch
 #: (data/loader.py), so that the process that is stuck reports first.
@@ -49,6 +50,9 @@ def state() -> PartialState:
     if the launcher's environment variables are incomplete.
     """
     global _group
+    from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise UserError(
@@ -116,6 +120,8 @@ def _world_size() -> int:
 
 def _on_cpu() -> bool:
     """Whether to pass cpu=True to Accelerate. Without it, it ignores a launcher's processes on a CPU-only machine."""
+    from accelerate.utils import parse_flag_from_env
+
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return True
     if "LOCAL_RANK" not in os.environ:
@@ -124,8 +130,16 @@ def _on_cpu() -> bool:
     return accelerator is None or accelerator.type == "mps"
 
 
+def _alone_on_cpu() -> bool:
+    """Whether no launcher started this process and there is no GPU, so that Accelerate need not be asked."""
+    launched = any(name.startswith("ACCELERATE_") or name in ("LOCAL_RANK", "WORLD_SIZE") for name in os.environ)
+    return not launched and _group is None and torch.accelerator.current_accelerator(check_available=True) is None
+
+
 def device() -> torch.device:
     """The device of this process."""
+    if _alone_on_cpu():
+        return torch.device("cpu")
     return torch.device(state().device or "cpu")
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support.small import LM, ORACLE
+from uvim_fsq.benchmark.predicting import write_picture
 
 #: Runs a command line and prints its exit code and which of the given modules it has imported.
 PROBE = """
@@ -71,8 +72,43 @@ def test_mistakes_are_refused_before_torch_is_imported(tmp_path: Path, oracle_di
         assert len(said.splitlines()) == 1 and message in said, (arguments, said)
 
 
+#: Libraries that nothing needs before the first prediction or training step.
+LATER = ["torch._dynamo", "torch._inductor", "sympy", "triton", "torchvision", "albumentations", "matplotlib", "pandas"]
+LATER += ["tensorboard", "timm", "h5py", "pycocotools", "scipy", "rich"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["uvim_fsq.inference.predictor", "uvim_fsq.training.run"])
-def test_importing_does_not_load_slow_libraries(module: str) -> None:
-    heavy = ["torch._dynamo", "torch._inductor", "torchvision", "albumentations", "matplotlib", "tensorboard", "timm"]
-    assert probe([*heavy, "torch"], "import", module)[:2] == (0, ["torch"])
+@pytest.mark.parametrize(
+    ("module", "more"), [("uvim_fsq.inference.predictor", ["accelerate"]), ("uvim_fsq.training.run", [])]
+)
+def test_importing_does_not_load_slow_libraries(module: str, more: list[str]) -> None:
+    assert probe([*LATER, *more, "torch"], "import", module)[:2] == (0, ["torch"])
+
+
+#: What torch's compiler is and imports: a second, and 150 MB.
+COMPILER = ["torch._dynamo", "torch._inductor", "sympy", "triton"]
+
+
+@pytest.mark.slow
+def test_predicting_imports_neither_the_compiler_nor_what_training_needs(tmp_path: Path, lm_dir: Path) -> None:
+    write_picture(tmp_path / "photo.jpg")
+    unneeded = [*COMPILER, "albumentations", "accelerate", "scipy", "tensorboard", "pandas"]
+    code, imported, said = probe(
+        [*unneeded, "torch"], "predict", lm_dir, tmp_path / "photo.jpg", "--out", tmp_path / "predictions"
+    )
+    assert (code, imported) == (0, ["torch"]), said
+
+
+@pytest.mark.slow
+def test_evaluating_imports_no_compiler(lm_dir: Path) -> None:
+    code, imported, said = probe([*COMPILER, "albumentations", "torch"], "evaluate", lm_dir, "eval.limit=1")
+    assert (code, imported) == (0, ["torch"]), said
+
+
+@pytest.mark.slow
+def test_training_imports_no_compiler(tmp_path: Path, data: Path, oracle_dir: Path) -> None:
+    (tmp_path / "lm.yaml").write_text(yaml.safe_dump({**LM, "oracle": str(oracle_dir)}))
+    code, imported, said = probe(
+        [*COMPILER, "torch"], "train-lm", tmp_path / "lm.yaml", "train.steps=3", f"train.out={tmp_path / 'lm'}"
+    )
+    assert (code, imported) == (0, ["torch"]), said

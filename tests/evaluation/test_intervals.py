@@ -174,6 +174,14 @@ def test_a_single_image_has_no_interval() -> None:
     )
 
 
+@pytest.mark.parametrize(("numbers", "kept"), [(10_000, True), (10_001, False)])
+def test_states_of_up_to_ten_thousand_numbers_are_kept(
+    numbers: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ratio, "state", lambda _: {"one": np.zeros(9_000), "two": np.zeros((numbers - 9_000, 1))})
+    assert intervals.is_recordable(Ratio()) == kept
+
+
 def test_states_too_large_to_keep_are_not_recorded(lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "MAX_NUMBERS", 3)
     assert evaluate(lm_dir)["intervals"] == []

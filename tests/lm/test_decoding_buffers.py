@@ -17,6 +17,11 @@ from uvim_fsq.lm.token_generator import CACHE_BLOCK, COMPILED_CACHE_BLOCK, Buffe
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def _buffers_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenGenerator, "_is_static", lambda self, device: True)
+
+
 def test_the_default_seed_of_an_image_is_its_place_in_the_batch() -> None:
     generator, batch = TokenGenerator(make_lm(), Sampling(2.0)), make_images()
     tokens = generator(batch).tokens

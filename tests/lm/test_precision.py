@@ -12,14 +12,14 @@ from uvim_fsq.lm.token_generator import TokenGenerator
 
 
 class LastHidden:
-    """The hidden states that a generator's final norm was given, (B, L, D)."""
+    """The hidden states that a generator's final norm was given, (B, D) per step; `all` is (B, L, D)."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.seen: list[torch.Tensor] = []
         norm.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0].clone()))
 
     def all(self) -> torch.Tensor:
-        return torch.cat(self.seen, 1)
+        return torch.stack(self.seen, 1)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(1.0, top_k=3)], ids=["0", "0.5", "top 3"])

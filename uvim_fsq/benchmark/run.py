@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,27 +16,47 @@ from uvim_fsq import processes
 from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.benchmark.metrics import measure_metrics
+from uvim_fsq.benchmark.peers import read_peer, unmatched
+from uvim_fsq.benchmark.predicting import measure_predicting, place_of_run, write_picture
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, read_sizes, synthetic_batch
 from uvim_fsq.benchmark.side_by_side import measure_side_by_side
+from uvim_fsq.benchmark.start_up import measure_start_up
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stage_of, stepper_of, steps
+from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
+from uvim_fsq.checkpoints.tuned import read_for_prediction
 from uvim_fsq.errors import UserError
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.performance.device_peak import DevicePeak, measure_device_peak
 from uvim_fsq.performance.timing import Measurement
 
-JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "all")
+JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "start-up", "predict", "all")
+#: The jobs that also take a run directory.
+PREDICTING = ("start-up", "predict")
+#: The jobs that need a language model.
+NEED_LM = ("train-lm", "decode", "side-by-side", "start-up", "predict", "all")
 BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
 
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to measure. `batches` are the batch sizes of decoding; training uses the first. () means the defaults."""
+    """What to measure.
+
+    Attributes:
+        job: one of `JOBS`.
+        sizes: the configurations; None for jobs without a model, and with `run`.
+        batches: batch sizes of decoding and predicting; training uses the first. () means the defaults.
+        repeats: timed repeats.
+        run: a run directory to predict with, in place of random weights.
+        overrides: `key=value` strings for this run.
+    """
 
     job: str
     sizes: Sizes | None
     batches: tuple[int, ...] = ()
     repeats: int = 5
+    run: Path | None = None
+    overrides: tuple[str, ...] = ()
 
 
 def read_request(
@@ -54,12 +75,17 @@ def read_request(
     """
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise UserError("--repeats and --batch must be at least 1")
-    if job == "metrics":
+    if job == "metrics" or (job == "start-up" and config is None):
         return BenchmarkRequest(job, None, batches, repeats)
+    if job in PREDICTING and config is not None and Path(config).is_dir():
+        run = read_for_prediction(resolve_checkpoint(config), overrides)[0]
+        if run.stage == "oracle":
+            raise UserError(f"benchmark {job} needs a run that predicts; {config} is of stage oracle")
+        return BenchmarkRequest(job, None, batches, repeats, Path(config).absolute(), tuple(overrides))
     if config is None:
         raise UserError(f"benchmark {job} needs a configuration, e.g. nyu_depth/lm")
     sizes = read_sizes(config, overrides, oracle)
-    if job in ("train-lm", "decode", "side-by-side", "all") and sizes.lm is None:
+    if job in NEED_LM and sizes.lm is None:
         raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is for stage oracle")
     if job == "train-oracle":
         sizes = Sizes(sizes.oracle, None)
@@ -87,9 +113,12 @@ def measure(request: BenchmarkRequest, say: Callable[[str], None]) -> tuple[list
 
 def _measure(job: str, request: BenchmarkRequest, peak: DevicePeak, device: torch.device) -> list[Measurement]:
     sizes, repeats = request.sizes, request.repeats
-    if sizes is None or job == "metrics":
+    if job == "metrics":
         return measure_metrics(repeats=repeats)
     batches = request.batches or BATCHES[device.type]
+    if job in PREDICTING:
+        return _measure_predicting(job, request, device, batches)
+    assert sizes is not None
     if job == "decode":
         return measure_decoding(sizes, peak, device, batches=batches, repeats=repeats)
     if job == "side-by-side":
@@ -100,6 +129,17 @@ def _measure(job: str, request: BenchmarkRequest, peak: DevicePeak, device: torc
         return measure_loader(sizes.run, repeats=repeats)
     sizes = Sizes(sizes.oracle, None) if job == "train-oracle" else sizes
     return measure_training(sizes, peak, device, batch_size=_training_batch(request, sizes), repeats=repeats)
+
+
+def _measure_predicting(
+    job: str, request: BenchmarkRequest, device: torch.device, batches: Sequence[int]
+) -> list[Measurement]:
+    with place_of_run(request.sizes, request.run) as run, TemporaryDirectory(prefix="uvim-fsq-") as temporary:
+        if job == "start-up":
+            picture = write_picture(Path(temporary) / "picture.jpg")
+            return measure_start_up(run, request.overrides, picture, repeats=request.repeats)
+        assert run is not None
+        return measure_predicting(run, request.overrides, device, batches=batches, repeats=request.repeats)
 
 
 def _training_batch(request: BenchmarkRequest, sizes: Sizes) -> int:
@@ -151,13 +191,20 @@ def run_benchmark(
     against: Path | None,
     num_operators: int,
     say: Callable[[str], None],
+    peer_file: Path | None = None,
 ) -> None:
-    """Measures, reports the table through `say`, compares it with an earlier run, and writes it as JSON."""
+    """Measures, reports the table through `say`, compares it with an earlier run and with the figures of `peer_file`,
+    and writes it as JSON.
+    """
     if num_operators and request.job not in ("train-oracle", "train-lm", "decode"):
         raise UserError("--operators works only with train-oracle, train-lm and decode")
     earlier = read_earlier(against) if against else None
+    peer = read_peer(peer_file) if peer_file else None
     lines, peak = measure(request, say)
-    say(markdown(lines, earlier))
+    say(markdown(lines, earlier, peer))
+    if peer is not None and peer_file is not None:
+        for text in ([f"{peer.name}: {peer.about}"] if peer.about else []) + unmatched(peer, lines, peer_file):
+            say(text)
     if earlier is not None and earlier["device"] != peak.device:
         say(f"note: {against} was measured on another device: {earlier['device']}")
     if json_file is not None:

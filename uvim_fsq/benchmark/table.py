@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from uvim_fsq.benchmark.peers import Peer, compared
 from uvim_fsq.errors import UserError
 from uvim_fsq.performance.device_peak import DevicePeak
 from uvim_fsq.performance.timing import Measurement, more_is_better
@@ -50,20 +51,27 @@ def about(peak: DevicePeak) -> str:
     return f"{text}. torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def markdown(lines: Sequence[Measurement], earlier: Mapping[str, Any] | None = None) -> str:
-    """One row per measurement, without empty columns. `earlier` is a result of `read_earlier`."""
-    rows = [_row(line, earlier["by_name"].get(line.name) if earlier else None) for line in lines]
-    titles = ["", "measured", "roofline", "reached", "spread", "memory", "earlier", "speed-up", "other"]
+def markdown(lines: Sequence[Measurement], earlier: Mapping[str, Any] | None = None, peer: Peer | None = None) -> str:
+    """One row per measurement, without empty columns. `earlier` is a result of `read_earlier`.
+
+    The last column but one says how many times better ours is than the peer's: more images/s, less time or memory.
+    """
+    rows = [_row(line, earlier["by_name"].get(line.name) if earlier else None, peer) for line in lines]
+    titles = ["", "measured", "roofline", "reached", "spread", "memory", "earlier", "speed-up"]
+    titles += [peer.name if peer else "", f"ours to {peer.name}" if peer else "", "other"]
     kept = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     table = [[titles[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def _row(line: Measurement, earlier: Mapping[str, Any] | None) -> list[str]:
+def _row(line: Measurement, earlier: Mapping[str, Any] | None, peer: Peer | None) -> list[str]:
     speed_up = ""
     if earlier is not None and earlier["unit"] == line.unit:
         quotient = line.value / earlier["value"]
         speed_up = f"{quotient if more_is_better(line.unit) else 1 / quotient:.2f} x"
+    theirs = ["", ""]
+    if peer is not None and (found := compared(peer, line)) is not None:
+        theirs = [f"{number(found[0])} {line.unit}", f"{number(found[1])} x"]
     return [
         line.name,
         f"{number(line.value)} {line.unit}",
@@ -73,6 +81,7 @@ def _row(line: Measurement, earlier: Mapping[str, Any] | None) -> list[str]:
         f"{line.peak_memory / 2**30:.2f} GiB" if line.peak_memory is not None else "",
         f"{number(earlier['value'])} {earlier['unit']}" if earlier is not None else "",
         speed_up,
+        *theirs,
         "; ".join(f"{key} {text(value)}" for key, value in line.other.items()),
     ]
 

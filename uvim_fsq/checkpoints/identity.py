@@ -43,6 +43,7 @@ FREE = SPEED | {
     "train.wandb",
     "train.compile",
     "train.accumulate",  # splits the same batch differently, to fit another device
+    "task.colors",  # of pictures
 }
 
 #: Settings of predicted tokens, of which an oracle has none.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from uvim_fsq.commands.common import add_overrides, say_next_of_data
+from uvim_fsq.commands.common import add_overrides, check_places, say_next_of_data
 from uvim_fsq.console import Bar, say
 from uvim_fsq.errors import UserError
 
@@ -22,7 +23,13 @@ SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `data check` and `data prepare`."""
+    """Adds the command's arguments."""
+    add_data_arguments(parser)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write findings and samples as an HTML page")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that all commands about a data set have."""
     parser.add_argument("path", help="folder of the data set")
     parser.add_argument("--task", required=True, help="task of the data: nyu_depth, coco_panoptic, imagenet_color, ...")
     add_overrides(parser, "e.g. task.image_dir=... plugins=[...]")
@@ -38,16 +45,35 @@ def read_data_config(args: argparse.Namespace) -> Run:
 def run(args: argparse.Namespace) -> None:
     """Prints the findings. Exits with code 2 if something is broken."""
     read_data_config(args)
+    check_places(files=[args.report])
+    problems: dict[str, list[str]] = {}
     with Bar(f"{args.path}: reading") as bar:
-        lines, ok = check_data(args.task, args.path, args.overrides, bar.update)
+        lines, ok = check_data(args.task, args.path, args.overrides, bar.update, problems)
     say("\n".join(lines))
+    if args.report is not None and problems:
+        write_page(args, args.report, tuple(problems), findings=problems)
     if not ok:
         raise SystemExit(2)
     say_next_of_data(args.task, args.path)
 
 
+def write_page(args: argparse.Namespace, file: Path, splits: Sequence[str], **given: Any) -> None:
+    """Writes the page of the data set that the arguments name; `given` as for `write_data_page`."""
+    from uvim_fsq.checkpoints.loading import build_task, resolve_task
+    from uvim_fsq.reports.data_page import write_data_page
+
+    run = resolve_task(read_data_config(args))
+    with Bar(f"{args.path}: drawing") as bar:
+        write_data_page(file, build_task(run), run.data, splits, progress=bar.update, **given)
+    say(f"page: {file}")
+
+
 def check_data(
-    name: str, root: str, overrides: Sequence[str] = (), progress: ProgressCallback | None = None
+    name: str,
+    root: str,
+    overrides: Sequence[str] = (),
+    progress: ProgressCallback | None = None,
+    problems: dict[str, list[str]] | None = None,
 ) -> tuple[list[str], bool]:
     """Reads all samples of the splits train and val under `root` with the task `name`.
 
@@ -56,6 +82,7 @@ def check_data(
     Args:
         overrides: `task.key=value` settings.
         progress: called with (samples read, samples in the split).
+        problems: gets split -> everything that is wrong with it; stays empty if the task's code has faults.
 
     Returns:
         The lines to print, and whether no problem was found.
@@ -79,6 +106,7 @@ def check_data(
             return faults, False
         lines.append(f"task {name}: a sample passes through all of its methods")
     ok = True
+    all_problems = problems if problems is not None else dict[str, list[str]]()
     for split in ("train", "val"):
         try:
             source = task.source(root, split)
@@ -86,15 +114,17 @@ def check_data(
                 task.metric(source)  # a protocol may need more files than this split
         except UserError as error:
             lines.append(f"{split}: {error}")
+            all_problems[split] = [str(error)]
             ok = False
             continue
         lines.append(f"{split}: {_describe(source)}")
-        problems, size = _read_all(task, source, progress)
-        lines += [f"{split}: {problem}" for problem in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"{split}: and {len(problems) - SHOWN} more")
-        ok = ok and not problems
-        if not problems:
+        wrong, size = _read_all(task, source, progress)
+        all_problems[split] = wrong
+        lines += [f"{split}: {problem}" for problem in wrong[:SHOWN]]
+        if len(wrong) > SHOWN:
+            lines.append(f"{split}: and {len(wrong) - SHOWN} more")
+        ok = ok and not wrong
+        if not wrong:
             lines.append(f"{split}: all files readable, the first image is {size}")
     return lines, ok
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from uvim_fsq.commands.common import say_next_of_data
-from uvim_fsq.commands.data_check import add_arguments as add_arguments
+from uvim_fsq.commands.data_check import add_data_arguments as add_arguments
 from uvim_fsq.commands.data_check import read_data_config
 from uvim_fsq.console import Bar, say
+
+__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "cache a data set in a format that loads faster"
 

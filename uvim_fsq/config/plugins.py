@@ -35,6 +35,11 @@ def trusting(trust: bool = True) -> Generator[None]:
         _trusting.reset(before)
 
 
+def trusts_runs() -> bool:
+    """Whether code that comes with a run may be executed, whoever made it."""
+    return _trusting.get() or os.environ.get("UVIM_FSQ_TRUST") == "1"
+
+
 def name_plugins(modules: Iterable[str]) -> None:
     """Records modules that the user has named, and so trusts."""
     _named.update(modules)
@@ -47,7 +52,7 @@ def refuse_strangers(modules: Iterable[str], file: Path) -> None:
         modules: the run's plugins.
         file: the run's configuration file, for the message.
     """
-    if _trusting.get() or os.environ.get("UVIM_FSQ_TRUST") == "1":
+    if trusts_runs():
         return
     known = _named | {point.module for point in entry_points(group=GROUP)}
     for module in modules:

@@ -33,7 +33,7 @@ def _user() -> int:
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
-def _owned_by_user(path: Path) -> bool:
+def owned_by_user(path: Path) -> bool:
     """Whether a file or folder exists and belongs to the user; so must a link to it."""
     try:
         owners = {path.stat().st_uid, path.lstat().st_uid}
@@ -74,7 +74,7 @@ def cached_arrays(
 
 
 def _load(path: Path) -> Arrays | None:
-    if not (_owned_by_user(path.parent) and _owned_by_user(path)):
+    if not (owned_by_user(path.parent) and owned_by_user(path)):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -87,7 +87,7 @@ def _store(path: Path, arrays: Arrays) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _owned_by_user(path.parent):
+        if not owned_by_user(path.parent):
             warnings.warn(f"{path.parent} belongs to another user, nothing is cached; set UVIM_FSQ_CACHE", stacklevel=2)
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")

@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.sample import Array
@@ -139,7 +140,8 @@ def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | 
         return None
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
-    from torchvision.io import ImageReadMode, decode_jpeg
+    with compiler_unloaded():
+        from torchvision.io import ImageReadMode, decode_jpeg
 
     data = np.frombuffer(bytearray(source), np.uint8) if isinstance(source, bytes) else np.fromfile(source, np.uint8)
     try:

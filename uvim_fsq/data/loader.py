@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import DataConfig
 from uvim_fsq.data.decoded import keep_decoded
 from uvim_fsq.data.images import limit_pixels
@@ -254,7 +255,8 @@ def _load(dataset: _Samples, batches: Any, workers: int) -> Generator[Collated, 
     """Raises UserError if loader processes die, hang, or run out of shared memory."""
     if workers:
         # Needed to read images, and slow to import: do it once, before the workers are forked.
-        importlib.import_module("torchvision.io")
+        with compiler_unloaded():
+            importlib.import_module("torchvision.io")
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.data.arrays import check_npz
 from uvim_fsq.errors import UserError
 
@@ -65,7 +66,8 @@ def create_published(
 
     Raises UserError for weights that are missing, damaged, out of reach, or of a different model.
     """
-    import timm
+    with compiler_unloaded():
+        import timm
 
     if weights == "package":
         model = timm.create_model(name, **arguments)

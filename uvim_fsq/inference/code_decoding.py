@@ -9,7 +9,7 @@ B batch, L code length, d code channels, V vocabulary, S image side, C classes o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,7 +183,7 @@ class LMDecoder:
     """
 
     def __init__(self, lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> None:
-        self.oracle, self.task, self.config = oracle, task, config
+        self.oracle, self.task, self.config, self.kind = oracle, task, config, lm.config.kind
         self.decoder = lm.label_decoder or oracle
         self.generator = build_generator(lm, config)
 
@@ -201,15 +201,19 @@ class LMDecoder:
 
     def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
         """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""
+        samples = (self.generate(image, seeds, number) for number in range(self.config.samples))
+        return self.parts_of(samples, len(image))
+
+    def parts_of(self, samples: Iterable[Generated], count: int) -> tuple[list[Part], torch.Tensor]:
+        """What `parts` returns, given all samples of `count` images."""
         config = self.config
         parts: list[Part] = []
         tokens: list[torch.Tensor] = []
-        for number in range(config.samples):
-            generated = self.generate(image, seeds, number)
+        for generated in samples:
             weight = (1 - config.context_weight) / config.samples
             parts.append(self.code_part(generated, config.codes, config.code_scale, weight))
             tokens = tokens or [generated.tokens]
-        parts.append(self.context_part(len(image), config.context_weight))
+        parts.append(self.context_part(count, config.context_weight))
         return [part for part in parts if part.weight > 0], tokens[0]
 
     def decode(self, parts: Sequence[Part], image: torch.Tensor) -> list[Any]:

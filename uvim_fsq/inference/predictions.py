@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.config.schema import BasicEvalConfig, EvalConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.inference.code_decoding import LMDecoder, image_seeds
+from uvim_fsq.inference.compiled import Decode, with_packages
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Baseline, Task
@@ -71,12 +73,14 @@ def eval_autocast(config: BasicEvalConfig, device: torch.device) -> torch.autoca
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig) -> PredictFn:
+def lm_predictions(
+    lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig, decode: Decode | None = None
+) -> PredictFn:
     """The complete model: the LM predicts tokens from the image and the oracle decodes them, as `LMDecoder` says.
 
-    Each image has its own random stream, seeded by `eval.seed` and its index.
+    Each image has its own random stream, seeded by `eval.seed` and its index. `decode` may be a compiled `LMDecoder`.
     """
-    decode = LMDecoder(lm, oracle, task, config)
+    decode = decode or LMDecoder(lm, oracle, task, config)
 
     def predict(batch: Batch) -> Predictions:
         items, tokens = decode(batch["image"], image_seeds(config.seed, batch["index"]))
@@ -90,6 +94,22 @@ def lm_predictions(lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfi
 def direct_label_maps(model: DirectModel, task: Task, image: torch.Tensor) -> list[Any]:
     """One prediction per image (B, 3, S, S), as returned by `Task.decode`."""
     return [item for logits in model.iter_logits(image) for item in task.decode(logits)]
+
+
+def image_decoder(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
+    """Predicts images without labels, by the checkpoint's compiled packages if there are any that fit.
+
+    Raises UserError for settings that the token model does not support.
+    """
+    task = loaded.task
+    if isinstance(loaded, LoadedDirect):
+        return with_packages(lambda image, _: (direct_label_maps(loaded.model, task, image), None), loaded, device)
+    assert loaded.lm is not None
+    return with_packages(LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def direct_predictions(model: DirectModel, task: Task) -> PredictFn:
@@ -114,11 +134,13 @@ def predict_functions(loaded: LoadedRun | LoadedDirect) -> dict[str, PredictFn]:
     a direct run the only name is "direct".
     """
     if isinstance(loaded, LoadedDirect):
-        return {"direct": direct_predictions(loaded.model, loaded.task)}
+        decode_direct = image_decoder(loaded, _device(loaded.model))
+        return {"direct": lambda batch: Predictions(decode_direct(batch["image"], batch["index"])[0], None)}
     task, oracle = loaded.task, loaded.oracle
     predict_fns: dict[str, PredictFn] = {"oracle": oracle_predictions(oracle, task)}
     if oracle.config.context in ("both", "decoder"):
         predict_fns["context_only"] = context_predictions(oracle, task)
     if loaded.lm is not None:
-        predict_fns["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval)
+        decode = image_decoder(loaded, _device(loaded.lm))
+        predict_fns["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval, decode)
     return predict_fns

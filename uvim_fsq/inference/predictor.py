@@ -26,9 +26,8 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.files import disk_is_full
-from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
-from uvim_fsq.inference.predictions import direct_label_maps, eval_autocast
+from uvim_fsq.inference.predictions import eval_autocast, image_decoder
 
 #: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
 Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -45,7 +44,7 @@ class Predictor:
         self.task, self.run = loaded.task, loaded.run
         self.device = torch.device(device)
         self.transform = JointTransform(self.run.data, self.task, train=False)
-        self._predict = _image_predictor(loaded)
+        self._predict = _image_predictor(loaded, self.device)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
         self.provenance = {"checkpoint": str(loaded.checkpoint), **({"overrides": changed} if changed else {})}
@@ -116,19 +115,16 @@ class Predictor:
             return self._predict(torch.from_numpy(np.stack(images)).to(self.device))
 
 
-def _image_predictor(loaded: LoadedRun | LoadedDirect) -> Callable[[torch.Tensor], list[Any]]:
+def _image_predictor(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Callable[[torch.Tensor], list[Any]]:
     """A function from images (B, 3, S, S) to one item per image, as returned by `Task.decode`.
 
     Raises UserError for an oracle's checkpoint.
     """
-    task = loaded.task
-    if isinstance(loaded, LoadedDirect):
-        return lambda image: direct_label_maps(loaded.model, task, image)
-    if loaded.lm is None:
+    if isinstance(loaded, LoadedRun) and loaded.lm is None:
         raise UserError(
             f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
         )
-    decode, seed = LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded.run.eval.seed
+    decode, seed = image_decoder(loaded, device), getattr(loaded.run.eval, "seed", 0)
     # All images share one seed, so each samples the same tokens as when it is predicted alone.
     return lambda image: decode(image, torch.full((len(image),), seed))[0]
 

@@ -51,47 +51,58 @@ class AutoregressiveLM(EncoderDecoder):
         """Logits (B, V) of the token at `cache.position`.
 
         The logits have the dtype of the weights, even inside autocast, because in bf16 the two largest are often equal.
-        The step fills the cache at its position; the caller advances the position. Everything that depends on the
-        position is a tensor operation, so that a step can be captured as a CUDA graph.
+        The step fills the cache at its position; the caller advances the position. If the position is a tensor,
+        everything that depends on it is a tensor operation, so that a step can be captured as a CUDA graph.
 
         Args:
             previous: (B, 1) int64, the previous token; ignored at position 0.
             cache: from `new_cache`.
             span: how many positions of the buffers to read (default: all). The current position must be among them.
+                Only for positions that are tensors; otherwise a step reads exactly those that are filled.
         """
         position = cache.position
-        embedded = self.token_embedding(previous)
-        x = torch.where(position == 0, self.start.to(embedded.dtype), embedded)
-        x = x + self.positions.index_select(1, position)
-        later = torch.arange(span or self.length, device=position.device) > position
-        # An additive mask, because every attention call would convert a boolean one again.
-        mask = torch.zeros_like(later, dtype=cache.layers[0].own.dtype).masked_fill(later, -torch.inf)[None]
+        if isinstance(position, int):
+            span, mask = position + 1, None
+            x = self.start[0].expand(len(previous), -1) if position == 0 else self.token_embedding(previous[:, 0])
+            x = x + self.positions[0, position]
+        else:
+            span = span or self.length
+            embedded = self.token_embedding(previous[:, 0])
+            x = torch.where(position == 0, self.start[0].to(embedded.dtype), embedded)
+            x = x + self.positions[0].index_select(0, position)
+            later = torch.arange(span, device=position.device) > position
+            # An additive mask, because every attention call would convert a boolean one again.
+            mask = torch.zeros_like(later, dtype=cache.layers[0].own.dtype).masked_fill(later, -torch.inf)[None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, DecoderBlock)
-            x = block.step(x, layer, position, mask)
+            x = block.step(x, layer, position, span, mask)
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.norm(x))[:, 0]
+            return self.head(self.norm(x))
 
     def _step_constants(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per block, the tensors that all steps share: the merged projection, cross-attention keys and values."""
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
             own = block.self_attn
-            projection = torch.cat([own.query.weight, own.key.weight, own.value.weight])
+            projection = torch.cat([own.query.weight, own.key.weight, own.value.weight]).t()
             yield projection, *block.memory_heads(memory)
 
-    def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache:
+    def new_cache(self, memory: torch.Tensor, *, int8: bool = False, static: bool = True) -> DecoderCache:
         """Creates the cache for `memory` (B, M, E), and computes its cross-attention keys and values.
 
-        `int8` stores them in 8 bits, which nearly halves the bytes that a decoding step reads.
+        Args:
+            memory: the encoded images.
+            int8: store keys and values in 8 bits, which nearly halves the bytes that a decoding step reads.
+            static: keep the position in a tensor.
         """
         layers = [LayerCache.create(*constants, self.length, int8=int8) for constants in self._step_constants(memory)]
-        return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device))
+        return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device) if static else 0)
 
     def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
         """Prepares the cache for new images in place. Old self-attention keys and values remain, but are masked."""
         for layer, constants in zip(cache.layers, self._step_constants(memory), strict=True):
             layer.refill(*constants)
+        assert isinstance(cache.position, torch.Tensor)
         cache.position.zero_()
 
     def logits(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

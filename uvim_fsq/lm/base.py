@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -45,6 +45,22 @@ class Generated:
 CodeLoss = Callable[[torch.Tensor, "torch.Tensor | None"], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 #: (images (B, 3, S, S), seeds (B,) int64 or None) -> Generated.
 Generator = Callable[[torch.Tensor, "torch.Tensor | None"], Generated]
+
+
+@runtime_checkable
+class PureGenerator(Protocol):
+    """A generator that can be compiled whole: random numbers are drawn first, the rest is one function of tensors."""
+
+    def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
+        """Random numbers for images with seeds (B,) int64: a tensor of B rows, or None if nothing is random."""
+        ...
+
+    def predict(self, images: torch.Tensor, drawn: torch.Tensor | None, copies: int = 1) -> Generated:
+        """Generates `copies` samples of each image (B, 3, S, S), the first of all images first.
+
+        `drawn` has copies * B rows. There are no side effects, and the control flow depends on shapes only.
+        """
+        ...
 
 
 class TokenModel(nn.Module, ABC):

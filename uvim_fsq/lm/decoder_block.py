@@ -51,17 +51,19 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(cross.attend(cross.heads(self.norm2(x), cross.query), key, value))
         return x + self.dropout(self.mlp(self.norm3(x)))
 
-    def step(self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One position of causal decoding: (B, 1, D) -> (B, 1, D).
+    def step(
+        self, x: torch.Tensor, cache: LayerCache, position: torch.Tensor | int, span: int, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One position of causal decoding: (B, D) -> (B, D).
 
-        It attends to the first `span` positions under the mask (1, span).
+        It attends to the first `span` positions, under the mask (1, span) if there is one. Without a dimension for the
+        single position, each linear layer is one operator.
         """
         attn, cross = self.self_attn, self.cross_attn
-        y = F.linear(self.norm1(x), cache.projection).unflatten(-1, (3, attn.num_heads, -1))
-        y = y.permute(2, 0, 3, 1, 4).to(cache.own.dtype)
-        cache.own.index_copy_(3, position, y[1:])
-        key, value = cache.own[:, :, :, : mask.shape[-1]]
-        x = x + attn.attend(y[0], key, value, mask=mask)
-        attended = cache.attend_memory(cross.heads(self.norm2(x), cross.query))
-        x = x + cross.out(attended.transpose(1, 2).flatten(2))
+        y = (self.norm1(x) @ cache.projection).view(len(x), 3, attn.num_heads, 1, -1).transpose(0, 1)
+        key, value = cache.append(position, y[1:], span)
+        attended = F.scaled_dot_product_attention(y[0].to(key.dtype), key, value, attn_mask=mask)
+        x = x + attn.out(attended.flatten(1))
+        query = cross.query(self.norm2(x)).view(len(x), cross.num_heads, 1, -1)
+        x = x + cross.out(cache.attend_memory(query).flatten(1))
         return x + self.mlp(self.norm3(x))

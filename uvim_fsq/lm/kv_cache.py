@@ -1,4 +1,4 @@
-"""The key-value cache of the autoregressive decoder. Its buffers are static, so a step can be captured as a CUDA graph.
+"""The key-value cache of the autoregressive decoder. With a position on the device, a step can be a CUDA graph.
 
 B batch, H heads, L code length, M memory tokens, hd head size, D decoder width.
 """
@@ -37,6 +37,11 @@ def attend_int8(
 _COMPILED: dict[str, Callable[..., Any]] = {}
 
 
+def _compiles(x: torch.Tensor) -> bool:
+    """Whether `_COMPILED` holds for a tensor: on a GPU, unless the whole prediction is being compiled."""
+    return x.is_cuda and not torch.compiler.is_exporting()
+
+
 def _compile_for_gpu() -> None:
     # Not at import time, because importing the compiler takes seconds.
     if not _COMPILED:
@@ -44,7 +49,7 @@ def _compile_for_gpu() -> None:
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _COMPILED["to_int8"](x) if x.is_cuda else to_int8(x)
+    return _COMPILED["to_int8"](x) if _compiles(x) else to_int8(x)
 
 
 @dataclass
@@ -52,7 +57,7 @@ class LayerCache:
     """The cached keys and values of one decoder block.
 
     Attributes:
-        projection: (3 D, D), the self-attention maps to queries, keys and values in one matrix. For small batches a
+        projection: (D, 3 D), the self-attention maps to queries, keys and values in one matrix. For small batches a
             step is bound by its number of kernels, so one product is faster than three.
         own: (2, B, H, L, hd), keys and values of self-attention, filled step by step.
         cross_key: (B, H, M, hd), keys of cross-attention, computed once; int8 if there are scales.
@@ -77,7 +82,7 @@ class LayerCache:
         own = key.new_zeros(2, b, heads, length, size)
         if not int8:
             return cls(projection, own, key, value)
-        if key.is_cuda:
+        if _compiles(key):
             _compile_for_gpu()
         (key, key_scale), (value, value_scale) = _quantize(key), _quantize(value)
         return cls(projection, own, key, value, key_scale, value_scale)
@@ -91,18 +96,35 @@ class LayerCache:
                 scale.copy_(new_scale)
             buffer.copy_(x)
 
+    def append(self, position: torch.Tensor | int, new: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new keys and values (2, B, H, 1, hd) of self-attention at a position.
+
+        Returns all keys and values of the first `span` positions, (B, H, span, hd) each.
+        """
+        if isinstance(position, int):
+            self.own[:, :, :, position : position + 1] = new
+        else:
+            self.own.index_copy_(3, position, new.to(self.own.dtype))
+        key, value = self.own[:, :, :, :span].unbind()
+        return key, value
+
     def attend_memory(self, query: torch.Tensor) -> torch.Tensor:
         """Cross-attention of one query (B, H, 1, hd) -> (B, H, 1, hd)."""
         if self.key_scale is None or self.value_scale is None:
-            query = query.to(self.cross_key.dtype)
+            if query.dtype != self.cross_key.dtype:
+                query = query.to(self.cross_key.dtype)
             return F.scaled_dot_product_attention(query, self.cross_key, self.cross_value)
-        attend = _COMPILED["attend_int8"] if query.is_cuda else attend_int8
+        attend = _COMPILED["attend_int8"] if _compiles(query) else attend_int8
         return attend(query, self.cross_key, self.key_scale, self.cross_value, self.value_scale)
 
 
 @dataclass
 class DecoderCache:
-    """The caches of all blocks, and the position of the next token as a (1,) int64 tensor on the device."""
+    """The caches of all blocks, and the position of the next token.
+
+    The position is a (1,) int64 tensor on the device, so that one step can be captured or compiled for all positions,
+    or a number, which needs fewer operators per step.
+    """
 
     layers: list[LayerCache]
-    position: torch.Tensor
+    position: torch.Tensor | int

@@ -84,18 +84,33 @@ class MaskedGenerator:
             images: (B, 3, S, S), uint8 or floating point in [-1, 1].
             seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused if nothing is random.
         """
-        drawn = self._draw(len(images), seeds, images.device) if self.sampling.is_random else None
+        drawn = self.draw(torch.arange(len(images)) if seeds is None else seeds)
+        return self.predict(images, None if drawn is None else drawn.to(images.device))
+
+    def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
+        """Random numbers for images with seeds (B,) int64, or None if nothing is random.
+
+        (B, T, 2, L) float64 in [0, 1): per step and position one for the token, one for its order.
+        """
+        if not self.sampling.is_random:
+            return None
+        steps, length = len(self.counts), self.model.length
+        return example_uniforms(seeds, 2 * steps * length).view(len(seeds), steps, 2, length)
+
+    def predict(self, images: torch.Tensor, drawn: torch.Tensor | None, copies: int = 1) -> Generated:
+        """Generates tokens; all of it can be one graph.
+
+        Args:
+            images: (B, 3, S, S).
+            drawn: (copies * B, T, 2, L), from `draw`.
+            copies: how many samples of each image; B in the result counts all samples, those of one draw together.
+        """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             memory = self.model.encode(images)
-            tokens, kept = self._decode(len(images), self.model.memory_heads(memory), drawn)
+            memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
+            numbers = None if drawn is None else drawn.permute(1, 2, 0, 3)
+            tokens, kept = self._decode(len(memory), self.model.memory_heads(memory), numbers)
         return Generated(tokens, kept, memory)
-
-    def _draw(self, batch: int, seeds: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Random numbers (T, 2, B, L) float64 in [0, 1): per step and position one for the token, one for its order."""
-        seeds = torch.arange(batch) if seeds is None else seeds
-        steps, length = len(self.counts), self.model.length
-        drawn = example_uniforms(seeds, 2 * steps * length).view(batch, steps, 2, length)
-        return drawn.permute(1, 2, 0, 3).to(device)
 
     def _decode(
         self, batch: int, attended: CrossAttended, drawn: torch.Tensor | None

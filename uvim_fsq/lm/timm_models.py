@@ -14,17 +14,22 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.data.published_weights import HALF, Triple, check_package, create_published, first_line
 from uvim_fsq.errors import UserError
 
-# timm takes seconds to import, because it imports torchvision and the compiler.
+# timm takes long to import: all of its models, and torchvision.
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 #: Our key -> timm's argument.
 OVERRIDES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "num_heads": "num_heads"}
+
+#: Methods of tensors, and functions of torch.nn.init, by which models are initialized.
+FILLS = ("uniform_", "normal_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_")
 
 
 class GELUTanh(nn.GELU):
@@ -62,7 +67,8 @@ def create_timm_model(config: EncoderConfig, size: int) -> tuple[nn.Module, Trip
     Raises UserError for an unknown name, settings that the model lacks, an image size that it cannot take, overrides of
     the architecture combined with weights, and weights that do not fit.
     """
-    import timm
+    with compiler_unloaded():
+        import timm
 
     published = _on_meta(config.name)
     arguments = _arguments(config, published)
@@ -111,13 +117,23 @@ def _on_meta(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"unknown timm model {name!r}; did you mean {', '.join(close) or 'vit_base_patch16_224'}?")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutValues():
             return timm.create_model(name)
     except RuntimeError as error:
         known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
         raise UserError(
             f"model.encoder.name={name}: {first_line(error)}; choose one of {', '.join(known) or 'timm.list_models()'}"
         ) from error
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips what only changes values. On the meta device there are none, but some of it imports torch's tracing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FILLS:
+            return args[0] if args else kwargs["tensor"]  # torch.nn.init passes it by name
+        return func(*args, **kwargs)
 
 
 def _arguments(config: EncoderConfig, published: nn.Module) -> dict[str, Any]:

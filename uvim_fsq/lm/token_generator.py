@@ -40,7 +40,7 @@ class CachedDecoder(Protocol):
 
     def decode_step(self, previous: torch.Tensor, cache: DecoderCache, span: int | None = None) -> torch.Tensor: ...
 
-    def new_cache(self, memory: torch.Tensor, *, int8: bool = False) -> DecoderCache: ...
+    def new_cache(self, memory: torch.Tensor, *, int8: bool = False, static: bool = True) -> DecoderCache: ...
 
     def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None: ...
 
@@ -68,6 +68,11 @@ class DecodingBuffers:
     uniforms: torch.Tensor
     probabilities: torch.Tensor | None = None
     graphs: dict[int, Any] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Goes back to the first position."""
+        assert isinstance(self.cache.position, torch.Tensor)
+        self.cache.position.zero_()
 
     @classmethod
     def create(cls, model: CachedDecoder, memory: torch.Tensor, *, int8: bool, probabilities: bool) -> DecodingBuffers:
@@ -111,7 +116,10 @@ class BufferPool:
 
 
 class TokenGenerator:
-    """Decodes batches of images with one LM. Keeps static buffers for each batch size and, on a GPU, captured steps.
+    """Decodes batches of images with one LM.
+
+    On a GPU it keeps static buffers for each batch size and captured steps; compiled steps need the buffers as well.
+    Otherwise each batch gets a cache of its own.
 
     With `precision="bf16"` the weights are copied at construction, so later changes to the model have no effect.
 
@@ -155,6 +163,9 @@ class TokenGenerator:
             seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused by greedy decoding.
         """
         batch = len(images)
+        drawn = self.draw(torch.arange(batch) if seeds is None else seeds)
+        if not self._is_static(images.device):
+            return self.predict(images, drawn)
         size = self._pool.batch_size(batch, images.device)
         if size > batch:
             # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
@@ -162,10 +173,8 @@ class TokenGenerator:
         with self._decoding_context(images.device):
             memory = self.model.encode(images)
             buffers = self._prepare_buffers(memory)
-            if self.sampling.temperature > 0:
-                seeds = torch.arange(batch) if seeds is None else seeds
-                uniforms = example_uniforms(seeds, self.model.length)
-                buffers.uniforms[:batch].copy_(uniforms, non_blocking=True)
+            if drawn is not None:
+                buffers.uniforms[:batch].copy_(drawn, non_blocking=True)
             for position in range(self.model.length):
                 span = min((position // self.span + 1) * self.span, self.model.length)
                 if span in buffers.graphs:
@@ -174,6 +183,38 @@ class TokenGenerator:
                     self._step(buffers, span)
         probabilities = None if buffers.probabilities is None else buffers.probabilities[:batch].clone()
         return Generated(buffers.tokens[:batch].clone(), probabilities, memory[:batch])
+
+    def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
+        """Random numbers (B, L) float64 in [0, 1) for images with seeds (B,) int64, or None for greedy decoding."""
+        return example_uniforms(seeds, self.model.length) if self.sampling.temperature > 0 else None
+
+    def predict(self, images: torch.Tensor, drawn: torch.Tensor | None, copies: int = 1) -> Generated:
+        """Generates tokens without buffers, one step after the other, so that all of it can be one graph.
+
+        Args:
+            images: (B, 3, S, S).
+            drawn: (copies * B, L), from `draw`.
+            copies: how many samples of each image; B in the result counts all samples, those of one draw together.
+        """
+        tokens: list[torch.Tensor] = []
+        probabilities: list[torch.Tensor | None] = []
+        with self._decoding_context(images.device):
+            memory = self.model.encode(images)
+            memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
+            cache = self.model.new_cache(memory, int8=self.int8, static=False)
+            previous = memory.new_zeros(len(memory), 1, dtype=torch.long)
+            for position in range(self.model.length):
+                cache.position = position
+                logits = self.model.decode_step(previous, cache).float()
+                previous, probability = self._choose(logits, None if drawn is None else drawn[:, position, None])
+                tokens.append(previous)
+                probabilities.append(probability)
+        kept = torch.cat([p for p in probabilities if p is not None], 1) if self.probabilities else None
+        return Generated(torch.cat(tokens, 1), kept, memory)
+
+    def _is_static(self, device: torch.device) -> bool:
+        """Whether to decode with static buffers, which captured and compiled steps need."""
+        return self.compiled or device.type == "cuda"
 
     @contextlib.contextmanager
     def _decoding_context(self, device: torch.device) -> Iterator[None]:
@@ -205,17 +246,18 @@ class TokenGenerator:
         with torch.cuda.stream(warmup):
             for _ in range(2):
                 self._step(buffers, span)
-                buffers.cache.position.zero_()
+                buffers.reset()
         torch.cuda.current_stream().wait_stream(warmup)
         graph = buffers.graphs[span] = torch.cuda.CUDAGraph()
         # Thread-local, because the loader's thread may pin memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(buffers, span)
-        buffers.cache.position.zero_()
+        buffers.reset()
 
     def _step(self, buffers: DecodingBuffers, span: int) -> None:
         """Chooses and stores the next token of every image, and advances the position."""
         position = buffers.cache.position
+        assert isinstance(position, torch.Tensor)
         chosen, probabilities = self._next(self, buffers.previous, buffers.cache, buffers.uniforms, span)
         buffers.tokens.index_copy_(1, position, chosen)
         if buffers.probabilities is not None and probabilities is not None:
@@ -227,9 +269,14 @@ class TokenGenerator:
         self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor, span: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.model.decode_step(previous, cache, span).float()
+        assert isinstance(cache.position, torch.Tensor)
+        drawn = uniforms.index_select(1, cache.position) if self.sampling.temperature > 0 else None
+        return self._choose(logits, drawn)
+
+    def _choose(self, logits: torch.Tensor, drawn: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next tokens (B, 1) for logits (B, V) and random numbers (B, 1), and if requested, their distributions."""
         probabilities = logits.softmax(-1).unsqueeze(1) if self.probabilities else None
-        if self.sampling.temperature == 0:
+        if drawn is None:
             return logits.argmax(-1, keepdim=True), probabilities
-        drawn = uniforms.index_select(1, cache.position)
         chosen = sample(logits / self.sampling.temperature, drawn, self.sampling.top_k, self.sampling.top_p)
         return chosen, probabilities

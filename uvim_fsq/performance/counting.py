@@ -15,7 +15,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def meta_copy(module: nn.Module) -> Any:
@@ -25,6 +24,8 @@ def meta_copy(module: nn.Module) -> Any:
 
 def forward_flops(module: nn.Module, shape: Sequence[int]) -> float:
     """FLOP of the forward pass on one floating-point input. A multiply-add counts as 2, elementwise operations as 0."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     # The caller may have made another device the default one.
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
         model, x = _fake_copy(module).eval(), torch.zeros(*shape)

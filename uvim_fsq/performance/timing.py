@@ -37,7 +37,7 @@ class Measurement:
     Attributes:
         name: what was measured. It is the same in each run, so that runs can be compared.
         value: the median, in `unit`.
-        unit: "images/s" (higher is better) or "ms" (lower is better).
+        unit: "images/s" (higher is better), "ms" or "MB" (lower is better).
         spread: (largest - smallest) / median of the repeats.
         roofline: limit of the device, in `unit`; None if it was not computed.
         peak_memory: peak of allocated device memory, in bytes.

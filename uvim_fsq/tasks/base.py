@@ -314,3 +314,16 @@ class Task(ABC):
         `progress` is called with (done, total). Raises UserError if there is nothing to prepare.
         """
         raise UserError(f"task {self.name} reads its data as it is; there is nothing to prepare")
+
+    @classmethod
+    def convert(cls, root: str, out: Path | None, progress: Callable[[int, int], None]) -> str:
+        """Converts labels as they are distributed to a format that `source` reads, and returns a one-line summary.
+
+        Args:
+            root: the data set.
+            out: folder for the converted labels, None: with the data set.
+            progress: called with (done, total).
+
+        Raises UserError if there is nothing to convert.
+        """
+        raise UserError(f"task {cls.name} reads its data as it is; there is nothing to convert")

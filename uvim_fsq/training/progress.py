@@ -5,12 +5,13 @@ Only the main process prints and writes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from uvim_fsq.config.schema import TrainConfig
 from uvim_fsq.console import LINES, Bar, clear, say
 from uvim_fsq.files import read_json_lines, write_text
 from uvim_fsq.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 
 class Progress:
@@ -52,14 +56,18 @@ class Progress:
         self.bar, self.last_line = Bar(title, total, start_step, every=2 * LINES), -math.inf
         self.waiting = 0.0
         self.out = Path(train.out)
+        self.start_step = start_step
         if not main:
             return
-
-        from torch.utils.tensorboard.writer import SummaryWriter  # takes a third of a second
-
-        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=start_step + 1)
         self._truncate(start_step, unevaluated)
         self.trackers = Trackers(train, settings or {})
+
+    @functools.cached_property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer, made when there is something to write: its import delays the first step."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start_step + 1)
 
     def _truncate(self, step: int, unevaluated: bool) -> None:
         file = self.out / "metrics.jsonl"
@@ -133,5 +141,6 @@ class Progress:
         if not self.main:
             return
         clear()
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
         self.trackers.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from uvim_fsq import processes
 from uvim_fsq.checkpoints.loading import build_task, resolve_task
 from uvim_fsq.checkpoints.run_directory import inherit
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import Run
 from uvim_fsq.errors import TRAINING_REMEDY, UserError, enough_memory
 from uvim_fsq.evaluation.results import result_file, states_file
@@ -44,7 +45,7 @@ def train_inherited(run: Run) -> Path:
     # Set up the process group first, because reading the data takes time.
     processes.state()
     run = resolve_task(run)
-    with enough_memory(TRAINING_REMEDY):
+    with enough_memory(TRAINING_REMEDY), compiler_unloaded():
         refuse_faults(build_task(run), run.data.root, run.data.eval_split)
         out = fit(build_stage(run), run)
     result = evaluate(out, tuned=False, states=states_file(result_file(out)))

@@ -190,10 +190,13 @@ class LMStage(Stage):
     def __init__(self, run: LMRun, oracle: tuple[Oracle, Task] | None = None) -> None:
         """`oracle`: a frozen oracle and its task, to use instead of the checkpoint that `run` names."""
         super().__init__(run)
-        # Determined once, because the oracle's best checkpoint may change before it is copied.
-        self.oracle_dir = oracle_to_train_on(run) if oracle is None else None
-        self.oracle_sha256 = weights_hash(self.oracle_dir) if self.oracle_dir is not None else None
-        self.oracle, self.task = oracle or load_oracle(self.oracle_dir or run.oracle, run)
+        self.oracle_dir: Path | None = None
+        if oracle is None:
+            # Determined once, because the oracle's best checkpoint may change before it is copied.
+            self.oracle_dir = oracle_to_train_on(run)
+            self.oracle_sha256 = weights_hash(self.oracle_dir)
+            oracle = load_oracle(self.oracle_dir, run)
+        self.oracle, self.task = oracle
         self.tokenize = compiled(self.oracle.tokenize) if run.train.compile else self.oracle.tokenize
         torch.manual_seed(run.train.seed)
         self.lm = build_lm(run, self.oracle)

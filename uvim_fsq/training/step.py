@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from uvim_fsq import processes
@@ -60,11 +61,16 @@ class Stepper:
         self._parameters = {name: [p for p in in_order if id(p) in ids] for name, ids in owned.items()}
         model = compiled(stage.model) if run.train.compile else stage.model
         # The schedule is not passed to Accelerate, which would step it once per process.
-        self.model = self.accelerator.prepare(model)
-        self.auxiliary = {name: self.accelerator.prepare(module) for name, module in stage.auxiliary.items()}
+        self.model = self._prepared(model)
+        self.auxiliary = {name: self._prepared(module) for name, module in stage.auxiliary.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
         self.ema = self.ema_start() if run.train.ema is not None else None
         self.step = 0
+
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        """The module on its device, wrapped by Accelerate."""
+        # Unless it is told, Accelerate looks for parameters spread over devices, and imports a compiler for that.
+        return self.accelerator.prepare(module, device_placement=[True])
 
     def ema_start(self) -> dict[str, torch.Tensor]:
         """A copy of the current weights, from which averaging starts."""
@@ -100,8 +106,8 @@ class Stepper:
                     sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value.detach().float() * weight
                 for name, optimizer in self.optimizers.items():
                     if self.accelerator.sync_gradients and self.run.optim.clip_norm is not None:
-                        norm = self.accelerator.clip_grad_norm_(self._parameters[name], self.run.optim.clip_norm)
-                        sums[_log_name(name, "grad_norm")] = torch.as_tensor(norm) * self.train.accumulate
+                        norm = self._clip(self._parameters[name], self.run.optim.clip_norm)
+                        sums[_log_name(name, "grad_norm")] = norm * self.train.accumulate
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
         self.stage.on_optimizer_step(self.sum, derive_seed(self.train.seed, self.step))
@@ -112,6 +118,12 @@ class Stepper:
             average(list(self.ema.values()), list(self.stage.model.parameters()), self.step)
         self.step += 1
         return {name: value / self.train.accumulate for name, value in sums.items()}
+
+    def _clip(self, parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+        """Clips the norm of the gradients. Returns the norm before."""
+        # As Accelerate's function for whole parameters, which would look for spread ones and import a compiler.
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(parameters, limit)
 
     def _backward(self, batch: Batch, weight: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Backpropagates each loss of a micro batch into the parameters of its optimizer. Yields losses and logs."""

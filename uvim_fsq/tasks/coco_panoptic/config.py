@@ -10,8 +10,10 @@ from typing import Literal
 class CocoPanopticConfig:
     """The keys under `task:` of panoptic segmentation."""
 
-    changeable = ("min_fraction", "image_dir")
+    changeable = ("min_fraction", "image_dir", "colors")
 
+    annotations: Literal["auto", "panoptic", "instances"] = "auto"
+    """What to read: panoptic (JSON and id PNGs), instances (JSON with masks of things), or auto: panoptic if any."""
     max_instances: int = 99
     """Largest instance number (0 is void); of an image with more segments, the largest ones are kept."""
     void: Literal["class", "ignore"] = "class"
@@ -21,6 +23,8 @@ class CocoPanopticConfig:
     min_fraction: float = 0.0
     """Predicted instances that cover at most this fraction of the image become void."""
     image_dir: str = ""
-    """Folder of the images, relative to data.root, if not in a standard place; {split} becomes train or val."""
+    """Folder of the images under data.root, if not in a standard place; {split} becomes train(ing) or val(idation)."""
     categories: tuple[tuple[int, str, bool], ...] = ()
     """(id, name, is a thing) of each class; read from the annotation file and stored in the checkpoint."""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    """(red, green, blue), 0..255, of each class in pictures; read from the annotation file if it has them."""

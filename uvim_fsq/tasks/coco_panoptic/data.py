@@ -1,8 +1,8 @@
-"""Reads COCO panoptic 2017 in its common layouts, and any data set in the COCO panoptic format.
+"""Reads COCO, Cityscapes and ADE20K panoptic, COCO instances, and any data set in these formats (`layouts.py`).
 
-A Sample's map `segments`, (H, W) int32, numbers the segments of the image 1..K in the order of the JSON; 0 is void.
-`meta["segments"]` is the ground truth for scoring. Both come from the PNGs (in a folder or still zipped) or from the
-compact copies that `uvim-fsq data prepare` writes.
+A Sample's map `segments`, (H, W) int32, numbers the segments of the image 1..K in the order of the index; 0 is void, or
+background with instances. `meta["segments"]` is the ground truth for scoring. Both come from the PNGs (in a folder or
+still zipped), from the masks in an instances JSON, or from the compact copies that `uvim-fsq data prepare` writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 
 from uvim_fsq.data.arrays import MAX_RATIO
 from uvim_fsq.data.decoded import decoded
-from uvim_fsq.data.folders import and_list
 from uvim_fsq.data.images import decode_png, read_image
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
@@ -32,25 +31,11 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import inside, read_json, write_json, write_whole
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.index import Index, read_index
+from uvim_fsq.tasks.coco_panoptic.instances import InstanceIndex, read_instances
+from uvim_fsq.tasks.coco_panoptic.layouts import find_annotations, find_photos, photo_name
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, rgba_to_ids, segment_index
 
-OFFICIAL = {"panoptic_train2017": 118_287, "panoptic_val2017": 5_000}
 PREPARED = "prepared_panoptic"
-
-
-def find_annotations(root: Path, split: str) -> Path:
-    """The panoptic JSON of `split` ("train" or "val") in `root` or `root`/annotations. Raises UserError if missing."""
-    places = (root / "annotations", root)
-    found = sorted(file for place in places for file in place.glob(f"panoptic_{split}*.json"))
-    if not found:
-        others = sorted(file.name for place in places for file in place.glob("*.json"))
-        raise UserError(
-            f"{root} holds no annotations/panoptic_{split}*.json"
-            + (f", only {and_list(others)}" if others else "")
-            + "; the COCO panoptic format is expected, see datasets/README.md"
-        )
-    # Prefer the standard name to variants that other tools write.
-    return min(found, key=lambda file: (file.stem != f"panoptic_{split}2017", len(file.name), file.name))
 
 
 @dataclass
@@ -106,27 +91,6 @@ def find_pngs(root: Path, annotations: Path) -> PngStore:
     )
 
 
-def find_photos(root: Path, annotations: Path, image_dir: str, split: str) -> Path:
-    """Finds the folder of the images. Raises UserError if there is none.
-
-    `image_dir` (relative to `root`, with {split} replaced) takes precedence over the standard places.
-    """
-    name = annotations.stem.removeprefix("panoptic_")
-    if image_dir:
-        place = root / image_dir.replace("{split}", split)
-        if not place.is_dir():
-            raise UserError(f"task.image_dir={image_dir}: {place} is not a folder")
-        return place
-    for place in (root / name, root / "images" / name, root / split, root / "images" / split, root / "images"):
-        if place.is_dir():
-            return place
-    others = and_list([f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir()])
-    raise UserError(
-        f"{root} holds no images: looked for {name}/ and images/{name}/, found {others or 'no folder'}; rename one or "
-        "set task.image_dir to its name"
-    )
-
-
 def decode_ids(data: bytes, name: str) -> np.ndarray:
     """An id PNG -> (H, W) int32, R + 256 G + 65536 B. Raises UserError for anything but 8-bit RGB."""
     pixels = decode_png(data, name)
@@ -155,18 +119,26 @@ def number_segments(ids: np.ndarray, segment_ids: np.ndarray, name: str) -> np.n
 
 
 class PanopticSource:
-    """One split of a data set in the COCO panoptic format."""
+    """One split of a data set with panoptic or instance annotations.
+
+    Attributes:
+        instances: whether unlabeled pixels are background (everything was annotated that is an instance), not void.
+    """
 
     def __init__(self, root: Path, split: str, config: CocoPanopticConfig) -> None:
         self.official_split = "val" if split == "val" else "train"
         self.root, self.config = root, config
-        self.annotations = find_annotations(root, self.official_split)
-        self.index = read_index(self.annotations)
+        layout, self.annotations = find_annotations(root, self.official_split, config.annotations)
+        self.instances = layout.instances
+        self.index = read_instances(self.annotations) if layout.instances else read_index(self.annotations)
         _check_categories(self.index, config)
         self.photos = find_photos(root, self.annotations, config.image_dir, self.official_split)
+        self.names = photo_names(self.index)
         self.prepared = _prepared_folder(root, self.annotations, self.index)
-        self.pngs = PngStore(self.prepared) if self.prepared else find_pngs(root, self.annotations)
-        self.rows = split_rows(split, [str(name) for name in self.index.images])
+        self.pngs = PngStore(self.prepared) if self.prepared else None
+        if self.pngs is None and not layout.instances:
+            self.pngs = find_pngs(root, self.annotations)
+        self.rows = split_rows(split, self.names)
         crowded = int((np.diff(self.index.first)[self.rows] > config.max_instances).sum())
         if crowded:
             warnings.warn(
@@ -174,18 +146,20 @@ class PanopticSource:
                 f"{config.max_instances} segments; the largest are kept as labels",
                 stacklevel=2,
             )
-        full = self.official_split == split and len(self.index.category_ids) == 133
+        full = self.official_split == split and len(self.index.category_ids) == layout.classes
         self.info: dict[str, Any] = {
-            "layout": "COCO panoptic" + (" (prepared labels)" if self.prepared else ""),
+            "layout": layout.name + (" (prepared labels)" if self.prepared else ""),
             "split": split,
             "count": len(self.rows),
-            "official_count": OFFICIAL.get(self.annotations.stem) if full else None,
+            "official_count": layout.official.get(self.annotations.stem) if full else None,
             "root": root.name,
             "annotations": self.annotations.name,
             "classes": len(self.index.category_ids),
             "images_without_annotation": self.index.without_annotation,
             f"images_over_{config.max_instances}_segments": crowded,
         }
+        if isinstance(self.index, InstanceIndex):
+            self.info["annotations_without_mask"] = self.index.without_mask
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,33 +169,49 @@ class PanopticSource:
         place = find_pngs(self.root, self.annotations).place
         return place if place.is_dir() else None
 
+    def _numbers(self, row: int) -> np.ndarray:
+        """(H, W) int32: the number of each pixel's segment, by its position in the index."""
+        if self.pngs is None:
+            assert isinstance(self.index, InstanceIndex)
+            return self.index.paint(row)
+        png = str(self.index.pngs[row])
+        data, name = self.pngs.read(png), str(self.pngs.place / png)
+        if self.prepared:
+            return decode_prepared(data, name)
+        part = slice(int(self.index.first[row]), int(self.index.first[row + 1]))
+        return number_segments(decode_ids(data, name), self.index.ids[part], name)
+
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         part = slice(int(self.index.first[row]), int(self.index.first[row + 1]))
-        image = read_image(self.photos / str(self.index.images[row]))
-        png, ids = str(self.index.pngs[row]), self.index.ids[part]
-        how = ["segments", png, ids.tolist()]
-        numbers = decoded(self.pngs.file(png), np.int32, how, lambda: self._numbers(png, ids))
+        photo, png = self.photos / self.names[row], str(self.index.pngs[row])
+        image = read_image(photo)
+        file = self.annotations if self.pngs is None else self.pngs.file(png)
+        how = ["segments", png, self.index.ids[part].tolist()]
+        numbers = decoded(file, np.int32, how, lambda: self._numbers(row))
         if image.shape[:2] != numbers.shape:
+            label = f"its mask in {self.annotations.name}" if self.instances else f"its PNG {png}"
             raise UserError(
-                f"{self.photos / str(self.index.images[row])} is {image.shape[0]} x {image.shape[1]} but its PNG {png} "
+                f"{photo} is {image.shape[0]} x {image.shape[1]} but {label} "
                 f"is {numbers.shape[0]} x {numbers.shape[1]}; they belong to different versions"
             )
         classes, crowd = self.index.classes[part].astype(np.int32), self.index.crowd[part]
+        truth = Segments(numbers, np.arange(1, len(classes) + 1), classes, crowd)
+        if self.instances:
+            truth = truth.present()  # without instances that others cover
         meta = {
-            "segments": Segments(numbers, np.arange(1, len(classes) + 1), classes, crowd),
+            "segments": truth,
             "areas": self.index.areas[part],
             "image_id": self.index.image_ids[row].item(),
             "png": png,
         }
-        return Sample(str(self.index.images[row]), image, {"segments": numbers}, meta)
+        return Sample(self.names[row], image, {"segments": truth.ids}, meta)
 
-    def _numbers(self, png: str, ids: np.ndarray) -> np.ndarray:
-        """(H, W) int32 segment numbers of a PNG."""
-        data, name = self.pngs.read(png), str(self.pngs.place / png)
-        if self.prepared:
-            return decode_prepared(data, name)
-        return number_segments(decode_ids(data, name), ids, name)
+
+def photo_names(index: Index) -> list[str]:
+    """The paths of the images in their folder, in the order of the index. Raises UserError if one leads out of it."""
+    ids = map(str, index.image_ids)
+    return [photo_name(one, str(name), index.file) for one, name in zip(ids, index.images, strict=True)]
 
 
 def _check_categories(index: Index, config: CocoPanopticConfig) -> None:
@@ -260,13 +250,20 @@ def _prepared_state(folder: Path, annotations: Path, index: Index) -> str:
 
 def _fingerprint(annotations: Path, index: Index) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for array in (index.first, index.ids, index.pngs):
+    masks = (index.masks,) if isinstance(index, InstanceIndex) else ()
+    for array in (index.first, index.ids, index.pngs, *masks):
         digest.update(np.ascontiguousarray(array).tobytes())
     return {"version": 2, "annotations": annotations.name, "segments_sha256": digest.hexdigest()}
 
 
+def _prepared_name(root: Path, annotations: Path) -> str:
+    """The file's name; with its folder if every split has a file of the same name."""
+    own = annotations.name == "_annotations.coco.json" and annotations.parent != root
+    return f"{annotations.parent.name}{annotations.stem}" if own else annotations.stem
+
+
 def _prepared_folder(root: Path, annotations: Path, index: Index) -> Path | None:
-    folder = root / PREPARED / annotations.stem
+    folder = root / PREPARED / _prepared_name(root, annotations)
     return folder if _prepared_state(folder, annotations, index) == "complete" else None
 
 
@@ -278,33 +275,40 @@ def decode_prepared(data: bytes, name: str) -> np.ndarray:
     return pixels.astype(np.int32)
 
 
-def prepare(root: str, progress: Callable[[int, int], None]) -> str:
+def prepare(root: str, progress: Callable[[int, int], None], kind: str = "auto") -> str:
     """Writes the id maps of both splits as grayscale PNGs of segment numbers, which decode three times as fast.
 
     Can be interrupted and restarted; a split is used only when it is complete. Returns a one-line summary.
+    `kind` is `task.annotations`.
     """
     place = find_data_root(root)
     done: list[str] = []
     for split in ("train", "val"):
-        annotations = find_annotations(place, split)
-        index = read_index(annotations)
-        folder = place / PREPARED / annotations.stem
+        layout, annotations = find_annotations(place, split, kind)
+        index = read_instances(annotations) if layout.instances else read_index(annotations)
+        folder = place / PREPARED / _prepared_name(place, annotations)
         if _prepared_state(folder, annotations, index) != "complete":
             write_json(folder / "source.json", _fingerprint(annotations, index), indent=None)
-            _prepare_split(find_pngs(place, annotations), index, folder, progress)
+            pngs = None if layout.instances else find_pngs(place, annotations)
+            _prepare_split(pngs, index, folder, progress)
             write_whole(folder / "complete", Path.touch)
         done.append(f"{len(index.image_ids)} {split}")
     return f"prepared labels of {' and '.join(done)} images in {place / PREPARED}"
 
 
-def _prepare_split(pngs: PngStore, index: Index, folder: Path, progress: Callable[[int, int], None]) -> None:
+def _prepare_split(pngs: PngStore | None, index: Index, folder: Path, progress: Callable[[int, int], None]) -> None:
     for row, name in enumerate(map(str, index.pngs)):
         progress(row, len(index.pngs))
         target = folder / name
         if target.is_file():
             continue
         ids = index.ids[int(index.first[row]) : int(index.first[row + 1])]
-        numbers = number_segments(decode_ids(pngs.read(name), str(pngs.place / name)), ids, str(pngs.place / name))
+        if pngs is None:
+            assert isinstance(index, InstanceIndex)
+            numbers = index.paint(row)
+        else:
+            place = str(pngs.place / name)
+            numbers = number_segments(decode_ids(pngs.read(name), place), ids, place)
         ok, png = cv2.imencode(".png", numbers.astype(np.uint8 if len(ids) < 256 else np.uint16))
         assert ok
         write_whole(inside(folder, target), functools.partial(Path.write_bytes, data=png.tobytes()), durable=False)

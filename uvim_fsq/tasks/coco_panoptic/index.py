@@ -33,6 +33,7 @@ class Index:
         classes: (M,) int64, 1..C in the order of the file's categories.
         areas: (M,) int64 pixels as given in the JSON, -1 if missing. crowd: (M,) bool.
         category_ids: (C,) int64. category_names: (C,) str. is_thing: (C,) bool.
+        colors: (C, 3) uint8 RGB of the categories, (0, 3) unless the file gives one to each of them.
         without_annotation: number of images without an annotation; they are left out.
     """
 
@@ -48,6 +49,7 @@ class Index:
     category_ids: np.ndarray
     category_names: np.ndarray
     is_thing: np.ndarray
+    colors: np.ndarray
     without_annotation: int
 
     @property
@@ -71,13 +73,14 @@ def _read(file: Path, mtime: int, size: int) -> Index:
     if size < CACHE_FROM:
         arrays = _parse(file)
     else:
-        # Version 1 was written without checking file names.
-        key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 2}
+        # Version 1 was written without checking file names, version 2 has no colors.
+        key = {"file": str(file.resolve()), "mtime": mtime, "size": size, "version": 3}
         arrays = cached_arrays("panoptic_index", key, lambda: _parse(file))
     return Index(file=file, **{**arrays, "without_annotation": int(arrays["without_annotation"])})
 
 
-def _parse(file: Path) -> dict[str, np.ndarray]:
+def read_tree(file: Path, kind: str) -> dict[str, Any]:
+    """The content of an annotation file of `kind`. Raises UserError if it is no JSON or lacks one of COCO's lists."""
     try:
         tree = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -86,7 +89,12 @@ def _parse(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
     keys = ("images", "annotations", "categories")
     if not isinstance(tree, dict) or any(not isinstance(tree.get(key), list) for key in keys):
-        raise UserError(f"{file} is not a panoptic annotation file: it needs the lists {', '.join(keys)}")
+        raise UserError(f"{file} is not {kind} annotation file: it needs the lists {', '.join(keys)}")
+    return tree
+
+
+def _parse(file: Path) -> dict[str, np.ndarray]:
+    tree = read_tree(file, "a panoptic")
     try:
         return _tables(file, tree)
     except UserError:
@@ -100,9 +108,7 @@ def _parse(file: Path) -> dict[str, np.ndarray]:
 
 def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     categories = tree["categories"]
-    number = {int(category["id"]): i + 1 for i, category in enumerate(categories)}
-    if len(number) != len(categories) or not categories:
-        raise UserError(f"{file}: its categories are empty or repeat an id")
+    number = category_numbers(file, categories)
     images = {image["id"]: image for image in tree["images"]}
     annotations = {annotation["image_id"]: annotation for annotation in tree["annotations"]}
     for name, table, rows in (("image id", images, "images"), ("image_id", annotations, "annotations")):
@@ -138,16 +144,36 @@ def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "ids": np.array([info["id"] for info in segments], np.int64),
         "classes": np.array([number[int(info["category_id"])] for info in segments], np.int64),
         "areas": np.array([-1 if info.get("area") is None else info["area"] for info in segments], np.int64),
-        "crowd": np.array([_flag(file, info, "iscrowd") for info in segments], np.bool_),
-        "category_ids": np.array([category["id"] for category in categories], np.int64),
-        "category_names": np.array(_unique_names(categories), np.str_),
-        "is_thing": np.array([_flag(file, category, "isthing") for category in categories], np.bool_),
+        "crowd": np.array([flag(file, info, "iscrowd") for info in segments], np.bool_),
+        "is_thing": np.array([flag(file, category, "isthing") for category in categories], np.bool_),
         "without_annotation": np.array(len(images) - len(order)),
+        **category_tables(categories),
     }
 
 
-def _flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
-    """A field of value 0, 1, true or false; `iscrowd` defaults to 0."""
+def category_numbers(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Category id -> class 1..C, in the file's order. Raises UserError if there are none or an id is repeated."""
+    number = {int(category["id"]): i + 1 for i, category in enumerate(categories)}
+    if len(number) != len(categories) or not categories:
+        raise UserError(f"{file}: its categories are empty or repeat an id")
+    return number
+
+
+def category_tables(categories: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """`category_ids`, `category_names` and `colors` of an `Index`."""
+    colors = [category.get("color") for category in categories]
+    valid = all(
+        isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v <= 255 for v in c) for c in colors
+    )
+    return {
+        "category_ids": np.array([category["id"] for category in categories], np.int64),
+        "category_names": np.array(_unique_names(categories), np.str_),
+        "colors": np.array(colors if valid else [], np.uint8).reshape(-1, 3),
+    }
+
+
+def flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
+    """A field of value 0, 1, true or false; `iscrowd` defaults to 0. Raises UserError for any other value."""
     value = entry.get(key, 0) if key == "iscrowd" else entry[key]
     if value not in (0, 1):
         raise UserError(f"{file}: `{key}` is {value!r}, expected 0 or 1 (entry of id {entry['id']})")

@@ -106,10 +106,38 @@ def panoptic_from_logits(
     return classes[row].view(b, h, w), chosen
 
 
-def to_segments(semantics: np.ndarray, instances: np.ndarray, is_thing: np.ndarray) -> Segments:
+def instance_scores(
+    semantics: torch.Tensor, instances: torch.Tensor, classes: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """How certain each predicted instance is: the mean, over its pixels, of the probability of its class times that of
+    its number. Mask transformers score instances alike: class times mean mask probability (arXiv 2112.01527).
+
+    Args:
+        semantics, instances: (B, H, W, C + 1) and (B, H, W, N) logits.
+        classes, chosen: the class and instance of each pixel, from `panoptic_from_logits`.
+
+    Returns:
+        (B, N) float32 in [0, 1]; 0 for instances without pixels.
+    """
+    b, _, _, n = instances.shape
+    log = torch.zeros(chosen.shape, device=chosen.device)
+    for logits, pick in ((semantics, classes), (instances, chosen)):
+        logits = logits.float()
+        log += logits.gather(-1, pick[..., None])[..., 0] - logits.logsumexp(-1)
+    row = (chosen + torch.arange(b, device=chosen.device)[:, None, None] * n).flatten()
+    sums = torch.zeros(b * n, device=chosen.device).index_add_(0, row, log.exp().flatten())
+    return (sums / torch.bincount(row, minlength=b * n).clamp(min=1)).view(b, n).clamp(max=1)
+
+
+def to_segments(
+    semantics: np.ndarray, instances: np.ndarray, is_thing: np.ndarray, scores: np.ndarray | None = None
+) -> Segments:
     """(H, W) class and instance maps, with one class per instance -> segments 1..K; each stuff class is one segment.
 
-    `is_thing`: (C + 1,) bool by class.
+    Args:
+        semantics, instances: (H, W) integers 0..C and 0..N - 1.
+        is_thing: (C + 1,) bool by class.
+        scores: (N,) by instance, if all classes are things.
     """
     # Things keep their instance number; stuff and void pixels of a class are merged.
     key = semantics.astype(np.int64) * 1024 + np.where(is_thing[semantics], instances + 1, 0)
@@ -119,4 +147,5 @@ def to_segments(semantics: np.ndarray, instances: np.ndarray, is_thing: np.ndarr
     number = np.zeros(len(area), np.int32)
     number[keys] = np.arange(1, len(keys) + 1)
     classes = (keys // 1024).astype(np.int32)
-    return Segments(number[key], np.arange(1, len(keys) + 1), classes, np.zeros(len(keys), bool))
+    scores = None if scores is None else scores[keys % 1024 - 1]
+    return Segments(number[key], np.arange(1, len(keys) + 1), classes, np.zeros(len(keys), bool), scores)

@@ -62,11 +62,14 @@ def count_matches(prediction: Segments, truth: Segments, num_classes: int) -> np
     return _count(overlap_table(prediction, truth), prediction, truth, num_classes)
 
 
-def _count(overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:
+def _count(
+    overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int, background: bool = False
+) -> np.ndarray:
+    """`background`: pixels outside of all true segments count like any others, instead of as void."""
     _check_classes(prediction, num_classes, "the prediction")
     _check_classes(truth, num_classes, "the ground truth")
     true_area, area = overlap.sum(1)[1:], overlap.sum(0)[1:]
-    void, shared = overlap[0, 1:], overlap[1:, 1:]
+    void, shared = overlap[0, 1:] * (not background), overlap[1:, 1:]
     union = area + true_area[:, None] - shared - void
     iou = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
     fits = (truth.classes[:, None] == prediction.classes) & ~truth.crowd[:, None]
@@ -115,11 +118,15 @@ class PanopticMetric(Metric):
         protocol: name recorded in the result.
         names: names of the classes 1..C.
         is_thing: whether each of the classes 1..C is a thing.
+        background: what lies outside of all true segments is known to be background, as in instance annotations, so
+            that predictions there are wrong. By default it is void, unknown, and predictions there are not counted.
     """
 
-    def __init__(self, protocol: str, names: Sequence[str], is_thing: Sequence[bool]) -> None:
+    def __init__(
+        self, protocol: str, names: Sequence[str], is_thing: Sequence[bool], *, background: bool = False
+    ) -> None:
         assert len(names) == len(is_thing), (len(names), len(is_thing))
-        self.protocol, self.names = protocol, list(names)
+        self.protocol, self.names, self.background = protocol, list(names), background
         things = np.array(is_thing, bool)
         self.groups = {"": np.ones_like(things), "_things": things, "_stuff": ~things}
         self.counts = np.zeros((4, len(self.names)))
@@ -139,11 +146,10 @@ class PanopticMetric(Metric):
         """
         truth: Segments = sample.meta["segments"]
         size = (truth.ids.shape[0], truth.ids.shape[1])
-        ids = resize_nearest(prediction.ids, size)
-        resized = Segments(ids, prediction.segment_ids, prediction.classes, prediction.crowd)
+        resized = prediction.at(resize_nearest(prediction.ids, size))
         try:
             overlap = overlap_table(resized, truth)
-            counts = _count(overlap, resized, truth, len(self.names))
+            counts = _count(overlap, resized, truth, len(self.names), self.background)
         except UserError as error:
             raise UserError(f"{sample.id}: {error}") from error
         self.counts += counts

@@ -18,6 +18,11 @@ NAMED_SHARE = 0.01
 OUTLINED_FROM = 64
 
 
+def class_palette(count: int, given: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """(count + 1, 3) uint8: black for void, then `given` if it holds `count` colors (RGB), otherwise distinct ones."""
+    return np.array([(0, 0, 0), *given], np.uint8) if len(given) == count else class_colors(count)
+
+
 def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
     """(K + 1, 3) uint8 colors by segment: the color of the class, in varying brightness for things."""
     table = np.zeros((len(segments.segment_ids) + 1, 3))
@@ -30,7 +35,12 @@ def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarra
 
 
 def overlay(
-    image: np.ndarray, segments: Segments, names: Sequence[str], is_thing: np.ndarray, share: float = 0.6
+    image: np.ndarray,
+    segments: Segments,
+    names: Sequence[str],
+    is_thing: np.ndarray,
+    palette: np.ndarray,
+    share: float = 0.6,
 ) -> np.ndarray:
     """The image blended with the colors of its segments, with outlines and names: (H, W, 3) uint8.
 
@@ -39,10 +49,11 @@ def overlay(
         segments: ids 1..K in the order of `segment_ids`, any size.
         names: class names; entry 0 is void.
         is_thing: (C + 1,) bool.
+        palette: (C + 1, 3) uint8 colors by class, as from `class_palette`.
         share: weight of the colors.
     """
     ids = resize_nearest(segments.ids, image.shape[:2])
-    colours = segment_colours(segments, class_colors(len(names) - 1), is_thing)[ids]
+    colours = segment_colours(segments, palette, is_thing)[ids]
     mixed = (image * (1 - share) + colours * share).astype(np.uint8)
     mixed[ids == 0] = image[ids == 0]
     if min(ids.shape) < OUTLINED_FROM:
@@ -80,13 +91,15 @@ def _inner_point(mask: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def legend(names: Sequence[str], classes: Sequence[int] | None = None, height: int | None = None) -> np.ndarray:
+def legend(
+    names: Sequence[str], palette: np.ndarray, classes: Sequence[int] | None = None, height: int | None = None
+) -> np.ndarray:
     """Colors and names of the given classes (default: all), (H, W, 3) uint8, in columns of at most `height` pixels."""
     shown = list(range(1, len(names))) if classes is None else list(classes)
-    return draw_legend([names[c] for c in shown], class_colors(len(names) - 1)[shown], height)
+    return draw_legend([names[c] for c in shown], palette[shown], height)
 
 
-def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str]) -> np.ndarray:
+def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str], palette: np.ndarray) -> np.ndarray:
     """`picture` with a legend of its classes on the right."""
     present = sorted({int(c) for c in segments.classes})
-    return beside(picture, legend(names, present, picture.shape[0]))
+    return beside(picture, legend(names, palette, present, picture.shape[0]))

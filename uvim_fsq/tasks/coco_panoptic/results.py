@@ -23,8 +23,7 @@ class CocoResults(OfficialResults):
 
     def add(self, prediction: Segments, sample: Sample) -> Any:
         size = (sample.image.shape[0], sample.image.shape[1])
-        ids = resize_nearest(prediction.ids, size)
-        native = Segments(ids, prediction.segment_ids, prediction.classes, prediction.crowd)
+        native = prediction.at(resize_nearest(prediction.ids, size))
         return self.writer.add(native, sample.meta["image_id"], sample.meta["png"])
 
     def finish(self, entries: list[Any]) -> dict[str, float]:

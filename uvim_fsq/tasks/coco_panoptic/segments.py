@@ -5,6 +5,7 @@ Shapes: H, W image size; K segments; C classes besides void.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import cv2
@@ -27,17 +28,33 @@ class Segments:
         segment_ids: (K,) distinct integers 1..2^24 - 1, in the order of the JSON; a segment may have no pixels.
         classes: (K,) int32 contiguous classes 1..C.
         crowd: (K,) bool: regions of many things that were not annotated one by one; all False in predictions.
+        scores: (K,) float in [0, 1], how certain each segment of a prediction is, or None if nobody needs it.
     """
 
     ids: np.ndarray
     segment_ids: np.ndarray
     classes: np.ndarray
     crowd: np.ndarray
+    scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.ndim == 2, self.ids.shape
         assert self.segment_ids.shape == self.classes.shape == self.crowd.shape == (len(self.segment_ids),)
         assert self.crowd.dtype == bool, self.crowd.dtype
+        assert self.scores is None or self.scores.shape == self.classes.shape, self.scores.shape
+
+    def at(self, ids: np.ndarray) -> Segments:
+        """The same segments with another map of their ids, e.g. resized."""
+        return dataclasses.replace(self, ids=ids)
+
+    def present(self) -> Segments:
+        """The segments that have pixels, renumbered 1..P in order; the ids must be 0..K."""
+        area = np.bincount(self.ids.ravel(), minlength=len(self.segment_ids) + 1)
+        kept = np.flatnonzero(area[1:])
+        table = np.zeros(len(area), np.int32)
+        table[kept + 1] = np.arange(1, len(kept) + 1)
+        scores = None if self.scores is None else self.scores[kept]
+        return Segments(table[self.ids], np.arange(1, len(kept) + 1), self.classes[kept], self.crowd[kept], scores)
 
 
 def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:

@@ -21,9 +21,13 @@ from uvim_fsq.files import write_json
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
 from uvim_fsq.tasks.coco_panoptic import render
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
-from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, find_annotations, open_source, prepare
+from uvim_fsq.tasks.coco_panoptic.convert import convert
+from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, open_source, prepare
 from uvim_fsq.tasks.coco_panoptic.index import read_index
-from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, panoptic_from_logits, to_segments
+from uvim_fsq.tasks.coco_panoptic.instance_results import InstanceResults
+from uvim_fsq.tasks.coco_panoptic.instances import read_instances
+from uvim_fsq.tasks.coco_panoptic.labels import encode_panoptic, instance_scores, panoptic_from_logits, to_segments
+from uvim_fsq.tasks.coco_panoptic.layouts import find_annotations
 from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
 from uvim_fsq.tasks.coco_panoptic.results import CocoResults
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb
@@ -48,22 +52,35 @@ class CocoPanoptic(Task):
             raise UserError("task.categories is empty; they are read from the annotation file under data.root")
         if not 1 <= config.max_instances < 1000 or not 0 <= config.min_fraction < 1:
             raise UserError("task: needs 1 <= max_instances < 1000 and 0 <= min_fraction < 1")
+        if config.annotations == "instances" and config.void == "ignore":
+            raise UserError("task.void=ignore would hide the background of the instances; leave task.void at class")
+        if any(not 0 <= value <= 255 for color in config.colors for value in color):
+            raise UserError("task.colors: needs (red, green, blue) from 0 to 255 for each class")
         super().__init__(config)
         self.names = ["void", *(name for _, name, _ in config.categories)]
         self.is_thing = np.array([False, *(thing for _, _, thing in config.categories)])
+        self.palette = render.class_palette(len(config.categories), config.colors)
 
     @classmethod
     def resolve_config(cls, config: CocoPanopticConfig, root: str) -> CocoPanopticConfig:
-        """Reads the categories from the training annotations, or from those of val if there are no others."""
+        """Reads the categories from the training annotations, or from those of val if there are no others.
+
+        Whether they are instances is fixed too, because it says what unlabeled pixels are.
+        """
         if config.categories:
             return config
         place = find_data_root(root)
         try:
-            file = find_annotations(place, "train")
+            layout, file = find_annotations(place, "train", config.annotations)
         except UserError:
-            file = find_annotations(place, "val")
-        index = read_index(file)
-        return dataclasses.replace(config, categories=index.categories)
+            layout, file = find_annotations(place, "val", config.annotations)
+        index = read_instances(file) if layout.instances else read_index(file)
+        return dataclasses.replace(
+            config,
+            annotations="instances" if layout.instances else config.annotations,
+            categories=index.categories,
+            colors=tuple((int(r), int(g), int(b)) for r, g, b in index.colors),
+        )
 
     @classmethod
     def placeholder_config(cls, config: CocoPanopticConfig) -> CocoPanopticConfig:
@@ -101,34 +118,39 @@ class CocoPanoptic(Task):
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Segments]:
         """(B, S, S, C + 1) and (B, S, S, N) logits -> the segments of each image at label size."""
         classes, instances = panoptic_from_logits(logits["semantics"], logits["instances"], self.config.min_fraction)
-        maps = zip(classes.cpu().numpy(), instances.cpu().numpy(), strict=True)
-        return [to_segments(c, i, self.is_thing) for c, i in maps]
+        scores = [None] * len(classes)
+        if self.config.annotations == "instances":
+            scores = list(instance_scores(logits["semantics"], logits["instances"], classes, instances).cpu().numpy())
+        maps = zip(classes.cpu().numpy(), instances.cpu().numpy(), scores, strict=True)
+        return [to_segments(c, i, self.is_thing, score) for c, i, score in maps]
 
     def metric(self, source: SampleSource) -> Metric:
-        return PanopticMetric("coco_panoptic/pq", self.names[1:], [bool(x) for x in self.is_thing[1:]])
+        assert isinstance(source, PanopticSource)
+        protocol = "coco_instances/pq" if source.instances else "coco_panoptic/pq"
+        things = [bool(x) for x in self.is_thing[1:]]
+        return PanopticMetric(protocol, self.names[1:], things, background=source.instances)
 
     def official(self, folder: Path, source: SampleSource) -> OfficialResults:
         assert isinstance(source, PanopticSource)
-        return CocoResults(folder, source, [category[0] for category in self.config.categories])
+        ids = [category[0] for category in self.config.categories]
+        return InstanceResults(folder, source, ids) if source.instances else CocoResults(folder, source, ids)
 
     def to_size(self, prediction: Segments, image: np.ndarray) -> Segments:
         """Resizes by nearest neighbor; segments that vanish are dropped and the others renumbered 1..K."""
-        ids = resize_nearest(prediction.ids, image.shape[:2])
-        area = np.bincount(ids.ravel(), minlength=len(prediction.segment_ids) + 1)
-        kept = np.flatnonzero(area[1:])
-        table = np.zeros(len(area), np.int32)
-        table[kept + 1] = np.arange(1, len(kept) + 1)
-        return Segments(table[ids], np.arange(1, len(kept) + 1), prediction.classes[kept], prediction.crowd[kept])
+        return prediction.at(resize_nearest(prediction.ids, image.shape[:2])).present()
 
     def render(self, image: np.ndarray, prediction: Segments, truth: Sample | None = None) -> dict[str, np.ndarray]:
-        pictures = {"prediction": render.overlay(image, prediction, self.names, self.is_thing)}
+        pictures = {"prediction": render.overlay(image, prediction, self.names, self.is_thing, self.palette)}
         if truth is not None:
             segments = truth.meta["segments"]
-            pictures = {"ground truth": render.overlay(image, segments, self.names, self.is_thing), **pictures}
+            pictures = {
+                "ground truth": render.overlay(image, segments, self.names, self.is_thing, self.palette),
+                **pictures,
+            }
         return pictures
 
     def legend(self) -> np.ndarray:
-        return render.legend(self.names)
+        return render.legend(self.names, self.palette)
 
     def prediction_files(self, stem: str) -> dict[str, str]:
         return {"png": f"{stem}.png", "json": f"{stem}.json", "overlay": f"{stem}_overlay.png"}
@@ -150,7 +172,7 @@ class CocoPanoptic(Task):
         ]
         write_json(Path(paths["json"]), {"segments_info": infos}, indent=1)
         picture = self.render(image, prediction)["prediction"]
-        write_png(paths["overlay"], render.with_legend(picture, prediction, self.names))
+        write_png(paths["overlay"], render.with_legend(picture, prediction, self.names, self.palette))
         return paths
 
     def baseline(self, source: SampleSource, size: int) -> Baseline:
@@ -167,6 +189,8 @@ class CocoPanoptic(Task):
 
     def check_sample(self, sample: Sample) -> str | None:
         """Warns about images without segments, listed segments without pixels, and areas that contradict the PNG."""
+        if self.config.annotations == "instances":
+            return None  # images without instances are common, and the areas are those of polygons
         truth: Segments = sample.meta["segments"]
         area = np.bincount(truth.ids.ravel(), minlength=len(truth.segment_ids) + 1)[1:]
         if not len(area):
@@ -184,4 +208,9 @@ class CocoPanoptic(Task):
         return None
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
-        return prepare(root, progress)
+        return prepare(root, progress, self.config.annotations)
+
+    @classmethod
+    def convert(cls, root: str, out: Path | None, progress: Callable[[int, int], None]) -> str:
+        """Writes the panoptic JSON and PNGs of Cityscapes or ADE20K from their original labels."""
+        return convert(root, out, progress)

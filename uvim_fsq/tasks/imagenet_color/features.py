@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.data.published_weights import Keys, create_published
 from uvim_fsq.errors import UserError
 
@@ -25,7 +26,8 @@ class TimmFeatures:
 
         Raises UserError for an unknown model and for weights that are missing or do not fit.
         """
-        import timm
+        with compiler_unloaded():
+            import timm
 
         if not timm.is_model(name):
             raise UserError(f"task.features={name} is not a timm model")

@@ -63,6 +63,11 @@ class SemanticSegmentation(Task):
         return dataclasses.replace(config, classes=check_classes(rows, "task.classes"), ignore_names=())
 
     @property
+    def names(self) -> list[str]:
+        """The names of the classes, in the order of the labels."""
+        return list(self.table.names)
+
+    @property
     def label_channels(self) -> dict[str, LabelChannel]:
         return {"classes": Categorical(len(self.table.names))}
 

@@ -1,0 +1,117 @@
+"""Compiles a checkpoint's prediction ahead of time and writes the packages next to it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
+from uvim_fsq.checkpoints.run_directory import file_hash
+from uvim_fsq.compilation import require_compiler
+from uvim_fsq.config.schema import LMRun
+from uvim_fsq.console import say
+from uvim_fsq.data.transforms import JointTransform
+from uvim_fsq.errors import UserError
+from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
+from uvim_fsq.inference.compiled import package_loader, prediction_graph
+from uvim_fsq.inference.one_graph import PredictionGraph
+from uvim_fsq.inference.packages import FOLDER, Packages, describe, manifest_name, write_manifest
+from uvim_fsq.lm.token_generator import TokenGenerator
+
+#: Tokens x decoder blocks of an autoregressive model that are compiled one after the other. Each takes the compiler
+#: about two seconds.
+MAX_UNROLLED = 512
+
+
+def compile_checkpoint(
+    loaded: LoadedRun | LoadedDirect, batches: Sequence[int], device: torch.device, run_dir: Path
+) -> Path:
+    """Compiles the prediction of a checkpoint for some batch sizes. Returns the manifest that describes the packages.
+
+    Args:
+        loaded: the checkpoint, with the decoding settings to compile for, on `device`.
+        batches: the batch sizes.
+        device: the device to compile for.
+        run_dir: the run or checkpoint directory that the user named; nothing is written outside it.
+
+    Raises UserError without a C++ compiler, for models that cannot be compiled whole, for too large ones, and if the
+    packages cannot be written. Earlier packages are then unchanged.
+    """
+    require_compiler("it is needed only here: predictions run without compiled packages, too")
+    graph = prediction_graph(loaded)
+    _refuse_long(loaded, graph)
+    for batch in batches:
+        graph.check_batch(batch)
+    folder = inside(run_dir, loaded.checkpoint / FOLDER / "x").parent
+    refuse_links(folder)
+    check_folder(folder)
+    described = describe(loaded, device)
+    side = loaded.run.data.image_size
+    picture = JointTransform(loaded.run.data, loaded.task, train=False).picture(
+        torch.zeros(side, side, 3).byte().numpy()
+    )
+    image = torch.from_numpy(picture).to(device)
+    files: dict[int, tuple[Path, str]] = {}
+    for batch in sorted(set(batches)):
+        say(f"compiling the prediction of {batch} image{'s' * (batch > 1)}, which takes minutes ...")
+        with tempfile.TemporaryDirectory() as place:
+            made = compile_graph(graph, image.expand(batch, -1, -1, -1).contiguous(), Path(place) / "made.pt2")
+            sha256 = file_hash(made)
+            # A name of its own, so that the manifest describes complete packages at any time.
+            file = folder / f"{Path(manifest_name(described)).stem}-batch{batch}-{sha256[:12]}.pt2"
+            write_whole(file, lambda path, content=made: path.write_bytes(content.read_bytes()))
+        files[batch] = (file, sha256)
+    return write_manifest(folder, described, Packages(files, str(image.dtype).removeprefix("torch.")))
+
+
+def compile_graph(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Path:
+    """Exports and compiles a graph for images (B, 3, S, S) of this size into the package `file`.
+
+    Raises UserError for a model that torch cannot export or compile.
+    """
+    package_loader()
+    from torch._inductor import aoti_compile_and_package
+
+    drawn = graph.draw(torch.zeros(len(image), dtype=torch.int64))
+    inputs = (image,) if drawn is None else (image, drawn.to(image.device))
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(graph, inputs)
+            aoti_compile_and_package(exported, package_path=str(file))
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"torch cannot compile this prediction ({type(error).__name__}: {reason})") from error
+    return file
+
+
+def _refuse_long(loaded: LoadedRun | LoadedDirect, graph: PredictionGraph) -> None:
+    generator = getattr(graph, "generator", None)
+    if isinstance(generator, TokenGenerator) and isinstance(loaded.run, LMRun):
+        length, depth = generator.model.length, loaded.run.model.depth
+        if length * depth > MAX_UNROLLED:
+            raise UserError(
+                f"{length} tokens one by one through {depth} blocks take hours to compile as one graph; set "
+                "eval.compile=true, which compiles a single step, or train a masked model"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's notes about its own kernels, which users cannot act on."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,146 @@
+"""Predicts batches with a checkpoint's compiled packages where they fit, and without them where they do not.
+
+B batch, S image side, L code length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
+from uvim_fsq.errors import UserError
+from uvim_fsq.inference.code_decoding import LMDecoder
+from uvim_fsq.inference.one_graph import DirectGraph, LMGraph, PredictionGraph
+from uvim_fsq.inference.packages import REMEDY, Packages, checked_package, find_packages, warn_unused
+from uvim_fsq.tasks.base import Task
+
+#: A batch is padded to at most this many times its size to use a package: a compiled batch is about twice as fast.
+MAX_PADDING = 1.5
+
+#: (images (B, 3, S, S), seeds (B,)) -> one item per image, as returned by `Task.decode`, and the first tokens (B, L).
+Decode = Callable[[torch.Tensor, torch.Tensor], tuple[list[Any], "torch.Tensor | None"]]
+
+
+class Runner(Protocol):
+    """A loaded package."""
+
+    def boxed_run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+def package_loader() -> Callable[..., Runner]:
+    """Torch's class that loads packages. Raises UserError for a version of torch that has none."""
+    # torch._inductor.aoti_load_package wraps it, but importing that takes seconds.
+    found = getattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader", None)
+    if found is None:
+        raise UserError(f"torch {torch.__version__} cannot load compiled packages; install another version")
+    return found
+
+
+def load_package(file: Path, device: torch.device) -> Runner:
+    """Loads a package, which needs no compiler. Raises UserError if torch cannot."""
+    index = device.index if device.type == "cuda" and device.index is not None else -1
+    load = package_loader()
+    try:
+        return load(str(file), "model", False, 1, index)
+    except Exception as error:  # torch raises many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{file} cannot be loaded ({reason}); {REMEDY}") from error
+
+
+def chunk_sizes(count: int, sizes: list[int]) -> list[int] | None:
+    """The compiled batch sizes, largest first, in which `count` images are predicted; None if they do not fit.
+
+    The last of them may be larger than what is left, at most by `MAX_PADDING`.
+    """
+    found: list[int] = []
+    while count > 0:
+        fits = [size for size in sizes if size <= count]
+        padded = [size for size in sizes if count < size <= MAX_PADDING * count]
+        if padded and (not fits or max(fits) < count):
+            return [*found, min(padded)]
+        # Many small batches are no faster than one that is not compiled.
+        if not fits or (max(fits) == 1 and count > 2):
+            return None
+        found.append(max(fits))
+        count -= max(fits)
+    return found
+
+
+class CompiledPrediction:
+    """A `Decode` that uses packages. Batches that fit none are predicted by the plain path.
+
+    If a package cannot be loaded or fails, this is said once and the plain path takes over.
+
+    Args:
+        plain: the plain path.
+        graph: what the packages were compiled from; draws the random numbers.
+        packages: from `find_packages`.
+        task: decodes logits to predictions.
+    """
+
+    def __init__(self, plain: Decode, graph: PredictionGraph, packages: Packages, task: Task) -> None:
+        self.plain, self.graph, self.packages, self.task = plain, graph, packages, task
+        self._runners: dict[int, Runner] = {}
+
+    def __call__(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None]:
+        sizes = chunk_sizes(len(image), sorted(self.packages.files))
+        if sizes is None or str(image.dtype) != f"torch.{self.packages.dtype}":
+            return self.plain(image, seeds)
+        try:
+            for size in set(sizes):
+                self._runner(size, image.device)
+        except UserError as error:
+            self.packages.files.clear()
+            warn_unused(error)
+            return self.plain(image, seeds)
+        items: list[Any] = []
+        tokens: list[torch.Tensor] = []
+        for size in sizes:
+            part, image = image[:size], image[size:]
+            rows, seeds = seeds[:size], seeds[size:]
+            found = self._run(part, rows, size)
+            items += self.task.decode(dict(zip(self.task.label_channels, found, strict=False)))
+            tokens += found[len(self.task.label_channels) :]
+        return items, torch.cat(tokens) if tokens else None
+
+    def _run(self, image: torch.Tensor, seeds: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """The graph's outputs for at most `size` images, padded with the last one."""
+        count = len(image)
+        if count < size:
+            image = torch.cat([image, image[-1:].expand(size - count, -1, -1, -1)])
+            seeds = torch.cat([seeds, seeds[-1:].expand(size - count)])
+        drawn = self.graph.draw(seeds)
+        inputs = [image.contiguous(), *([] if drawn is None else [drawn.to(image.device)])]
+        return [output[:count] for output in self._runners[size].boxed_run(inputs)]
+
+    def _runner(self, size: int, device: torch.device) -> Runner:
+        if size not in self._runners:
+            self._runners[size] = load_package(checked_package(*self.packages.files[size]), device)
+        return self._runners[size]
+
+
+def prediction_graph(loaded: LoadedRun | LoadedDirect) -> PredictionGraph:
+    """The prediction of a checkpoint as one graph, in evaluation mode.
+
+    Raises UserError for an oracle, and for a token model that cannot be compiled whole.
+    """
+    if isinstance(loaded, LoadedDirect):
+        return DirectGraph(loaded.model, loaded.run.eval).eval()
+    if loaded.lm is None:
+        raise UserError(
+            f"{loaded.checkpoint} is an oracle's checkpoint, which predicts no tokens; give the run of an LM"
+        )
+    return LMGraph(LMDecoder(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)).eval()
+
+
+def with_packages(plain: Decode, loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
+    """The plain path of a loaded checkpoint, or a function like it that uses the checkpoint's compiled packages."""
+    packages = find_packages(loaded, device)
+    if packages is None:
+        return plain
+    graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
+    return CompiledPrediction(plain, graph, packages, loaded.task)

@@ -1,0 +1,106 @@
+"""The whole prediction of a batch as one function of tensors, so that it can be compiled as one graph.
+
+It is made of the same parts as the plain path: the token generator, `LMDecoder`, the label decoder.
+
+B batch, S image side, L code length, C classes or channels of a label map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from uvim_fsq.config.schema import BasicEvalConfig
+from uvim_fsq.direct.model import DirectModel
+from uvim_fsq.errors import UserError
+from uvim_fsq.inference.code_decoding import LMDecoder, Logits, iter_mixed_logits, sample_seeds
+from uvim_fsq.lm.base import Generated, PureGenerator
+from uvim_fsq.oracle.chunking import chunk_slices
+
+
+class PredictionGraph(nn.Module):
+    """Images to label logits. Subclasses say how."""
+
+    def __init__(self, config: BasicEvalConfig, pixel_logits: int, image_size: int) -> None:
+        super().__init__()
+        self.config, self.image_logits = config, pixel_logits * image_size**2
+
+    def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
+        """The random numbers that images with seeds (B,) int64 need, the input `drawn`; None if nothing is random."""
+        return None
+
+    def predict(self, image: torch.Tensor, drawn: torch.Tensor | None) -> tuple[Logits, torch.Tensor | None]:
+        """Label channel -> logits (B, S, S, C) float32, and the tokens (B, L) int64 of the first sample, if any."""
+        raise NotImplementedError
+
+    def forward(self, image: torch.Tensor, drawn: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """The logits of the label channels in order, then the tokens if there are any.
+
+        Args:
+            image: (B, 3, S, S), uint8 or floating point in [-1, 1].
+            drawn: from `draw`.
+        """
+        # No cache of casts: it would hold the tensors of another trace.
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            logits, tokens = self.predict(image, drawn)
+        return (*logits.values(), *(() if tokens is None else (tokens,)))
+
+    def check_batch(self, batch: int) -> None:
+        """Raises UserError for a batch whose logits the plain path would compute in several parts, to save memory."""
+        if len(chunk_slices(batch, self.image_logits)) > 1:
+            raise UserError(f"--batch {batch}: the label maps of so many images are too large at once; give less")
+
+
+class LMGraph(PredictionGraph):
+    """The prediction of a token model and its oracle.
+
+    Args:
+        decode: the plain path, on a model that generates greedily or at random, in one step or many.
+
+    Raises UserError for a token model whose generator is not a `PureGenerator`.
+    """
+
+    def __init__(self, decode: LMDecoder) -> None:
+        head = decode.decoder.label_head
+        super().__init__(decode.config, head.logits // head.pixels, decode.oracle.image_size)
+        if not isinstance(decode.generator, PureGenerator):
+            raise UserError(
+                f"token model {decode.kind} cannot be compiled whole: its generator has no `draw` and `predict`"
+            )
+        self.generator = decode.generator
+        self.decode = decode
+
+    def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
+        """All samples of all images, the first sample of all images first."""
+        numbers = [self.generator.draw(sample_seeds(seeds, sample)) for sample in range(self.decode.config.samples)]
+        return torch.cat([n for n in numbers if n is not None]) if numbers[0] is not None else None
+
+    def predict(self, image: torch.Tensor, drawn: torch.Tensor | None) -> tuple[Logits, torch.Tensor | None]:
+        count = self.decode.config.samples
+        found = self.generator.predict(image, drawn, copies=count)
+        batch = len(image)
+        samples = (_rows(found, slice(number * batch, (number + 1) * batch)) for number in range(count))
+        parts, tokens = self.decode.parts_of(samples, batch)
+        (logits,) = iter_mixed_logits(self.decode.task.label_channels, parts, image)
+        return logits, tokens
+
+
+class DirectGraph(PredictionGraph):
+    """The prediction of a direct model."""
+
+    def __init__(self, model: DirectModel, config: BasicEvalConfig) -> None:
+        head = model.label_head
+        super().__init__(config, head.logits // head.pixels, model.image_size)
+        self.model = model
+
+    def predict(self, image: torch.Tensor, drawn: torch.Tensor | None) -> tuple[Logits, torch.Tensor | None]:
+        (logits,) = self.model.iter_logits(image)
+        return logits, None
+
+
+def _rows(generated: Generated, rows: slice) -> Generated:
+    def some(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[rows]
+
+    return Generated(generated.tokens[rows], some(generated.probabilities), some(generated.features))
