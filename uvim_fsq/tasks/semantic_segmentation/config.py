@@ -10,7 +10,10 @@ from typing import Literal
 class SemanticSegmentationConfig:
     """The keys under `task:` of semantic segmentation."""
 
-    changeable = ("image_dir", "label_dir", "image_suffix", "label_suffix", "list_file", "class_file", "enlarge")
+    changeable = (
+        *("image_dir", "label_dir", "image_suffix", "label_suffix", "list_file", "class_file", "enlarge"),
+        *("image_column", "label_column"),
+    )
 
     image_dir: str = ""
     """Folder of the photos, relative to data.root, if not in a standard place; {split} becomes train or val."""
@@ -24,6 +27,10 @@ class SemanticSegmentationConfig:
     """File that lists the photos of a split by name, relative to data.root; {split} becomes train or val."""
     class_file: str = ""
     """File that names the classes, relative to data.root; empty: classes.txt, .csv or .json, or another usual name."""
+    image_column: str = "image"
+    """Data saved by the library datasets: column of the photos."""
+    label_column: str = "label"
+    """Likewise, column of the class maps, which are pictures or arrays."""
     ignore: tuple[int, ...] = (255,)
     """Pixel values that mean "no label": no input, no loss, not scored."""
     ignore_names: tuple[str, ...] = ()

@@ -20,8 +20,10 @@ from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, files_by_stem, has_s
 from uvim_fsq.data.images import open_picture, read_image
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.saved_datasets import SavedRows, is_saved_dataset, open_rows
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.semantic_segmentation.classes import check_classes
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
 
 #: Folders of photos and of class PNGs that are found without settings; {split} is a name of the split, see `PARTS`.
@@ -65,8 +67,9 @@ class ClassTable:
 
     @classmethod
     def of(cls, config: SemanticSegmentationConfig) -> ClassTable:
-        """The table of resolved settings. Raises UserError if fewer than two classes are left."""
-        rows = [(value, name, bytes.fromhex(color[1:])) for value, name, color in config.classes]
+        """The table of resolved settings. Raises UserError for wrong classes, or if fewer than two are left."""
+        classes = check_classes(config.classes, "task.classes")
+        rows = [(value, name, bytes.fromhex(color[1:])) for value, name, color in classes]
         unknown = sorted(set(config.ignore_names) - {name for _, name, _ in rows})
         if unknown:
             raise UserError(f"task.ignore_names: no class is named {and_list(unknown)}")
@@ -161,6 +164,31 @@ class SegmentationSource:
         return hashlib.sha256(self.table.indices.tobytes() + repr(sorted(self.table.rgb.items())).encode()).hexdigest()
 
 
+@dataclass
+class SavedSource:
+    """Rows of a data set saved by the library `datasets`: a photo and a class map, a picture or an array."""
+
+    rows: SavedRows
+    table: ClassTable
+    info: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, (photo, stored) = f"{self.rows.root}, {self.rows.name(index)}", self.rows[index].values()
+        if not isinstance(photo, bytes):
+            raise UserError(f"{name}: the column of photos holds no pictures; set task.image_column")
+        if isinstance(stored, bytes):
+            classes = read_label_map(stored, self.table, name)
+        else:
+            values = np.array(stored, dtype=None if isinstance(stored, list) else object)
+            if values.ndim != 2 or values.dtype.kind not in "iub":
+                raise UserError(f"{name}: the class map is {values.dtype} {values.shape}, expected integers (H, W)")
+            classes = self.table.translate(values, name)
+        return make_sample(self.rows.name(index), read_image(photo), classes, name)
+
+
 def make_sample(name: str, image: np.ndarray, classes: np.ndarray, labels: str | Path) -> Sample:
     """A sample, if image and class map have the same size; else UserError, naming the file `labels`."""
     if image.shape[:2] != classes.shape:
@@ -168,7 +196,7 @@ def make_sample(name: str, image: np.ndarray, classes: np.ndarray, labels: str |
     return Sample(name, image, {"classes": classes})
 
 
-def open_source(root: str, split: str, config: SemanticSegmentationConfig) -> SegmentationSource:
+def open_source(root: str, split: str, config: SemanticSegmentationConfig) -> SegmentationSource | SavedSource:
     """The adapter for the data under `root`.
 
     Splits: train, val, holdout (a fixed part of train, for tuning) and train_minus_holdout. Without parts of their own,
@@ -178,6 +206,8 @@ def open_source(root: str, split: str, config: SemanticSegmentationConfig) -> Se
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if is_saved_dataset(find_data_root(root)):
+        return _open_saved(find_data_root(root), split, config)
     place, part = find_data_root(root), "val" if split == "val" else "train"
     photos, labels, layout = find_folders(place, part, config)
     listed = place / config.list_file.replace("{split}", part) if config.list_file else None
@@ -188,6 +218,12 @@ def open_source(root: str, split: str, config: SemanticSegmentationConfig) -> Se
     table = ClassTable.of(config)
     info = {"layout": layout, "split": split, "count": len(pairs), "classes": len(table.names), "root": place.name}
     return SegmentationSource(pairs, table, info)
+
+
+def _open_saved(root: Path, split: str, config: SemanticSegmentationConfig) -> SavedSource:
+    rows, table = open_rows(root, split, (config.image_column, config.label_column)), ClassTable.of(config)
+    info = {"layout": "datasets", "split": split, "count": len(rows), "classes": len(table.names), "root": root.name}
+    return SavedSource(rows, table, info)
 
 
 def find_folders(place: Path, part: str, config: SemanticSegmentationConfig) -> tuple[Path, Path, str]:

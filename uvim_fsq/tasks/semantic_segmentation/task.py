@@ -22,7 +22,7 @@ from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.registry import register_task
 from uvim_fsq.tasks.semantic_segmentation.classes import check_classes, find_class_file, read_classes
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
-from uvim_fsq.tasks.semantic_segmentation.data import ClassTable, SegmentationSource, open_source
+from uvim_fsq.tasks.semantic_segmentation.data import ClassTable, SavedSource, SegmentationSource, open_source
 from uvim_fsq.tasks.semantic_segmentation.metrics import SegmentationMetric, class_map
 
 #: Weight of the class colors over the photo.
@@ -45,8 +45,7 @@ class SemanticSegmentation(Task):
         if not config.classes:
             raise UserError("task.classes is empty; they are read from the class file under data.root")
         super().__init__(config)
-        classes = check_classes(config.classes, "task.classes")
-        self.table = ClassTable.of(dataclasses.replace(config, classes=classes))
+        self.table = ClassTable.of(config)
         self.dtype = smallest_integer(-1, len(self.table.names) - 1)
 
     @classmethod
@@ -72,7 +71,7 @@ class SemanticSegmentation(Task):
     def label_channels(self) -> dict[str, LabelChannel]:
         return {"classes": Categorical(len(self.table.names))}
 
-    def source(self, root: str, split: str) -> SegmentationSource:
+    def source(self, root: str, split: str) -> SegmentationSource | SavedSource:
         return open_source(root, split, self.config)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:

@@ -1,0 +1,112 @@
+"""Data sets that the library `datasets` saved, for depth and semantic segmentation."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uvim_fsq.data.saved_datasets import open_rows
+from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
+from uvim_fsq.tasks.nyu_depth.data import open_source as open_depth
+from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
+from uvim_fsq.tasks.semantic_segmentation.data import open_source as open_classes
+
+DEPTH = NYUDepthConfig(protocol="full")
+CLASSES = ((0, "road", ""), (1, "sky", "#ffffff"))
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    # The clone's folder datasets/ can be imported too, as an empty package.
+    library = pytest.importorskip("datasets")
+    if not hasattr(library, "load_from_disk"):
+        pytest.skip("the library `datasets` is not installed")
+    return library
+
+
+@pytest.fixture(scope="module")
+def saved(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training and 3 validation rows: photos, class maps and depth maps, as pictures and as arrays."""
+    root = tmp_path_factory.mktemp("saved")
+    picture = library.Image()
+    features = library.Features(
+        image=picture, label=picture, classes=library.Array2D((4, 6), "uint8"), depth_map=picture, real=picture,
+        metres=library.Array2D((4, 6), "float32"),
+    )  # fmt: skip
+
+    def table(count: int) -> Any:
+        ones = np.ones((4, 6))
+        columns: dict[str, list[Any]] = {
+            "image": [Image.new("RGB", (6, 4), (i, 0, 0)) for i in range(count)],
+            "label": [Image.fromarray((ones * (i % 2)).astype(np.uint8)) for i in range(count)],
+            "classes": [(ones * (i % 2)).astype(np.uint8) for i in range(count)],
+            "depth_map": [Image.fromarray((ones * 1500).astype(np.uint16)) for _ in range(count)],
+            "real": [Image.fromarray((ones * 1.5).astype(np.float32)) for _ in range(count)],
+            "metres": [(ones * 1.5).astype(np.float32) for _ in range(count)],
+        }
+        return library.Dataset.from_dict(columns, features=features)
+
+    library.DatasetDict({"train": table(20), "validation": table(3)}).save_to_disk(str(root / "both"))
+    table(20).save_to_disk(str(root / "one"))
+    return root
+
+
+@pytest.mark.parametrize("column", ["depth_map", "real", "metres"])
+def test_depth_may_be_a_picture_or_an_array(saved: Path, column: str) -> None:
+    source = open_depth(str(saved / "both"), "val", NYUDepthConfig(protocol="full", depth_column=column))
+    assert len(source) == 3 and source.info["layout"] == "datasets"
+    sample = pickle.loads(pickle.dumps(source))[2]
+    assert sample.id == "validation/00000002" and sample.image[0, 0].tolist() == [2, 0, 0]
+    assert sample.maps["depth"].shape == (4, 6) and np.all(sample.maps["depth"] == 1.5)
+
+
+@pytest.mark.parametrize("column", ["label", "classes"])
+def test_class_maps_may_be_pictures_or_arrays(saved: Path, column: str) -> None:
+    config = SemanticSegmentationConfig(classes=CLASSES, label_column=column)
+    source = open_classes(str(saved / "both"), "train", config)
+    assert len(source) == 20 and np.all(source[3].maps["classes"] == 1) and np.all(source[4].maps["classes"] == 0)
+
+
+def test_without_an_evaluation_split_every_tenth_row_is_one(saved: Path) -> None:
+    names = ("train", "val", "holdout", "train_minus_holdout")
+    splits = {split: open_rows(saved / "one", split, ("image",)).rows for split in names}
+    assert splits["val"] == [0, 10] and len(splits["train"]) == 18 and len(splits["holdout"]) == 1
+    assert sorted(splits["holdout"] + splits["train_minus_holdout"]) == splits["train"]
+
+
+def test_a_wrong_column_is_named(saved: Path) -> None:
+    with pytest.raises(UserError, match="has no column 'depth', only image, label, classes"):
+        open_depth(str(saved / "both"), "val", NYUDepthConfig(depth_column="depth"))
+    with pytest.raises(UserError, match="the column of images holds no pictures"):
+        open_depth(str(saved / "both"), "val", NYUDepthConfig(image_column="metres"))[0]
+
+
+def test_paths_instead_of_pictures_are_not_followed(library: Any, tmp_path: Path) -> None:
+    """A plain column of paths stays one; only the library's own pictures are embedded when they are saved."""
+    Image.new("RGB", (6, 4)).save(tmp_path / "secret.png")
+    value = library.Value
+    features = library.Features(image={"bytes": value("binary"), "path": value("string")})
+    row = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]}
+    library.Dataset.from_dict(row, features=features).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(UserError, match="column 'image' is empty or holds a path, not a picture"):
+        open_rows(tmp_path / "data", "val", ("image",))[0]
+
+
+def test_damaged_files_are_said(library: Any, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as a saved data set"):
+        open_depth(str(tmp_path), "val", DEPTH)
+
+
+def test_a_missing_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install 'uvim-fsq.datasets.'"):
+        open_depth(str(tmp_path), "val", DEPTH)
