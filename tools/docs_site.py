@@ -26,6 +26,8 @@ PAGES = {
 }
 #: A link of Markdown: before its target, target, anchor with its #.
 LINK = re.compile(r"(\]\()([^)#\s]*)((?:#[^)\s]*)?)(?=\))")
+#: What begins an address that is no path: https:, mailto:, data:.
+ADDRESS = re.compile("[a-z]+:")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash", ".toml": "toml"}
 
 
@@ -44,7 +46,7 @@ def targets(markdown: str) -> Iterator[tuple[str, str]]:
     """(file or folder, anchor without #) of the links of a page to files; either may be empty."""
     for is_text, part in prose(markdown):
         for _, target, place in LINK.findall(part) if is_text else ():
-            if "://" not in target and not target.startswith("mailto:"):
+            if not ADDRESS.match(target):
                 yield target, place[1:]
 
 
@@ -75,7 +77,7 @@ def with_links(markdown: str, uri: str) -> str:
 
     def follow(match: re.Match[str]) -> str:
         start, target, place = match.groups()
-        if not target or "://" in target or target.startswith("mailto:"):
+        if not target or ADDRESS.match(target):
             return match[0]
         return start + relpath(page_of(linked(source_of(uri), target)), os.path.dirname(uri) or ".") + place
 
@@ -152,5 +154,3 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Leads links to the pages of the site."""
     return with_links(markdown, page.file.src_uri)
-
-

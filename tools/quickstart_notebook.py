@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 #: (kind, text) of each cell.
 CELLS: tuple[tuple[str, str], ...] = (
@@ -19,8 +19,9 @@ CELLS: tuple[tuple[str, str], ...] = (
 # Quickstart in Python
 
 This notebook renders a small data set of rooms, trains an oracle and a token model for depth on it, scores them and
-predicts one photo. It takes about two minutes on one CPU core, so its models are barely trained; `make quickstart` does
-the same with eight times the data and ten times the steps. The terms are explained in [Concepts](concepts.md).""",
+predicts photos with them. It takes two minutes on one CPU core, so its models are barely trained; `make quickstart`
+does the same with eight times the data and up to ten times the steps. The terms are explained in
+[Concepts](concepts.md).""",
     ),
     (
         "markdown",
@@ -32,7 +33,8 @@ the same with eight times the data and ten times the steps. The terms are explai
     (
         "code",
         """\
-!uvim-fsq synth --format nyu --layout png --num 2000 --num-val 100 --size 32 --difficulty plain --out rooms""",
+%%sh
+uvim-fsq synth --format nyu --layout png --num 2000 --num-val 100 --size 32 --difficulty plain --out rooms""",
     ),
     (
         "code",
@@ -68,16 +70,18 @@ show({"photo": [Image.open(p) for p in photos[:6]], "depth": [true_depth(p) for 
 ## Stage I: the oracle
 
 It compresses a depth map into 16 tokens of 64 codes (FSQ) and decodes them with the photo at hand. The shipped
-configuration `nyu_depth/quickstart_oracle` is the one of `make quickstart`; settings are changed by `key=value`. Training
-writes a run directory.""",
+configuration `nyu_depth/quickstart_oracle` is the one of `make quickstart`; settings are changed by `key=value`.
+Training writes a run directory.""",
     ),
     (
         "code",
         """\
 from uvim_fsq import Predictor, evaluate, train
 
-oracle = train("nyu_depth/quickstart_oracle", ["data.root=rooms", "train.out=runs/oracle", "train.steps=300",
-                                               "train.log_every=100"])""",
+oracle = train(
+    "nyu_depth/quickstart_oracle",
+    ["data.root=rooms", "train.out=runs/oracle", "train.steps=300", "train.log_every=100"],
+)""",
     ),
     (
         "markdown",
@@ -89,8 +93,9 @@ It learns to predict these tokens from the photo alone.""",
     (
         "code",
         """\
-lm = train("nyu_depth/quickstart_lm", [f"oracle={oracle}", "train.out=runs/lm", "train.steps=300",
-                                       "train.log_every=100"])""",
+lm = train(
+    "nyu_depth/quickstart_lm", [f"oracle={oracle}", "train.out=runs/lm", "train.steps=300", "train.log_every=100"]
+)""",
     ),
     (
         "markdown",
@@ -121,8 +126,13 @@ for name, figures in result["figures"].items():
 predictor = Predictor.from_run(lm)
 predictions = predictor.predict_batch(photos[:6])
 print(predictions[0].shape, predictions[0].dtype)
-show({"photo": [Image.open(p) for p in photos[:6]], "predicted": predictions,
-      "true": [true_depth(p) for p in photos[:6]]})""",
+show(
+    {
+        "photo": [Image.open(p) for p in photos[:6]],
+        "predicted": predictions,
+        "true": [true_depth(p) for p in photos[:6]],
+    }
+)""",
     ),
     (
         "markdown",
@@ -135,10 +145,17 @@ The [tutorials](tutorials/depth.md) train each task at the scale of the quicksta
 )
 
 
-def clean(text: str) -> str:
-    """What a cell printed without colours, and of a line that was redrawn only its last state."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+def printed(outputs: list[Any]) -> list[Any]:
+    """What a cell printed or drew: without standard error, which holds progress and warnings, and in one piece."""
+    kept: list[Any] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name == "stdout" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        elif output.name == "stdout":
+            kept.append(output)
+    return kept
 
 
 def main() -> None:
@@ -159,9 +176,8 @@ def main() -> None:
     notebook.metadata = {"language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {}  # times of execution
-        for output in cell.get("outputs", ()):
-            if "text" in output:
-                output["text"] = clean(output["text"])
+        if cell.cell_type == "code":
+            cell.outputs = printed(cell.outputs)
     nbformat.validate(notebook)
     out.write_text(nbformat.writes(notebook, indent=1) + "\n")
 
