@@ -32,6 +32,10 @@ def tool(name: str) -> ModuleType:
 SITE = tool("docs_site")
 #: Paths in the repository of all pages.
 PAGES = sorted({*SITE.PAGES, *(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))})
+#: Pages that are only read in the repository.
+OTHERS = {
+    str(page.relative_to(ROOT)) for pattern in ("*.md", "*/README.md", "examples/*/*.md") for page in ROOT.glob(pattern)
+}
 
 
 def leaves(tree: Any) -> Iterator[str]:
@@ -54,7 +58,7 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted([*leaves(settings["nav"]), *aside]) == sorted(SITE.page_of(path) for path in PAGES)
 
 
-@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("path", sorted({*PAGES, *OTHERS}))
 def test_links_lead_to_files_and_headings(path: str) -> None:
     for target, place in SITE.targets(SITE.content(path)):
         other = SITE.linked(path, target)
