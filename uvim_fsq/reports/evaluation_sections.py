@@ -91,7 +91,7 @@ def distribution_section(task: Task, examined: Mapping[str, Examined]) -> Sectio
     """Histograms of the main metric of single images, and its quantiles."""
     found = {SHORT.get(name, name): [value for _, _, value in x.values] for name, x in examined.items() if x.values}
     if not found:
-        return "Single images", f"<p>{html.escape(task.main_metric)} is not defined for a single image.</p>"
+        return "Single images", f"<p>{html.escape(str(task.main_metric))} is not defined for a single image.</p>"
     rows = [["", "images", "smallest", "10%", "median", "90%", "largest"]]
     for name, values in found.items():
         quantiles = np.quantile(values, [0, 0.1, 0.5, 0.9, 1])
@@ -160,8 +160,8 @@ def calibration_section(examined: Examined) -> Section:
     ]
     text = (
         "<p>A token is right if it is the one that the oracle makes of the true labels. Its confidence is the "
-        "probability that the LM gave it when it was chosen. The dots are the mean confidence of the tokens in a range; "
-        "below the diagonal the LM is too sure. A wrong token can still be decoded to nearly the right labels.</p>"
+        "probability that the LM gave it when it was chosen. The dots are the mean confidence of the tokens in a "
+        "range; below the diagonal the LM is too sure. A wrong token can still be decoded to nearly the right labels.</p>"
     )
     return "Confidence of the LM", text + html_table(rows) + chart_tag(reliability_figure(found), "reliability")
 
@@ -172,7 +172,7 @@ def token_section(result: Mapping[str, Any], examined: Mapping[str, Examined]) -
         return None
     content = ""
     for name, counts in result["code_counts"].items():
-        used, short = sum(count > 0 for count in counts), SHORT.get(name, name)
+        used = sum(count > 0 for count in counts)
         found = [
             ("codes by frequency", chart_tag(count_figure(counts), f"{name} usage")),
             ("log10 of each code's count, by index", chart_tag(codebook_figure(np.array(counts)), f"{name} codebook")),
@@ -182,7 +182,7 @@ def token_section(result: Mapping[str, Any], examined: Mapping[str, Examined]) -
             found.append(("levels of the channels", chart_tag(level_figure(levels), f"{name} levels")))
         if name in examined:
             found += _place_charts(name, examined[name].positions, examined[name].right)
-        content += f"<h3>{html.escape(short)}: {used} of {len(counts)} codes used</h3>{charts(found)}"
+        content += f"<h3>{html.escape(SHORT[name])}: {used} of {len(counts)} codes used</h3>{charts(found)}"
     return "Tokens", "<p>Maps of places have one cell per token, row by row.</p>" + content
 
 
