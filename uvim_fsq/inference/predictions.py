@@ -99,7 +99,8 @@ def lm_predictions(
 
     def decoded(image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None, torch.Tensor | None]:
         if asked is None or not isinstance(decode, LMDecoder):
-            return *decode(image, seeds), None
+            items, tokens = decode(image, seeds)
+            return items, tokens, None
         # One sample at a time, except the first, whose tokens are those of the prediction.
         samples = (asked.generate(image, seeds, number) for number in range(config.samples))
         first = next(samples)

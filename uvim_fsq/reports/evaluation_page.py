@@ -56,7 +56,6 @@ COLUMNS = (
     "image",
     "ground truth",
     "oracle",
-    "oracle error",
     "context alone",
     "LM",
     "LM error",
@@ -191,13 +190,10 @@ def write_evaluation_page(
             sections.append(calibration_section(examined["lm"]))
         sections.append(decoding_section(task, result))
     sections.append(token_section(result, examined))
-    curves = [
-        (name, chart_tag(curve_figure(run), f"{name}: training loss"))
-        for name, run in runs.items()
-        if read_metrics(run)
-    ]
+    curves = {name: curve_figure(run) for name, run in runs.items() if read_metrics(run)}
     if curves:
-        sections.append(("Training", charts(curves)))
+        drawn = [(name, chart_tag(curve, f"{name}: training loss")) for name, curve in curves.items()]
+        sections.append(("Training", charts(drawn)))
     write_report(path, title, [section for section in sections if section is not None])
 
 

@@ -161,7 +161,8 @@ def calibration_section(examined: Examined) -> Section:
     text = (
         "<p>A token is right if it is the one that the oracle makes of the true labels. Its confidence is the "
         "probability that the LM gave it when it was chosen. The dots are the mean confidence of the tokens in a "
-        "range; below the diagonal the LM is too sure. A wrong token can still be decoded to nearly the right labels.</p>"
+        "range; below the diagonal the LM is too sure. A wrong token can still be decoded to nearly the right "
+        "labels.</p>"
     )
     return "Confidence of the LM", text + html_table(rows) + chart_tag(reliability_figure(found), "reliability")
 
