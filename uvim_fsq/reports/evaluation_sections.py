@@ -39,7 +39,7 @@ EXTREMES = 2
 
 
 def charts(found: Sequence[tuple[str, str]]) -> str:
-    """HTML of captions and charts that stand next to each other where there is room."""
+    """HTML of titled charts or tables that stand next to each other where there is room."""
     items = "".join(f"<div><h3>{html.escape(title)}</h3>{chart}</div>" for title, chart in found)
     return f'<div class="charts">{items}</div>'
 
@@ -122,7 +122,9 @@ def class_section(figures: Mapping[str, Mapping[str, float]]) -> Section:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None or not np.isfinite(value) else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    if value is None or not np.isfinite(value):
+        return ""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def breakdown_sections(examined: Mapping[str, Examined]) -> list[Section]:
@@ -131,10 +133,8 @@ def breakdown_sections(examined: Mapping[str, Examined]) -> list[Section]:
     sections: list[Section] = []
     for title in titles:
         found = {SHORT.get(name, name): x.tables[title] for name, x in examined.items() if title in x.tables}
-        content = chart_tag(breakdown_figure(found), title)
-        for name, matrix in found.items():
-            content += f"<h3>{html.escape(name)}</h3>{html_table(_matrix_rows(matrix))}"
-        sections.append((title, content))
+        tables = [(name, html_table(_matrix_rows(matrix))) for name, matrix in found.items()]
+        sections.append((title, chart_tag(breakdown_figure(found), title) + charts(tables)))
     return sections or [("Breakdown", "<p>The task divides its images no further.</p>")]
 
 

@@ -35,6 +35,12 @@ def new_axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def draw_legend(axis: Axes) -> None:
+    """Adds a legend. Names may hold dollar signs, which would be typeset as mathematics."""
+    for text in axis.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
+
+
 def curve_figure(run: Path) -> Figure:
     """Plots the training loss of a run over steps."""
     figure, axis = new_axes()

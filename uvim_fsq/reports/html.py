@@ -75,7 +75,7 @@ def chart_tag(figure: Figure, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", svg)
-    svg = re.sub(r"font-family: [^;]*", "font-family: system-ui, sans-serif", svg)
+    svg = re.sub(r'font-family: [^;"]*', "font-family: system-ui, sans-serif", svg)
     # matplotlib numbers its groups from 1 in every figure; nothing refers to them.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     kind = "chart wide" if figure.get_figwidth() > WIDEST else "chart"
@@ -92,7 +92,8 @@ background:var(--page);line-height:1.4}
 h1,h2,h3,p,li,figcaption{overflow-wrap:anywhere}p,ul{max-width:55em}
 .scroll,.wide{overflow-x:auto;margin:.5em 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.3em .9em;border-bottom:1px solid var(--line);text-align:right}td:first-child,th:first-child
-{text-align:left}img{max-width:100%;display:block;margin:1em 0}code{background:var(--code);overflow-wrap:anywhere}
+{text-align:left}td:first-child{min-width:7em}
+img{max-width:100%;display:block;margin:1em 0}code{background:var(--code);overflow-wrap:anywhere}
 .charts{display:flex;flex-wrap:wrap;gap:.5em 2em}.chart svg{max-width:100%;height:auto;display:block}
 .wide svg{max-width:none}.chart text{fill:currentColor}
 .panels{display:flex;flex-wrap:wrap;gap:.6em;margin:.3em 0 1.5em}.panels figure{margin:0;max-width:calc(50% - .3em)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from uvim_fsq.data.sample import Array
 from uvim_fsq.evaluation.examination import CONFIDENCE_BINS, Calibration
-from uvim_fsq.reports.figures import SIZE, new_axes
+from uvim_fsq.reports.figures import SIZE, draw_legend, new_axes
 from uvim_fsq.tasks.base import Matrix
 
 # Imported only when something is drawn, because it takes half a second.
@@ -114,7 +114,7 @@ def breakdown_figure(found: Mapping[str, Matrix]) -> Figure:
     axis.set_ylabel(first.columns[0], parse_math=False)
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    draw_legend(axis)
     return figure
 
 
@@ -127,5 +127,5 @@ def values_figure(found: Mapping[str, Sequence[float]], name: str) -> Figure:
     axis.set_xlabel(f"{name} of an image", parse_math=False)
     axis.set_ylabel("images")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    draw_legend(axis)
     return figure
