@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,9 @@ TRUTH = torch.tensor([[0, 1], [2, 1]])
 TOKENS = torch.tensor([[0, 1], [2, 3]])
 
 
+NO_SOURCE: Any = None
+
+
 def no_metric() -> Metric:
     raise AssertionError("no metric is needed")
 
@@ -28,12 +33,9 @@ def no_metric() -> Metric:
 def found(confidence: torch.Tensor | None) -> Examined:
     """Two images of two tokens, the last of which is wrong."""
 
-    class Source(list[Sample]):
-        info: dict[str, str] = {}  # noqa: RUF012
-
     depth = np.full((4, 4), 2.0, np.float32)
     samples = [Sample(name, np.zeros((4, 4, 3), np.uint8), {"depth": depth}) for name in "ab"]
-    examiner = Examiner(TASKS["depth"], Source(samples), 4)
+    examiner = Examiner(TASKS["depth"], NO_SOURCE, 4)
     batch = Batch(image=torch.zeros(2, 3, 4, 4), labels={}, index=torch.tensor([5, 7]), id=["a", "b"])
     examiner.add(batch, Predictions([depth, depth + 1], TOKENS, None, TRUTH, confidence), samples)
     return examiner.finish(no_metric, "rmse", [{"id": "b", "rmse": 1.0}, {"id": "a", "rmse": 0.0}], None)

@@ -114,17 +114,23 @@ def class_section(figures: Mapping[str, Mapping[str, float]]) -> Section:
     for metric in dict.fromkeys(metric for metric, _ in names):
         keys = [(name, f"{metric}/{name}") for other, name in names if other == metric]
         ways = [way for way, found in figures.items() if any(key in found for _, key in keys)]
-        rows = [[metric, *(SHORT.get(way, way) for way in ways)]]
         # A class that occurs in no truth and in no prediction has no figure.
-        rows += [[name, *(_number(figures[way].get(key)) for way in ways)] for name, key in keys]
-        content += html_table(rows)
+        columns = {SHORT.get(way, way): [figures[way].get(key) for _, key in keys] for way in ways}
+        content += html_table(_table(metric, [name for name, _ in keys], columns))
     return "Classes", content
 
 
-def _number(value: float | None) -> str:
-    if value is None or not np.isfinite(value):
-        return ""
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+def _texts(values: Sequence[float | None]) -> list[str]:
+    """Numbers of a column with the same number of digits; empty where there is none."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    digits = 0 if all(float(value).is_integer() for value in known) else 3 if max(map(abs, known)) < 10 else 2
+    return ["" if value is None or not np.isfinite(value) else f"{value:.{digits}f}" for value in values]
+
+
+def _table(corner: str, names: Sequence[str], columns: Mapping[str, Sequence[float | None]]) -> list[list[str]]:
+    """Rows of a table, header first: a name and a number of each column."""
+    texts = [_texts(values) for values in columns.values()]
+    return [[corner, *columns], *([name, *line] for name, *line in zip(names, *texts, strict=True))]
 
 
 def breakdown_sections(examined: Mapping[str, Examined]) -> list[Section]:
@@ -139,8 +145,7 @@ def breakdown_sections(examined: Mapping[str, Examined]) -> list[Section]:
 
 
 def _matrix_rows(matrix: Matrix) -> list[list[str]]:
-    rows = [["", *matrix.columns]]
-    return rows + [[name, *map(_number, line)] for name, line in zip(matrix.rows, matrix.values, strict=True)]
+    return _table("", matrix.rows, dict(zip(matrix.columns, matrix.values.T.tolist(), strict=True)))
 
 
 def calibration_section(examined: Examined) -> Section:
@@ -205,10 +210,11 @@ def decoding_section(task: Task, result: Mapping[str, Any]) -> Section:
     if "decodings" not in result:
         return title, "<p>Not measured; evaluate with <code>--decodings</code> to compare settings.</p>"
     metrics = [task.main_metric, *task.secondary_metrics]
+    found = result["decodings"]
+    columns = [_texts([item["figures"].get(name) for item in found]) for name in metrics]
     rows = [["codes", "steps", *metrics, ""]]
-    for found in result["decodings"]:
-        figures = [_number(found["figures"].get(name)) for name in metrics]
-        rows.append([found["codes"], str(found["steps"] or ""), *figures, "as evaluated" if found["own"] else ""])
+    for item, *figures in zip(found, *columns, strict=True):
+        rows.append([item["codes"], str(item["steps"] or ""), *figures, "as evaluated" if item["own"] else ""])
     text = (
         "<p>All other settings as evaluated. These are the reported images: do not choose settings by this table, but "
         "with <code>uvim-fsq tune</code>, which uses others.</p>"

@@ -74,6 +74,8 @@ def chart_tag(figure: Figure, alt: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    # Inside of HTML, SVG needs neither namespaces nor their prefix.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
     svg = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", svg)
     svg = re.sub(r'font-family: [^;"]*', "font-family: system-ui, sans-serif", svg)
     # matplotlib numbers its groups from 1 in every figure; nothing refers to them.
@@ -94,14 +96,15 @@ h1,h2,h3,p,li,figcaption{overflow-wrap:anywhere}p,ul{max-width:55em}
 td,th{padding:.3em .9em;border-bottom:1px solid var(--line);text-align:right}td:first-child,th:first-child
 {text-align:left}td:first-child{min-width:7em}
 img{max-width:100%;display:block;margin:1em 0}code{background:var(--code);overflow-wrap:anywhere}
-.charts{display:flex;flex-wrap:wrap;gap:.5em 2em}.chart svg{max-width:100%;height:auto;display:block}
+.charts{display:flex;flex-wrap:wrap;gap:.5em 2em}.charts>div{min-width:0;max-width:100%}
+.charts td,.charts th{padding:.2em .5em}.chart svg{max-width:100%;height:auto;display:block}
 .wide svg{max-width:none}.chart text{fill:currentColor}
 .panels{display:flex;flex-wrap:wrap;gap:.6em;margin:.3em 0 1.5em}.panels figure{margin:0;max-width:calc(50% - .3em)}
 .panels img{margin:0;height:auto}.sharp{image-rendering:pixelated}
 figcaption{font-size:.8em;width:0;min-width:100%}figcaption b{display:block}
 @media print{:root{color-scheme:light;--text:#000;--page:#fff;--line:#999;--code:#f3f3f3}body{margin:0;max-width:none;
-font-size:10pt}.panels figure{max-width:24%}.scroll,.wide{overflow:visible}table{font-size:8pt}.wide svg
-{max-width:100%}h2,h3{break-after:avoid}.panels figure,.chart,tr,img{break-inside:avoid}
+font-size:10pt}.panels{gap:.4em}.panels figure{max-width:15.8%}.scroll,.wide{overflow:visible}table{font-size:8pt}
+.wide svg{max-width:100%}h2,h3{break-after:avoid}.panels figure,.chart,tr,img{break-inside:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}"""
 
 
