@@ -13,8 +13,9 @@ import pytest
 from tests.support.photos import noise_photo as photo
 from tests.support.small import TASKS
 from uvim_fsq.cli import main
+from uvim_fsq.inference.predict_files import predict_files
 from uvim_fsq.inference.prediction_folder import NO_FILES, PredictionFolder
-from uvim_fsq.inference.predictor import Predictor, predict_files
+from uvim_fsq.inference.predictor import Predictor
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -17,16 +17,18 @@ from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
 from uvim_fsq.checkpoints.loading import load_direct
 from uvim_fsq.errors import UserError
-from uvim_fsq.inference import predictor as module
+from uvim_fsq.inference import pictures
+from uvim_fsq.inference import predict_files as files_module
+from uvim_fsq.inference.predict_files import predict_files
 from uvim_fsq.inference.predictions import predict_functions
-from uvim_fsq.inference.predictor import Predictor, predict_files
+from uvim_fsq.inference.predictor import Predictor
 
 
 def test_one_full_size_image_at_a_time_is_held(tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [str(photo(tmp_path / f"{i}.png", i)) for i in range(6)]
     alive: list[int] = []
     seen: list[weakref.ref[np.ndarray]] = []
-    read = module.read_image
+    read = pictures.read_image
 
     def watched(source: Any) -> np.ndarray:
         alive.append(sum(picture() is not None for picture in seen))
@@ -34,7 +36,8 @@ def test_one_full_size_image_at_a_time_is_held(tmp_path: Path, lm_dir: Path, mon
         seen.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr(module, "read_image", watched)
+    for module in (pictures, files_module):
+        monkeypatch.setattr(module, "read_image", watched)
     predict_files(lm_dir, files, tmp_path / "out", ["eval.batch_size=6"])
     Predictor.from_run(lm_dir, ["eval.batch_size=6"]).predict_batch(files)
     assert len(alive) == 24 and max(alive) <= 1

@@ -17,7 +17,7 @@ from uvim_fsq.commands.data_check import check_data
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.run import evaluate
-from uvim_fsq.inference.predictor import predict_files
+from uvim_fsq.inference.predict_files import predict_files
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.training.run import train
 

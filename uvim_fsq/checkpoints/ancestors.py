@@ -16,7 +16,6 @@ from uvim_fsq.checkpoints.layout import CONFIG, ORACLE
 from uvim_fsq.checkpoints.run_directory import (
     checked_hash,
     oracle_to_train_on,
-    read_config,
     read_oracle_config,
     resolve_checkpoint,
     resume_from,
@@ -34,24 +33,14 @@ from uvim_fsq.tasks.configuration import resolve_lm
 
 
 def inherit(run: Run) -> Run:
-    """Completes a configuration to train with: an LM's from its oracle's checkpoint and from that of the LM whose
-    decoder is tuned, any with its ancestors.
+    """Completes a configuration to train with: an LM's from its oracle's checkpoint, any with its ancestors.
 
     Raises UserError for invalid combinations, and if the run would report images that an ancestor was trained on.
     """
     if isinstance(run, LMRun):
         run = resolve_lm(run, read_oracle_config(oracle_to_train_on(run))[0])
-        if run.decoder_tuning.run:
-            splits = _trained_on(read_config(resolve_checkpoint(run.decoder_tuning.run)))
-            run = replace(run, decoder_tuning=replace(run.decoder_tuning, trained_on=splits))
     validate(run)
     return replace(run, ancestors=_ancestors(run))
-
-
-def _trained_on(run: Run) -> tuple[str, ...]:
-    """The splits that a run was trained on, and the LMs whose decoder it tuned."""
-    before = run.decoder_tuning.trained_on if isinstance(run, LMRun) else ()
-    return tuple(dict.fromkeys((*before, run.data.train_split)))
 
 
 def _ancestors(run: Run) -> tuple[Ancestor, ...]:
@@ -64,7 +53,9 @@ def _ancestors(run: Run) -> tuple[Ancestor, ...]:
         with suggesting_earlier(run, resumed):
             return _recorded(_tree(resumed), resumed)
     if kept:
-        found = lineage(resolve_checkpoint(kept))[1:]  # that LM itself is in decoder_tuning
+        own, *earlier = lineage(resolve_checkpoint(kept))
+        # What chose an LM's checkpoint may also tune its decoding, with a decoder of its own as without.
+        found = (replace(own, selection_split=""), *earlier)
     else:
         _refuse_other_stage(run)
         found = lineage(resolve_checkpoint(run.init_from))
@@ -89,19 +80,13 @@ def lineage(checkpoint: Path) -> tuple[Ancestor, ...]:
         train_split=data.train_split,
         selection_split=data.selection_split,
     )
-    found = [own, *(replace(own, train_split=split) for split in _splits_of_tuned(tree)), *_recorded(tree, checkpoint)]
+    found = [own, *_recorded(tree, checkpoint)]
     model = tree.get("model")
     if isinstance(model, dict) and model.get("decoder") == "trained":
         # Its copy of the oracle's decoder has seen the oracle's images.
         places = (checkpoint / ORACLE, checkpoint.parent.parent / ORACLE)
         found += [item for place in places if (place / CONFIG).is_file() for item in lineage(place)]
     return tuple(dict.fromkeys(found))
-
-
-def _splits_of_tuned(tree: Tree) -> tuple[str, ...]:
-    """The splits that the LMs were trained on whose decoder a run tuned."""
-    tuning = tree.get("decoder_tuning")
-    return convert(tuple[str, ...], tuning.get("trained_on") or (), "trained_on") if isinstance(tuning, dict) else ()
 
 
 def _tree(checkpoint: Path) -> Tree:

@@ -181,9 +181,7 @@ def tuning_split(
         raise UserError(
             f"split {chosen} is the one that is reported (data.eval_split), so it must not serve to tune: {remedy}"
         )
-    trained_on = [("the LM", trained.train_split), ("its oracle", oracle.data.train_split)]
-    trained_on += [("the LM whose decoder it tuned", name) for name in before.decoder_tuning.trained_on]
-    for model, name in trained_on:
+    for model, name in (("the LM", trained.train_split), ("its oracle", oracle.data.train_split)):
         if share_images(chosen, name):
             raise UserError(
                 f"{model} was trained on images of split {chosen} (data.train_split={name}), so its tokens there are "
@@ -198,6 +196,6 @@ def _refuse_seen(ancestors: tuple[Ancestor, ...], root: str, split: str, remedy:
     for ancestor, used in seen(ancestors, root):
         if share_images(split, used):
             raise UserError(
-                f"{ancestor.run}, which this run started from (init_from), was trained or chosen on images of split "
+                f"{ancestor.run}, which this run started from, was trained or chosen on images of split "
                 f"{split} (its split {used}), so tokens there are better than on new images: {remedy}"
             )

@@ -1,4 +1,4 @@
-"""`uvim-fsq predict`: predicts images with a trained LM or direct model."""
+"""`uvim-fsq predict`: predicts images and films with a trained LM or direct model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uvim_fsq.commands.common import check_places, check_run
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
 
-HELP = "predict images with a trained LM or direct model"
+HELP = "predict images and films with a trained LM or direct model"
 #: Number of failures listed one by one; the rest are only counted.
 SHOWN = 20
 
@@ -19,27 +19,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run", help="run or checkpoint of an LM or a direct model, or hub:OWNER/NAME@REVISION")
     parser.add_argument(
-        "inputs", nargs="+", metavar="IMAGE|FOLDER|key=value", help="images and folders, and settings of the run"
+        "inputs",
+        nargs="+",
+        metavar="IMAGE|FOLDER|FILM|@LIST|-|key=value",
+        help="images, folders, films; @LIST is a file that names one a line, - the same on standard input; and "
+        "settings of the run",
     )
     parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument(
+        "--tiles",
+        type=_side,
+        metavar="PIXELS|auto",
+        help="predict large pictures by overlapping square tiles of this side; auto: the models' image side",
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.25, help="share of a tile's side that neighbors have in common (0.25)"
+    )
+    parser.add_argument(
+        "--write",
+        choices=("files", "film"),
+        help="files: results of each picture and frame; film: a film of the predictions, also of a folder of pictures, "
+        "in the order of their names; by default films become films and pictures files",
+    )
+    parser.add_argument("--fps", type=float, help="frames per second of films that are written (that of the film, 25)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="predict again what is complete, with this checkpoint and settings"
+    )
+
+
+def _side(text: str) -> int:
+    """The side of tiles in pixels, 0 for "auto"."""
+    return 0 if text == "auto" else int(text) or -1
 
 
 def run(args: argparse.Namespace) -> None:
     """Predicts all images. Raises UserError at the end if some could not be predicted."""
-    overrides = [entry for entry in args.inputs if "=" in entry and not Path(entry).exists()]
+    overrides = [e for e in args.inputs if "=" in e and not e.startswith("@") and not Path(e).exists()]
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
-        raise UserError("name at least one image or folder to predict")
-    from uvim_fsq.data.folders import list_images
+        raise UserError("name at least one image, folder or film to predict")
+    from uvim_fsq.data.folders import expand_lists, list_images
 
+    inputs = expand_lists(inputs)
     list_images(inputs)
     check_run(args.run, overrides)
     check_places(folders=[args.out])
 
+    from uvim_fsq.inference.predict_files import Options, predict_files
     from uvim_fsq.inference.prediction_folder import INDEX
-    from uvim_fsq.inference.predictor import predict_files
 
-    entries = predict_files(args.run, inputs, args.out, overrides)
+    options = Options(args.tiles, args.overlap, args.write, args.fps, args.overwrite)
+    entries = predict_files(args.run, inputs, args.out, overrides, options)
     errors = [entry["error"] for entry in entries if "error" in entry]
     done = len(entries) - len(errors)
     say(f"{done} of {len(entries)} images predicted into {args.out}, listed in {Path(args.out) / INDEX}")

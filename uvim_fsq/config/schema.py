@@ -212,9 +212,6 @@ class DecoderTuningConfig:
     token model is trained."""
     true_share: float = 0.25
     """Share of tokens that are the true ones in this training; the LM predicts the others."""
-    trained_on: tuple[str, ...] = ()
-    """Splits that the LM was trained on, and the LMs before it. Read from its checkpoint, so that `uvim-fsq tune`
-    refuses their images."""
 
 
 @dataclass(frozen=True)

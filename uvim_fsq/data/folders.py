@@ -5,6 +5,8 @@ Only the exact names train/ and val/ are used; error messages suggest renaming f
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,6 +52,33 @@ def and_list(words: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + list(words[-1:]))
 
 
+def expand_lists(inputs: Sequence[str]) -> list[str]:
+    """The inputs with each `@FILE` replaced by the paths listed in FILE, and `-` by those on standard input.
+
+    One path a line, relative to the current directory; or separated by zero bytes, as `find -print0` writes them. Blank
+    lines are left out. A file that is itself named `@...` or `-` is taken as it is.
+
+    Raises UserError for a list that cannot be read or lists nothing.
+    """
+    found: list[str] = []
+    for entry in inputs:
+        if (not entry.startswith("@") and entry != "-") or os.path.lexists(entry):
+            found.append(entry)
+            continue
+        name = "standard input" if entry == "-" else entry[1:]
+        try:
+            content = sys.stdin.buffer.read() if entry == "-" else Path(name).read_bytes()
+        except (OSError, ValueError) as error:
+            raise UserError(f"the list {name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        zeros = b"\0" in content
+        lines = content.split(b"\0") if zeros else [line.strip() for line in content.splitlines()]
+        listed = [os.fsdecode(line) for line in lines if line]
+        if not listed:
+            raise UserError(f"{name} lists no pictures; write one path a line")
+        found += listed
+    return found
+
+
 def list_images(inputs: list[str]) -> list[Path]:
     """The given files, and the images in the given folders (searched recursively, sorted).
 
@@ -57,6 +86,10 @@ def list_images(inputs: list[str]) -> list[Path]:
     """
     files: list[Path] = []
     for entry in map(Path, inputs):
+        try:
+            entry.is_dir()
+        except OSError as error:  # e.g. a name that is too long
+            raise UserError(f"{str(entry)[:200]}: {error.strerror}") from error
         if entry.is_dir():
             found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:

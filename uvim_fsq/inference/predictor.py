@@ -5,11 +5,14 @@ H, W height and width of an image; S the models' image side.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import io
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +21,20 @@ from PIL import Image
 from uvim_fsq import processes
 from uvim_fsq.checkpoints.hub import provenance_name
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
+from uvim_fsq.checkpoints.run_directory import WEIGHTS, recorded_hashes
 from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.plugins import trusting
-from uvim_fsq.console import LINES, Bar
-from uvim_fsq.data.folders import list_images
-from uvim_fsq.data.images import limit_pixels, read_image, to_rgb
+from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.sample import Array
+from uvim_fsq.data.tiles import Tiling
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
-from uvim_fsq.files import disk_is_full
-from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
+from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
 from uvim_fsq.inference.predictions import eval_autocast, image_decoder
+from uvim_fsq.tasks.base import Task
 
-#: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
-Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
-PICTURES = "a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) or (H, W) uint8 array"
+#: Keys of `eval` that change no prediction.
+WITHOUT_EFFECT = ("batch_size", "workers", "limit")
 
 
 class Predictor:
@@ -42,7 +44,7 @@ class Predictor:
     """
 
     def __init__(self, loaded: LoadedRun | LoadedDirect, device: str | torch.device) -> None:
-        self.task, self.run = loaded.task, loaded.run
+        self.task, self.run, self._loaded = loaded.task, loaded.run, loaded
         self.device = torch.device(device)
         self.transform = JointTransform(self.run.data, self.task, train=False)
         self._predict = _image_predictor(loaded, self.device)
@@ -102,21 +104,69 @@ class Predictor:
         if isinstance(images, single) or not isinstance(images, Iterable):
             raise UserError("predict_batch takes a list of pictures; use predict for one")
         limit_pixels(self.run.data.max_pixels)  # a global limit, which another run may have changed
-        kept = [_content(image) for image in images]
-        items = self.predict_prepared([self.prepare(_pixels(image)) for image in kept])
-        return [self.task.to_size(item, _pixels(image)) for item, image in zip(items, kept, strict=True)]
+        kept = [content_of(image) for image in images]
+        items = self.predict_prepared([self.prepare(pixels_of(image)) for image in kept])
+        return [self.task.to_size(item, pixels_of(image)) for item, image in zip(items, kept, strict=True)]
+
+    def predict_tiles(self, image: Picture, tiling: Tiling) -> Any:
+        """Predicts a large image by overlapping tiles, each of which the models see at their own size.
+
+        Args:
+            image: as for `predict`.
+            tiling: size and overlap of the tiles. An image that fits into one tile is predicted by `predict`.
+
+        Returns the task's prediction at the size of the image.
+
+        Raises UserError also for a task whose predictions of tiles cannot be merged.
+        """
+        limit_pixels(self.run.data.max_pixels)
+        task, predict = self._for_tiles
+        pixels = pixels_of(content_of(image))
+        tiles = tiling.cover(*pixels.shape[:2])
+        if len(tiles) == 1:
+            return self.predict(pixels)
+        with enough_memory("choose larger tiles, or make the picture smaller"):
+            views = [pixels, *(tile.of(pixels) for tile in tiles)]
+            size = self.run.eval.batch_size
+            items: list[Any] = []
+            for start in range(0, len(views), size):
+                batch = [self.prepare(np.ascontiguousarray(view)) for view in views[start : start + size]]
+                items += self._predict_with(predict, batch)
+            return task.merge_tiles(items[0], list(zip(tiles, items[1:], strict=True)), pixels)
+
+    @functools.cached_property
+    def _for_tiles(self) -> tuple[Task, Callable[[torch.Tensor], list[Any]]]:
+        """The task that merges tiles, and the prediction with its `decode`."""
+        task = self.task.tiled()
+        if task is self.task:
+            return task, self._predict
+        return task, _image_predictor(dataclasses.replace(self._loaded, task=task), self.device)
 
     def prepare(self, image: Array) -> Array:
         """(H, W, 3) uint8 -> the models' input (3, S, S)."""
         return self.transform.picture(image)
 
-    @torch.inference_mode()
     def predict_prepared(self, images: Sequence[Array]) -> list[Any]:
         """Predicts images returned by `prepare`. Returns one item per image, as `Task.decode` does, at size S."""
+        return self._predict_with(self._predict, images)
+
+    @torch.inference_mode()
+    def _predict_with(self, predict: Callable[[torch.Tensor], list[Any]], images: Sequence[Array]) -> list[Any]:
         if not images:
             return []
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
-            return self._predict(torch.from_numpy(np.stack(images)).to(self.device))
+            return predict(torch.from_numpy(np.stack(images)).to(self.device))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ between predictors with other weights or other settings of prediction."""
+        run = self.run
+        settings = {k: v for k, v in dataclasses.asdict(run.eval).items() if k not in WITHOUT_EFFECT}
+        hashes = recorded_hashes(self._loaded.checkpoint)
+        task = [run.task.name, dataclasses.asdict(run.task.options)]
+        about = [hashes[WEIGHTS], hashes.get("oracle"), run.data.image_size, settings, task]
+        text = json.dumps(about, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _image_predictor(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Callable[[torch.Tensor], list[Any]]:
@@ -142,108 +192,3 @@ def _device(device: str | torch.device) -> torch.device:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"device={str(device)!r} cannot be used ({reason}); give cpu, or cuda for a GPU") from error
     return found
-
-
-def _content(image: Any) -> Any:
-    """The content of an open file, because it can be read only once. Any other input is returned unchanged."""
-    if isinstance(image, Image.Image) or not hasattr(image, "read"):
-        return image
-    if isinstance(image, io.TextIOBase):
-        raise UserError("the picture's file is open in text mode; open it in binary mode")
-    try:
-        content = image.read()
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture cannot be read from the open file ({error})") from error
-    if not isinstance(content, bytes):
-        raise UserError(f"the picture's file returns {type(content).__name__}; open it in binary mode")
-    return content
-
-
-def _pixels(image: Any) -> Array:
-    """Converts any input except an open file to (H, W, 3) uint8. Raises UserError if it is not an image."""
-    if isinstance(image, (str, Path, bytes)):
-        return read_image(image)
-    if isinstance(image, (bytearray, memoryview)):
-        return read_image(bytes(image))
-    if isinstance(image, Image.Image):
-        try:
-            image = to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"the picture cannot be used ({error})") from error
-    if not isinstance(image, np.ndarray):
-        raise UserError(f"expected {PICTURES}, got {type(image).__name__}")
-    if image.ndim == 2 and image.dtype == np.uint8:
-        image = np.repeat(image[..., None], 3, axis=-1)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        scale = "; scale it to 0..255 and make it uint8" if image.dtype.kind == "f" else ""
-        raise UserError(f"expected an (H, W, 3) RGB or (H, W) gray uint8 array, got {image.dtype} {image.shape}{scale}")
-    if not image.size:
-        raise UserError(f"the picture has no pixels: {image.shape}")
-    return image
-
-
-def predict_files(
-    run_dir: str | Path, inputs: Sequence[str], out: str | Path, overrides: Sequence[str] = ()
-) -> list[Entry]:
-    """Predicts all images of `inputs` (files or folders) and writes the results to the folder `out`.
-
-    The index `out`/predictions.json lists these results along with those of earlier calls. If two images have the same
-    name, their results are prefixed with the folder's name, or suffixed with a number.
-
-    Args:
-        run_dir: the run or checkpoint directory of an LM or a direct model.
-        inputs: image files and folders of images.
-        out: the output folder; created if needed.
-        overrides: `key=value` strings.
-
-    Returns one dict per image, in order: `image`; the path of each written file by its kind, or `error`; `checkpoint`;
-    and if there are any, `overrides` and `decoding_from`, the tuning.
-
-    Raises UserError before predicting anything if a result would replace a file that is not an earlier result. Raises
-    UserError if the disk is full; the index then lists all complete results.
-    """
-    files = list_images(list(inputs))
-    predictor = Predictor.from_run(run_dir, overrides)
-    folder = PredictionFolder(Path(out), predictor.task, files, named=[Path(entry) for entry in inputs])
-    entries: list[Entry] = []
-    last = time.monotonic()
-    try:
-        with Bar(f"predicting into {out}", len(folder.files)) as bar:
-            for entry in _predict_folder(predictor, folder):
-                entries.append({**entry, **predictor.provenance})
-                bar.update(len(entries))
-                if time.monotonic() - last > LINES:
-                    # If this process is killed, the next call still recognizes these files as results.
-                    folder.write_index(entries)
-                    last = time.monotonic()
-    finally:
-        folder.write_index(entries)
-    return entries
-
-
-def _predict_folder(predictor: Predictor, folder: PredictionFolder) -> Iterator[Entry]:
-    """Yields one entry per image. Only the models' inputs are kept for a batch; images are read again for writing."""
-    size = predictor.run.eval.batch_size
-    for start in range(0, len(folder.files), size):
-        batch = folder.files[start : start + size]
-        prepared: dict[Path, Array] = {}
-        errors: dict[Path, str] = {}
-        for file in batch:
-            try:
-                prepared[file] = predictor.prepare(read_image(file))
-            except UserError as error:
-                errors[file] = str(error)
-        items = dict(zip(prepared, predictor.predict_prepared(list(prepared.values())), strict=True))
-        for file in batch:
-            if file in errors:
-                yield {"image": str(file), "error": errors[file]}
-                continue
-            try:
-                with enough_memory(f"make {file} smaller"):
-                    image = read_image(file)
-                    entry = folder.save(file, predictor.task.to_size(items[file], image), image)
-            except UserError as error:
-                if disk_is_full(error):
-                    raise UserError(f"{error}; {folder.out / INDEX} lists the complete results") from error
-                entry = {"image": str(file), "error": str(error)}
-            yield entry

@@ -198,6 +198,8 @@ class ImageEncoder(nn.Module):
 
     def _intermediates(self, model: Any, x: torch.Tensor) -> list[torch.Tensor]:
         """Model input (B, 3, s, s) -> the chosen stages in the model's order: (B, M, C) or (B, C, h, w)."""
+        if self._format == "NCHW":
+            x = x.contiguous(memory_format=torch.channels_last)  # depthwise convolutions on a CPU: 1.6 times as fast
         return model.forward_intermediates(
             x, indices=self._indices, norm=self._has_norm, output_fmt=self._format, intermediates_only=True
         )

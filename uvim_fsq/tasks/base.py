@@ -19,6 +19,7 @@ import torch
 from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Array, Sample, SampleSource
+from uvim_fsq.data.tiles import Tile
 from uvim_fsq.errors import UserError
 
 
@@ -283,6 +284,26 @@ class Task(ABC):
         """Resizes one item of `decode` to the size of `image` (H, W, 3); by default, an array by nearest neighbor."""
         return resize_nearest(prediction, (image.shape[0], image.shape[1]))
 
+    def tiled(self) -> Task:
+        """The task by which the tiles of a large picture are decoded: itself, or one with the same channels whose
+        predictions can be blended.
+
+        Raises UserError if predictions of tiles cannot be merged, as by default.
+        """
+        raise UserError(f"task {self.name} cannot merge predictions of tiles; predict without --tiles")
+
+    def merge_tiles(self, whole: Any, parts: Sequence[tuple[Tile, Any]], image: Array) -> Any:
+        """Merges predictions of overlapping tiles to one of the size of `image`; see `data.tiles.blend`.
+
+        Called on the result of `tiled`.
+
+        Args:
+            whole: one item of `decode` for the whole picture, which knows its overall scale.
+            parts: at least two tiles that cover the picture, each with its item of `decode`, at label size.
+            image: (H, W, 3) uint8.
+        """
+        raise NotImplementedError(f"task {self.name} does not merge tiles")
+
     @abstractmethod
     def render(self, image: Array, prediction: Any, truth: Sample | None = None) -> dict[str, Array]:
         """Images for reports: an ordered dict title -> (H, W, 3) uint8 with "prediction" and, given `truth`, "ground
@@ -303,6 +324,14 @@ class Task(ABC):
         Returns title of a picture -> text, for any of the titles of `render`.
         """
         return {}
+
+    def film_frame(self, image: Array, prediction: Any) -> Array:
+        """One frame of a film of predictions, (H, W, 3) uint8; arguments as for `render`, whose prediction it is by
+        default.
+
+        Override it if the colors of `render` depend on the picture, because then they would flicker.
+        """
+        return self.render(image, prediction)["prediction"]
 
     def prediction_files(self, stem: str) -> dict[str, str]:
         """Kind -> path of the files that `save_prediction` will write, to detect two images with the same output file.

@@ -15,7 +15,7 @@ from uvim_fsq.checkpoints.loading import load_checkpoint, resolve
 from uvim_fsq.cli import main
 from uvim_fsq.data.sample import Sample
 from uvim_fsq.evaluation.run import evaluate
-from uvim_fsq.inference.predictor import predict_files
+from uvim_fsq.inference.predict_files import predict_files
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.training.run import train

@@ -144,6 +144,12 @@ class CocoPanoptic(Task):
         """Resizes by nearest neighbor; segments that vanish are dropped and the others renumbered 1..K."""
         return prediction.at(resize_nearest(prediction.ids, image.shape[:2])).present()
 
+    def tiled(self) -> Task:
+        raise UserError(
+            "task coco_panoptic cannot be predicted by tiles: a segment that lies in two tiles has a number in each; "
+            "predict without --tiles"
+        )
+
     def render(self, image: np.ndarray, prediction: Segments, truth: Sample | None = None) -> dict[str, np.ndarray]:
         pictures = {"prediction": render.overlay(image, prediction, self.names, self.is_thing, self.palette)}
         if truth is not None:

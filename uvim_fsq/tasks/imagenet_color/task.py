@@ -5,6 +5,8 @@ Shapes: B batch, S label size, H and W native size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from uvim_fsq import processes
 from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_linear
 from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.tiles import Tile, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
@@ -125,6 +128,14 @@ class ImagenetColor(Task):
         """Resizes bilinearly; with keep_luma, the luma is that of the photo at full resolution."""
         resized = resize_linear(prediction, image.shape[:2])
         return keep_luma(resized, to_unit(image, Sample("", image))) if self.config.keep_luma else resized
+
+    def tiled(self) -> ImagenetColor:
+        return self
+
+    def merge_tiles(self, whole: np.ndarray, parts: Sequence[tuple[Tile, np.ndarray]], image: np.ndarray) -> np.ndarray:
+        """Blends the colors; `whole` is not used."""
+        enlarged = ((tile, resize_linear(color, (tile.height, tile.width))) for tile, color in parts)
+        return self.to_size(blend((image.shape[0], image.shape[1]), enlarged), image)
 
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         pictures = {"prediction": to_picture(prediction)}

@@ -6,7 +6,7 @@ Shapes: B batch, S label size, H and W native size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
+from uvim_fsq.data.tiles import Tile, align, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Task
@@ -151,6 +152,26 @@ class NYUDepth(Task):
         """(H, W) absolute error in meters, 0 where there is no truth."""
         resized = resize_nearest(prediction, (depth.shape[0], depth.shape[1]))
         return np.where(depth > self.config.min_depth, np.abs(resized - depth), 0)
+
+    def tiled(self) -> NYUDepth:
+        return self
+
+    def merge_tiles(self, whole: np.ndarray, parts: Sequence[tuple[Tile, np.ndarray]], image: np.ndarray) -> np.ndarray:
+        """Brings each tile to the scale and shift of the whole image's depth, and blends them.
+
+        A tile alone shows too little to tell how far away everything is. The whole image knows that but has fewer
+        details, as in arXiv 2105.14021.
+        """
+        size = (image.shape[0], image.shape[1])
+        overall = resize_nearest(whole, size)
+        fitted = (
+            (tile, align(resize_nearest(depth, (tile.height, tile.width)), tile.of(overall))) for tile, depth in parts
+        )
+        return blend(size, fitted).clip(self.config.min_depth, self.config.max_depth)
+
+    def film_frame(self, image: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """Color-coded depth from 0 to max_depth, the same in all frames."""
+        return colour(prediction, self.config.max_depth)
 
     def prediction_files(self, stem: str) -> dict[str, str]:
         return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -24,12 +24,18 @@ def class_map(prediction: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if prediction.ndim == 2:
         return resize_nearest(prediction, size)
-    # One class at a time: all of them at the size of a large photo may not fit in memory.
+    planes = (np.ascontiguousarray(prediction[..., c]) for c in range(prediction.shape[2]))
+    return most_likely((cv2.resize(p, (size[1], size[0]), interpolation=cv2.INTER_LINEAR) for p in planes), size)
+
+
+def most_likely(shares: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """(height, width) int32 indices of the largest share; `shares` are (height, width) float32, one for each class.
+
+    They are taken one at a time: all of them at the size of a large photo may not fit in memory.
+    """
     best = np.full(size, -np.inf, np.float32)
     found = np.zeros(size, np.int32)
-    for c in range(prediction.shape[2]):
-        plane = np.ascontiguousarray(prediction[..., c])
-        share = cv2.resize(plane, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    for c, share in enumerate(shares):
         better = share > best
         best[better] = share[better]
         found[better] = c

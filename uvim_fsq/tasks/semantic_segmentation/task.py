@@ -6,8 +6,9 @@ Shapes: B batch, S label size, H and W native size, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 import torch
 
@@ -15,6 +16,7 @@ from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_nearest
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
+from uvim_fsq.data.tiles import Tile, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
 from uvim_fsq.tasks.legend import beside, draw_legend
@@ -23,7 +25,7 @@ from uvim_fsq.tasks.registry import register_task
 from uvim_fsq.tasks.semantic_segmentation.classes import check_classes, find_class_file, read_classes
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
 from uvim_fsq.tasks.semantic_segmentation.data import ClassTable, SavedSource, SegmentationSource, open_source
-from uvim_fsq.tasks.semantic_segmentation.metrics import SegmentationMetric, class_map
+from uvim_fsq.tasks.semantic_segmentation.metrics import SegmentationMetric, class_map, most_likely
 
 #: Weight of the class colors over the photo.
 SHARE = 0.6
@@ -98,6 +100,20 @@ class SemanticSegmentation(Task):
     def to_size(self, prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
         """(H, W) class indices."""
         return class_map(prediction, (image.shape[0], image.shape[1]))
+
+    def tiled(self) -> SemanticSegmentation:
+        """The task with enlarge=linear, because probabilities can be blended and class indices cannot."""
+        return type(self)(dataclasses.replace(self.config, enlarge="linear"))
+
+    def merge_tiles(self, whole: np.ndarray, parts: Sequence[tuple[Tile, np.ndarray]], image: np.ndarray) -> np.ndarray:
+        """(H, W) class indices: the most likely class by the tiles' blended probabilities; `whole` is not used."""
+        size = (image.shape[0], image.shape[1])
+
+        def plane(c: int) -> np.ndarray:
+            shares = ((t, cv2.resize(np.ascontiguousarray(p[..., c]), (t.width, t.height))) for t, p in parts)
+            return blend(size, shares)
+
+        return most_likely(map(plane, range(len(self.table.names))), size)
 
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         """Class colors over the photo; the error shows wrong pixels in white and pixels without a label in gray."""
