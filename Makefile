@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help quickstart test test-fast lint format typecheck clean
+.PHONY: help quickstart test test-fast lint format typecheck docs clean
 help:
 	@echo "make quickstart   make scenes, train oracle and LM, evaluate, draw runs/quickstart/report.html"
 	@echo "make test         run all tests"
 	@echo "make test-fast    run the tests that are neither slow nor start several processes"
+	@echo "make docs         build the documentation as a site, build/site/index.html"
 	@echo "make lint | format | typecheck | clean"
 
 # Done once; again only when a dependency changes.
@@ -41,6 +43,16 @@ format: $(STAMP)
 
 typecheck: $(STAMP)
 	$(BIN)/pyright
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing what builds the documentation into $(VENV) (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+# Once installed, it needs no network; broken links are errors. The variable silences an advertisement.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html; search needs a server: $(BIN)/python -m http.server -d build/site"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart

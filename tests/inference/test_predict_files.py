@@ -34,9 +34,9 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain = Predictor._predict_with
 
-    def watched(self: Predictor, predict: Any, images: Any) -> Any:
+    def watched(self: Predictor, decode: Any, images: Any, *seeds: Any) -> Any:
         counts.append(len(images))
-        return plain(self, predict, images)
+        return plain(self, decode, images, *seeds)
 
     monkeypatch.setattr(Predictor, "_predict_with", watched)
     return counts

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
-from uvim_fsq.checkpoints.loading import load_direct
+from uvim_fsq.checkpoints.loading import LoadedRun, load_direct
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import pictures
 from uvim_fsq.inference import predict_files as files_module
@@ -90,7 +90,13 @@ def test_grey_images_and_an_empty_batch(lm_dir: Path) -> None:
     [
         (None, "expected a file, .* got NoneType"),
         (3, "got int"),
-        (torch.zeros(3, 20, 30), "got Tensor"),
+        (torch.zeros(20, 30, 3), r"expected a \(3, H, W\) RGB tensor, got float32 \(20, 30, 3\)"),
+        (torch.zeros(2, 3, 20, 30), "got float32 .*use predict_batch for several"),
+        (torch.zeros(3, 20, 30, dtype=torch.int64), "uint8 or floating point in .*, got int64"),
+        (torch.full((3, 20, 30), 255.0), "values in .0, 1., got 255 to 255; undo its normalization"),
+        (torch.full((3, 20, 30), -0.1), "got -0.1 to -0.1"),
+        (torch.full((3, 20, 30), torch.nan), "got nan to nan"),
+        (torch.zeros(3, 0, 30), "no pixels"),
         (RGB / 255, "got float64 .* make it uint8"),
         (np.full((20, 30, 3), np.nan, np.float32), "got float32 .* make it uint8"),
         (RGB[..., 0] / 255, "got float64 .* make it uint8"),
@@ -158,3 +164,78 @@ def test_a_direct_model_predicts_what_evaluation_sees(direct_dir: Path) -> None:
 def test_an_oracle_cannot_predict_a_photo(oracle_dir: Path) -> None:
     with pytest.raises(UserError, match="is an oracle's checkpoint, which needs labels to predict"):
         Predictor.from_run(oracle_dir)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_are_the_same_pictures_as_arrays(dtype: torch.dtype) -> None:
+    # bfloat16 has too few digits for most values of uint8.
+    image = RGB // 51 * 51 if dtype == torch.bfloat16 else RGB
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    if dtype.is_floating_point:
+        tensor = tensor.to(dtype) * (1 / 255)
+    assert np.array_equal(pictures.pixels_of(tensor), image)
+
+
+def test_values_of_tensors_are_rounded_to_the_nearest() -> None:
+    assert (pictures.pixels_of(torch.full((3, 2, 4), 200.7 / 255)) == 201).all()
+
+
+def test_a_batch_of_tensors_is_predicted_like_its_pictures(random_runs: tuple[Path, Path]) -> None:
+    predictor = Predictor.from_run(random_runs[1], ["eval.batch_size=2"])
+    images = np.random.default_rng(0).integers(0, 255, (3, 20, 30, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    expected = [predictor.predict(image) for image in images]
+    assert not np.array_equal(expected[0], expected[1])
+    for given in (tensor, list(tensor), tensor.double() / 255, iter(images)):
+        found = predictor.predict_batch(given)
+        assert len(found) == 3 and all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(UserError, match="takes a list"):
+        predictor.predict_batch(tensor[0])
+
+
+def test_samples_differ_and_the_first_is_the_prediction(random_runs: tuple[Path, Path]) -> None:
+    predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1", "eval.batch_size=2"])
+    samples = predictor.predict_samples(RGB, num=5)
+    assert len(samples.predictions) == 5
+    assert np.array_equal(samples.predictions[0], predictor.predict(RGB))
+    assert len({sample.tobytes() for sample in samples.predictions}) > 1
+    assert samples.spread is not None
+    np.testing.assert_allclose(samples.spread, np.std(samples.predictions, axis=0), atol=1e-5)
+    again = predictor.predict_samples(RGB, num=3).predictions
+    assert all(np.array_equal(a, b) for a, b in zip(again, samples.predictions, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num", "message"),
+    [
+        ([], 4, "all samples would be the same, because eval.temperature is 0"),
+        (["eval.temperature=1", "eval.samples=2"], 4, "needs eval.samples=1"),
+        (["eval.temperature=1"], 0, "num=0: needs a whole number of samples"),
+        (["eval.temperature=1"], 2.5, "num=2.5: needs a whole number"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused(
+    random_runs: tuple[Path, Path], overrides: list[str], num: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Predictor.from_run(random_runs[1], overrides).predict_samples(RGB, num)
+
+
+def test_a_direct_model_draws_no_samples(direct_dir: Path) -> None:
+    with pytest.raises(UserError, match="a direct model draws no samples"):
+        Predictor.from_run(direct_dir).predict_samples(RGB, 2)
+
+
+def test_a_moved_predictor_predicts_the_same(random_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.device] = []
+    monkeypatch.setattr(LoadedRun, "to", lambda self, device: moved.append(device))
+    predictor = Predictor.from_run(random_runs[1], device="cpu")
+    expected = predictor.predict(RGB)
+    assert predictor.to("cpu") is predictor and np.array_equal(predictor.predict(RGB), expected)
+    # With an index it is another device, so that everything is moved and made anew.
+    moved.clear()
+    assert predictor.to(torch.device("cpu", 0)).device == torch.device("cpu", 0) == moved[0]
+    assert np.array_equal(predictor.predict(RGB), expected)
+    with pytest.raises(UserError, match="cannot be used"):
+        predictor.to("nowhere")
+    assert np.array_equal(predictor.predict(RGB), expected)

@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from uvim_fsq.data.images import read_image, to_rgb
 from uvim_fsq.data.sample import Array
 from uvim_fsq.errors import UserError
 
-#: A path, the content of a file, an open file, a PIL image, or an (H, W, 3) RGB or (H, W) grayscale uint8 array.
-Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
-PICTURES = "a file, its content as bytes, a binary file object, a PIL image, or an (H, W, 3) or (H, W) uint8 array"
+#: A path, the content of a file, an open file, a PIL image, an (H, W, 3) RGB or (H, W) grayscale uint8 array, or a
+#: (3, H, W) RGB tensor, uint8 or floating point in [0, 1].
+Picture = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor
+PICTURES = (
+    "a file, its content as bytes, a binary file object, a PIL image, an (H, W, 3) or (H, W) uint8 array, or a "
+    "(3, H, W) tensor"
+)
 
 
 def content_of(image: Any) -> Any:
@@ -47,6 +52,8 @@ def pixels_of(image: Any) -> Array:
             image = to_rgb(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"the picture cannot be used ({error})") from error
+    if isinstance(image, torch.Tensor):
+        image = _tensor_pixels(image)
     if not isinstance(image, np.ndarray):
         raise UserError(f"expected {PICTURES}, got {type(image).__name__}")
     if image.ndim == 2 and image.dtype == np.uint8:
@@ -57,3 +64,22 @@ def pixels_of(image: Any) -> Array:
     if not image.size:
         raise UserError(f"the picture has no pixels: {image.shape}")
     return image
+
+
+def _tensor_pixels(image: torch.Tensor) -> Array:
+    """A (3, H, W) tensor -> (H, W, 3) uint8. Raises UserError for another shape, type or range of values."""
+    said = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
+    if image.ndim != 3 or image.shape[0] != 3:
+        more = "; use predict_batch for several" if image.ndim == 4 else ""
+        raise UserError(f"expected a (3, H, W) RGB tensor, got {said}{more}")
+    if image.is_floating_point():
+        low, high = (float(x) for x in image.aminmax()) if image.numel() else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):  # also if one is not a number
+            raise UserError(
+                f"expected a floating-point tensor with values in [0, 1], got {low:.3g} to {high:.3g}; undo its "
+                "normalization, or give uint8"
+            )
+        image = (image.float() * 255).round().to(torch.uint8)
+    elif image.dtype != torch.uint8:
+        raise UserError(f"expected a tensor of uint8 or floating point in [0, 1], got {said}")
+    return np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())

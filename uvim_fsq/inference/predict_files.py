@@ -91,7 +91,8 @@ def predict_files(
     if work.predicted:
         seconds = time.monotonic() - begin
         rate = work.predicted / max(seconds, 1e-9)
-        say(f"{work.predicted} pictures predicted in {clock(seconds)}, {rate:.3g} pictures/s")
+        what = "picture" if work.predicted == 1 else "pictures"
+        say(f"{work.predicted} {what} predicted in {clock(seconds)}, {rate:.3g} pictures/s")
     return work.entries
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,34 @@ from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import WEIGHTS, recorded_hashes
 from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.plugins import trusting
+from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.sample import Array
 from uvim_fsq.data.tiles import Tiling
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
+from uvim_fsq.inference.code_decoding import sample_seeds
+from uvim_fsq.inference.compiled import Decode
 from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
 from uvim_fsq.inference.predictions import eval_autocast, image_decoder
+from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.tasks.base import Task
 
 #: Keys of `eval` that change no prediction.
 WITHOUT_EFFECT = ("batch_size", "workers", "limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Several predictions of one image.
+
+    Attributes:
+        predictions: as from `Predictor.predict`, one per sample.
+        spread: (H, W) float32, how much they differ at each pixel, see `Task.spread`; None if the task has no measure.
+    """
+
+    predictions: list[Any]
+    spread: Array | None
 
 
 class Predictor:
@@ -47,7 +64,7 @@ class Predictor:
         self.task, self.run, self._loaded = loaded.task, loaded.run, loaded
         self.device = torch.device(device)
         self.transform = JointTransform(self.run.data, self.task, train=False)
-        self._predict = _image_predictor(loaded, self.device)
+        self._decode = _decoder(loaded, self.device)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
         #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
         self.provenance = {
@@ -85,8 +102,8 @@ class Predictor:
         """Predicts one image of any size. The prediction has the size of the image.
 
         Args:
-            image: a path, the content of a file as bytes, a binary file object, a PIL image, or an (H, W, 3) RGB or
-                (H, W) grayscale uint8 array.
+            image: a path, the content of a file as bytes, a binary file object, a PIL image, an (H, W, 3) RGB or (H, W)
+                grayscale uint8 array, or a (3, H, W) RGB tensor on any device, uint8 or floating point in [0, 1].
 
         Returns the task's prediction. Depth: (H, W) float32 in meters. Panoptic segmentation: `Segments`.
         Colorization: (H, W, 3) float32 in [-1, 1].
@@ -95,18 +112,71 @@ class Predictor:
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[Picture]) -> list[Any]:
-        """Predicts several images of any sizes as one batch: much faster on a GPU, with the same results as `predict`.
+    def predict_batch(self, images: Iterable[Picture] | torch.Tensor) -> list[Any]:
+        """Predicts several images of any sizes: much faster on a GPU, with the same results as `predict`.
 
-        Images that are not arrays are decoded twice, so that only one at a time is in memory at full size.
+        The models see `eval.batch_size` images at a time. Images that are not arrays are decoded twice, so that only
+        one at a time is in memory at full size.
+
+        Args:
+            images: a list of what `predict` takes, or a (B, 3, H, W) tensor.
         """
         single = (str, Path, bytes, bytearray, memoryview, io.IOBase, Image.Image, np.ndarray)
-        if isinstance(images, single) or not isinstance(images, Iterable):
-            raise UserError("predict_batch takes a list of pictures; use predict for one")
+        if isinstance(images, single) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) != 4:
+            raise UserError("predict_batch takes a list of pictures or a (B, 3, H, W) tensor; use predict for one")
         limit_pixels(self.run.data.max_pixels)  # a global limit, which another run may have changed
         kept = [content_of(image) for image in images]
-        items = self.predict_prepared([self.prepare(pixels_of(image)) for image in kept])
-        return [self.task.to_size(item, pixels_of(image)) for item, image in zip(items, kept, strict=True)]
+        found: list[Any] = []
+        for start in range(0, len(kept), self.run.eval.batch_size):
+            batch = kept[start : start + self.run.eval.batch_size]
+            items = self.predict_prepared([self.prepare(pixels_of(image)) for image in batch])
+            found += [self.task.to_size(item, pixels_of(image)) for item, image in zip(items, batch, strict=True)]
+        return found
+
+    def predict_samples(self, image: Picture, num: int) -> Samples:
+        """Predicts one image several times, each with other random numbers: what else the model holds possible.
+
+        Needs a random decoding, e.g. `Predictor.from_run(path, ["eval.temperature=1"])`.
+
+        Args:
+            image: as for `predict`.
+            num: the number of samples. The first is what `predict` returns.
+
+        Raises UserError for settings without chance, for a direct model, which has no tokens, and for `eval.samples`
+        above 1, which averages samples instead.
+        """
+        config = self._check_samples(num)
+        limit_pixels(self.run.data.max_pixels)
+        pixels = pixels_of(content_of(image))
+        prepared = self.prepare(pixels)
+        seeds = torch.cat([sample_seeds(torch.full((1,), config.seed), number) for number in range(num)])
+        items: list[Any] = []
+        for part in seeds.split(config.batch_size):
+            items += self._predict_with(self._decode, [prepared] * len(part), part)
+        found = [self.task.to_size(item, pixels) for item in items]
+        return Samples(found, self.task.spread(found))
+
+    def _check_samples(self, num: int) -> EvalConfig:
+        config = self.run.eval
+        if not isinstance(config, EvalConfig):
+            raise UserError("a direct model draws no samples; give the run of an LM")
+        if not isinstance(num, int) or num < 1:
+            raise UserError(f"num={num!r}: needs a whole number of samples, 1 or more")
+        if not Sampling.of(config).is_random:
+            raise UserError("all samples would be the same, because eval.temperature is 0; set it to e.g. 1")
+        if config.samples > 1:
+            raise UserError(f"eval.samples={config.samples} averages samples; predict_samples needs eval.samples=1")
+        return config
+
+    def to(self, device: str | torch.device) -> Predictor:
+        """Moves the models to a device. Returns this predictor. Raises UserError if the device cannot be used."""
+        device = _device(device)
+        if device != self.device:
+            with enough_memory("choose another device"):
+                self._loaded.to(device)
+            self.device, self._decode = device, _decoder(self._loaded, device)
+            self.__dict__.pop("_for_tiles", None)
+        return self
 
     def predict_tiles(self, image: Picture, tiling: Tiling) -> Any:
         """Predicts a large image by overlapping tiles, each of which the models see at their own size.
@@ -120,7 +190,7 @@ class Predictor:
         Raises UserError also for a task whose predictions of tiles cannot be merged.
         """
         limit_pixels(self.run.data.max_pixels)
-        task, predict = self._for_tiles
+        task, decode = self._for_tiles
         pixels = pixels_of(content_of(image))
         tiles = tiling.cover(*pixels.shape[:2])
         if len(tiles) == 1:
@@ -131,16 +201,16 @@ class Predictor:
             items: list[Any] = []
             for start in range(0, len(views), size):
                 batch = [self.prepare(np.ascontiguousarray(view)) for view in views[start : start + size]]
-                items += self._predict_with(predict, batch)
+                items += self._predict_with(decode, batch)
             return task.merge_tiles(items[0], list(zip(tiles, items[1:], strict=True)), pixels)
 
     @functools.cached_property
-    def _for_tiles(self) -> tuple[Task, Callable[[torch.Tensor], list[Any]]]:
+    def _for_tiles(self) -> tuple[Task, Decode]:
         """The task that merges tiles, and the prediction with its `decode`."""
         task = self.task.tiled()
         if task is self.task:
-            return task, self._predict
-        return task, _image_predictor(dataclasses.replace(self._loaded, task=task), self.device)
+            return task, self._decode
+        return task, _decoder(dataclasses.replace(self._loaded, task=task), self.device)
 
     def prepare(self, image: Array) -> Array:
         """(H, W, 3) uint8 -> the models' input (3, S, S)."""
@@ -148,14 +218,18 @@ class Predictor:
 
     def predict_prepared(self, images: Sequence[Array]) -> list[Any]:
         """Predicts images returned by `prepare`. Returns one item per image, as `Task.decode` does, at size S."""
-        return self._predict_with(self._predict, images)
+        return self._predict_with(self._decode, images)
 
     @torch.inference_mode()
-    def _predict_with(self, predict: Callable[[torch.Tensor], list[Any]], images: Sequence[Array]) -> list[Any]:
+    def _predict_with(self, decode: Decode, images: Sequence[Array], seeds: torch.Tensor | None = None) -> list[Any]:
+        """One item per image; `seeds` (B,) int64."""
         if not images:
             return []
+        if seeds is None:
+            # All images share one seed, so each samples the same tokens as when it is predicted alone.
+            seeds = torch.full((len(images),), getattr(self.run.eval, "seed", 0))
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
-            return predict(torch.from_numpy(np.stack(images)).to(self.device))
+            return decode(torch.from_numpy(np.stack(images)).to(self.device), seeds)[0]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -169,18 +243,13 @@ class Predictor:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _image_predictor(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Callable[[torch.Tensor], list[Any]]:
-    """A function from images (B, 3, S, S) to one item per image, as returned by `Task.decode`.
-
-    Raises UserError for an oracle's checkpoint.
-    """
+def _decoder(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
+    """Predicts images (B, 3, S, S). Raises UserError for an oracle's checkpoint."""
     if isinstance(loaded, LoadedRun) and loaded.lm is None:
         raise UserError(
             f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"
         )
-    decode, seed = image_decoder(loaded, device), getattr(loaded.run.eval, "seed", 0)
-    # All images share one seed, so each samples the same tokens as when it is predicted alone.
-    return lambda image: decode(image, torch.full((len(image),), seed))[0]
+    return image_decoder(loaded, device)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -325,6 +325,16 @@ class Task(ABC):
         """
         return {}
 
+    def spread(self, predictions: Sequence[Any]) -> Array | None:
+        """How much several predictions of one image differ at each pixel: (H, W) float32, 0 where they are all equal.
+
+        By default None: no measure.
+
+        Args:
+            predictions: items of `to_size`, at least one.
+        """
+        return None
+
     def film_frame(self, image: Array, prediction: Any) -> Array:
         """One frame of a film of predictions, (H, W, 3) uint8; arguments as for `render`, whose prediction it is by
         default.

@@ -6,7 +6,7 @@ Shapes: B batch, S label size, C classes besides void, N instances including voi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from uvim_fsq.tasks.coco_panoptic.results import CocoResults
 from uvim_fsq.tasks.coco_panoptic.segments import Segments, ids_to_rgb
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.registry import register_task
+from uvim_fsq.tasks.spread import disagreement
 
 
 @register_task("coco_panoptic")
@@ -149,6 +150,16 @@ class CocoPanoptic(Task):
             "task coco_panoptic cannot be predicted by tiles: a segment that lies in two tiles has a number in each; "
             "predict without --tiles"
         )
+
+    def spread(self, predictions: Sequence[Segments]) -> np.ndarray:
+        """The share of predictions whose class is not the most frequent one. Instances are not compared."""
+        return disagreement([self._classes(segments) for segments in predictions])
+
+    def _classes(self, segments: Segments) -> np.ndarray:
+        """(H, W) classes, 0 for void."""
+        table = np.zeros(max(segments.ids.max(initial=0), segments.segment_ids.max(initial=0)) + 1, np.int32)
+        table[segments.segment_ids] = segments.classes
+        return table[segments.ids]
 
     def render(self, image: np.ndarray, prediction: Segments, truth: Sample | None = None) -> dict[str, np.ndarray]:
         pictures = {"prediction": render.overlay(image, prediction, self.names, self.is_thing, self.palette)}

@@ -137,6 +137,10 @@ class ImagenetColor(Task):
         enlarged = ((tile, resize_linear(color, (tile.height, tile.width))) for tile, color in parts)
         return self.to_size(blend((image.shape[0], image.shape[1]), enlarged), image)
 
+    def spread(self, predictions: Sequence[np.ndarray]) -> np.ndarray:
+        """The root of the color channels' mean variance, in units of [-1, 1]."""
+        return np.sqrt(np.var(np.stack(predictions), axis=0, dtype=np.float32).mean(-1))
+
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         pictures = {"prediction": to_picture(prediction)}
         return pictures if truth is None else {"ground truth": image, **pictures}

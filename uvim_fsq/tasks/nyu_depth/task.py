@@ -169,6 +169,10 @@ class NYUDepth(Task):
         )
         return blend(size, fitted).clip(self.config.min_depth, self.config.max_depth)
 
+    def spread(self, predictions: Sequence[np.ndarray]) -> np.ndarray:
+        """The standard deviation in meters."""
+        return np.std(np.stack(predictions), axis=0, dtype=np.float32)
+
     def film_frame(self, image: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """Color-coded depth from 0 to max_depth, the same in all frames."""
         return colour(prediction, self.config.max_depth)

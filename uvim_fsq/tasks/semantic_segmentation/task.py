@@ -26,6 +26,7 @@ from uvim_fsq.tasks.semantic_segmentation.classes import check_classes, find_cla
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
 from uvim_fsq.tasks.semantic_segmentation.data import ClassTable, SavedSource, SegmentationSource, open_source
 from uvim_fsq.tasks.semantic_segmentation.metrics import SegmentationMetric, class_map, most_likely
+from uvim_fsq.tasks.spread import disagreement
 
 #: Weight of the class colors over the photo.
 SHARE = 0.6
@@ -114,6 +115,10 @@ class SemanticSegmentation(Task):
             return blend(size, shares)
 
         return most_likely(map(plane, range(len(self.table.names))), size)
+
+    def spread(self, predictions: Sequence[np.ndarray]) -> np.ndarray:
+        """The share of predictions whose class is not the most frequent one."""
+        return disagreement(predictions)
 
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         """Class colors over the photo; the error shows wrong pixels in white and pixels without a label in gray."""
