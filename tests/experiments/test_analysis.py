@@ -26,7 +26,7 @@ from uvim_fsq.experiments.analysis import (
     shuffled_predictions,
 )
 from uvim_fsq.experiments.code_pictures import Painter
-from uvim_fsq.reports.panels import spread_samples
+from uvim_fsq.reports.panels import chosen_samples
 from uvim_fsq.training.run import train
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_shuffled_predictions_decode_the_partners_tokens(oracle_dir: Path) -> No
     loaded = load_checkpoint(oracle_dir)
     # Random tokens, because six training steps may not distinguish images.
     tokens = np.random.default_rng(0).integers(25, size=(6, 4))
-    batch, _ = spread_samples(loaded.task, loaded.run.data, 6)
+    batch, _ = chosen_samples(loaded.task, loaded.run.data, 6)
     partner = partners(6, 0)
     with torch.inference_mode():
         got = shuffled_predictions(loaded.oracle, loaded.task, tokens, partner)(batch)

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, help="write an HTML page with metrics, panels and curves to this file")
     parser.add_argument(
+        "--decodings",
+        action="store_true",
+        help="also evaluate the LM with hard and soft codes and, if it has steps, with 1, 2, 4 and 8 of them",
+    )
+    parser.add_argument(
         "--official",
         action="store_true",
         help="also write the benchmark's official result files and compute its official scores",
@@ -68,9 +73,11 @@ def run(args: argparse.Namespace) -> None:
     check_places(places, [official] if official else [])
 
     from uvim_fsq import processes
+    from uvim_fsq.evaluation.examination import Examined
     from uvim_fsq.evaluation.run import evaluate
     from uvim_fsq.reports.evaluation_page import write_run_page
 
+    examined: dict[str, Examined] | None = {} if args.report is not None else None
     result = evaluate(
         args.run,
         args.overrides,
@@ -80,13 +87,15 @@ def run(args: argparse.Namespace) -> None:
         official=official,
         compare=compare,
         states=args.states,
+        examined=examined,
+        decodings=args.decodings,
     )
     if not processes.is_main():
         return
     # The checkpoint, and with it the tuned settings, may be another one than `changed` is about.
     file = args.json or variant_path(file, result["overrides"])
     if args.report is not None:
-        write_run_page(args.report, args.run, [*args.overrides, *limited], result, compare)
+        write_run_page(args.report, args.run, [*args.overrides, *limited], result, compare, examined)
     write_json(file, result)
     print_result(result)
     if result["baseline"]:

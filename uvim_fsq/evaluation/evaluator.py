@@ -20,6 +20,7 @@ from uvim_fsq.data.batch import to_device
 from uvim_fsq.data.loader import eval_batches
 from uvim_fsq.data.sample import Batch, Sample, SampleSource
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.examination import Examiner
 from uvim_fsq.evaluation.intervals import ImageStates, is_recordable
 from uvim_fsq.inference.predictions import PredictFn, eval_autocast
 from uvim_fsq.oracle.code_usage import CodeStatistics
@@ -75,6 +76,7 @@ class Evaluator:
         device: torch.device,
         official: OfficialResults | None = None,
         title: str = "evaluating",
+        examiner: Examiner | None = None,
     ) -> dict[str, float]:
         """Evaluates the split, or its first `limit` images, and returns the metrics. They are equal in all processes.
 
@@ -87,6 +89,7 @@ class Evaluator:
             official: a writer of the benchmark's own result files. Its scores are added as "official/NAME", in the main
                 process only.
             title: label of the progress bar.
+            examiner: gets all batches and predictions too.
         """
         metric = self.task.metric(self.source)
         self.protocol, self.metric_details = metric.protocol, metric.details
@@ -104,6 +107,8 @@ class Evaluator:
                     self.states.add(sample.id, before, metric.state())
                 if official is not None:
                     entries.append(official.add(item, sample))
+            if examiner is not None:
+                examiner.add(batch, predicted, samples)
             if predicted.bits is not None and predicted.tokens is not None:
                 bits = predicted.bits.double().cpu().numpy()
                 cost += [bits.sum(), len(bits), predicted.tokens.numel()]

@@ -18,11 +18,14 @@ from uvim_fsq.checkpoints.tuned import TUNED_KEYS
 from uvim_fsq.config.parse import to_dict
 from uvim_fsq.errors import EVALUATION_REMEDY, enough_memory
 from uvim_fsq.evaluation.comparison import load_compared, refuse_different, refuse_other_images
+from uvim_fsq.evaluation.decodings import measure_decodings, refuse_without_lm
 from uvim_fsq.evaluation.evaluator import Evaluator, make_baseline
+from uvim_fsq.evaluation.examination import Examined, Examiner
 from uvim_fsq.evaluation.intervals import ImageStates, Stacked, intervals, write_states
 from uvim_fsq.inference.predictions import baseline_predictions, predict_functions
 from uvim_fsq.oracle.code_usage import CodeStatistics
-from uvim_fsq.tasks.base import Matrix
+from uvim_fsq.oracle.quantizers.base import Quantizer
+from uvim_fsq.tasks.base import Matrix, Task
 from uvim_fsq.version import __version__
 
 #: The keys of `eval` that may change the results; recorded with each result.
@@ -42,6 +45,8 @@ def evaluate_loaded(
     official: Path | None = None,
     compared: LoadedDirect | None = None,
     states_file: Path | None = None,
+    examined: dict[str, Examined] | None = None,
+    decodings: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the oracle, the context alone and, for an LM's checkpoint, the LM; of a direct run, its model.
 
@@ -55,23 +60,29 @@ def evaluate_loaded(
             also scored if the benchmark's program is available.
         compared: a direct run to evaluate too.
         states_file: if given, write what each image added to the metrics to this .npz file, for `intervals.resampled`.
+        examined: if given, a dictionary that is filled with what a report shows besides, by name of the predict
+            function. The result does not depend on it.
+        decodings: also measure the LM with other decoding settings, see `measure_decodings`.
 
     Returns `provenance` and the results: `figures` (name of the predict function -> metric -> value), `intervals` (of
     differences in the main metric, see `intervals`), `images`, `limit`, `baseline`, `checkpoint_sha256`, and
     `code_counts`, `level_histogram` and, if the metric has any, `matrices` by name. With a compared run also
-    `compared`: the provenance of its figures.
+    `compared`: the provenance of its figures. With `decodings`, these too.
 
-    Raises UserError if the compared run would be evaluated on other images or by another protocol.
+    Raises UserError if the compared run would be evaluated on other images or by another protocol, and for `decodings`
+    of a run without an LM.
     """
+    if decodings:
+        refuse_without_lm(loaded)
     limit = limit if limit is not None else loaded.run.eval.limit
     evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit, record=True)
     if compared is None:
-        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official, examined)
     else:
         other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit, record=True)
         refuse_different(evaluator, other, loaded.checkpoint, compared.checkpoint)
-        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official)
-        second, other_rows, other_states = _evaluate(compared, other, device, False, official)
+        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official, examined)
+        second, other_rows, other_states = _evaluate(compared, other, device, False, official, examined)
         refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
         about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
         result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
@@ -80,6 +91,8 @@ def evaluate_loaded(
         rows |= other_rows
         states |= other_states
     result["intervals"] = intervals(loaded.task.metric(evaluator.source), loaded.task.main_metric, states)
+    if decodings:
+        result["decodings"] = measure_decodings(refuse_without_lm(loaded), evaluator, device, result["figures"]["lm"])
     if processes.is_main():
         if csv_file is not None:
             write_rows(csv_file, rows)
@@ -89,14 +102,19 @@ def evaluate_loaded(
 
 
 def _evaluate(
-    loaded: LoadedRun | LoadedDirect, evaluator: Evaluator, device: torch.device, baseline: bool, official: Path | None
+    loaded: LoadedRun | LoadedDirect,
+    evaluator: Evaluator,
+    device: torch.device,
+    baseline: bool,
+    official: Path | None,
+    examined: dict[str, Examined] | None,
 ) -> tuple[dict[str, Any], Rows, dict[str, Stacked]]:
     """The result of one checkpoint, as `evaluate_loaded` returns it, and the metrics and states of each image."""
     checkpoint_sha256 = file_hash(loaded.checkpoint / "model.safetensors")
     processes.same(checkpoint_sha256, loaded.checkpoint)
     loaded.to(device)
     task, quantizer = loaded.task, loaded.oracle.quantizer if isinstance(loaded, LoadedRun) else None
-    predict_fns = predict_functions(loaded)
+    predict_fns = predict_functions(loaded, confidence=examined is not None)
     trivial = make_baseline(task, loaded.run) if baseline else None
     if trivial is not None:
         predict_fns = {"baseline": baseline_predictions(trivial), **predict_fns}
@@ -108,12 +126,17 @@ def _evaluate(
     for name, predict in predict_fns.items():
         evaluator.statistics = CodeStatistics(quantizer) if quantizer is not None and name in ("oracle", "lm") else None
         writer = task.official(official / name, evaluator.source) if official is not None else None
-        figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}")
+        examiner = _examiner(task, evaluator, quantizer) if examined is not None else None
+        figures[name] = evaluator.run(predict, device, writer, title=f"evaluating {name}", examiner=examiner)
         rows[name] = [row for part in processes.gather(evaluator.rows) for row in part]
         matrices[name] = {key: _plain(matrix) for key, matrix in evaluator.matrices.items()}
         recorded = processes.gather(evaluator.states)
         if any(part.ids for part in recorded):
             states[name] = ImageStates.joined(recorded).stacked()
+        if examined is not None and examiner is not None:
+            examined[name] = examiner.finish(
+                lambda: task.metric(evaluator.source), task.main_metric, rows[name], states.get(name)
+            )
         if evaluator.statistics is not None:
             codes[name] = evaluator.statistics
     result = {
@@ -128,6 +151,10 @@ def _evaluate(
         **({"matrices": matrices} if any(matrices.values()) else {}),
     }
     return result, rows, states
+
+
+def _examiner(task: Task, evaluator: Evaluator, quantizer: Quantizer | None) -> Examiner:
+    return Examiner(task, evaluator.source, quantizer.codebook_size if quantizer is not None else 0)
 
 
 def _plain(matrix: Matrix) -> dict[str, Any]:
@@ -178,6 +205,8 @@ def evaluate(
     compare: str | Path | None = None,
     states: Path | None = None,
     tuned: bool = True,
+    examined: dict[str, Examined] | None = None,
+    decodings: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run or checkpoint directory according to its task's protocol.
 
@@ -191,6 +220,7 @@ def evaluate(
         compare: a direct run or checkpoint directory, whose figures are added under "direct".
         states: if given, write what each image added to the metrics to this .npz file.
         tuned: apply the settings that `uvim-fsq tune` chose for the checkpoint, unless `eval.tuned` is false.
+        examined, decodings: see `evaluate_loaded`.
 
     Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
     and for two runs whose figures cannot be compared.
@@ -208,4 +238,6 @@ def evaluate(
             official=official,
             compared=compared,
             states_file=states,
+            examined=examined,
+            decodings=decodings,
         )

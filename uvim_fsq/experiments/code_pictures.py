@@ -22,7 +22,7 @@ from uvim_fsq.inference.predictions import lm_predictions
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.oracle.quantizers.base import Quantizer
 from uvim_fsq.reports.figures import usage_figure
-from uvim_fsq.reports.panels import as_picture, spread_samples, tile
+from uvim_fsq.reports.panels import as_picture, chosen_samples, tile
 
 #: Images per picture, and the largest numbers of code channels, repeated codes and random draws shown.
 IMAGES, CHANNELS, SHARED, DRAWS = 5, 8, 6, 3
@@ -84,7 +84,7 @@ class Painter:
     @torch.inference_mode()
     def __init__(self, loaded: LoadedRun, device: torch.device) -> None:
         self.loaded, self.task, self.oracle = loaded, loaded.task, loaded.oracle
-        batch, self.samples = spread_samples(loaded.task, loaded.run.data, IMAGES)
+        batch, self.samples = chosen_samples(loaded.task, loaded.run.data, IMAGES)
         self.batch = to_device(batch, device)
         self.tokens = self.oracle.tokenize(self.batch["labels"], self.batch["image"]).cpu().numpy()
         self.lm_tokens: np.ndarray | None = None

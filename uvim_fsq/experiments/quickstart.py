@@ -22,6 +22,7 @@ from uvim_fsq.config.schema import Run
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.console import Bar
 from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation.examination import Examined
 from uvim_fsq.evaluation.results import finished, result_file
 from uvim_fsq.evaluation.run import evaluate_loaded
 from uvim_fsq.files import read_json, write_json
@@ -193,10 +194,11 @@ def _evaluate(out: Path, runs: dict[str, Path]) -> dict[str, Any]:
     device = processes.device()
     loaded = load_checkpoint(runs["lm"], device=device)
     compared = load_direct(runs["direct"], device=device) if "direct" in runs else None
-    result = evaluate_loaded(loaded, device=device, baseline=True, compared=compared)
+    examined: dict[str, Examined] = {}
+    result = evaluate_loaded(loaded, device=device, baseline=True, compared=compared, examined=examined)
     write_json(result_file(out), result)
     title = f"uvim_fsq quickstart: {loaded.task.name} by discrete tokens"
-    write_evaluation_page(out / "report.html", title, loaded, result, runs, device, compared)
+    write_evaluation_page(out / "report.html", title, loaded, result, runs, device, compared, examined)
     figures, metric = result["figures"], loaded.task.main_metric
     return {
         **{f"{name}_{metric}": figures[name][metric] for name in figures},

@@ -5,9 +5,10 @@ B batch, L code length, d code channels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.config.schema import BasicEvalConfig, EvalConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
-from uvim_fsq.inference.code_decoding import LMDecoder, image_seeds
+from uvim_fsq.inference.code_decoding import LMDecoder, distributions, image_seeds
 from uvim_fsq.inference.compiled import Decode, with_packages
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
@@ -32,11 +33,16 @@ class Predictions:
         items: one prediction per image, as returned by `Task.decode`.
         tokens: (B, L) int64, the tokens they were decoded from, with `eval.samples` the first; None if there are none.
         bits: (B,) float32, the cross-entropy of the true tokens under an LM in bits per image; None without an LM.
+        truth: (B, L) int64, the oracle's tokens of the true labels; None without an LM.
+        confidence: (B, L) float32, the probability that the LM gave each of `tokens` when it was chosen; None unless
+            asked for.
     """
 
     items: list[Any]
     tokens: torch.Tensor | None
     bits: torch.Tensor | None = None
+    truth: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
 
 
 PredictFn = Callable[[Batch], Predictions]
@@ -74,19 +80,39 @@ def eval_autocast(config: BasicEvalConfig, device: torch.device) -> torch.autoca
 
 
 def lm_predictions(
-    lm: TokenModel, oracle: Oracle, task: Task, config: EvalConfig, decode: Decode | None = None
+    lm: TokenModel,
+    oracle: Oracle,
+    task: Task,
+    config: EvalConfig,
+    decode: Decode | None = None,
+    *,
+    confidence: bool = False,
 ) -> PredictFn:
     """The complete model: the LM predicts tokens from the image and the oracle decodes them, as `LMDecoder` says.
 
     Each image has its own random stream, seeded by `eval.seed` and its index. `decode` may be a compiled `LMDecoder`.
+    With `confidence`, an `LMDecoder` also says how probable its tokens were; a compiled one cannot.
     """
     decode = decode or LMDecoder(lm, oracle, task, config)
+    # With probabilities, whatever the codes are; the tokens are the same.
+    asked = LMDecoder(lm, oracle, task, replace(config, codes="soft")) if confidence else None
+
+    def decoded(image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None, torch.Tensor | None]:
+        if asked is None or not isinstance(decode, LMDecoder):
+            items, tokens = decode(image, seeds)
+            return items, tokens, None
+        # One sample at a time, except the first, whose tokens are those of the prediction.
+        samples = (asked.generate(image, seeds, number) for number in range(config.samples))
+        first = next(samples)
+        parts, tokens = decode.parts_of(itertools.chain([first], samples), len(image))
+        chosen = distributions(first).gather(2, tokens[..., None])[..., 0]
+        return decode.decode(parts, image), tokens, chosen
 
     def predict(batch: Batch) -> Predictions:
-        items, tokens = decode(batch["image"], image_seeds(config.seed, batch["index"]))
+        items, tokens, chosen = decoded(batch["image"], image_seeds(config.seed, batch["index"]))
         truth = oracle.tokenize(batch["labels"], batch["image"])
         bits = -lm.log_prob(batch["image"], truth).sum(1) / math.log(2)
-        return Predictions(items, tokens, bits)
+        return Predictions(items, tokens, bits, truth, chosen)
 
     return predict
 
@@ -127,11 +153,11 @@ def baseline_predictions(baseline: Baseline) -> PredictFn:
     return predict
 
 
-def predict_functions(loaded: LoadedRun | LoadedDirect) -> dict[str, PredictFn]:
+def predict_functions(loaded: LoadedRun | LoadedDirect, *, confidence: bool = False) -> dict[str, PredictFn]:
     """Name -> predict function for a checkpoint.
 
     The names are "oracle"; "context_only" if the oracle's decoder sees the image; and "lm" for an LM's checkpoint. For
-    a direct run the only name is "direct".
+    a direct run the only name is "direct". `confidence`: see `lm_predictions`.
     """
     if isinstance(loaded, LoadedDirect):
         decode_direct = image_decoder(loaded, _device(loaded.model))
@@ -142,5 +168,5 @@ def predict_functions(loaded: LoadedRun | LoadedDirect) -> dict[str, PredictFn]:
         predict_fns["context_only"] = context_predictions(oracle, task)
     if loaded.lm is not None:
         decode = image_decoder(loaded, _device(loaded.lm))
-        predict_fns["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval, decode)
+        predict_fns["lm"] = lm_predictions(loaded.lm, oracle, task, loaded.run.eval, decode, confidence=confidence)
     return predict_fns

@@ -7,17 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from uvim_fsq import processes
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.evaluation.comparison import load_compared
+from uvim_fsq.evaluation.examination import Examined
 from uvim_fsq.inference.predictions import predict_functions
-from uvim_fsq.reports.figures import curve_figure, matrix_figure, read_metrics, usage_figure
-from uvim_fsq.reports.html import html_table, png_tag, write_report
-from uvim_fsq.reports.panels import panel_rows, tile
+from uvim_fsq.reports.evaluation_sections import (
+    IMPORTANT,
+    SHORT,
+    Section,
+    breakdown_sections,
+    calibration_section,
+    charts,
+    class_section,
+    decoding_section,
+    distribution_section,
+    extremes,
+    panel_html,
+    ranked_way,
+    token_section,
+)
+from uvim_fsq.reports.figures import curve_figure, matrix_figure, read_metrics
+from uvim_fsq.reports.html import chart_tag, html_table, png_tag, write_report
+from uvim_fsq.reports.panels import Panel, captioned_rows
 from uvim_fsq.tasks.base import Task
 
 NAMES = {
@@ -36,6 +51,19 @@ EXPLANATIONS = {
 }
 #: Title of a panel's column -> name of the prediction.
 TITLES = {"oracle": "oracle", "context alone": "context_only", "LM": "lm", "direct": "direct"}
+#: Titles of panels in order.
+COLUMNS = (
+    "image",
+    "ground truth",
+    "oracle",
+    "context alone",
+    "LM",
+    "LM error",
+    "direct",
+    "direct error",
+)
+#: Evenly spaced images that are shown.
+SPREAD = 6
 
 
 def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
@@ -78,11 +106,46 @@ def _facts(result: Mapping[str, Any]) -> str:
     return "<p>" + "<br>".join(f"{key}: <code>{html.escape(value)}</code>" for key, value in facts.items()) + "</p>"
 
 
-def _panels(loaded: LoadedRun | LoadedDirect, device: torch.device) -> list[dict[str, np.ndarray]]:
-    """Rows of pictures of eight images, by title."""
-    predict_fns = predict_functions(loaded)
-    named = {title: predict_fns[name] for title, name in TITLES.items() if name in predict_fns}
-    return panel_rows(loaded.task, loaded.run.data, named, device, count=8)
+class _Pictures:
+    """Makes the panels of a checkpoint and, if there is one, of the compared direct run."""
+
+    def __init__(self, loaded: LoadedRun | LoadedDirect, compared: LoadedDirect | None, device: torch.device) -> None:
+        self.runs, self.device = [run for run in (loaded, compared) if run is not None], device
+        self.functions = [predict_functions(run) for run in self.runs]
+
+    def rows(self, indices: Sequence[int] | int) -> list[tuple[str, dict[str, Panel]]]:
+        """Id and panels, by title, of each image: of some indices in the split, or a number of evenly spaced ones."""
+        parts: list[list[tuple[str, dict[str, Panel]]]] = []
+        # Each run gets a batch of its own, because its images may have another size.
+        for run, functions in zip(self.runs, self.functions, strict=True):
+            named = {title: functions[name] for title, name in TITLES.items() if name in functions}
+            parts.append(captioned_rows(run.task, run.run.data, named, self.device, indices))
+        found: list[tuple[str, dict[str, Panel]]] = []
+        for rows in zip(*parts, strict=True):
+            merged = {title: panel for _, row in reversed(rows) for title, panel in row.items()}
+            found.append((rows[0][0], {title: merged[title] for title in COLUMNS if title in merged}))
+        return found
+
+
+def _panel_sections(pictures: _Pictures, task: Task, examined: Mapping[str, Examined]) -> list[Section]:
+    """The best, median and worst images, and evenly spaced ones."""
+    way, sections = ranked_way(examined), list[Section]()
+    legend = task.legend()
+    after = png_tag(legend, "legend") if legend is not None else ""
+    if way is not None:
+        chosen = extremes(examined[way].values, smaller_is_better=task.smaller_is_better)
+        rows = pictures.rows([index for _, index, _ in chosen])
+        content = "".join(
+            panel_html(f"{kind}: {name}, {task.main_metric} {value:.3f}", row)
+            for (kind, _, value), (name, row) in zip(chosen, rows, strict=True)
+        )
+        title = f"Best, median and worst images by {task.main_metric} of {SHORT[way]}"
+        sections.append((title, content + after))
+    elif examined:
+        text = f"<p>{html.escape(task.main_metric)} is not defined for a single image, so images have no order.</p>"
+        sections.append(("Best, median and worst images", text))
+    spread = "".join(panel_html(name, row) for name, row in pictures.rows(SPREAD))
+    return [*sections, ("Evenly spaced images", spread + after)]
 
 
 def write_evaluation_page(
@@ -93,8 +156,9 @@ def write_evaluation_page(
     runs: Mapping[str, Path],
     device: torch.device,
     compared: LoadedDirect | None = None,
+    examined: Mapping[str, Examined] | None = None,
 ) -> None:
-    """Writes the report of one evaluation: metrics, panels of eight images, training curves and code usage.
+    """Writes the report of one evaluation: metrics, panels, classes, tokens, training curves.
 
     Args:
         path: the HTML file.
@@ -104,32 +168,33 @@ def write_evaluation_page(
         runs: title -> run directory, for the training curves.
         device: where to run the models.
         compared: the direct run in the result, if there is one.
+        examined: what `evaluate_loaded` found besides the result; what needs it is left out without it.
     """
-    task = loaded.task
-    wanted = ("image", "ground truth", "oracle", "context alone", "LM", "LM error", "direct", "direct error")
-    rows = _panels(loaded, device)
-    if compared is not None:
-        # Its images may have another size, so it gets a batch of its own.
-        rows = [{**other, **own} for own, other in zip(rows, _panels(compared, device), strict=True)]
-    panels = png_tag(tile([{key: row[key] for key in wanted if key in row} for row in rows]), ", ".join(wanted))
-    legend = task.legend()
-    if legend is not None:
-        panels += png_tag(legend, "legend")
+    task, examined = loaded.task, examined or {}
     results = html_table(result_table(task, result)) + _explanations(result) + _facts(result)
-    sections = [("Results", results), ("Panels", panels)]
+    sections: list[Section | None] = [("Results", results)]
+    sections += _panel_sections(_Pictures(loaded, compared, device), task, examined)
+    if examined:
+        sections.append(distribution_section(task, examined))
+    sections.append(class_section(result["figures"]))
+    if examined:
+        sections += breakdown_sections(examined)
     matrices = result.get("matrices", {})
-    shown = next((name for name in ("lm", "direct", "oracle") if matrices.get(name)), None)
+    shown = next((name for name in IMPORTANT if matrices.get(name)), None)
     if shown is not None:
         for name, matrix in matrices[shown].items():
             heading = f"{NAMES[shown]}: {name}"
-            sections.append((heading, png_tag(matrix_figure(matrix), f"{heading}, shares of each row")))
-    curves = {name: run for name, run in runs.items() if read_metrics(run)}
+            sections.append((heading, chart_tag(matrix_figure(matrix), f"{heading}, shares of each row")))
+    if "lm" in result["figures"]:
+        if "lm" in examined:
+            sections.append(calibration_section(examined["lm"]))
+        sections.append(decoding_section(task, result))
+    sections.append(token_section(result, examined))
+    curves = {name: curve_figure(run) for name, run in runs.items() if read_metrics(run)}
     if curves:
-        sections.append(("Training", png_tag(curve_figure(curves), "training loss")))
-    if "oracle" in result["code_counts"]:
-        usage = usage_figure(result["code_counts"]["oracle"], result["level_histogram"]["oracle"])
-        sections.append(("Codebook", png_tag(usage, "usage")))
-    write_report(path, title, sections)
+        drawn = [(name, chart_tag(curve, f"{name}: training loss")) for name, curve in curves.items()]
+        sections.append(("Training", charts(drawn)))
+    write_report(path, title, [section for section in sections if section is not None])
 
 
 def write_run_page(
@@ -138,8 +203,9 @@ def write_run_page(
     overrides: Sequence[str],
     result: Mapping[str, Any],
     compare: str | Path | None = None,
+    examined: Mapping[str, Examined] | None = None,
 ) -> None:
-    """Writes the report for `result`, the return value of `evaluate(run_dir, overrides, compare=compare)`."""
+    """Writes the report for `result`, the return value of `evaluate` with the same arguments."""
     device = processes.device()
     loaded = load_any(run_dir, overrides, device)
     runs = {loaded.run.stage: loaded.checkpoint.parent.parent}
@@ -149,4 +215,4 @@ def write_run_page(
     if compared is not None:
         runs["direct"] = compared.checkpoint.parent.parent
     title = f"{loaded.task.name}: {result['protocol']}"
-    write_evaluation_page(path, title, loaded, result, runs, device, compared)
+    write_evaluation_page(path, title, loaded, result, runs, device, compared, examined)

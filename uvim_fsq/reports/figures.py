@@ -1,4 +1,4 @@
-"""Plots of training curves and code usage."""
+"""Plots of training curves, code usage and confusion matrices."""
 
 from __future__ import annotations
 
@@ -21,19 +21,34 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_json_lines(run_dir / "metrics.jsonl")
 
 
-def curve_figure(runs: Mapping[str, Path]) -> Figure:
-    """Plots the training loss over steps, with one axis per run."""
+#: Size in inches of a chart that can be read on a telephone.
+SIZE = (4.8, 3.0)
+#: The text of a cell of a matrix. Not black, which becomes the color of the page's text: cells are light anyway.
+DARK = "#101010"
+
+
+def new_axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    """A figure with one axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(runs), 3.2))
-    for i, (name, path) in enumerate(runs.items()):
-        axis = figure.add_subplot(1, len(runs), i + 1)
-        lines = [line for line in read_metrics(path) if "loss" in line]
-        axis.plot([line["step"] for line in lines], [line["loss"] for line in lines])
-        axis.set_title(f"{name}: training loss")
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def draw_legend(axis: Axes) -> None:
+    """Adds a legend. Names may hold dollar signs, which would be typeset as mathematics."""
+    for text in axis.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
+
+
+def curve_figure(run: Path) -> Figure:
+    """Plots the training loss of a run over steps."""
+    figure, axis = new_axes()
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    axis.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss")
+    axis.grid(alpha=0.3)
     return figure
 
 
@@ -43,13 +58,37 @@ def usage_figure(counts: Sequence[int], levels: Sequence[Sequence[int]]) -> Figu
 
     figure = Figure(figsize=(10, 3.2))
     axis = figure.add_subplot(1, 2, 1)
-    axis.stairs(sorted(counts, reverse=True), fill=True)  # a bar per code takes minutes for large codebooks
+    _draw_counts(axis, counts)
     used = sum(count > 0 for count in counts)
     axis.set_title(f"codes by frequency: {used} of {len(counts)} used")
-    axis.set_yscale("symlog")
     if levels:
-        _draw_levels(figure.add_subplot(1, 2, 2), levels)
+        axis = figure.add_subplot(1, 2, 2)
+        _draw_levels(axis, levels)
+        axis.set_title("share of each level per channel")
     figure.tight_layout()
+    return figure
+
+
+def count_figure(counts: Sequence[int]) -> Figure:
+    """Plots the sorted code counts."""
+    figure, axis = new_axes()
+    _draw_counts(axis, counts)
+    axis.set_xlabel("codes by frequency")
+    axis.set_ylabel("tokens")
+    return figure
+
+
+def _draw_counts(axis: Axes, counts: Sequence[int]) -> None:
+    axis.stairs(sorted(counts, reverse=True), fill=True)  # a bar per code takes minutes for large codebooks
+    axis.set_yscale("symlog")
+
+
+def level_figure(levels: Sequence[Sequence[int]]) -> Figure:
+    """Plots the level histogram of each channel (`CodeStatistics.level_histogram`)."""
+    figure, axis = new_axes()
+    _draw_levels(axis, levels)
+    axis.set_xlabel("level")
+    axis.set_ylabel("share of tokens")
     return figure
 
 
@@ -60,7 +99,7 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     values = np.array(matrix["values"], np.float64)
     shares = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
     rows, columns = values.shape
-    figure = Figure(figsize=(2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (12, 11))
+    figure = Figure(figsize=(2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (6, 5.5))
     axis = figure.add_subplot()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axis.set_xlabel("predicted")
@@ -70,7 +109,7 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
         axis.set_xticks(range(columns), matrix["columns"], rotation=90, parse_math=False)
         axis.set_yticks(range(rows), matrix["rows"], parse_math=False)
         for i, j in np.argwhere(shares >= 1):
-            shade = "white" if shares[i, j] > 60 else "black"
+            shade = "white" if shares[i, j] > 60 else DARK
             axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=shade)
     figure.tight_layout()
     return figure
@@ -82,6 +121,5 @@ def _draw_levels(axis: Axes, levels: Sequence[Sequence[int]]) -> None:
         # The code values of FSQ, which are not symmetric about 0 for an even number of levels.
         values = (np.arange(len(histogram)) - half) / half
         axis.plot(values, [count / total for count in histogram], "o-", label=f"channel {i}")
-    axis.set_title("share of each level per channel")
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, frameon=False)

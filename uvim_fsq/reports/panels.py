@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,53 +36,96 @@ def tile(rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
-class _Spread:
-    """`count` evenly spaced samples of a source. Adjacent samples are often frames of the same video."""
+class _Chosen:
+    """The samples of a source at some indices."""
 
-    def __init__(self, source: SampleSource, count: int) -> None:
-        self.source, self.info = source, source.info
-        self.rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    def __init__(self, source: SampleSource, indices: Sequence[int]) -> None:
+        self.source, self.info, self.indices = source, source.info, indices
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.source[int(self.rows[index])]
+        return self.source[self.indices[index]]
 
 
-def spread_samples(task: Task, data: DataConfig, count: int) -> tuple[Batch, list[Sample]]:
-    """`count` evenly spaced evaluation images as one batch, with their samples at native size."""
-    source = _Spread(task.source(data.root, data.eval_split), count)
-    return next(iter(eval_batches(source, task, data, batch_size=count, workers=0, rank=0, world=1)))
+def spread_indices(total: int, count: int) -> list[int]:
+    """`count` evenly spaced indices below `total`. Adjacent samples are often frames of the same video."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+
+
+def chosen_samples(task: Task, data: DataConfig, indices: Sequence[int] | int) -> tuple[Batch, list[Sample]]:
+    """Evaluation images as one batch, with their samples at native size.
+
+    Args:
+        task: the task.
+        data: where the images are.
+        indices: of the images in the split, or how many evenly spaced ones.
+    """
+    source = task.source(data.root, data.eval_split)
+    rows = spread_indices(len(source), indices) if isinstance(indices, int) else list(indices)
+    batches = eval_batches(_Chosen(source, rows), task, data, batch_size=len(rows), workers=0, rank=0, world=1)
+    batch, samples = next(iter(batches))
+    # Sampled tokens depend on the index, and should be those of the evaluation.
+    batch["index"] = torch.tensor(rows)
+    return batch, samples
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of a report.
+
+    Attributes:
+        picture: (H, W, 3) uint8.
+        caption: what it holds, e.g. the range of its values; may be empty.
+    """
+
+    picture: np.ndarray
+    caption: str = ""
 
 
 @torch.inference_mode()
-def panel_rows(
-    task: Task, data: DataConfig, predictors: Mapping[str, Any], device: torch.device, count: int = 6
-) -> list[dict[str, np.ndarray]]:
-    """One row per image: the image, the ground truth, and the prediction and error of each predict function.
+def captioned_rows(
+    task: Task, data: DataConfig, predictors: Mapping[str, Any], device: torch.device, indices: Sequence[int] | int
+) -> list[tuple[str, dict[str, Panel]]]:
+    """For each image its id and, by title, the image, the ground truth, and each prediction and its error.
 
     Args:
         task: the task, which renders predictions.
         data: where the evaluation images are.
         predictors: name -> predict function.
         device: where these run.
-        count: number of images.
+        indices: of the images in the split, or how many evenly spaced ones.
     """
     from uvim_fsq.data.batch import to_device
 
-    batch, samples = spread_samples(task, data, count)
+    batch, samples = chosen_samples(task, data, indices)
     on_device = to_device(batch, device)
     predicted = {name: predict(on_device).items for name, predict in predictors.items()}
-    rows = []
+    rows: list[tuple[str, dict[str, Panel]]] = []
     for i, sample in enumerate(samples):
-        row = {"image": as_picture(task.model_image(sample))}
+        image = as_picture(task.model_image(sample))
+        row = {"image": Panel(image, f"{_size(image)}, values {image.min()} to {image.max()}")}
         for name, items in predicted.items():
             item = task.to_size(items[i], sample.image)
+            captions = task.captions(item, sample)
             for title, picture in task.render(sample.image, item, sample).items():
-                row[title if title == "ground truth" else f"{name} {title}".replace(" prediction", "")] = picture
-        rows.append(row)
+                shown = title if title == "ground truth" else f"{name} {title}".replace(" prediction", "")
+                row[shown] = Panel(picture, captions.get(title, ""))
+        rows.append((sample.id, row))
     return rows
+
+
+def _size(picture: np.ndarray) -> str:
+    return f"{picture.shape[1]} x {picture.shape[0]} pixels"
+
+
+def panel_rows(
+    task: Task, data: DataConfig, predictors: Mapping[str, Any], device: torch.device, count: int = 6
+) -> list[dict[str, np.ndarray]]:
+    """The pictures of `captioned_rows` of `count` evenly spaced images, by title."""
+    rows = captioned_rows(task, data, predictors, device, count)
+    return [{title: panel.picture for title, panel in row.items()} for _, row in rows]
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:

@@ -91,6 +91,22 @@ class Metric(ABC):
         return {}
 
 
+class Breakdown(ABC):
+    """Figures for parts of the evaluated pixels or segments, e.g. the error by depth. Computed for reports only."""
+
+    @abstractmethod
+    def update(self, prediction: Any, sample: Sample) -> None:
+        """Adds one image; arguments as for `Metric.update`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Array]:
+        """The sums and counts as float64 arrays of fixed shapes. The states of several processes are added."""
+
+    @abstractmethod
+    def tables(self, state: Mapping[str, Array]) -> dict[str, Matrix]:
+        """Title -> figures (columns) of each part (row), from the sum of the states; NaN where a part is empty."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A trivial prediction to compare results with.
@@ -260,6 +276,10 @@ class Task(ABC):
     def metric(self, source: SampleSource) -> Metric:
         """A new accumulator for the task's evaluation protocol on the images of `source`."""
 
+    def breakdown(self, source: SampleSource) -> Breakdown | None:
+        """A new accumulator of what reports show besides the metrics, e.g. the error by depth; by default None."""
+        return None
+
     def to_size(self, prediction: Any, image: Array) -> Any:
         """Resizes one item of `decode` to the size of `image` (H, W, 3); by default, an array by nearest neighbor."""
         return resize_nearest(prediction, (image.shape[0], image.shape[1]))
@@ -294,6 +314,16 @@ class Task(ABC):
             prediction: one item of `decode` at the size of `image`.
             truth: the sample that `image` belongs to, or None.
         """
+
+    def captions(self, prediction: Any, truth: Sample) -> dict[str, str]:
+        """What the pictures of `render` hold, in a few words, e.g. the range of their values; by default nothing.
+
+        Args:
+            prediction, truth: as for `render`.
+
+        Returns title of a picture -> text, for any of the titles of `render`.
+        """
+        return {}
 
     def spread(self, predictions: Sequence[Any]) -> Array | None:
         """How much several predictions of one image differ at each pixel: (H, W) float32, 0 where they are all equal.

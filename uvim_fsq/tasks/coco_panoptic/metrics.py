@@ -6,7 +6,7 @@ Shapes: G ground-truth segments, P predicted segments, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,40 @@ def count_matches(prediction: Segments, truth: Segments, num_classes: int) -> np
 def _count(
     overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int, background: bool = False
 ) -> np.ndarray:
-    """`background`: pixels outside of all true segments count like any others, instead of as void."""
+    matched = match_segments(overlap, prediction, truth, num_classes, background)
+    counts = np.empty((4, num_classes))
+    right = truth.classes[matched.rows]
+    counts[0] = np.bincount(right - 1, weights=matched.iou, minlength=num_classes)
+    parts = (right, prediction.classes[matched.extra], truth.classes[matched.missed])
+    for i, classes in enumerate(parts, start=1):
+        counts[i] = np.bincount(classes - 1, minlength=num_classes)
+    return counts
+
+
+class Matches(NamedTuple):
+    """How the segments of an image match, by the rules of `count_matches`.
+
+    Attributes:
+        rows, columns: (M,) indices of the true and the predicted segments that match.
+        iou: (M,) their IoU.
+        missed: (G,) bool, false negatives.
+        extra: (P,) bool, false positives.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    iou: np.ndarray
+    missed: np.ndarray
+    extra: np.ndarray
+
+
+def match_segments(
+    overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int, background: bool = False
+) -> Matches:
+    """Matches segments, given their `overlap_table`.
+
+    `background`: pixels outside of all true segments count like any others, instead of as void.
+    """
     _check_classes(prediction, num_classes, "the prediction")
     _check_classes(truth, num_classes, "the ground truth")
     true_area, area = overlap.sum(1)[1:], overlap.sum(0)[1:]
@@ -79,11 +112,7 @@ def _count(
     missed[row] = False
     extra[column] = False
     extra &= void + _same_crowd(overlap, prediction, truth, num_classes) <= 0.5 * area
-    counts = np.empty((4, num_classes))
-    counts[0] = np.bincount(truth.classes[row] - 1, weights=iou[row, column], minlength=num_classes)
-    for i, classes in enumerate((truth.classes[row], prediction.classes[extra], truth.classes[missed]), start=1):
-        counts[i] = np.bincount(classes - 1, minlength=num_classes)
-    return counts
+    return Matches(row, column, iou[row, column], missed, extra)
 
 
 def _same_crowd(overlap: np.ndarray, prediction: Segments, truth: Segments, num_classes: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_json
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, OfficialResults, Task
 from uvim_fsq.tasks.coco_panoptic import render
+from uvim_fsq.tasks.coco_panoptic.breakdown import QualityBySize
 from uvim_fsq.tasks.coco_panoptic.config import CocoPanopticConfig
 from uvim_fsq.tasks.coco_panoptic.convert import convert
 from uvim_fsq.tasks.coco_panoptic.data import PanopticSource, open_source, prepare
@@ -131,6 +132,10 @@ class CocoPanoptic(Task):
         things = [bool(x) for x in self.is_thing[1:]]
         return PanopticMetric(protocol, self.names[1:], things, background=source.instances)
 
+    def breakdown(self, source: SampleSource) -> QualityBySize:
+        assert isinstance(source, PanopticSource)
+        return QualityBySize(len(self.names) - 1, background=source.instances)
+
     def official(self, folder: Path, source: SampleSource) -> OfficialResults:
         assert isinstance(source, PanopticSource)
         ids = [category[0] for category in self.config.categories]
@@ -165,6 +170,10 @@ class CocoPanoptic(Task):
                 **pictures,
             }
         return pictures
+
+    def captions(self, prediction: Segments, truth: Sample) -> dict[str, str]:
+        segments: Segments = truth.meta["segments"]
+        return {"ground truth": _describe(segments), "prediction": _describe(prediction)}
 
     def legend(self) -> np.ndarray:
         return render.legend(self.names, self.palette)
@@ -231,3 +240,9 @@ class CocoPanoptic(Task):
     def convert(cls, root: str, out: Path | None, progress: Callable[[int, int], None]) -> str:
         """Writes the panoptic JSON and PNGs of Cityscapes or ADE20K from their original labels."""
         return convert(root, out, progress)
+
+
+def _describe(segments: Segments) -> str:
+    """How many segments of how many classes have pixels."""
+    present = np.isin(segments.segment_ids, segments.ids)
+    return f"{present.sum()} segments, {len(np.unique(segments.classes[present]))} classes"

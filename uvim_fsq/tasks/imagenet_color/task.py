@@ -30,6 +30,7 @@ from uvim_fsq.tasks.imagenet_color.metrics import (
     GREY,
     FIDMetric,
     PSNRMetric,
+    colourfulness,
     keep_luma,
     to_picture,
     to_unit,
@@ -143,6 +144,13 @@ class ImagenetColor(Task):
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         pictures = {"prediction": to_picture(prediction)}
         return pictures if truth is None else {"ground truth": image, **pictures}
+
+    def captions(self, prediction: np.ndarray, truth: Sample) -> dict[str, str]:
+        shown = {"ground truth": truth.image, "prediction": to_picture(prediction)}
+        return {
+            title: f"values {values.min()} to {values.max()}, colourfulness {colourfulness(values):.0f}"
+            for title, values in shown.items()
+        }
 
     def prediction_files(self, stem: str) -> dict[str, str]:
         kind = "keep_luma" if self.config.keep_luma else "color"

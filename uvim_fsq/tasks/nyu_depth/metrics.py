@@ -78,11 +78,16 @@ class DepthMetric(Metric):
         # images, skipped images, images with a repaired prediction, squared error, valid pixels
         self.counts = np.zeros(5)
 
-    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
-        truth = sample.maps["depth"]
+    def valid(self, truth: np.ndarray) -> np.ndarray:
+        """(H, W) bool, the pixels of a true map (H, W) that count."""
         valid = (truth > self.min_depth) & (truth < self.max_depth)
         if self.region is not None:
             valid &= inside_region((truth.shape[0], truth.shape[1]), self.region)
+        return valid
+
+    def update(self, prediction: Any, sample: Sample) -> dict[str, float]:
+        truth = sample.maps["depth"]
+        valid = self.valid(truth)
         if not valid.any():
             self.counts[1] += 1
             return {"valid_pixels": 0.0}

@@ -20,8 +20,9 @@ from uvim_fsq.data.sample import Sample, SampleSource, smallest_integer
 from uvim_fsq.data.tiles import Tile, align, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
-from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Metric, Task
+from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Task
 from uvim_fsq.tasks.losses import pixel_cross_entropy
+from uvim_fsq.tasks.nyu_depth.breakdown import ErrorByDepth
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
 from uvim_fsq.tasks.nyu_depth.data import open_source, prepare
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
@@ -108,7 +109,11 @@ class NYUDepth(Task):
         depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
         return list(depth.float().cpu().numpy())
 
-    def metric(self, source: SampleSource) -> Metric:
+    def breakdown(self, source: SampleSource) -> ErrorByDepth:
+        metric = self.metric(source)
+        return ErrorByDepth(metric, min(metric.max_depth, self.config.max_depth))
+
+    def metric(self, source: SampleSource) -> DepthMetric:
         c = self.config
         # The valid range is that of the protocol, not that of the bins.
         region = REGIONS.get(c.protocol)
@@ -120,15 +125,33 @@ class NYUDepth(Task):
     def render(self, image: np.ndarray, prediction: np.ndarray, truth: Sample | None = None) -> dict[str, np.ndarray]:
         """Color-coded depth, with the same range for prediction and truth; the error's range is a quarter of it."""
         depth = truth.maps["depth"] if truth is not None else None
-        reference = prediction if depth is None else depth
-        positive = reference[reference > 0]
-        high = float(positive.max()) if positive.size else self.config.max_depth
+        high = self._range(prediction if depth is None else depth)
         pictures = {"prediction": colour(prediction, high)}
         if depth is not None:
-            valid = depth > self.config.min_depth
-            error = np.where(valid, np.abs(resize_nearest(prediction, (depth.shape[0], depth.shape[1])) - depth), 0)
+            error = self._error(prediction, depth)
             pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
         return pictures
+
+    def captions(self, prediction: np.ndarray, truth: Sample) -> dict[str, str]:
+        """The smallest and largest value of each map, and the range of its colors, in meters."""
+        depth = truth.maps["depth"]
+        high, error = self._range(depth), self._error(prediction, depth)
+        valid = depth[depth > self.config.min_depth]
+        return {
+            "ground truth": f"{_extent(valid)}; colors 0 to {high:.2f} m",
+            "prediction": f"{_extent(prediction)}; colors 0 to {high:.2f} m",
+            "error": f"{_extent(error)}; colors 0 to {high / 4:.2f} m",
+        }
+
+    def _range(self, reference: np.ndarray) -> float:
+        """The depth in meters at the end of the color scale."""
+        positive = reference[reference > 0]
+        return float(positive.max()) if positive.size else self.config.max_depth
+
+    def _error(self, prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """(H, W) absolute error in meters, 0 where there is no truth."""
+        resized = resize_nearest(prediction, (depth.shape[0], depth.shape[1]))
+        return np.where(depth > self.config.min_depth, np.abs(resized - depth), 0)
 
     def tiled(self) -> NYUDepth:
         return self
@@ -189,6 +212,10 @@ class NYUDepth(Task):
 
     def prepare(self, root: str, progress: Callable[[int, int], None]) -> str:
         return prepare(root, self.config, progress)
+
+
+def _extent(values: np.ndarray) -> str:
+    return f"{values.min():.2f} to {values.max():.2f} m" if values.size else "no value"
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:

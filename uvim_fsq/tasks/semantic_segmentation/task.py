@@ -130,6 +130,15 @@ class SemanticSegmentation(Task):
             pictures = {"ground truth": self._paint(image, classes), **pictures, "error": error}
         return pictures
 
+    def captions(self, prediction: np.ndarray, truth: Sample) -> dict[str, str]:
+        classes = truth.maps["classes"]
+        labeled = classes >= 0
+        found = len(np.unique(classes[labeled])), len(np.unique(prediction))
+        texts = {"ground truth": f"{found[0]} classes", "prediction": f"{found[1]} classes"}
+        if labeled.any():
+            texts["error"] = f"{(prediction != classes)[labeled].mean():.1%} of labeled pixels"
+        return texts
+
     def _paint(self, image: np.ndarray, classes: np.ndarray) -> np.ndarray:
         mixed = ((1 - SHARE) * image + SHARE * self.table.colors[classes]).astype(np.uint8)
         mixed[classes < 0] = image[classes < 0]
