@@ -220,7 +220,8 @@ def evaluate(
         compare: a direct run or checkpoint directory, whose figures are added under "direct".
         states: if given, write what each image added to the metrics to this .npz file.
         tuned: apply the settings that `uvim-fsq tune` chose for the checkpoint, unless `eval.tuned` is false.
-        examined, decodings: see `evaluate_loaded`.
+        examined: see `evaluate_loaded`.
+        decodings: see `evaluate_loaded`.
 
     Returns the results of `evaluate_loaded`. Raises UserError for a run that cannot be loaded, for unreadable images,
     and for two runs whose figures cannot be compared.

@@ -319,7 +319,8 @@ class Task(ABC):
         """What the pictures of `render` hold, in a few words, e.g. the range of their values; by default nothing.
 
         Args:
-            prediction, truth: as for `render`.
+            prediction: as for `render`.
+            truth: as for `render`.
 
         Returns title of a picture -> text, for any of the titles of `render`.
         """
