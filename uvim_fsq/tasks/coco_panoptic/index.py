@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections import Counter
@@ -61,11 +62,16 @@ class Index:
 
 def read_index(file: Path) -> Index:
     """The index of a panoptic JSON file. Raises UserError if the file is missing, invalid or inconsistent."""
+    return _read(file, *file_stamp(file))
+
+
+def file_stamp(file: Path) -> tuple[int, int]:
+    """Time of the last change in ns, and size. Raises UserError if the annotation file is missing."""
     try:
         stat = file.stat()
     except OSError:
         raise UserError(f"{file}: no such annotation file") from None
-    return _read(file, stat.st_mtime_ns, stat.st_size)
+    return stat.st_mtime_ns, stat.st_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -94,15 +100,21 @@ def read_tree(file: Path, kind: str) -> dict[str, Any]:
 
 
 def _parse(file: Path) -> dict[str, np.ndarray]:
-    tree = read_tree(file, "a panoptic")
+    needs = "images need id, file_name; annotations image_id, file_name, segments_info; segments id, category_id"
+    with valid_entries(file, "COCO panoptic", needs):
+        return _tables(file, read_tree(file, "a panoptic"))
+
+
+@contextlib.contextmanager
+def valid_entries(file: Path, name: str, needs: str) -> Iterator[None]:
+    """Raises UserError, saying what entries need, if the block meets an invalid entry of a file in this format."""
     try:
-        return _tables(file, tree)
-    except UserError:
-        raise
+        yield
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{file}: an entry has a missing or invalid field of the COCO panoptic format ({error!r}); "
-            "images need id, file_name; annotations image_id, file_name, segments_info; segments id, category_id"
+            f"{file}: an entry has a missing or invalid field of the {name} format ({error!r}); {needs}"
         ) from error
 
 

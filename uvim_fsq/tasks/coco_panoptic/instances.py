@@ -75,11 +75,7 @@ class InstanceIndex(Index):
 
 def read_instances(file: Path) -> InstanceIndex:
     """The index of an instances JSON file. Raises UserError if the file is missing, invalid or inconsistent."""
-    try:
-        stat = file.stat()
-    except OSError:
-        raise UserError(f"{file}: no such annotation file") from None
-    return _read(file, stat.st_mtime_ns, stat.st_size)
+    return _read(file, *index_module.file_stamp(file))
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,16 +96,9 @@ def _parse_large(file: Path) -> dict[str, np.ndarray]:
 
 
 def _parse(file: Path) -> dict[str, np.ndarray]:
-    tree = read_tree(file, "an instance")
-    try:
-        return _tables(file, tree)
-    except UserError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{file}: an entry has a missing or invalid field of the COCO format ({error!r}); images need id, "
-            "file_name, height, width; annotations image_id, category_id, segmentation"
-        ) from error
+    needs = "images need id, file_name, height, width; annotations image_id, category_id, segmentation"
+    with index_module.valid_entries(file, "COCO", needs):
+        return _tables(file, read_tree(file, "an instance"))
 
 
 def _tables(file: Path, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
