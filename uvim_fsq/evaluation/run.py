@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,18 +76,15 @@ def evaluate_loaded(
         refuse_without_lm(loaded)
     limit = limit if limit is not None else loaded.run.eval.limit
     evaluator = Evaluator(loaded.task, loaded.run.data, loaded.run.eval, limit=limit, record=True)
-    if compared is None:
-        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official, examined)
-    else:
+    other = None
+    if compared is not None:
         other = Evaluator(compared.task, compared.run.data, compared.run.eval, limit=limit, record=True)
         refuse_different(evaluator, other, loaded.checkpoint, compared.checkpoint)
-        result, rows, states = _evaluate(loaded, evaluator, device, baseline, official, examined)
+    result, rows, states = _evaluate(loaded, evaluator, device, baseline, official, examined)
+    if compared is not None and other is not None:
         second, other_rows, other_states = _evaluate(compared, other, device, False, official, examined)
         refuse_other_images(next(iter(rows.values())), other_rows["direct"], compared.checkpoint)
-        about = {key: second[key] for key in ("checkpoint_sha256", *provenance(compared, other, device))}
-        result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
-        if "matrices" in result:
-            result["matrices"] |= second["matrices"]
+        _add_compared(result, second, provenance(compared, other, device))
         rows |= other_rows
         states |= other_states
     result["intervals"] = intervals(loaded.task.metric(evaluator.source), loaded.task.main_metric, states)
@@ -99,6 +96,14 @@ def evaluate_loaded(
         if states_file is not None:
             write_states(states_file, states)
     return result
+
+
+def _add_compared(result: dict[str, Any], second: Mapping[str, Any], origin: Iterable[str]) -> None:
+    """Adds the figures of a compared run's result to `result`, and where they come from: the keys `origin`."""
+    about = {key: second[key] for key in ("checkpoint_sha256", *origin)}
+    result |= {"figures": {**result["figures"], **second["figures"]}, "compared": {"direct": about}}
+    if "matrices" in result:
+        result["matrices"] |= second["matrices"]
 
 
 def _evaluate(
