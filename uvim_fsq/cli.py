@@ -26,6 +26,7 @@ from uvim_fsq.commands import (
     data_view,
     doctor,
     evaluate,
+    export,
     import_uvim,
     plan,
     predict,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, ModuleType] = {
     "predict": predict,
     "push": push,
     "compile": compile,
+    "export": export,
     "synth": synth,
     "ablate": ablate,
     "import-uvim": import_uvim,
@@ -78,7 +80,9 @@ DATA_COMMANDS: dict[str, ModuleType] = {
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile"), "lm"),
+    **dict.fromkeys(
+        ("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile", "export"), "lm"
+    ),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")

@@ -81,7 +81,7 @@ def compile_graph(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Pa
     drawn = graph.draw(torch.zeros(len(image), dtype=torch.int64))
     inputs = (image,) if drawn is None else (image, drawn.to(image.device))
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(graph, inputs)
             aoti_compile_and_package(exported, package_path=str(file))
     except UserError:
@@ -104,8 +104,8 @@ def _refuse_long(loaded: LoadedRun | LoadedDirect, graph: PredictionGraph) -> No
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's notes about its own kernels, which users cannot act on."""
+def quiet() -> Iterator[None]:
+    """Without torch's notes about its own work, which users cannot act on."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
