@@ -53,7 +53,8 @@ def export_checkpoint(loaded: LoadedRun | LoadedDirect, kind: str, folder: Path)
     Raises UserError for an oracle, random decoding, other precisions than float32, models that cannot be exported,
     missing libraries, and for a program whose predictions differ.
     """
-    check_request(loaded, kind)
+    require_libraries(kind)
+    check_settings(loaded)
     reference, exported = map_graph(loaded), map_graph(loaded, in_loop=True)
     images = check_images(loaded)
     with torch.no_grad(), enough_memory("exporting needs a machine with more"):
@@ -73,16 +74,20 @@ def export_checkpoint(loaded: LoadedRun | LoadedDirect, kind: str, folder: Path)
     return manifest
 
 
-def check_request(loaded: LoadedRun | LoadedDirect, kind: str) -> None:
-    """Raises UserError for settings that cannot be exported and libraries that are not installed."""
+def require_libraries(kind: str) -> None:
+    """Raises UserError if a library that exports in this format need is not installed."""
+    missing = [name for name in ONNX_LIBRARIES if importlib.util.find_spec(name) is None]
+    if kind == "onnx" and missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: {INSTALL}")
+
+
+def check_settings(loaded: LoadedRun | LoadedDirect) -> None:
+    """Raises UserError for settings that cannot be exported."""
     config = loaded.run.eval
     if isinstance(config, EvalConfig) and Sampling.of(config).is_random:
         raise UserError("random decoding cannot be exported; set eval.temperature=0 eval.choice_temperature=0")
     if config.precision != "fp32":
         raise UserError(f"eval.precision={config.precision}: exports compute in float32; set it to fp32")
-    missing = [name for name in ONNX_LIBRARIES if importlib.util.find_spec(name) is None]
-    if kind == "onnx" and missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: {INSTALL}")
 
 
 def map_graph(loaded: LoadedRun | LoadedDirect, *, in_loop: bool = False) -> MapGraph:
