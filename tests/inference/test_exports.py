@@ -26,9 +26,16 @@ from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.data.tiles import Tiling
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import exporting, exports
-from uvim_fsq.inference.exporting import check_images, differences, export_checkpoint, map_graph, refuse_different
+from uvim_fsq.inference.exporting import (
+    check_images,
+    differences,
+    export_checkpoint,
+    export_graph,
+    map_graph,
+    refuse_different,
+)
 from uvim_fsq.inference.exports import MANIFEST
-from uvim_fsq.inference.one_graph import TOKENS
+from uvim_fsq.inference.one_graph import TOKENS, MapGraph
 from uvim_fsq.inference.packages import OWN_PACKAGES
 from uvim_fsq.tasks.base import Real, Task
 from uvim_fsq.tasks.coco_panoptic.task import CocoPanoptic, CocoPanopticConfig
@@ -38,16 +45,11 @@ needs_onnx = pytest.mark.skipif(
 )
 #: A real photo beside random pixels.
 PHOTO = ROOT / "docs" / "pictures" / "imagenet_color.jpg"
+#: Decoding settings that need all of the graph: distributions, and the oracle without codes.
+SETTINGS = ("eval.codes=soft", "eval.context_weight=0.2")
 #: Panoptic labels without void and with scores.
 INSTANCES = CocoPanoptic(CocoPanopticConfig(max_instances=5, categories=((1, "cat", True),), annotations="instances"))
 PICTURES = list(np.random.default_rng(0).integers(0, 255, (3, 20, 30, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory, random_runs: tuple[Path, Path]) -> Path:
-    """A masked LM's run with random weights on the oracle of `random_runs`."""
-    out = tmp_path_factory.mktemp("runs") / "masked"
-    return save_untrained(lm_run(out, random_runs[0], "model.kind=masked"))
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +58,35 @@ def cache_of_exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def torch_export(tmp_path_factory: pytest.TempPathFactory, masked: Path, cache_of_exports: Path) -> Path:
-    """The parallel model as a torch program, with soft codes mixed with context; tests that change it copy it."""
+def program() -> dict[str, Any]:
+    """The graph of `SETTINGS`, once it was exported, for another format."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def torch_export(
+    tmp_path_factory: pytest.TempPathFactory,
+    random_runs: tuple[Path, Path],
+    cache_of_exports: Path,
+    program: dict[str, Any],
+) -> Path:
+    """An autoregressive model as a torch program; tests that change it copy it."""
     folder = tmp_path_factory.mktemp("exports") / "torch"
-    loaded = load_checkpoint(masked, ["eval.codes=soft", "eval.context_weight=0.2"])
+
+    def export(graph: MapGraph, images: torch.Tensor) -> torch.export.ExportedProgram:
+        program["exported"] = export_graph(graph, images)
+        return program["exported"]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UVIM_FSQ_CACHE", str(cache_of_exports))
-        export_checkpoint(loaded, "torch", folder)
+        patch.setattr(exporting, "export_graph", export)
+        export_checkpoint(load_checkpoint(random_runs[1], SETTINGS), "torch", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(torch_export: Path) -> Predictor:
+    return Predictor.from_export(torch_export, trust=True)
 
 
 @pytest.fixture
@@ -98,47 +121,56 @@ def pretend(written: None, monkeypatch: pytest.MonkeyPatch, random_lm: LoadedRun
 
 
 @pytest.mark.slow
-def test_a_torch_program_predicts_what_the_run_predicts(exported: Path, masked: Path) -> None:
-    run = Predictor.from_run(masked, ["eval.codes=soft", "eval.context_weight=0.2"])
+def test_a_torch_program_predicts_what_the_run_predicts(predictor: Predictor, random_runs: tuple[Path, Path]) -> None:
+    run = Predictor.from_run(random_runs[1], SETTINGS)
     pictures = [*PICTURES, PHOTO]
-    found = Predictor.from_export(exported).predict_batch(pictures)
-    for item, expected in zip(found, run.predict_batch(pictures), strict=True):
+    for item, expected in zip(predictor.predict_batch(pictures), run.predict_batch(pictures), strict=True):
         assert item.shape == expected.shape and item.dtype == np.float32
         np.testing.assert_allclose(item, expected, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_torch_program_takes_any_batch_without_this_package(exported: Path) -> None:
-    program = torch.export.load(exported / "model.pt2").module()
-    for batch in (1, 5):
-        found = program(torch.zeros(batch, 3, 16, 16, dtype=torch.uint8))
-        assert found["depth"].shape == (batch, 16, 16) and found[TOKENS].shape == (batch, 4)
+    np.testing.assert_allclose(predictor.predict(PHOTO), expected, atol=1e-4)
 
 
 @pytest.mark.slow
 @needs_onnx
-def test_an_onnx_model_holds_the_whole_loop_of_an_autoregressive_model(tmp_path: Path, random_lm: LoadedRun) -> None:
-    manifest = export_checkpoint(random_lm, "onnx", tmp_path / "export")
+def test_an_onnx_model_predicts_what_the_run_predicts(
+    tmp_path: Path, torch_export: Path, program: dict[str, Any], random_runs: tuple[Path, Path], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(exporting, "export_graph", lambda graph, images: program["exported"])
+    manifest = export_checkpoint(load_checkpoint(random_runs[1], SETTINGS), "onnx", tmp_path / "export")
     assert manifest["measured"]["tokens"]["share"] == 0 and manifest["measured"]["depth"]["largest"] < 1e-4
-    from_export, from_run = Predictor.from_export(tmp_path / "export"), Predictor(random_lm, "cpu")
-    for picture in (PHOTO, PICTURES[0]):  # one image, where the graph was made from two
-        np.testing.assert_allclose(from_export.predict(picture), from_run.predict(picture), atol=1e-4)
+    run, exported = Predictor.from_run(random_runs[1], SETTINGS), Predictor.from_export(tmp_path / "export")
+    pictures = [*PICTURES, PHOTO]
+    for batch in (pictures, pictures[:1]):
+        for item, expected in zip(exported.predict_batch(batch), run.predict_batch(batch), strict=True):
+            np.testing.assert_allclose(item, expected, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_an_export_is_used_like_a_run(exported: Path, copied: Path) -> None:
-    predictor = Predictor.from_export(exported)
+def test_a_parallel_model_is_one_graph_for_any_batch(tmp_path: Path, random_runs: tuple[Path, Path]) -> None:
+    run = save_untrained(lm_run(tmp_path / "masked", random_runs[0], "model.kind=masked"))
+    graph = map_graph(load_checkpoint(run, ["eval.steps=2"]))
+    images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        program = export_graph(graph, images[:2]).module()
+        for batch in (1, 3):
+            found, expected = program(images[:batch]), graph(images[:batch])
+            assert list(found) == ["depth", TOKENS] and torch.equal(found[TOKENS], expected[TOKENS])
+            torch.testing.assert_close(found["depth"], expected["depth"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_export_is_used_like_a_run(predictor: Predictor, torch_export: Path, random_runs: tuple[Path, Path]) -> None:
     assert predictor.predict_tiles(np.zeros((200, 70, 3), np.uint8), Tiling(64)).shape == (200, 70)
-    assert predictor.provenance == {"checkpoint": str(exported)}
-    assert predictor.fingerprint == Predictor.from_export(copied).fingerprint
-    with pytest.raises(UserError, match="is an export, which is run on the CPU"):
-        predictor.to("meta")
+    assert predictor.provenance == {"checkpoint": str(torch_export)}
+    assert predictor.fingerprint != Predictor.from_run(random_runs[1], SETTINGS).fingerprint
     with pytest.raises(UserError, match="an export draws no samples"):
         predictor.predict_samples(PICTURES[0], 2)
+    with pytest.raises(UserError, match="is an export, which is run on the CPU"):
+        predictor._loaded.to(torch.device("cuda"))
 
 
 @pytest.mark.slow
-def test_the_manifest_says_what_a_user_needs_and_no_local_path(exported: Path, masked: Path) -> None:
+def test_the_manifest_says_what_a_user_needs_and_no_local_path(exported: Path, random_runs: tuple[Path, Path]) -> None:
     text = (exported / MANIFEST).read_text()
     manifest = json.loads(text)
     assert manifest["input"]["shape"] == ["batch", 3, 16, 16] and manifest["input"]["dtype"] == "uint8"
@@ -148,7 +180,7 @@ def test_the_manifest_says_what_a_user_needs_and_no_local_path(exported: Path, m
         "meaning": "meters, 0.001 to 10",
     }
     assert manifest["decoding"]["codes"] == "soft" and set(manifest["measured"]) == {"depth", "tokens"}
-    assert str(masked.parent) not in text and str(ROOT).encode() not in (exported / "model.pt2").read_bytes()
+    assert str(random_runs[0].parent) not in text and str(ROOT).encode() not in (exported / "model.pt2").read_bytes()
 
 
 @pytest.mark.slow
@@ -178,10 +210,18 @@ def change(folder: Path, **values: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_torch_program_that_somebody_else_exported_needs_trust(exported: Path, own_cache: Path) -> None:
+def test_a_torch_program_that_somebody_else_exported_needs_trust(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(exports, "_torch_program", loaded.append)
+    Predictor.from_export(exported)
+    monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="was not exported by you; if you trust it, give trust=True"):
         Predictor.from_export(exported)
-    assert Predictor.from_export(exported, trust=True).predict(PICTURES[0]).shape == (20, 30)
+    assert len(loaded) == 1
+    Predictor.from_export(exported, trust=True)
+    assert len(loaded) == 2
 
 
 def test_an_unreadable_program_is_one_line(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -124,22 +125,21 @@ def check_images(loaded: LoadedRun | LoadedDirect) -> torch.Tensor:
 
 def export_graph(graph: MapGraph, images: torch.Tensor) -> torch.export.ExportedProgram:
     """Exports a graph for any batch of images like these, (2, 3, S, S). Raises UserError if torch cannot."""
-    with quiet(), _one_line("export this prediction"):
-        batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1)
+    with quiet(), _one_line("export this prediction"), _without_autocast():
         program = torch.export.export(graph, (images,), dynamic_shapes=({0: batch},))
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
-            _clean(module)
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # the paths of the source code
     return program
 
 
-def _clean(module: torch.fx.GraphModule) -> None:
-    """Removes the marks of autocast, which is off and cannot be saved, and the paths of the source code."""
-    for node in reversed(list(module.graph.nodes)):
-        node.meta.pop("stack_trace", None)
-        if node.target in (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast):
-            module.graph.erase_node(node)
-    module.recompile()
+@contextmanager
+def _without_autocast() -> Generator[None]:
+    """No autocast while a graph is traced. It is off, but would leave marks in the graph that torch cannot save."""
+    with mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()):
+        yield
 
 
 def _write(program: torch.export.ExportedProgram, kind: str, folder: Path, names: list[str]) -> None:
