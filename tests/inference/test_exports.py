@@ -307,9 +307,11 @@ def test_the_pictures_that_are_compared_differ_from_each_other(random_lm: Loaded
 
 def test_the_direct_model_is_a_graph_of_label_maps_too(direct_dir: Path) -> None:
     loaded = load_direct(direct_dir)
-    image = check_images(loaded)
+    image, graph = check_images(loaded), map_graph(loaded)
+    # A graph module could not hold weights under the name of one of its own attributes.
+    assert not {name.partition(".")[0] for name in graph.state_dict()} & {*dir(torch.fx.GraphModule)}
     with torch.no_grad():
-        maps = map_graph(loaded)(image)
+        maps = graph(image)
         (logits,) = loaded.model.iter_logits(image)
     assert list(maps) == ["depth"]
     np.testing.assert_array_equal(np.stack(loaded.task.from_maps(maps)), np.stack(loaded.task.decode(logits)))

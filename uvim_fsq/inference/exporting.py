@@ -162,8 +162,9 @@ def _one_line(what: str) -> Generator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"torch cannot {what} ({type(error).__name__}: {reason})") from error
+        cause = error.__cause__ or error  # the converter's own message is advice for torch's developers
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+        raise UserError(f"torch cannot {what} ({type(cause).__name__}: {reason})") from error
 
 
 def differences(program: Program, images: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class MapGraph(nn.Module):
 
     def __init__(self, graph: PredictionGraph, task: Task, models: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.graph, self.task, self.models = graph, task, nn.ModuleList(models)
+        self.prediction, self.task, self.models = graph, task, nn.ModuleList(models)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Label maps by name, (B, ...), and for a model with tokens "tokens" (B, L) int64.
@@ -123,7 +123,7 @@ class MapGraph(nn.Module):
             image: (B, 3, S, S), uint8 or floating point in [-1, 1].
         """
         channels = self.task.label_channels
-        found = self.graph(image)
+        found = self.prediction(image)
         maps = self.task.to_maps(dict(zip(channels, found, strict=False)))
         return {**maps, **dict(zip([TOKENS], found[len(channels) :], strict=False))}
 
