@@ -23,6 +23,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 #: Size in inches of a chart that can be read on a telephone.
 SIZE = (4.8, 3.0)
+#: Steps of a chart of counts at most; more cannot be seen.
+MAX_STEPS = 1000
 #: The text of a cell of a matrix. Not black, which becomes the color of the page's text: cells are light anyway.
 DARK = "#101010"
 
@@ -79,7 +81,10 @@ def count_figure(counts: Sequence[int]) -> Figure:
 
 
 def _draw_counts(axis: Axes, counts: Sequence[int]) -> None:
-    axis.stairs(sorted(counts, reverse=True), fill=True)  # a bar per code takes minutes for large codebooks
+    ordered = np.sort(np.asarray(counts))[::-1]
+    # A bar per code takes minutes for large codebooks, and a step per code megabytes.
+    edges = np.unique(np.linspace(0, len(ordered), MAX_STEPS + 1).astype(int))
+    axis.stairs(ordered[edges[:-1]], edges, fill=True)
     axis.set_yscale("symlog")
 
 
