@@ -104,7 +104,8 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     values = np.array(matrix["values"], np.float64)
     shares = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
     rows, columns = values.shape
-    figure = Figure(figsize=(2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (6, 5.5))
+    size = (2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (6, 5.5)
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axis.set_xlabel("predicted")
@@ -116,7 +117,6 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
         for i, j in np.argwhere(shares >= 1):
             shade = "white" if shares[i, j] > 60 else DARK
             axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=shade)
-    figure.tight_layout()
     return figure
 
 
