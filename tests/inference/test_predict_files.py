@@ -226,7 +226,6 @@ def test_pictures_are_listed_in_a_file_and_on_standard_input(
         (["--tiles", "8"], "tiles of 8 pixels are too small; give 16 or more"),
         (["--tiles", "0"], "tiles of -1 pixels are too small"),
         (["--tiles", "64", "--overlap", "1"], "an overlap of 1 is not possible"),
-        (["--tiles", "2^8"], "'2^8' is neither a number of pixels nor auto"),
         (["--fps", "0"], "0 frames per second are not possible"),
         (["--fps", "0.001"], "give a number from 0.01 to 1000"),
         (["--fps", "nan"], "nan frames per second are not possible"),
