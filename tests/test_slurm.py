@@ -31,6 +31,12 @@ def test_every_process_of_every_node_gets_its_rank(cluster: Cluster) -> None:
     assert sorted(cluster.lines("started")) == [f"{i} {i % 2} 4 {rest}" for i in range(4)]
 
 
+def test_what_trains_continues_where_it_stopped(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
+    assert cluster.run(TRAIN, "tune-decoder", "runs/lm") == 0
+    assert cluster.lines("started") == ["   node1:20123 tune-decoder runs/lm train.resume=auto"]
+
+
 def test_a_single_process_needs_no_rank(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
     assert cluster.run(TRAIN, "evaluate", "runs/lm") == 0
@@ -42,7 +48,7 @@ def test_a_job_out_of_time_is_saved_and_goes_back_into_the_queue(cluster: Cluste
     assert cluster.lines("saved") == ["saved"] * 4 and cluster.lines("requeued") == ["40123"]
 
 
-def test_a_cancelled_job_is_saved_and_stays_ended(cluster: Cluster) -> None:
+def test_a_job_whose_script_alone_is_cancelled_is_saved_and_stays_ended(cluster: Cluster) -> None:
     assert cluster.run(TRAIN, "train-lm", "c", behaviour="waits", send=signal.SIGTERM) == 143
     assert cluster.lines("saved") == ["saved"] * 4 and not cluster.lines("requeued")
 
