@@ -106,3 +106,17 @@ def test_a_grid_becomes_arrays_that_train_shared_models_once(cluster: Cluster) -
         f"--parsable -p gpu --dependency=afterany:101 --array=1-2 {ARRAY} runs/g/slurm/train_lm.txt",
         f"--parsable -p gpu --dependency=afterany:101:102 --array=1 {ARRAY} runs/g/slurm/tables.txt",
     ]
+
+
+def test_a_grid_of_synthetic_scenes_renders_them_first(cluster: Cluster) -> None:
+    lines = ["synth --num 8 --out runs/g/data", "train-oracle c train.out=o1", "train-direct c train.out=d1"]
+    (cluster.folder / "printed").write_text("scenes\n" + "".join(f"  uvim-fsq {line}\n" for line in lines))
+    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behaviour="prints") == 0
+    place = "runs/g/slurm"
+    assert (cluster.folder / place / "scenes.txt").read_text() == f"uvim-fsq {lines[0]}\n"
+    assert cluster.lines("submitted") == [
+        f"--parsable --array=1 {ARRAY} {place}/scenes.txt",
+        f"--parsable --dependency=afterany:101 --array=1-1 {ARRAY} {place}/train_oracle.txt",
+        f"--parsable --dependency=afterany:101 --array=1-1 {ARRAY} {place}/train_direct.txt",
+        f"--parsable --dependency=afterany:102:103 --array=1 {ARRAY} {place}/tables.txt",
+    ]
