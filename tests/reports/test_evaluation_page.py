@@ -23,7 +23,7 @@ from uvim_fsq.reports import evaluation_page
 from uvim_fsq.reports.evaluation_page import result_table
 from uvim_fsq.reports.evaluation_sections import calibration_section, class_section, decoding_section, extremes
 from uvim_fsq.reports.figures import count_figure, matrix_figure
-from uvim_fsq.reports.html import chart_tag, html_table, picture_tag, write_report
+from uvim_fsq.reports.html import chart_tag, html_table, picture_tag
 from uvim_fsq.reports.token_figures import breakdown_figure, perplexity, square
 from uvim_fsq.tasks.base import Matrix
 
@@ -176,11 +176,6 @@ def test_missing_figures_and_a_perfect_baseline_have_empty_cells(random_lm: Load
         ["0.000", "", "", ""],
         ["0.500", "0.250", "1.000", ""],
     ]
-
-
-def test_pages_hold_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    write_report(tmp_path / "a.html", "a\udcff", [("b\udcff", "道")])
-    assert "a\\udcff" in (page := (tmp_path / "a.html").read_text()) and "道" in page
 
 
 def test_names_that_the_charts_font_lacks_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
