@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -85,7 +86,7 @@ LISTS_KEYS = {
     ),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
-READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")
+READS_NO_RUN = ("synth", "runs", "doctor", "completion")
 #: Commands that can run in several processes. With any other, each process would write the same files.
 SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, tune_decoder, analyze)
 
@@ -215,6 +216,8 @@ def _parse_and_run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     if target is not None:
         target += late
     warnings.formatwarning = _one_line_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         if _several() and args.command not in SHARED:
             raise UserError(
