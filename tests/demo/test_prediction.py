@@ -65,7 +65,7 @@ def test_settings_are_those_of_predict(demo: PhotoDemo, random_runs: tuple[Path,
     ("decoding", "message"),
     [
         (Decoding(steps=4), "does not decode in steps"),
-        (Decoding(temperature=-1), "eval.temperature=-1 is negative"),
+        (Decoding(temperature=-1), "eval.temperature=-1.0: must not be negative"),
         (Decoding(samples=3), "because eval.temperature is 0; set it to e.g. 1"),
         (Decoding(codes="mean"), "eval.codes"),
         (Decoding(samples=MAX_SAMPLES + 1, temperature=1), "this page shows 1 to 16"),
@@ -90,6 +90,11 @@ def test_samples_are_shown_in_colors_that_mean_the_same(demo: PhotoDemo, random_
     assert brightest.sum() == view.spread.sum(-1).max()
 
 
+def test_equal_samples_have_no_spread(demo: PhotoDemo) -> None:
+    view = demo.predict(PHOTO, Decoding(temperature=1e-6, samples=2))
+    assert np.array_equal(*view.samples) and view.spread is None and view.text.endswith("all samples are equal")
+
+
 def test_too_many_samples_of_a_large_photo_are_refused(demo: PhotoDemo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvim_fsq.demo.prediction.MAX_SAMPLED", 1300)
     assert len(demo.predict(PHOTO, Decoding(temperature=1, samples=2)).samples) == 2
@@ -103,10 +108,11 @@ def test_too_many_samples_of_a_large_photo_are_refused(demo: PhotoDemo, monkeypa
         (b"", "cannot be read as an image"),
         (b"<html>not a picture</html>" * 50, "cannot be read as an image"),
         (PHOTO[: len(PHOTO) // 2], "cannot be read as an image"),
-        (png(20_000, 10_000, depth=1, colours=0), "200 million pixels, but data.max_pixels allows 25 million"),
+        (png(6000, 5000, depth=1, colours=0), "30 million pixels, but data.max_pixels allows 25 million"),
+        (png(20_000, 10_000, depth=1, colours=0), "more than twice the 25 million pixels that data.max_pixels allows"),
         (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "cannot be read as an image"),
     ],
-    ids=["empty", "text", "truncated", "bomb", "svg"],
+    ids=["empty", "text", "truncated", "large", "bomb", "svg"],
 )
 def test_what_is_no_photo_is_refused_in_one_line(random_lm: LoadedRun, photo: bytes, message: str) -> None:
     demo = PhotoDemo(random_lm, CPU, LIMIT)

@@ -20,7 +20,10 @@ CSS = """
 .error {padding: 0 !important}
 .error p {color: #b42318; background: #fef3f2; border-left: 4px solid #f04438; padding: .6em .9em; margin: 0}
 .text p {margin: 0; opacity: .8; font-variant-numeric: tabular-nums}
-.sharp img {image-rendering: pixelated}
+.sharp img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
+#samples {height: auto !important; min-height: 0 !important}
+#samples .grid-wrap {height: auto !important; min-height: 0 !important}
+#samples .thumbnail-lg {aspect-ratio: auto !important; height: auto !important}
 .legend {min-width: 90px !important; background: white; border-radius: 8px}
 .legend img {object-fit: contain; object-position: top left}
 footer {display: none !important}
@@ -190,8 +193,9 @@ def _swap_part(page: gr.Blocks, swap: TokenSwap) -> None:
         last = swap.count - 1
         first = gr.Slider(0, last, 0, step=1, label="Image A", elem_id="first")
         second = gr.Slider(0, last, last // 2 + last % 2, step=1, label="Image B", elem_id="second")
-        everything = gr.Button("Swap all", elem_id="swap_all")
-        undo = gr.Button("Swap none", elem_id="swap_none")
+        with gr.Column(min_width=120):
+            everything = gr.Button("Swap all", size="sm", elem_id="swap_all")
+            undo = gr.Button("Swap none", size="sm", elem_id="swap_none")
     error = gr.HTML(visible=False, elem_classes="error", elem_id="swap_error")
     text = gr.Markdown(elem_classes="text", elem_id="swap_text")
     with gr.Row(equal_height=False):
@@ -236,12 +240,24 @@ def _side(letter: str) -> list[gr.Image]:
     """One row of pictures: the tokens first."""
     with gr.Row(equal_height=False):
         name = letter.upper()
-        titles = ("tokens", "image", "label", "decoded from its own tokens", "decoded now", "change")
+        titles = {
+            "tokens": "tokens",
+            "image": "image",
+            "label": "label",
+            "own": "decoded",
+            "now": "swapped",
+            "change": "change",
+        }
         return [
             _picture(
-                f"{name}: {title}", f"{title.split()[0]}_{letter}", height=230, min_width=150, elem_classes="sharp"
+                f"{name}: {title}",
+                f"{key}_{letter}",
+                height=230,
+                min_width=100,
+                elem_classes="sharp",
+                buttons=["fullscreen"],
             )
-            for title in titles
+            for key, title in titles.items()
         ]
 
 

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,8 @@ class View:
         legend: explains the colors of `prediction`; None if there is nothing to explain.
         tokens: the token map, a square for each token; None without tokens.
         samples: K pictures (H, W, 3) in colors that mean the same in all; empty for a single prediction.
-        spread: (H, W, 3), how much the samples differ; None for a single prediction or without such a measure.
+        spread: (H, W, 3), how much the samples differ; None if they are equal, for a single prediction, and without
+            such a measure.
         spread_legend: the scale of `spread`.
         text: a few words about the prediction.
     """
@@ -159,8 +160,12 @@ class PhotoDemo:
     def _with_samples(self, view: View, image: Array, items: Sequence[Any], spread: Array | None) -> View:
         task = self._predictor.task
         pictures = [task.film_frame(image, item) for item in items]
-        drawn, scale = draw_spread(spread) if spread is not None else (None, None)
-        return View(view.prediction, view.legend, view.tokens, pictures, drawn, scale, view.text)
+        if spread is None:
+            return replace(view, samples=pictures)
+        if not spread.any():
+            return replace(view, samples=pictures, text=f"{view.text}; all samples are equal")
+        drawn, scale = draw_spread(spread)
+        return replace(view, samples=pictures, spread=drawn, spread_legend=scale)
 
 
 def _check_samples(count: int, image: Array) -> None:
@@ -176,8 +181,8 @@ def _check_samples(count: int, image: Array) -> None:
 
 
 def draw_spread(spread: Array) -> tuple[Array, Array]:
-    """A spread (H, W) float32 in colors from 0 to its largest value, and the scale of these colors."""
-    high = max(float(spread.max(initial=0)), 1e-6)
+    """A spread (H, W) float32, not all 0, in colors from 0 to its largest value, and the scale of these colors."""
+    high = float(spread.max())
     return colour(spread, high, "inferno"), draw_scale(high, name="inferno")
 
 
@@ -206,10 +211,11 @@ class TokenColors:
         for index in marked:
             top, left = index // side * cell, index % side * cell
             square = picture[top : top + cell, left : left + cell]
-            inner = square[2:-2, 2:-2].copy()
+            line = max(1, cell // 16)
+            inner = square[2 * line : -2 * line, 2 * line : -2 * line].copy()
             square[:] = 255
-            square[1:-1, 1:-1] = 0
-            square[2:-2, 2:-2] = inner
+            square[line:-line, line:-line] = 0
+            square[2 * line : -2 * line, 2 * line : -2 * line] = inner
         return picture
 
 

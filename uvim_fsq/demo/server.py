@@ -58,6 +58,8 @@ def _name(run: str, checkpoint: Path) -> str:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket on which the server listens; port 0 is any free one. Raises UserError if that is impossible."""
+    if not 0 <= port < 1 << 16:  # the resolver would wrap it around
+        raise UserError(f"cannot listen on port {port}; give one from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
