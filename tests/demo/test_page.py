@@ -64,7 +64,7 @@ def fetch(url: str, data: bytes | None = None, **headers: str) -> tuple[int, byt
 
 def test_no_file_of_the_machine_is_served(address: str, random_runs: tuple[Path, Path], tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
-    secret.write_bytes(b"secret")
+    secret.write_bytes(b"confidential")
     for path in (
         secret,
         "/etc/passwd",
@@ -73,21 +73,24 @@ def test_no_file_of_the_machine_is_served(address: str, random_runs: tuple[Path,
         Path("pyproject.toml").resolve(),
     ):
         status, content = fetch(f"{address}/gradio_api/file={path}")
-        assert status in (403, 404) and b"secret" not in content, path
+        assert status in (403, 404) and b"confidential" not in content, path
     assert fetch(f"{address}/gradio_api/file=https://example.com/a.png")[0] == 404
 
 
-def test_a_file_of_the_machine_cannot_be_named_as_an_upload(address: str, tmp_path: Path) -> None:
-    secret = tmp_path / "photo.png"
-    Image.fromarray(PIXELS).save(secret)
+@pytest.mark.parametrize("source", ["file", "address"])
+def test_only_uploads_are_predicted(address: str, tmp_path: Path, source: str) -> None:
+    local = tmp_path / "photo.png"
+    Image.fromarray(PIXELS).save(local)
+    path = str(local) if source == "file" else f"{address}/static/img/logo.svg"
     config = json.loads(fetch(f"{address}/config")[1])
     (call,) = [d for d in config["dependencies"] if len(d["inputs"]) == 5]
-    data = [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "hard", 0, 1, 0]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "hard", 0, 1, 0]
     session = uuid.uuid4().hex[:10]
     body = json.dumps({"data": data, "fn_index": call["id"], "session_hash": session}).encode()
     assert fetch(f"{address}/gradio_api/queue/join", body, **{"Content-Type": "application/json"})[0] == 200
     said = fetch(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
     assert '"success":false' in said.replace(" ", "") and "image.png" not in said
+    assert ("it was not uploaded by a user" if source == "file" else "only uploaded files are read") in said
 
 
 class Browser:

@@ -87,8 +87,7 @@ def _photo_part(photos: PhotoDemo) -> None:
             photo = gr.Image(
                 label="Photo", sources=["upload", "clipboard"], type="filepath", elem_id="photo", height=300
             )
-            # The file as it is: Gradio would decode it first, whatever its size and format.
-            vars(photo)["preprocess"] = lambda payload: None if payload is None else payload.path
+            _take_uploads_as_they_are(photo)
             settings = _settings(photos)
         with gr.Column(scale=5, min_width=420):
             error = gr.HTML(visible=False, elem_classes="error", elem_id="error")
@@ -131,6 +130,22 @@ def _photo_part(photos: PhotoDemo) -> None:
         concurrency_id="model",
         api_visibility="private",
     )
+
+
+def _take_uploads_as_they_are(photo: gr.Image) -> None:
+    """The value becomes the path of the uploaded file.
+
+    Gradio would decode it first, whatever its size and format, and fetch one that is named by an address.
+    """
+    keep = photo.async_move_resource_to_block_cache
+
+    async def uploaded(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("only uploaded files are read")
+        return await keep(path)
+
+    own = {"preprocess": lambda payload: payload and payload.path, "async_move_resource_to_block_cache": uploaded}
+    vars(photo).update(own)
 
 
 def _settings(photos: PhotoDemo) -> list[Any]:

@@ -122,6 +122,8 @@ def make_server(page: Blocks, host: str) -> Server:
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
     )
+    # Only of a page that it launched itself does Gradio check that an input is an upload, not any file of the machine.
+    page.has_launched = True
     hosts = LOCAL if host in LOCAL else None
     guarded: Application = Guard(app, hosts)  # pyright: ignore[reportArgumentType]
     return uvicorn.Server(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1))
