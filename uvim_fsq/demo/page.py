@@ -216,7 +216,9 @@ def _swap_part(page: gr.Blocks, swap: TokenSwap) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=8):
             sides = [_side(letter) for letter in "ab"]
-        scale = _legend("change_legend")
+        # A column of its own keeps its place, so that the tokens do not move under the mouse when the scale appears.
+        with gr.Column(scale=1, min_width=90):
+            scale = _legend("change_legend")
     swapped = gr.State([])
     maps = [side[0] for side in sides]
     outputs = [swapped, error, text, scale, *(picture for side in sides for picture in side)]
@@ -267,7 +269,7 @@ def _side(letter: str) -> list[gr.Image]:
             _picture(
                 f"{name}: {title}",
                 f"{key}_{letter}",
-                height=230,
+                height=190,
                 min_width=100,
                 elem_classes="sharp",
                 buttons=["fullscreen"],
