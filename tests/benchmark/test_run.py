@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.hub import FakeHub
 from tests.support.paths import CONFIGS
-from uvim_fsq.benchmark import metrics, run, side_by_side
+from uvim_fsq.benchmark import decoding, metrics, run, side_by_side
+from uvim_fsq.benchmark.setup import read_sizes
+from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.cli import main
+from uvim_fsq.inference import ahead_of_time
+from uvim_fsq.lm import token_generator
+from uvim_fsq.performance.device_peak import DevicePeak
 
 
 @pytest.mark.parametrize(
@@ -42,12 +48,58 @@ def test_masked_decoding_is_timed_by_steps_beside_an_autoregressive_model(tmp_pa
         ["benchmark", "decode", str(config), "model.kind=masked", "--repeats", "1", "--batch", "2", "--json", str(file)]
     )
     lines = json.loads(file.read_text())["measurements"]
+    others = [line["name"] for line in lines if not line["name"].startswith("decode")]
+    assert others == ["image encoder nyu_depth, fp32, batch 2", "tokenize nyu_depth, fp32, batch 2"]
+    lines = [line for line in lines if line["name"].startswith("decode")]
     titles = [line["name"].partition("batch 2, ")[2] for line in lines]
     eight_bits = "8-bit cross-attention K/V"
     assert titles == ["1 step", "4 steps", "8 steps", "autoregressive", f"autoregressive, {eight_bits}"]
     rooflines = [line["roofline"] for line in lines]
     assert rooflines[0] > rooflines[1] > rooflines[2] > 0
     assert all(line["ratio"] > 0 for line in lines)
+
+
+def test_what_is_compiled_ahead_of_time_is_timed_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = read_sizes(CONFIGS / "nyu_depth" / "small_lm.yaml", ["eval.compile=true", "model.depth=1"])
+    assert sizes.lm is not None
+    made: list[torch.nn.Module] = []
+
+    class Loaded:
+        def __init__(self, file: Path, device: torch.device) -> None:
+            self.module = made[int(file.read_text())]
+
+        def boxed_run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [self.module(*inputs)]
+
+    def compile_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], file: Path) -> Path:
+        assert not module.training and module(*inputs).shape[0] == 2
+        made.append(module)
+        file.write_text(str(len(made) - 1))
+        return file
+
+    monkeypatch.setattr(decoding, "compile_module", compile_module)
+    monkeypatch.setattr(decoding, "load_package", Loaded)
+    monkeypatch.setattr(token_generator, "compiled", lambda function, **options: function)
+    cpu = torch.device("cpu")
+    lines = decoding.measure_decoding(sizes, DevicePeak("a CPU", "fp32", 1e11, 1e10), cpu, batches=(2,), repeats=1)
+    ahead = [line.name for line in lines if line.name.endswith(", ahead of time")]
+    assert ahead == [
+        "decode nyu_depth, fp32, batch 2, ahead of time",
+        "image encoder nyu_depth, fp32, batch 2, ahead of time",
+    ]
+    tokens, features = (module(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)) for module in made)
+    assert tokens.shape == (2, 16) and features.shape[0] == 2 and features.dim() == 3
+    assert len({line.name for line in lines}) == len(lines) == 8
+
+
+def test_decoding_that_is_too_long_to_unroll_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ahead_of_time, "MAX_UNROLLED", 15)
+    sizes = read_sizes(CONFIGS / "nyu_depth" / "small_lm.yaml", ["eval.compile=true", "model.depth=1"])
+    variants, _ = decoding.decoding_variants(sizes, torch.device("cpu"))
+    assert [variant.compilation for variant in variants.values()] == ["", "", "compiled", "compiled"]
+    assert "not measured ahead of time: 16 tokens one by one through 1 blocks" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -108,3 +160,8 @@ def test_wrong_arguments_are_named(
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])
         assert caught.value.code == 2 and message in capsys.readouterr().err, arguments
+
+
+def test_a_run_to_measure_may_be_on_a_hub(hub: FakeHub, uploads: Path) -> None:
+    hub.add_folder("ann/lm", uploads / "lm")
+    assert run.read_request("predict", "hub:ann/lm", []).run == local_run("hub:ann/lm")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.checkpoints.run_directory import file_hash
@@ -75,14 +76,21 @@ def compile_graph(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Pa
 
     Raises UserError for a model that torch cannot export or compile.
     """
+    drawn = graph.draw(torch.zeros(len(image), dtype=torch.int64))
+    return compile_module(graph, (image,) if drawn is None else (image, drawn.to(image.device)), file)
+
+
+def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], file: Path) -> Path:
+    """Exports and compiles a module for inputs of these shapes into the package `file`.
+
+    Raises UserError for a module that torch cannot export or compile.
+    """
     package_loader()
     from torch._inductor import aoti_compile_and_package
 
-    drawn = graph.draw(torch.zeros(len(image), dtype=torch.int64))
-    inputs = (image,) if drawn is None else (image, drawn.to(image.device))
     try:
         with torch.no_grad(), _quiet():
-            exported = torch.export.export(graph, inputs)
+            exported = torch.export.export(module, inputs)
             aoti_compile_and_package(exported, package_path=str(file))
     except UserError:
         raise
@@ -95,12 +103,16 @@ def compile_graph(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Pa
 def _refuse_long(loaded: LoadedRun | LoadedDirect, graph: PredictionGraph) -> None:
     generator = getattr(graph, "generator", None)
     if isinstance(generator, TokenGenerator) and isinstance(loaded.run, LMRun):
-        length, depth = generator.model.length, loaded.run.model.depth
-        if length * depth > MAX_UNROLLED:
-            raise UserError(
-                f"{length} tokens one by one through {depth} blocks take hours to compile as one graph; set "
-                "eval.compile=true, which compiles a single step, or train a masked model"
-            )
+        check_unrolled(generator.model.length, loaded.run.model.depth)
+
+
+def check_unrolled(length: int, depth: int) -> None:
+    """Raises UserError for more tokens (`length`), decoded one by one through `depth` blocks, than can be compiled."""
+    if length * depth > MAX_UNROLLED:
+        raise UserError(
+            f"{length} tokens one by one through {depth} blocks take hours to compile as one graph; set "
+            "eval.compile=true, which compiles a single step, or train a masked model"
+        )
 
 
 @contextlib.contextmanager
