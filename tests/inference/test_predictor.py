@@ -253,7 +253,7 @@ def test_the_tokens_of_a_prediction_are_those_of_the_first_sample(random_runs: t
     predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1"])
     depth, tokens = predictor.predict_with_tokens(RGB)
     assert np.array_equal(depth, predictor.predict(RGB))
-    assert np.array_equal(tokens, predictor.predict_samples(RGB, num=2).tokens[0])
+    assert tokens is not None and np.array_equal(tokens, predictor.predict_samples(RGB, num=2).tokens[0])
 
 
 @pytest.mark.parametrize(
