@@ -92,7 +92,11 @@ def test_samples_are_shown_in_colors_that_mean_the_same(demo: PhotoDemo, random_
 
 def test_equal_samples_have_no_spread(demo: PhotoDemo) -> None:
     view = demo.predict(PHOTO, Decoding(temperature=1e-6, samples=2))
-    assert np.array_equal(view.samples[0], view.samples[1]) and view.spread is None and view.text.endswith("all samples are equal")
+    assert (
+        np.array_equal(view.samples[0], view.samples[1])
+        and view.spread is None
+        and view.text.endswith("all samples are equal")
+    )
 
 
 def test_too_many_samples_of_a_large_photo_are_refused(demo: PhotoDemo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
 from tests.support.runs import save_untrained
 from tests.support.small import lm_run
+from uvim_fsq.checkpoints import loading
 from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint, load_direct
+from uvim_fsq.config.plugins import trusting, trusts_runs
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import pictures
 from uvim_fsq.inference import predict_files as files_module
@@ -249,6 +252,23 @@ def test_other_settings_share_the_models_and_predict_as_if_loaded_with_them(rand
         predictor.with_overrides(["oracle=elsewhere"])
 
 
+def test_other_settings_are_trusted_as_the_run_was_also_in_another_thread(
+    random_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UVIM_FSQ_TRUST", raising=False)
+    trusted: list[bool] = []
+    with trusting():
+        predictor = Predictor.from_run(random_runs[1])
+    plain = loading.with_overrides
+    monkeypatch.setattr(
+        "uvim_fsq.inference.predictor.with_overrides", lambda *a: (trusted.append(trusts_runs()), plain(*a))[1]
+    )
+    thread = threading.Thread(target=predictor.with_overrides, args=[["eval.codes=soft"]])
+    thread.start()
+    thread.join()
+    assert trusted == [True]
+
+
 def test_the_tokens_of_a_prediction_are_those_of_the_first_sample(random_runs: tuple[Path, Path]) -> None:
     predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1"])
     depth, tokens = predictor.predict_with_tokens(RGB)
@@ -290,3 +310,52 @@ def test_a_moved_predictor_predicts_the_same(random_runs: tuple[Path, Path], mon
     with pytest.raises(UserError, match="cannot be used"):
         predictor.to("nowhere")
     assert np.array_equal(predictor.predict(RGB), expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_a_picture_whose_file_is_closed_is_one_line(kind: str) -> None:
+    with Image.open(io.BytesIO(encoded(kind))) as image:
+        pass
+    with pytest.raises(UserError, match="the picture cannot be used .*closed"):
+        pictures.pixels_of(image)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 4, 5).to_sparse(),
+        torch.zeros(3, 4, 5, device="meta"),
+        torch.zeros(3, 4, 5, device="meta", dtype=torch.uint8),
+        torch.zeros(3, 4, 5).to(torch.float8_e4m3fn),
+    ],
+)
+def test_tensors_without_usual_values_are_one_line(tensor: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="a tensor of torch.* cannot be used; give a dense one") as caught:
+        pictures.pixels_of(tensor)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_predictor_that_cannot_be_moved_stays_where_it_is(
+    random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, places = Predictor(random_lm, "cpu"), list[str]()
+
+    def move(self: LoadedRun, device: torch.device) -> None:
+        places.append(str(device))
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LoadedRun, "to", move)
+    with pytest.raises(UserError, match="choose another device"):
+        predictor.to(torch.device("cpu", 0))
+    assert places == ["cpu:0", "cpu"] and predictor.device == torch.device("cpu")
+
+
+def test_a_moved_predictor_is_trusted_as_before(random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted: list[bool] = []
+    monkeypatch.setattr("uvim_fsq.inference.predictor.image_decoder", lambda *_: trusted.append(trusts_runs()))
+    for trust in (True, False):
+        with trusting(trust):
+            predictor = Predictor(random_lm, "cpu")
+        predictor.to(torch.device("cpu", 0))
+    assert trusted == [True, True, False, False]
