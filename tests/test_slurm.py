@@ -31,6 +31,12 @@ def test_every_process_of_every_node_gets_its_rank(cluster: Cluster) -> None:
     assert sorted(cluster.lines("started")) == [f"{i} {i % 2} 4 {rest}" for i in range(4)]
 
 
+def test_what_trains_continues_where_it_stopped(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
+    assert cluster.run(TRAIN, "tune-decoder", "runs/lm") == 0
+    assert cluster.lines("started") == ["   node1:20123 tune-decoder runs/lm train.resume=auto"]
+
+
 def test_a_single_process_needs_no_rank(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
     assert cluster.run(TRAIN, "evaluate", "runs/lm") == 0
@@ -42,7 +48,7 @@ def test_a_job_out_of_time_is_saved_and_goes_back_into_the_queue(cluster: Cluste
     assert cluster.lines("saved") == ["saved"] * 4 and cluster.lines("requeued") == ["40123"]
 
 
-def test_a_cancelled_job_is_saved_and_stays_ended(cluster: Cluster) -> None:
+def test_a_job_whose_script_alone_is_cancelled_is_saved_and_stays_ended(cluster: Cluster) -> None:
     assert cluster.run(TRAIN, "train-lm", "c", behaviour="waits", send=signal.SIGTERM) == 143
     assert cluster.lines("saved") == ["saved"] * 4 and not cluster.lines("requeued")
 
@@ -99,4 +105,18 @@ def test_a_grid_becomes_arrays_that_train_shared_models_once(cluster: Cluster) -
         f"--parsable -p gpu --array=1-1 {ARRAY} runs/g/slurm/train_oracle.txt",
         f"--parsable -p gpu --dependency=afterany:101 --array=1-2 {ARRAY} runs/g/slurm/train_lm.txt",
         f"--parsable -p gpu --dependency=afterany:101:102 --array=1 {ARRAY} runs/g/slurm/tables.txt",
+    ]
+
+
+def test_a_grid_of_synthetic_scenes_renders_them_first(cluster: Cluster) -> None:
+    lines = ["synth --num 8 --out runs/g/data", "train-oracle c train.out=o1", "train-direct c train.out=d1"]
+    (cluster.folder / "printed").write_text("scenes\n" + "".join(f"  uvim-fsq {line}\n" for line in lines))
+    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behaviour="prints") == 0
+    place = "runs/g/slurm"
+    assert (cluster.folder / place / "scenes.txt").read_text() == f"uvim-fsq {lines[0]}\n"
+    assert cluster.lines("submitted") == [
+        f"--parsable --array=1 {ARRAY} {place}/scenes.txt",
+        f"--parsable --dependency=afterany:101 --array=1-1 {ARRAY} {place}/train_oracle.txt",
+        f"--parsable --dependency=afterany:101 --array=1-1 {ARRAY} {place}/train_direct.txt",
+        f"--parsable --dependency=afterany:102:103 --array=1 {ARRAY} {place}/tables.txt",
     ]

@@ -81,7 +81,7 @@ LISTS_KEYS = {
     **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile"), "lm"),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
-READS_NO_RUN = ("synth", "plan", "runs", "doctor", "completion")
+READS_NO_RUN = ("synth", "runs", "doctor", "completion")
 #: Commands that can run in several processes. With any other, each process would write the same files.
 SHARED = (train_oracle, train_lm, train_direct, evaluate, tune, tune_decoder, analyze)
 

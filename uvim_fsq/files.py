@@ -192,15 +192,20 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
+def read_json_lines(file: Path, last: int | None = None) -> list[dict[str, Any]]:
     """Reads a file of one JSON object per line; an empty list if there is no such file.
+
+    `last`: read only the lines within the last bytes of the file, this many.
 
     Damaged lines are skipped with a warning. A truncated last line, left by a killed process, is skipped silently.
 
     Raises UserError if the file cannot be read.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        with file.open("rb") as source:
+            start = max(0, source.seek(0, os.SEEK_END) - last) if last is not None else 0
+            source.seek(start)
+            lines = source.read().split(b"\n")[bool(start) :]
     except FileNotFoundError:
         return []
     except OSError as error:

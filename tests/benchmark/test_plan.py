@@ -74,6 +74,17 @@ def test_micro_batches_are_as_large_as_the_memory_allows(work: Work) -> None:
     assert "set       train.accumulate=4 (the configuration has 1)" in lines_of(plan)
 
 
+def test_the_line_about_memory_names_all_parts_of_the_sum(work: Work) -> None:
+    work = replace(work, memory=TrainingMemory(fixed=1e9, image=1e9, logits=10**8, max_logits=10**8))
+    (line,) = (line for line in lines_of(make_plan(work, Hardware(8, 80))) if line.startswith("memory"))
+    assert "10.8 GB per GPU: 1 GB + 1 GB per image + 1.8 GB of label logits" in line
+
+
+def test_the_oracle_of_a_plan_may_need_plugins(capsys: pytest.CaptureFixture[str], configs: dict[str, Path]) -> None:
+    main(["plan", str(configs["lm"]), "--gpus", "1", "--gpu-memory", "80", "--trust"])
+    assert "stage     lm" in capsys.readouterr().out
+
+
 def test_a_training_that_does_not_fit_is_refused(work: Work) -> None:
     work = replace(work, memory=TrainingMemory(fixed=1e9, image=1e9))
     with pytest.raises(Exception, match="with 1 image.* takes 2 GB, but 1.84 of --gpu-memory 2 GB are usable"):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.hub import FakeHub
 from tests.support.paths import CONFIGS
 from uvim_fsq.benchmark import decoding, metrics, run, side_by_side
 from uvim_fsq.benchmark.setup import read_sizes
+from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.cli import main
 from uvim_fsq.inference import ahead_of_time
 from uvim_fsq.lm import token_generator
@@ -158,3 +160,8 @@ def test_wrong_arguments_are_named(
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])
         assert caught.value.code == 2 and message in capsys.readouterr().err, arguments
+
+
+def test_a_run_to_measure_may_be_on_a_hub(hub: FakeHub, uploads: Path) -> None:
+    hub.add_folder("ann/lm", uploads / "lm")
+    assert run.read_request("predict", "hub:ann/lm", []).run == local_run("hub:ann/lm")

@@ -116,6 +116,24 @@ def test_a_commit_in_the_cache_needs_no_network(hub: FakeHub, uploads: Path) -> 
     assert local_run(f"hub:ann/oracle@{commit}") == folder and not hub.calls
 
 
+def test_a_cache_of_another_user_is_not_trusted(hub: FakeHub, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = hub.add_folder("ann/oracle", uploads / "oracle")
+    local_run("hub:ann/oracle")
+    hub_cache._found.clear()
+    monkeypatch.setattr(hub_cache, "owned_by_user", lambda path: False)
+    with pytest.raises(UserError, match="belongs to another user; set UVIM_FSQ_CACHE"):
+        local_run(f"hub:ann/oracle@{commit}")
+
+
+def test_a_hub_that_answers_with_another_commit_is_refused(hub: FakeHub, uploads: Path) -> None:
+    commit = hub.add_folder("ann/oracle", uploads / "oracle")
+    hub.repos["ann/oracle"]["0" * 40] = hub.repos["ann/oracle"]["main"]
+    hub.repos["ann/oracle"][f"{'0' * 40}->"] = {commit: b""}
+    with pytest.raises(UserError, match=f"answers with another commit, {commit}"):
+        local_run(f"hub:ann/oracle@{'0' * 40}")
+    assert not downloads(hub)
+
+
 def test_a_branch_stays_at_its_commit_within_a_process(hub: FakeHub, uploads: Path) -> None:
     hub.add_folder("ann/moving", uploads / "oracle")
     first = local_run("hub:ann/moving")

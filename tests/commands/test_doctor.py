@@ -92,3 +92,19 @@ def test_a_part_that_cannot_be_asked_does_not_hide_the_others(
     main(["doctor"])
     text = capsys.readouterr().out
     assert "warning: gpu: cannot be determined (RuntimeError: driver is odd)" in text and "processor: cores" in text
+
+
+def test_a_system_that_does_not_describe_itself_hides_no_versions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_file() -> dict[str, str]:
+        raise OSError("no os-release")
+
+    monkeypatch.setattr(platform, "freedesktop_os_release", no_file)
+    main(["doctor"])
+    assert f"Python {platform.python_version()}" in capsys.readouterr().out
+
+
+def test_an_extra_for_other_versions_of_python_is_not_called_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda name: ['aim; python_version < "3" and extra == "aim"'])
+    assert "aim" in doctor._extras(doctor.Report())["missing"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 from tests.support.cli import failure
 from tests.support.runs import another_process
 from uvim_fsq.cli import main
+from uvim_fsq.experiments import run_list
 from uvim_fsq.experiments.run_list import ListedRun, list_runs
+from uvim_fsq.files import read_json_lines
 
 
 @pytest.fixture
@@ -66,6 +70,45 @@ def test_a_damaged_run_is_listed_as_such(runs: Path, damage: str) -> None:
 def test_a_run_with_a_damaged_configuration_is_listed_as_such(runs: Path, damage: str) -> None:
     (runs / "b" / "trained" / "config.yaml").write_text(damage)
     assert listed(runs)["b/trained"].state == "damaged"
+
+
+def test_a_number_that_no_float_holds_does_not_hide_the_other_runs(runs: Path) -> None:
+    file = runs / "b" / "trained" / "evaluation.json"
+    result = json.loads(file.read_text())
+    result["figures"]["oracle"]["rmse"] = 10**400
+    file.write_text(json.dumps(result))
+    found = listed(runs)
+    assert found["b/trained"].state == "damaged" and found["a_started"].state == "interrupted"
+
+
+def test_a_date_that_no_calendar_has_does_not_hide_the_other_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def date(path: Path) -> str:
+        return datetime.fromtimestamp(1e13 if path.name == "trained" else 1).isoformat()
+
+    monkeypatch.setattr(run_list, "_date", date)
+    found = listed(runs)
+    assert found["b/trained"].state == "damaged" and found["a_started"].state == "interrupted"
+
+
+def test_of_a_long_log_only_the_end_is_read(runs: Path) -> None:
+    log = runs / "b" / "trained" / "metrics.jsonl"
+    log.write_text('{"step": 3}\n' + "damaged\n" * 20_000 + '{"step": 17}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert listed(runs)["b/trained"].steps == 17
+    assert len(read_json_lines(log, 20)) == 1
+
+
+def test_a_figure_that_is_no_number_is_null_in_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = runs / "b" / "trained" / "evaluation.json"
+    result = json.loads(file.read_text())
+    result["figures"]["oracle"]["rmse"] = float("nan")
+    file.write_text(json.dumps(result))
+    main(["runs", str(runs), "--json"])
+    text = capsys.readouterr().out
+    assert "NaN" not in text and json.loads(text)[1]["figure"] is None
+    main(["runs", str(runs)])
+    assert "rmse nan" in capsys.readouterr().out
 
 
 def test_the_table_shows_odd_names_without_disturbing_the_terminal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,3 +286,10 @@ def test_impossible_encoders_are_one_line(config: dict[str, Any], message: str) 
 def test_a_size_that_a_model_was_published_for_is_always_possible() -> None:
     """224 is no multiple of the stride of 64."""
     assert build("levit_128s", 224).grid == (4, 4)
+
+
+def test_a_frozen_vit_without_class_token_is_counted_without_its_backward_pass() -> None:
+    config = EncoderConfig("vit_base_patch16_siglip_gap_224", width=32, depth=1, num_heads=2, mlp_dim=64)
+    trained, frozen = (build_image_encoder(replace(config, frozen=f), 32) for f in (False, True))
+    assert trained.vit_size() is not None and frozen.cost().train == frozen.cost().forward
+    assert frozen.activation_bytes(4) < trained.activation_bytes(4)

@@ -78,6 +78,12 @@ def test_evaluations_of_these_weights_are_uploaded(evaluated: Path) -> None:
     assert found[0]["checkpoint"] == checkpoints(evaluated)[-1].name and found[0]["data"]["root"] == "nyu"
 
 
+def test_results_of_an_upload_that_are_no_list_are_left_out(uploads: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(uploads / "oracle", tmp_path / "copy")
+    (copy / "results.json").write_text('{"evaluations": 3}')
+    assert make_bundle(copy).results == []
+
+
 def test_tuned_settings_are_uploaded_for_their_weights_only(random_runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = shutil.copytree(random_runs[1], tmp_path / "lm")
     checkpoint = checkpoints(run)[-1]

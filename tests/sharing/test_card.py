@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from uvim_fsq.config.schema import Ancestor
+from uvim_fsq.errors import UserError
 from uvim_fsq.sharing.bundle import Bundle, make_bundle
 from uvim_fsq.sharing.card import model_card
 
@@ -52,6 +53,12 @@ def test_the_licence_is_a_field_of_the_card(bundle: Bundle, given: str | None, f
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["license"] == field and header["tags"] == ["uvim-fsq", "nyu_depth", "stage-lm"]
     assert ("The author has stated no licence." in card) == (given is None)
+
+
+@pytest.mark.parametrize("damage", [{"figures": 3}, {"figures": {"lm": {"rmse": "x"}}}, {"overrides": {"a": 1}}])
+def test_a_damaged_evaluation_is_one_line(bundle: Bundle, damage: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"one of its evaluations is damaged .*evaluate again"):
+        model_card(replace(bundle, results=[{**RESULT, **damage}]), "ann/depth", None)
 
 
 def test_text_cannot_break_out_of_the_card(bundle: Bundle) -> None:

@@ -9,18 +9,21 @@ import sys
 import time
 from pathlib import Path
 
-#: Starts $SLURM_NTASKS copies of a command, forwards SIGTERM, ends with the highest exit code.
+#: Starts $SLURM_NTASKS copies of a command, ends with the highest exit code. As srun does, it answers SIGTERM with
+#: SIGKILL for the tasks ("forcing job termination").
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
 tasks = []
-signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
 per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
 for i in range(int(os.environ["SLURM_NTASKS"])):
     place = dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i % per_node), SLURM_NODEID=str(i // per_node))
     tasks.append(subprocess.Popen(words, env=dict(os.environ, **place)))
+with open(os.environ["CLUSTER"] + "/tasks", "w") as file:
+    print(*(task.pid for task in tasks), file=file)
 codes = [task.wait() for task in tasks]
 sys.exit(max(128 - code if code < 0 else code for code in codes))
 """
@@ -29,6 +32,12 @@ case $1 in
 show) printf '%s\\n' node1 node2 ;;
 requeue) echo "$2" >>"$CLUSTER/requeued" ;;
 esac
+"""
+#: Signals the tasks that srun started, not the script of the job.
+SCANCEL = """#!/usr/bin/env bash
+[ "$1 $2" = "--signal=TERM $SLURM_JOB_ID" ] || exit 1
+read -ra tasks <"$CLUSTER/tasks"
+kill -TERM "${tasks[@]}"
 """
 #: Records what it would submit, and prints a job number.
 SBATCH = """#!/usr/bin/env bash
@@ -56,7 +65,7 @@ class Cluster:
         self.folder = folder
         bin = folder / "bin"
         bin.mkdir(parents=True)
-        programs = {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "uvim-fsq": UVIM_FSQ}
+        programs = {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL, "sbatch": SBATCH, "uvim-fsq": UVIM_FSQ}
         for name, text in programs.items():
             (bin / name).write_text(text)
             (bin / name).chmod(0o755)

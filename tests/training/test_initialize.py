@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from tests.support.hub import FakeHub
-from tests.support.runs import at, fit_run, last_weights, losses, weights
+from tests.support.runs import at, fit_run, last_weights, losses, save_untrained, weights
 from tests.support.small import direct_run, lm_run, oracle_run, stage_run
+from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.checkpoints.loading import load_any
 from uvim_fsq.checkpoints.run_directory import checkpoints, read_config, weights_hash
 from uvim_fsq.config.schema import EncoderConfig
@@ -82,6 +84,29 @@ def test_the_average_of_the_weights_starts_from_them_too(
     trainer.resume()
     average, expected = trainer.stepper.ema, last_weights(random_runs[0])
     assert average is not None and equal(average, expected) == set(average)
+
+
+@pytest.mark.slow
+def test_a_trained_decoder_is_taken_on_the_same_oracle_only(tmp_path: Path, random_runs: tuple[Path, Path]) -> None:
+    trained = ["model.decoder=trained", "loss.task_weight=1"]
+    source = save_untrained(lm_run(tmp_path / "source", random_runs[0], *trained))
+    expected = last_weights(source)
+    decoder = {name for name in expected if name.startswith("label_decoder.")}
+    run = lm_run(tmp_path / "run", random_runs[0], *trained, f"init_from={source}")
+    assert equal(started(run), expected) == set(expected)
+    sums = checkpoints(source)[-1] / "sha256.json"
+    sums.write_text(json.dumps({**json.loads(sums.read_text()), "oracle": "0" * 64}))
+    found = equal(started(run), expected)
+    assert set(expected) - decoder <= found and "label_decoder.label_head.heads.depth.weight" not in found
+
+
+def test_a_run_starts_from_the_oracle_of_a_downloaded_lm(
+    hub: FakeHub, uploads: Path, tmp_path: Path, data: Path
+) -> None:
+    hub.add_folder("ann/lm", uploads / "lm")
+    place = local_run("hub:ann/lm") / "oracle"
+    expected = weights(uploads / "lm" / "oracle")
+    assert equal(started(oracle_run(tmp_path / "run", data, f"init_from={place}")), expected) == set(expected)
 
 
 def test_a_run_of_which_nothing_fits_is_refused(tmp_path: Path, data: Path, random_runs: tuple[Path, Path]) -> None:

@@ -19,9 +19,16 @@ read -r -a options <<<"${SBATCH_OPTIONS:-}"
 
 cells=$(uvim-fsq ablate "$@" --dry-run)
 mkdir -p "$out/slurm"
-first=() all=""
+data=() all=""
+sed -n "s/^  \(uvim-fsq synth .*\)/\1/p" <<<"$cells" >"$out/slurm/scenes.txt"
+if [ -s "$out/slurm/scenes.txt" ]; then
+  job=$(sbatch --parsable "${options[@]}" --array=1 "$here/array.sbatch" "$out/slurm/scenes.txt")
+  data=(--dependency="afterany:${job%%;*}")
+  echo "job ${job%%;*}: the synthetic scenes, in $out/data"
+fi
+first=("${data[@]}")
 for stage in oracle lm direct; do
-  after=()
+  after=("${data[@]}")
   # An LM needs its oracle. If one oracle fails, the other LMs are trained all the same.
   [ "$stage" = lm ] && after=("${first[@]}")
   file=$out/slurm/train_$stage.txt

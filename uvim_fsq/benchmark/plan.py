@@ -220,6 +220,8 @@ def lines_of(plan: Plan) -> list[str]:
     length = f"{work.steps:,} steps" if train.epochs is None else f"{work.samples:,} x {train.epochs:g} epochs"
     float32 = f" + {_number(work.fp32_flops / 1e9)} in float32" if work.fp32_flops else ""
     step_seconds = train.batch_size / plan.images_per_second
+    rest = plan.bytes - work.memory.fixed - plan.micro_batch * work.memory.image
+    logits = f" + {rest / 1e9:.3g} GB of label logits" if work.memory.logits else ""
     cost = f"{plan.gpu_hours:.3g} GPU hours"
     if hardware.price is not None:
         cost += f", {plan.gpu_hours * hardware.price:,.2f} at {hardware.price:,.2f} per GPU hour"
@@ -232,7 +234,7 @@ def lines_of(plan: Plan) -> list[str]:
         "batch": f"{train.batch_size} = {train.batch_size / (plan.accumulate * gpus):g} x {plan.accumulate} x {gpus} "
         "(images at a time x train.accumulate x GPUs)",
         "memory": f"{plan.bytes / 1e9:.3g} GB per GPU: {work.memory.fixed / 1e9:.3g} GB + "
-        f"{work.memory.image / 1e9:.3g} GB per image; {USABLE * hardware.memory_gb:.3g} GB usable",
+        f"{work.memory.image / 1e9:.3g} GB per image{logits}; {USABLE * hardware.memory_gb:.3g} GB usable",
         "images": f"{work.images:,} ({length}, batch {train.batch_size})",
         "work": f"{_number(work.flops / 1e9)} GFLOP per image{float32}",
         "time": f"{_duration(plan.hours)} at {hardware.share:.0%} of the peak ({peak})",

@@ -23,6 +23,7 @@ from uvim_fsq.benchmark.side_by_side import measure_side_by_side
 from uvim_fsq.benchmark.start_up import measure_start_up
 from uvim_fsq.benchmark.table import about, markdown, read_earlier, to_json
 from uvim_fsq.benchmark.training import measure_training, stage_of, stepper_of, steps
+from uvim_fsq.checkpoints.hub import is_hub, local_run
 from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
 from uvim_fsq.checkpoints.tuned import read_for_prediction
 from uvim_fsq.errors import UserError
@@ -77,11 +78,11 @@ def read_request(
         raise UserError("--repeats and --batch must be at least 1")
     if job == "metrics" or (job == "start-up" and config is None):
         return BenchmarkRequest(job, None, batches, repeats)
-    if job in PREDICTING and config is not None and Path(config).is_dir():
+    if job in PREDICTING and config is not None and (is_hub(config) or Path(config).is_dir()):
         run = read_for_prediction(resolve_checkpoint(config), overrides)[0]
         if run.stage == "oracle":
             raise UserError(f"benchmark {job} needs a run that predicts; {config} is of stage oracle")
-        return BenchmarkRequest(job, None, batches, repeats, Path(config).absolute(), tuple(overrides))
+        return BenchmarkRequest(job, None, batches, repeats, local_run(config).absolute(), tuple(overrides))
     if config is None:
         raise UserError(f"benchmark {job} needs a configuration, e.g. nyu_depth/lm")
     sizes = read_sizes(config, overrides, oracle)

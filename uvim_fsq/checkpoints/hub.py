@@ -137,12 +137,12 @@ def _cached(path: Path) -> Path | None:
 def _fetch(run: HubRun) -> Path:
     """The directory of a run in the cache, downloaded if needed."""
     folder = _root() / run.repo
-    if is_commit(run.revision) and (folder / run.revision / RECORD).is_file():
-        return _checked(folder / run.revision)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not owned_by_user(folder):
         raise UserError(f"{folder} belongs to another user; set UVIM_FSQ_CACHE to a folder of your own")
+    if is_commit(run.revision) and (folder / run.revision / RECORD).is_file():
+        return _checked(folder / run.revision)
     with _locked(folder):
         try:
             commit, files = list_files(run.repo, run.revision)

@@ -82,6 +82,8 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, RemoteFile | No
         info = api().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
     if not isinstance(info.sha, str) or not is_commit(info.sha):
         raise UserError(f"hub:{repo}@{revision}: {endpoint()} does not name the commit; is it a Hugging Face hub?")
+    if is_commit(revision) and info.sha != revision:
+        raise UserError(f"hub:{repo}@{revision}: {endpoint()} answers with another commit, {info.sha}; use another hub")
     return info.sha, {str(sibling.rfilename): _remote_file(sibling) for sibling in info.siblings or ()}
 
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains the grid and writes its tables. Exits with code 1 if a cell fails."""
     from uvim_fsq.evaluation.results import finished
     from uvim_fsq.experiments.ablation.devices import find_devices, fit_cells
-    from uvim_fsq.experiments.ablation.grid import claim, command_line, make_scenes, plan, read_grid
+    from uvim_fsq.experiments.ablation.grid import claim, command_line, make_scenes, plan, read_grid, scenes_command
     from uvim_fsq.experiments.ablation.report import write_results, write_tables
     from uvim_fsq.experiments.ablation.runner import Runner
 
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     jobs = args.jobs or max(len(devices.names), 1)
     chosen = fit_cells(chosen, devices, jobs, print)
     if args.dry_run:
+        if (scenes := scenes_command(grid, out)) is not None:
+            print(f"scenes\n  {command_line(scenes)}")
         for cell in chosen:
             print(f"{cell.name}{' (finished)' if finished(cell.result.folder, cell.file) else ''}")
             for _, _, _, commands in cell.steps:

@@ -115,7 +115,10 @@ def _gigabytes(size: float) -> float:
 def _package(report: Report) -> Facts:
     from uvim_fsq.version import __version__
 
-    system = platform.freedesktop_os_release() if hasattr(platform, "freedesktop_os_release") else {}
+    try:
+        system = platform.freedesktop_os_release()
+    except OSError:  # no Linux
+        system = {}
     return {
         PACKAGE: __version__,
         "Python": platform.python_version(),
@@ -161,8 +164,6 @@ def _libraries(report: Report) -> Facts:
 
 def _extras(report: Report) -> Facts:
     extras: dict[str, bool] = {}
-    for name in distribution(PACKAGE).metadata.get_all("Provides-Extra") or []:
-        extras[name] = True
     for requirement, extra in _requirements():
         if extra:
             try:
@@ -170,9 +171,11 @@ def _extras(report: Report) -> Facts:
             except PackageNotFoundError:
                 fits = False
             extras[extra] = extras.get(extra, True) and fits
+    names = distribution(PACKAGE).metadata.get_all("Provides-Extra") or []
+    # An extra without a requirement here is one for other versions of Python.
     return {
-        "installed": [name for name, there in extras.items() if there],
-        "missing": [n for n in extras if not extras[n]],
+        "installed": [name for name in names if extras.get(name)],
+        "missing": [name for name in names if not extras.get(name)],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,17 @@ def run(args: argparse.Namespace) -> None:
 
     found = sorted(list_runs(Path(args.folder)), key=lambda listed: _order(getattr(listed, args.sort)))
     if args.json:
-        print(json.dumps([asdict(listed) for listed in found], indent=2))
+        print(json.dumps([_entry(listed) for listed in found], indent=2))
     elif not found:
         print(f"{args.folder}: no runs")
     else:
         _print_table(found)
+
+
+def _entry(listed: ListedRun) -> dict[str, Any]:
+    """A run for JSON, which has no NaN."""
+    entry = asdict(listed)
+    return entry if listed.figure is None or math.isfinite(listed.figure) else {**entry, "figure": None}
 
 
 def _order(value: Any) -> tuple[bool, Any]:

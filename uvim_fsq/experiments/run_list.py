@@ -22,6 +22,8 @@ from uvim_fsq.training.lock import LOCK, is_held
 #: The stages of a run -> the figures of its result that it is about.
 ROWS = {"oracle": "oracle", "lm": "lm", "direct": "direct"}
 STATES = ("running", "finished", "interrupted", "imported", "damaged")
+#: The end of a log that is read, in bytes; logs of long trainings have many megabytes.
+TAIL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ def list_runs(folder: Path) -> list[ListedRun]:
 
 
 def _describe(folder: Path, path: Path) -> ListedRun:
-    found = ListedRun(run=path.relative_to(folder).as_posix(), date=_date(path))
+    found = ListedRun(run=path.relative_to(folder).as_posix())
     try:
+        found = replace(found, date=_date(path))
         found = _with_config(found, path)
         found = replace(found, steps=_steps(path))
         found = _with_figure(found, path)
         return replace(found, state=_state(found, path))
-    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever damage does; the other runs are listed all the same
         problem = " ".join(str(error).split()) or type(error).__name__
         return replace(found, state="running" if is_held(path) else "damaged", problem=problem)
 
@@ -106,7 +109,8 @@ def _with_config(found: ListedRun, path: Path) -> ListedRun:
 
 
 def _steps(path: Path) -> int | None:
-    logged = [line["step"] for line in read_json_lines(path / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    lines = read_json_lines(path / "metrics.jsonl", TAIL)
+    logged = [line["step"] for line in lines if isinstance(line.get("step"), int)]
     saved = [int(place.name.removeprefix("step_")) for place in checkpoints(path)]
     return max([*logged[-1:], *saved[-1:]], default=None)
 

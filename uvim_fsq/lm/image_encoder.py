@@ -155,10 +155,12 @@ class ImageEncoder(nn.Module):
         return saved_bytes(self, (2, 3, self.size, self.size), bf16=number_bytes < 4) / 2
 
     def vit_size(self) -> EncoderSize | None:
-        """The sizes of a plain ViT that has no class token and whose features are not projected; else None."""
+        """The sizes of a plain ViT without class token that is trained and not projected; else None."""
         model = self.model
         if not is_plain_vit(model) or model.num_prefix_tokens or not isinstance(self.projection, nn.Identity):
             return None
+        if self.config.frozen:
+            return None  # it has no backward pass
         if hasattr(model.patch_embed, "backbone"):
             return None  # patches of a convolutional network's features
         blocks: list[Any] = list(model.blocks.children())

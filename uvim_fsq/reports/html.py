@@ -109,11 +109,14 @@ font-size:10pt}.panels{gap:.4em}.panels figure{max-width:15.8%}.scroll,.wide{ove
 
 
 def write_report(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Writes a self-contained page. `sections` are pairs of heading and HTML."""
+    """Writes a self-contained page. `sections` are pairs of heading and HTML.
+
+    What is not text, such as the name of a file in another encoding than UTF-8, becomes question marks.
+    """
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>"
     )
-    write_text(path, page)
+    write_text(path, page.encode(errors="replace").decode())

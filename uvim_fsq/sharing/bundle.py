@@ -127,7 +127,8 @@ def _results(path: Path, checkpoint: Path, weights: str) -> list[dict[str, Any]]
     main = result_file(folder)
     found: list[dict[str, Any]] = []
     if (uploaded := checkpoint / RESULTS).is_file():  # a copy of a downloaded run
-        found += read_json(uploaded, "delete it").get("evaluations") or []
+        evaluations = read_json(uploaded, "delete it").get("evaluations")
+        found += evaluations if isinstance(evaluations, list) else []
     for file in [main, *sorted(folder.glob(f"{main.stem}_*{main.suffix}"))]:
         try:
             found.append(read_json(file, "evaluate again, or delete it"))

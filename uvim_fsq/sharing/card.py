@@ -9,6 +9,7 @@ import yaml
 
 from uvim_fsq.checkpoints.identity import describe_overrides
 from uvim_fsq.config.schema import LMRun, OracleRun, Run
+from uvim_fsq.errors import UserError
 from uvim_fsq.sharing.bundle import Bundle
 from uvim_fsq.version import __version__
 
@@ -28,8 +29,14 @@ def model_card(bundle: Bundle, repo: str, license_id: str | None) -> str:
         bundle: the upload.
         repo: OWNER/NAME.
         license_id: the licence's identifier on the hub, e.g. "apache-2.0"; None if the author states none.
+
+    Raises UserError for a damaged evaluation.
     """
     run = bundle.run
+    try:
+        figures = [_figures(result) for result in bundle.results]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{bundle.checkpoint}: one of its evaluations is damaged ({error}); evaluate again") from error
     header = {
         "license": license_id or NO_LICENSE,
         "library_name": "uvim-fsq",
@@ -41,7 +48,7 @@ def model_card(bundle: Bundle, repo: str, license_id: str | None) -> str:
         f"Task `{_code(run.task.name)}`, {STAGES[run.stage]}. Trained with `uvim_fsq`.",
         _usage(run, repo),
         "## Figures",
-        *([_figures(result) for result in bundle.results] or ["This checkpoint was uploaded without an evaluation."]),
+        *(figures or ["This checkpoint was uploaded without an evaluation."]),
         "## How it was made",
         _table({key: _plain(value) for key, value in _facts(bundle).items()}),
         "## Licence",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from uvim_fsq.checkpoints.files import read_weights
-from uvim_fsq.checkpoints.run_directory import resolve_checkpoint
+from uvim_fsq.checkpoints.run_directory import recorded_hashes, resolve_checkpoint
 from uvim_fsq.config.schema import Run
 from uvim_fsq.console import say
 from uvim_fsq.errors import UserError
@@ -18,6 +18,8 @@ from uvim_fsq.lm.image_encoder import ImageEncoder
 
 #: Groups of names that a line lists; the rest are counted.
 SHOWN = 6
+#: The names of an LM's trained decoder begin with this.
+DECODER = "label_decoder."
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Match:
         taken: names that both have in the same shape.
         reshaped: name -> (shape in the file, shape in the model), of those with different shapes.
         missing: names that the file lacks.
-        unused: names that the model lacks.
+        unused: names that the model lacks, or must not take.
     """
 
     taken: list[str]
@@ -59,23 +61,31 @@ def match(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Match:
     )
 
 
-def initialize(model: nn.Module, run: Run) -> str:
+def initialize(model: nn.Module, run: Run, oracle: str | None = None) -> str:
     """Copies the weights that fit from the run that `init_from` names into `model`, and prints what was not taken.
+
+    An LM's trained decoder reads the codes of one oracle. It is taken only from an LM on the same oracle.
 
     Args:
         model: a freshly initialized model.
         run: its configuration, completed by `inherit`: `ancestors` begins with the checkpoint to take.
+        oracle: SHA-256 of the weights of an LM's oracle.
 
     Returns the SHA-256 of the file. Raises UserError if nothing fits, if a frozen image encoder would stay random, and
     if the file is damaged or was replaced since the configuration was completed.
     """
     source = run.ancestors[0]
-    state, digest = read_weights(resolve_checkpoint(source.run))
+    checkpoint = resolve_checkpoint(run.init_from)
+    state, digest = read_weights(checkpoint)
     if digest != source.weights:
         raise UserError(
             f"init_from={run.init_from}: {source.run} was replaced while this training started; start again"
         )
     found = match(model, state)
+    if recorded_hashes(checkpoint).get("oracle") != oracle:
+        foreign = [name for name in found.taken if name.startswith(DECODER)]
+        rest = [name for name in found.taken if name not in foreign]
+        found = replace(found, taken=rest, unused=[*found.unused, *foreign])
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     taken = sum(parameters.get(name, 0) for name in found.taken)
     if not taken:

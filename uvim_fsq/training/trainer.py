@@ -120,7 +120,8 @@ class Trainer:
     def _initialize(self) -> None:
         """Takes the weights of `init_from`, if it is set."""
         if self.run.init_from:
-            processes.same(initialize(self.stage.model, self.run), f"init_from={self.run.init_from}")
+            digest = initialize(self.stage.model, self.run, self.stage.oracle_sha256)
+            processes.same(digest, f"init_from={self.run.init_from}")
             if self.stepper.ema is not None:
                 self.stepper.ema = self.stepper.ema_start()
 

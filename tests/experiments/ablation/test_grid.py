@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.grids import write_grid
+from uvim_fsq.cli import build_parser
 from uvim_fsq.errors import UserError
-from uvim_fsq.experiments.ablation.grid import plan, read_grid, to_dict_of
+from uvim_fsq.experiments.ablation.grid import plan, read_grid, scenes_command, to_dict_of
 
 
 @pytest.mark.parametrize(
@@ -113,3 +114,14 @@ def test_a_grid_without_direct_rows_keeps_its_mark(tmp_path: Path) -> None:
     """Folders of grids that were trained before there were direct rows can be continued."""
     mark = to_dict_of(read_grid(write_grid(tmp_path, rows={"FSQ": {}})))
     assert set(mark) == {"oracle", "lm", "synthetic", "rows"} and mark["rows"] == {"FSQ": {"oracle": (), "lm": ()}}
+
+
+def test_the_scenes_of_a_grid_have_a_command_of_their_own(tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path))
+    command = scenes_command(grid, tmp_path / "out")
+    assert command is not None
+    args = build_parser([]).parse_args(command)
+    assert (args.format, args.num, args.num_val, args.size, args.workers) == ("nyu", 16, 6, "24x32", 1)
+    assert args.out == str(tmp_path / "out" / "data")
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    assert scenes_command(grid, tmp_path / "out") is None

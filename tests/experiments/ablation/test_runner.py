@@ -34,6 +34,7 @@ def test_a_grid_trains_its_cells_and_writes_tables(tmp_path: Path, capsys: pytes
     main(["ablate", str(file), "--out", str(out), "--dry-run"])
     said = capsys.readouterr().out
     assert said.count("uvim-fsq train-oracle") == 3 and said.count("uvim-fsq train-lm") == 3 and not out.exists()
+    assert said.count("uvim-fsq synth") == 1
     with pytest.raises(SystemExit) as caught:
         main(["ablate", str(file), "--out", str(out), "--jobs", "2"])
     assert caught.value.code == 1

@@ -347,6 +347,17 @@ def command_line(command: Sequence[str]) -> str:
     return shlex.join(["uvim-fsq", *command])
 
 
+def scenes_command(grid: Grid, out: Path) -> tuple[str, ...] | None:
+    """The command that does what `make_scenes` does; None if there is nothing to render."""
+    if grid.synthetic is None or (out / "data").exists():
+        return None
+    options: list[str] = []
+    for key, value in {"num_val": 0, **grid.synthetic}.items():
+        text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+        options += [f"--{key.replace('_', '-')}", text]
+    return ("synth", *options, "--out", str(out / "data"))
+
+
 def make_scenes(grid: Grid, out: Path, say: Callable[[str], None]) -> None:
     """Renders the scenes of a synthetic grid, unless they exist."""
     from uvim_fsq.synthetic.writers import write_dataset
