@@ -126,7 +126,7 @@ def test_normal_pngs_hold_the_normals_in_16_bits(tmp_path):
         scene, stem = scene_of(number, split, (24, 32)), f"{number:06d}"
         assert_close_picture(out / split / f"images/{stem}.jpg", scene)
         stored = cv2.imread(str(out / split / f"normals/{stem}.png"), cv2.IMREAD_UNCHANGED)
-        assert stored.dtype == np.uint16
+        assert stored is not None and stored.dtype == np.uint16
         np.testing.assert_allclose(stored[..., ::-1] / 32767.5 - 1, scene.normals, atol=2e-5)
 
 
