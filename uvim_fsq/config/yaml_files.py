@@ -35,8 +35,9 @@ def read_tree(path: Path) -> Tree:
 
 
 def skim_tree(path: Path) -> Tree:
-    """Like `read_tree` and several times as fast, for many files that this package wrote: of two equal keys the last one
-    counts, and numbers written as 1e-3 stay text.
+    """Like `read_tree` and several times as fast, for many files that this package wrote.
+
+    Of two equal keys the last one counts, and numbers written as 1e-3 stay text.
     """
     return _read(path, lambda text: yaml.load(text, Loader=LOADER))
 
