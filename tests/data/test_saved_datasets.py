@@ -13,6 +13,7 @@ from PIL import Image
 
 from uvim_fsq.data.saved_datasets import open_rows
 from uvim_fsq.errors import UserError
+from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
 from uvim_fsq.tasks.nyu_depth.data import open_source as open_depth
 from uvim_fsq.tasks.semantic_segmentation.config import SemanticSegmentationConfig
@@ -72,6 +73,43 @@ def test_class_maps_may_be_pictures_or_arrays(saved: Path, column: str) -> None:
     config = SemanticSegmentationConfig(classes=CLASSES, label_column=column)
     source = open_classes(str(saved / "both"), "train", config)
     assert len(source) == 20 and np.all(source[3].maps["classes"] == 1) and np.all(source[4].maps["classes"] == 0)
+
+
+def test_photos_alone_are_data_for_colorization(saved: Path) -> None:
+    task = ImagenetColor(ImagenetColorConfig())
+    sample = pickle.loads(pickle.dumps(task.source(str(saved / "both"), "val")))[2]
+    assert sample.id == "validation/00000002" and sample.image[0, 0].tolist() == [2, 0, 0] and not sample.maps
+    assert task.metric(task.source(str(saved / "one"), "train")).protocol == "imagenet_color/psnr"
+    task = ImagenetColor(ImagenetColorConfig(protocol="fid"))
+    with pytest.raises(UserError, match="task.protocol=fid needs photos in files"):
+        task.metric(task.source(str(saved / "both"), "val"))
+
+
+def test_arrays_are_not_turned_into_lists(saved: Path) -> None:
+    """Which would take twenty times as long."""
+    row = open_rows(saved / "both", "val", ("image", "metres"))[1]
+    assert row["metres"].dtype == np.float32 and isinstance(row["image"], bytes)
+
+
+def test_rows_that_cannot_be_read_are_named(library: Any, tmp_path: Path) -> None:
+    columns = {
+        "image": [{"bytes": b"no picture", "path": None}] * 2,
+        "label": [[[0, 1], [1]]] * 2,
+        "depth": [{"bytes": b"no picture", "path": None}] * 2,
+    }
+    numbers = library.Sequence(library.Sequence(library.Value("int64")))
+    features = library.Features(image=library.Image(), label=numbers, depth=library.Image())
+    library.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "data"))
+    root = str(tmp_path / "data")
+    row = "data, row/00000000: "
+    with pytest.raises(UserError, match=f"{row}no class map"):
+        open_classes(root, "val", SemanticSegmentationConfig(classes=CLASSES))[0]
+    with pytest.raises(UserError, match=f"{row}no depth map"):
+        open_depth(root, "val", NYUDepthConfig(depth_column="depth"))[0]
+    with pytest.raises(UserError, match=f"{row}the image cannot be read as an image"):
+        ImagenetColor(ImagenetColorConfig()).source(root, "val")[0]
+    with pytest.raises(UserError, match="column 'image' is given twice"):
+        open_depth(root, "val", NYUDepthConfig(depth_column="image"))
 
 
 def test_without_an_evaluation_split_every_tenth_row_is_one(saved: Path) -> None:

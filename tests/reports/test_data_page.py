@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from uvim_fsq.data.sample import Sample
 from uvim_fsq.reports import data_page
 from uvim_fsq.reports.data_page import UNLABELED, html_list, label_picture, write_data_page
 from uvim_fsq.reports.data_statistics import Statistics, class_names, summary
+from uvim_fsq.tasks.semantic_segmentation.task import SemanticSegmentation, SemanticSegmentationConfig
 
 DEPTH, PANOPTIC, COLOR = TASKS["depth"], TASKS["panoptic"], TASKS["color"]
 
@@ -75,6 +77,15 @@ def test_statistics_count_values_classes_segments_and_missing_pixels() -> None:
     assert rows["labels depth: missing pixels per image"] == ["0.0%", "12.5%", "25.0%"]
 
 
+def test_statistics_count_class_0_and_not_missing_labels() -> None:
+    task = SemanticSegmentation(SemanticSegmentationConfig(classes=tuple((i, f"class {i}", "") for i in range(3))))
+    found, image = Statistics(), np.zeros((2, 2, 3), np.uint8)
+    for values in ([[0, 0], [2, 2]], [[1, -1], [1, 1]]):
+        classes = np.array(values, np.int32)
+        found.add(task, Sample("a", image, {"classes": classes}), {"classes": classes})
+    assert found.segments == {"classes": [2, 1]}
+
+
 def test_classes_have_the_tasks_names_and_otherwise_numbers() -> None:
     assert class_names(PANOPTIC, "semantics") == ["void", "cat", "sky"]
     assert class_names(DEPTH, "depth") == [str(i) for i in range(16)]
@@ -99,7 +110,7 @@ def test_a_page_is_self_contained_and_has_all_sections(coco_scenes: Path, tmp_pa
     )
     page = Page(file)
     assert page.headings[:4] == ["What is shown", "train: data", "train: samples", "train: statistics"]
-    assert {"frequency of the labels semantics", "segments: distinct values per image, except 0"} <= set(page.headings)
+    assert {"frequency of the labels semantics", "segments: number per image"} <= set(page.headings)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources) and len(page.sources) >= 5
     assert "000000000001.jpg" in page.text and "24 x 32" in page.text and "script" not in page.tags
 
@@ -131,6 +142,8 @@ def test_findings_of_the_check_are_on_the_page(
 
 def test_names_cannot_break_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "<script>alert(1)</script>\n$x_{$"
+    # A name of a file that is not UTF-8.
+    not_text = os.fsdecode(b"\xff.png")
     image = np.zeros((16, 16, 3), np.uint8)
     sample = Sample(evil, image, {"depth": np.ones((16, 16), np.float32), evil: np.ones((16, 16), np.int32)})
 
@@ -139,7 +152,7 @@ def test_names_cannot_break_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(DEPTH), "source", lambda self, root, split: Source([sample]))
     file = tmp_path / "page.html"
-    findings = {"train": [evil]}
+    findings = {"train": [evil, not_text]}
     write_data_page(file, DEPTH, DataConfig(root=evil, image_size=16), ("train",), findings=findings)
     page = Page(file)
     assert "script" not in page.tags and page.text.count("alert(1)") >= 4

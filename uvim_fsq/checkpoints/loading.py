@@ -84,6 +84,7 @@ def resolve_task(run: Run) -> Run:
     if isinstance(run, LMRun):
         return run
     load_plugins(run.plugins)
+    limit_pixels(run.data.max_pixels)
     with plugin_code(f"task {run.task.name}, resolve_config"):
         options = task_class(run.task.name).resolve_config(run.task.options, run.data.root)
     return replace(run, task=replace(run.task, options=options))

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from uvim_fsq.commands.common import check_places, say_next_of_data
-from uvim_fsq.commands.data_check import add_arguments as add_common_arguments
-from uvim_fsq.commands.data_check import read_data_config
+from uvim_fsq.commands.data_check import add_data_arguments, read_data_config
 from uvim_fsq.console import Bar, say
 
 HELP = "convert original labels (Cityscapes, ADE20K) to the format that the task reads"
@@ -15,7 +14,7 @@ HELP = "convert original labels (Cityscapes, ADE20K) to the format that the task
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    add_common_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder for the converted labels (default: the data set's folder)")
 
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uvim_fsq.data.folders import and_list
+from uvim_fsq.data.images import read_image
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
 
@@ -52,7 +55,7 @@ class SavedRows:
         return f"{self.part or 'row'}/{self.rows[index]:08d}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Column -> content of a picture, bytes; or the value as plain Python numbers and lists.
+        """Column -> content of a picture, bytes; a fixed-size array; or the value as plain Python numbers and lists.
 
         Raises UserError for a damaged row and for a picture that is not embedded.
         """
@@ -75,6 +78,16 @@ class SavedRows:
         return value["bytes"] if isinstance(value, dict) else value
 
 
+def read_photo(content: Any, name: str) -> np.ndarray:
+    """The value of a column of photos -> (H, W, 3) uint8 RGB. Raises UserError, naming `name`, if it cannot be read."""
+    if not isinstance(content, bytes):
+        raise UserError(f"{name}: the column of images holds no pictures; set task.image_column")
+    try:
+        return read_image(content)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def open_rows(root: Path, split: str, columns: tuple[str, ...]) -> SavedRows:
     """The rows of a split: train, val ("validation", "test"), holdout or train_minus_holdout.
 
@@ -84,6 +97,8 @@ def open_rows(root: Path, split: str, columns: tuple[str, ...]) -> SavedRows:
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"column {columns[0]!r} is given twice; set the names of the columns of images and labels")
     whole = _load(root, None)
     parts = {"": whole} if not isinstance(whole, dict) else whole
     val = next((name for name in VAL if name in parts), None)
@@ -122,14 +137,15 @@ def _load(root: Path, part: str | None) -> Any:
 
 
 def _undecoded(table: Any, columns: tuple[str, ...]) -> Any:
-    """The table without formatting, whose pictures stay bytes."""
-    from datasets import Image  # type: ignore[import-not-found,attr-defined]
+    """The table without formatting, whose pictures stay bytes and whose arrays do not become lists."""
+    from datasets import Array2D, Image  # type: ignore[import-not-found,attr-defined]
 
     table = table.with_format(None).select_columns(list(columns))
     for column in columns:
         if isinstance(table.features[column], Image):
             table = table.cast_column(column, Image(decode=False))
-    return table
+    arrays = [column for column in columns if isinstance(table.features[column], Array2D)]
+    return table.with_format("numpy", columns=arrays, output_all_columns=True) if arrays else table
 
 
 def _line(error: Exception) -> str:

@@ -32,7 +32,8 @@ class Statistics:
         values: map of real values -> samples of its valid values (finite and above 0).
         missing: map or label channel -> share of its pixels without a value, of each image.
         counts: categorical label channel -> (C,) pixels of each class, at label size.
-        segments: map of integers -> the number of its distinct values except 0, of each image.
+        segments: map of integers -> the number of segments in each image, which are its distinct values above 0; or of
+            classes, if it is a label channel too.
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
@@ -52,8 +53,9 @@ class Statistics:
                 small = resize_nearest(values, VALUES)
                 self.values.setdefault(name, []).append(small[resize_nearest(valid, VALUES)])
             elif values.ndim == 2:
-                distinct = np.unique(values)
-                self.segments.setdefault(name, []).append(int((distinct != 0).sum()))
+                # Segments are numbered from 1, classes from 0; -1 is no label.
+                first = 0 if name in task.label_channels else 1
+                self.segments.setdefault(name, []).append(int((np.unique(values) >= first).sum()))
         for name, channel in task.label_channels.items():
             if isinstance(channel, Categorical):
                 found = labels[name][labels[name] >= 0]
@@ -73,7 +75,7 @@ def summary(found: Statistics) -> list[list[str]]:
         if together.size:
             rows.append([f"{name}: value", *(f"{value:.4g}" for value in _spread(together))])
     for name, numbers in found.segments.items():
-        rows.append([f"{name}: distinct values per image", *(f"{value:g}" for value in _spread(numbers))])
+        rows.append([f"{name}: number per image", *(f"{value:g}" for value in _spread(numbers))])
     for name, shares in found.missing.items():
         rows.append([f"{name}: missing pixels per image", *(f"{value:.1%}" for value in _spread(shares))])
     return rows
@@ -102,7 +104,7 @@ def statistics_figures(task: Task, found: Statistics) -> list[tuple[str, Figure]
         if counts.any()
     ]
     for name, numbers in found.segments.items():
-        figures.append((f"{name}: distinct values per image, except 0", _per_image(np.array(numbers, float))))
+        figures.append((f"{name}: number per image", _per_image(np.array(numbers, float))))
     for name, shares in found.missing.items():
         if any(shares):
             figures.append((f"{name}: share of missing pixels per image", _per_image(np.array(shares))))

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,10 @@ def chart_tag(figure: Figure, alt: str) -> str:
     # Text stays text. The salt keeps the ids in the file, and so the page, the same in each run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():
+            # The browser has fonts for the scripts that matplotlib's lacks.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
@@ -109,11 +113,14 @@ font-size:10pt}.panels{gap:.4em}.panels figure{max-width:15.8%}.scroll,.wide{ove
 
 
 def write_report(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Writes a self-contained page. `sections` are pairs of heading and HTML."""
+    """Writes a self-contained page. `sections` are pairs of heading and HTML.
+
+    What is not text, such as the name of a file in another encoding than UTF-8, becomes question marks.
+    """
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>"
     )
-    write_text(path, page)
+    write_text(path, page.encode(errors="replace").decode())

@@ -141,6 +141,9 @@ def test_damaged_ade20k_files_are_named(tmp_path: Path, place: str, pixels: np.n
 def test_damaged_class_lists_and_folders_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no labels to convert: neither Cityscapes"):
         quiet(tmp_path)
+    (tmp_path / "annotations_instance/training").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no labels to convert"):
+        quiet(tmp_path)
     write_ade20k(tmp_path)
     names = tmp_path / "objectInfo150.txt"
     names.write_text("Idx\tName\n1\twall\n")
@@ -158,4 +161,7 @@ def test_the_command_converts_and_names_the_next_one(tmp_path: Path, capsys: pyt
     assert "Cityscapes: 2 train images, 1 val images; in " in said.out + said.err
     assert (tmp_path / "labels/gtFine/cityscapes_panoptic_val.json").is_file()
     assert len(list((tmp_path / "city/gtFine").glob("*.json"))) == 0
+    with pytest.raises(SystemExit):
+        main(["data", "convert", str(tmp_path / "city"), "--task", "coco_panoptic", "--report", "x.html"])
+    assert "unrecognized arguments: --report" in capsys.readouterr().err, "an option of `data check`"
     assert "nothing to convert" in failure(capsys, "data", "convert", tmp_path / "city", "--task", "nyu_depth")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.panoptic import CONFIG, segments, task_for
 from tests.support.panoptic_layouts import (
@@ -24,6 +25,7 @@ from tests.support.panoptic_layouts import (
     write_instances,
 )
 from uvim_fsq.commands.data_check import check_data
+from uvim_fsq.data import images
 from uvim_fsq.errors import UserError
 from uvim_fsq.synthetic.writers import write_dataset
 from uvim_fsq.tasks.coco_panoptic import index as coco_index
@@ -242,6 +244,21 @@ def test_run_lengths_are_read_from_compressed_text() -> None:
         assert encode_mask({"size": [90, 70], "counts": text.decode()}, 90, 70, "x") == text
         assert encode_mask({"size": [90, 70], "counts": runs_of(mask)}, 90, 70, "x") == text
     assert runs_of(np.zeros((2, 2), bool)) == [4] and compressed_runs(b"o").tolist() == [-1]
+
+
+def test_the_limit_of_pixels_holds_while_the_classes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_max_pixels", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_instances(tmp_path)
+    assert check_data("coco_panoptic", str(tmp_path), [f"data.max_pixels={HEIGHT * WIDTH}"])[1]
+
+
+def test_names_of_classes_are_short_printable_text(tmp_path: Path) -> None:
+    tree = instances_tree()
+    for category, name in zip(tree["categories"], ("a\nb ", "\ud800", 100 * "c"), strict=True):
+        category["name"] = name
+    write_instances(tmp_path, tree)
+    assert task_for(tmp_path).names == ["void", "a b", "?", 80 * "c"]
 
 
 def test_without_pycocotools_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

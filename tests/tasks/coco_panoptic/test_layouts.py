@@ -91,6 +91,21 @@ def test_ade20k_is_read_as_the_common_recipe_writes_it(tmp_path: Path) -> None:
     assert source.index.is_thing.sum() == 100
 
 
+def test_areas_of_stuff_before_things_were_laid_over_it_are_no_fault(tmp_path: Path) -> None:
+    """MaskFormer's script counts stuff first, and lists it also where things cover all of it."""
+    write_ade20k(tmp_path)
+    convert(str(tmp_path), None, lambda done, total: None)
+    for split in ("train", "val"):
+        file = tmp_path / f"ade20k_panoptic_{split}.json"
+        tree = json.loads(file.read_text())
+        for entry in tree["annotations"]:
+            for info in entry["segments_info"]:
+                info["area"] += 7 * (not tree["categories"][info["category_id"]]["isthing"])
+            entry["segments_info"].append({"id": 1 << 20, "category_id": 1, "area": 5, "iscrowd": 0})
+        file.write_text(json.dumps(tree))
+    assert check_data("coco_panoptic", str(tmp_path))[1]
+
+
 def test_labels_that_are_not_converted_are_recognised(tmp_path: Path) -> None:
     write_cityscapes(tmp_path)
     with pytest.raises(UserError, match="original labels of Cityscapes.*run: uvim-fsq data convert .* --task coco_pan"):

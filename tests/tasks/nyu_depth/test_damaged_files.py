@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.damage import damaged
 from tests.support.small import small_data
@@ -38,6 +39,14 @@ def test_damaged_prepared_files_are_detected(tmp_path: Path) -> None:
     (root / "prepared_depth/contents.json").write_text('{"a": [')
     with pytest.raises(UserError, match="contents.json is damaged .*delete"):
         open_source(str(root), "train", CONFIG)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "RGB"])
+def test_pictures_that_do_not_hold_gray_values_are_no_depth_maps(tmp_path: Path, mode: str) -> None:
+    """The numbers of a palette have no order, and one bit is no depth."""
+    Image.fromarray(np.full((4, 6), 100, np.uint8)).convert(mode).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png cannot be read as a depth map \(its pixels are of kind"):
+        read_depth_file(tmp_path / "a.png")
 
 
 def test_a_chunk_larger_than_its_image_is_never_unpacked(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def convert(root: str, out: Path | None, progress: Progress) -> str:
     if not kind:
         raise UserError(
             f"{place} holds no labels to convert: neither Cityscapes' gtFine/*/*/*_gtFine_instanceIds.png nor ADE20K's "
-            "annotations_instance/training/; COCO's files are read as they are"
+            "annotations_instance/training/*.png; COCO's files are read as they are"
         )
     plans = (_cityscapes if kind == "Cityscapes" else _ade20k)(place, out or place)
     done: list[str] = []

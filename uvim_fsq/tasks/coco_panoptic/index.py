@@ -19,6 +19,8 @@ from uvim_fsq.errors import UserError
 
 #: Smaller files, in bytes, are not cached.
 CACHE_FROM = 20_000_000
+#: Longer names of categories are cut, in characters.
+LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,12 @@ def flag(file: Path, entry: Mapping[str, Any], key: str) -> bool:
 
 
 def _unique_names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The category names. Results are reported by name, so categories with the same name get their id appended."""
-    names = [str(category.get("name", category["id"])) for category in categories]
+    """The category names, as short printable text in one line, because pictures, pages and settings show them.
+
+    Results are reported by name, so categories with the same name get their id appended.
+    """
+    names = [" ".join(str(category.get("name", category["id"])).split())[:LONGEST_NAME] for category in categories]
+    names = ["".join(c if c.isprintable() else "?" for c in name) for name in names]
     return [
         f"{name} ({category['id']})" if names.count(name) > 1 else name
         for name, category in zip(names, categories, strict=True)

@@ -127,7 +127,7 @@ def raw_labels(root: Path) -> str:
     """The name of the data set whose original labels are in `root`, still to be converted; "" if there are none."""
     if any(next((root / "gtFine" / split).glob("*/*_gtFine_instanceIds.png"), None) for split in _SPLITS):
         return "Cityscapes"
-    if any((root / "annotations_instance" / folder).is_dir() for folder in _LONG.values()):
+    if any(next((root / "annotations_instance" / folder).glob("*.png"), None) for folder in _LONG.values()):
         return "ADE20K"
     return ""
 

@@ -18,6 +18,7 @@ class ImagenetColorConfig:
         "features_weights",
         "features_reference",
         "keep_luma",
+        "image_column",
     )
 
     protocol: Literal["psnr", "coltran", "fid"] = "psnr"
@@ -36,3 +37,5 @@ class ImagenetColorConfig:
     """Photos of fid_reference, evenly spaced, that this distance is computed against; 0: all."""
     keep_luma: bool = False
     """Keep the luma of the photo and take only the chroma from the model; results name this variant."""
+    image_column: str = "image"
+    """Data saved by the library datasets: column of the photos."""

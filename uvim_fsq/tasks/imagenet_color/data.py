@@ -22,6 +22,7 @@ from uvim_fsq.data.folders import IMAGE_SUFFIXES, has_split_folders, split_folde
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.saved_datasets import SavedRows, open_rows, read_photo
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color.coltran import evaluation_names, reference_names
 
@@ -108,6 +109,21 @@ class PhotoSource:
     def __getitem__(self, index: int) -> Sample:
         name = os.path.join(self.folder, self._paths[int(self._rows[index])])
         return Sample(name, read_image(self.root / name), {}, {"name": os.path.basename(name)})
+
+
+@dataclass
+class SavedPhotos:
+    """Rows of a data set saved by the library `datasets`, of which only the photos are read."""
+
+    rows: SavedRows
+    info: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        (photo,), name = self.rows[index].values(), self.rows.name(index)
+        return Sample(name, read_photo(photo, f"{self.rows.root}, {name}"), {}, {"name": name})
 
 
 def list_photos(folder: Path) -> Paths:
@@ -229,6 +245,12 @@ def _find(top: Path, split: str) -> tuple[str, Path, str]:
             split_folder(base, part)
             return "kaggle" if base.name == "CLS-LOC" else "train-val", base, part
     return "folder", top, ""
+
+
+def open_saved(root: Path, split: str, column: str) -> SavedPhotos:
+    """Opens a split of a data set that the library `datasets` saved in `root`; `column` is that of the photos."""
+    rows = open_rows(root, split, (column,))
+    return SavedPhotos(rows, {"layout": "datasets", "split": split, "count": len(rows), "root": root.name})
 
 
 def open_source(root: str, split: str) -> PhotoSource:

@@ -14,13 +14,15 @@ import torch
 from uvim_fsq import processes
 from uvim_fsq.data.images import write_png
 from uvim_fsq.data.resize import resize_linear
+from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample, SampleSource
+from uvim_fsq.data.saved_datasets import is_saved_dataset
 from uvim_fsq.data.tiles import Tile, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.base import Baseline, LabelChannel, Metric, Real, Task
 from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize
 from uvim_fsq.tasks.imagenet_color.config import ImagenetColorConfig
-from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
+from uvim_fsq.tasks.imagenet_color.data import PhotoSource, SavedPhotos, open_saved, open_source
 from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance
 from uvim_fsq.tasks.imagenet_color.features import TimmFeatures
 from uvim_fsq.tasks.imagenet_color.fid import Inception
@@ -66,9 +68,12 @@ class ImagenetColor(Task):
         """PSNR; None for the FID protocols, because PSNR must not select the checkpoint that FID is reported for."""
         return self.main_metric if self.config.protocol == "psnr" else None
 
-    def source(self, root: str, split: str) -> PhotoSource:
+    def source(self, root: str, split: str) -> PhotoSource | SavedPhotos:
         if self.config.protocol == "coltran" and split == "val":
             split = "coltran_evaluation"
+        place = find_data_root(root)
+        if is_saved_dataset(place):
+            return open_saved(place, split, self.config.image_column)
         return open_source(root, split)
 
     def evaluation_view(self, sample: Sample) -> Sample:
@@ -118,7 +123,10 @@ class ImagenetColor(Task):
         return FIDMetric(psnr, inception, coltran and source.info["split"] == "coltran_evaluation")
 
     def _reference(self, source: SampleSource, split: str) -> PhotoSource:
-        """The photos of the reference set. Raises UserError if they are those of `source`."""
+        """The photos of the reference set. Raises UserError if they are those of `source`, or not in files."""
+        if isinstance(source, SavedPhotos):
+            key = "features" if self.config.protocol == "psnr" else "protocol"
+            raise UserError(f"task.{key}={getattr(self.config, key)} needs photos in files, not in a saved data set")
         assert isinstance(source, PhotoSource)
         if source.info["split"] == split:
             raise UserError(f"task.fid_reference={split} is the evaluation split itself; choose another one")

@@ -17,7 +17,7 @@ from uvim_fsq.data.arrays import check_npy
 from uvim_fsq.data.decoded import decoded
 from uvim_fsq.data.images import check_pixels, open_picture, read_image
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.saved_datasets import SavedRows
+from uvim_fsq.data.saved_datasets import SavedRows, read_photo
 from uvim_fsq.errors import UserError
 
 
@@ -47,10 +47,12 @@ def metres(values: np.ndarray, name: str) -> np.ndarray:
 def read_depth_picture(source: Path | bytes, scale: float | None = None) -> np.ndarray:
     """A picture of depth, or its content -> (H, W) float32 meters; `scale` as for `read_depth_file`.
 
-    Raises Pillow's errors, and UserError if it is too large.
+    Raises Pillow's errors, ValueError for colors, palettes and single bits, and UserError if it is too large.
     """
     with open_picture(source) as image:
         image.load()
+        if image.mode not in ("L", "F") and not image.mode.startswith("I"):
+            raise ValueError(f"its pixels are of kind {image.mode}; depth is gray, of 8 or 16 bits or real numbers")
         usual = {"F": 1.0}.get(image.mode, 1000.0 if image.mode.startswith("I") else 25.5)
         return np.asarray(image, np.float32) / (scale or usual)
 
@@ -202,20 +204,18 @@ class SavedSource:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        name, (image, stored) = self.rows.name(index), self.rows[index].values()
-        if not isinstance(image, bytes):
-            raise UserError(f"{name}: the column of images holds no pictures; set task.image_column")
+        name, (photo, stored) = f"{self.rows.root}, {self.rows.name(index)}", self.rows[index].values()
         try:
             if isinstance(stored, bytes):
                 depth = read_depth_picture(stored, self.scale)
             else:
                 depth = np.asarray(stored, np.float32) / (self.scale or 1.0)
         except (OSError, SyntaxError, ValueError, TypeError) as error:
-            raise UserError(f"{self.rows.root}, {name}: no depth map ({one_line(error)}); remove it") from error
-        pixels, depth = read_image(image), metres(depth, name)
-        if pixels.shape[:2] != depth.shape:
-            raise UserError(f"{name}: image {pixels.shape[:2]} and depth {depth.shape} differ in size; remove it")
-        return Sample(name, pixels, {"depth": depth})
+            raise UserError(f"{name}: no depth map ({one_line(error)}); remove it") from error
+        image, depth = read_photo(photo, name), metres(depth, name)
+        if image.shape[:2] != depth.shape:
+            raise UserError(f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; remove it")
+        return Sample(self.rows.name(index), image, {"depth": depth})
 
 
 def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:

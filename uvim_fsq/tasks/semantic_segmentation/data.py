@@ -20,7 +20,7 @@ from uvim_fsq.data.folders import IMAGE_SUFFIXES, and_list, files_by_stem, has_s
 from uvim_fsq.data.images import open_picture, read_image
 from uvim_fsq.data.roots import find_data_root
 from uvim_fsq.data.sample import Sample
-from uvim_fsq.data.saved_datasets import SavedRows, is_saved_dataset, open_rows
+from uvim_fsq.data.saved_datasets import SavedRows, is_saved_dataset, open_rows, read_photo
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.semantic_segmentation.classes import check_classes
@@ -177,16 +177,17 @@ class SavedSource:
 
     def __getitem__(self, index: int) -> Sample:
         name, (photo, stored) = f"{self.rows.root}, {self.rows.name(index)}", self.rows[index].values()
-        if not isinstance(photo, bytes):
-            raise UserError(f"{name}: the column of photos holds no pictures; set task.image_column")
         if isinstance(stored, bytes):
             classes = read_label_map(stored, self.table, name)
         else:
-            values = np.array(stored, dtype=None if isinstance(stored, list) else object)
+            try:
+                values = np.asarray(stored)
+            except ValueError as error:
+                raise UserError(f"{name}: no class map, its rows have different lengths; remove it") from error
             if values.ndim != 2 or values.dtype.kind not in "iub":
                 raise UserError(f"{name}: the class map is {values.dtype} {values.shape}, expected integers (H, W)")
             classes = self.table.translate(values, name)
-        return make_sample(self.rows.name(index), read_image(photo), classes, name)
+        return make_sample(self.rows.name(index), read_photo(photo, name), classes, name)
 
 
 def make_sample(name: str, image: np.ndarray, classes: np.ndarray, labels: str | Path) -> Sample:
