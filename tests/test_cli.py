@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,11 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out == f"uvim-fsq {uvim_fsq.__version__}\n"
+
+
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff")
+    os.mkdir(folder)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(content := io.BytesIO(), "utf-8", write_through=True))
+    main(["runs", folder])
+    assert content.getvalue().endswith(b"a\\udcff: no runs\n")

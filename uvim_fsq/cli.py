@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -211,6 +212,8 @@ def _parse_and_run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     if target is not None:
         target += late
     warnings.formatwarning = _one_line_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         if _several() and args.command not in SHARED:
             raise UserError(

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
+from tests.support.cli import failure
 from tests.support.runs import sign_all
 from uvim_fsq.cli import main
 from uvim_fsq.inference.predictor import Predictor
@@ -46,3 +48,14 @@ def test_an_lm_run_can_be_moved_without_its_oracle(tmp_path: Path, lm_dir: Path)
     config.write_text(yaml.safe_dump({**tree, "oracle": str(tmp_path / "gone")}))
     sign_all(tmp_path / "moved")
     assert Predictor.from_run(tmp_path / "moved").predict(np.zeros((9, 9, 3), np.uint8)).shape == (9, 9)
+
+
+def test_a_long_setting_is_not_taken_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, "predict", tmp_path / "none", "a.png", "task.ignore=" + "x" * 300, "--out", tmp_path)
+    assert "a.png: no such file or folder" in said
+
+
+def test_a_side_of_tiles_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "run", "a.png", "--tiles", "2^8", "--out", str(tmp_path)])
+    assert "'2^8' is neither a number of pixels nor auto" in capsys.readouterr().err

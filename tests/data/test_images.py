@@ -73,3 +73,15 @@ def test_16_bit_images_are_converted_in_little_memory(monkeypatch: pytest.Monkey
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert used < 10e6, "bytes for a million pixels, 3 of them the result's"
+
+
+def test_a_rotated_photo_is_read_whatever_its_other_exif_fields_hold(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = (72, 1)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    # The field 0x011a (a fraction) becomes text of type 2, which Pillow cannot write as its kind demands.
+    assert data.count(b"\x01\x1a\x00\x05") == 1
+    (tmp_path / "a.jpg").write_bytes(data.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02"))
+    assert read_image(tmp_path / "a.jpg").shape == (30, 20, 3)

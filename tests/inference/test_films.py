@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,31 @@ def test_a_film_that_was_not_written_whole_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not be written; free space"), writing_film(tmp_path / "a.mp4", 25) as w:
         w.write(np.zeros((24, 32, 3), np.uint8))
         w.frames += 1  # a frame that did not reach the disk
+
+
+def test_films_with_rotation_metadata_are_read_upright(tmp_path: Path) -> None:
+    upper = np.zeros((24, 48, 3), np.uint8)
+    upper[:8] = 200
+    with writing_film(tmp_path / "a.mp4", 25) as writer:
+        writer.write(upper)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    # The matrix of the track's header (ISO 14496-12, 8.3.2): 90 degrees clockwise.
+    matrix = content.find(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    (frame,) = Film(tmp_path / "a.mp4")
+    assert frame.shape == (48, 24, 3) and frame[:, -6:].mean() > 150 and frame[:, :6].mean() < 50
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(film(tmp_path / "a.mp4", 1)).replace(b"a.mp4", b"a\xff.mp4")))
+    (tmp_path / "a.mp4").rename(file)
+    with pytest.raises(UserError, match="must be UTF-8; rename it"):
+        Film(file)
+    with pytest.raises(UserError, match="must be UTF-8"):
+        FilmWriter(file, 25).write(np.zeros((24, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("rate", [0.01, 29.97, 1000])
+def test_all_rates_that_are_allowed_can_be_written(tmp_path: Path, rate: float) -> None:
+    assert Film(film(tmp_path / "a.mp4", 2, rate=rate)).rate == pytest.approx(rate, rel=1e-3)

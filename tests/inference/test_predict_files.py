@@ -153,6 +153,8 @@ def test_a_film_becomes_a_film_in_the_order_of_its_frames(
         assert np.abs(one.astype(int) - other).mean() < 8
     predicted.clear()
     assert predict_files(run, [str(source)], out) == [entry] and not predicted
+    predict_files(run, [str(source)], out, options=Options(rate=30))
+    assert Film(out / "clip.mp4").rate == 30 and sum(predicted) == 7
 
 
 @pytest.mark.slow
@@ -176,14 +178,15 @@ def test_a_folder_of_pictures_becomes_a_film(tmp_path: Path, run: Path) -> None:
     (tmp_path / "walk").mkdir()
     for number, frame in enumerate(grey_frames(5)):
         Image.fromarray(frame).save(tmp_path / "walk" / f"{number}.png")
-    options = Options(write="film", rate=5)
-    (entry,) = predict_files(run, [str(tmp_path / "walk")], tmp_path / "out", options=options)
+    options, out = Options(write="film", rate=5), tmp_path / "walk" / "out"
+    predict_files(run, [str(tmp_path / "walk" / "0.png")], out)  # whose results are no frames
+    (entry,) = predict_files(run, [str(tmp_path / "walk")], out, options=options)
     read = Film(Path(entry["film"]))
     assert Path(entry["film"]).name == "walk.mp4" and read.rate == 5 and len(list(read)) == 5
     photo(tmp_path / "walk" / "9.png", size=(10, 10))
     with pytest.raises(UserError, match="must have one size"):
-        predict_files(run, [str(tmp_path / "walk")], tmp_path / "out", options=options)
-    assert Path(entry["film"]).exists() and index(tmp_path / "out") == [entry]
+        predict_files(run, [str(tmp_path / "walk")], out, options=options)
+    assert Path(entry["film"]).exists() and index(out)[1] == entry
 
 
 @pytest.mark.slow
@@ -224,6 +227,7 @@ def test_pictures_are_listed_in_a_file_and_on_standard_input(
         (["--tiles", "0"], "tiles of -1 pixels are too small"),
         (["--tiles", "64", "--overlap", "1"], "an overlap of 1 is not possible"),
         (["--fps", "0"], "0 frames per second are not possible"),
+        (["--fps", "0.001"], "give a number from 0.01 to 1000"),
         (["--fps", "nan"], "nan frames per second are not possible"),
         (["@nowhere.txt"], "the list nowhere.txt cannot be read"),
         (["x" * 300 + ".png"], "File name too long"),

@@ -14,7 +14,7 @@ from tests.support.photos import noise_photo as photo
 from tests.support.small import TASKS
 from uvim_fsq.cli import main
 from uvim_fsq.inference.predict_files import predict_files
-from uvim_fsq.inference.prediction_folder import NO_FILES, PredictionFolder
+from uvim_fsq.inference.prediction_folder import JOURNAL, NO_FILES, PredictionFolder
 from uvim_fsq.inference.predictor import Predictor
 
 
@@ -180,3 +180,67 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(
     for out in (picture, picture / "out", Path("/proc/out")):
         (line,) = refused(capsys, lm_dir, picture, "--out", out)
         assert line.startswith("error: cannot write")
+
+
+def predict_none(out: Path, *files: Path, settings: str = "s", resume: bool = True) -> PredictionFolder:
+    """A call of `predict` that needs no model."""
+    folder = PredictionFolder(out, TASKS["depth"], files, named=files, provenance={"settings": settings}, resume=resume)
+    image = np.zeros((4, 5, 3), np.uint8)
+    made = {file: folder.save(file, np.ones((4, 5), np.float32), image) for file in folder.files}
+    folder.write_index([(folder.done | made)[file] for file in folder.images])
+    return folder
+
+
+def test_results_of_another_picture_of_the_same_name_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, out = photo(tmp_path / "x" / "a.png"), photo(tmp_path / "y" / "a.png"), tmp_path / "out"
+    predict_none(out, x)
+    assert predict_none(out, y).stems == {y: "y_a"}
+    assert not predict_none(out, x, y).files and len(index(out)) == 2
+    # Its own results are replaced, by whatever path it is named.
+    assert predict_none(out, y, settings="t").stems == {y: "y_a"}
+    monkeypatch.chdir(tmp_path)
+    assert predict_none(out, Path("x/a.png")).stems == {Path("x/a.png"): "a"}
+    assert len(index(out)) == 2 and len(content(out)) == 7
+
+
+def test_a_picture_that_is_gone_is_not_done(tmp_path: Path) -> None:
+    picture, link = photo(tmp_path / "a.png"), tmp_path / "link.png"
+    link.symlink_to(picture)
+    predict_none(tmp_path / "out", link)
+    picture.unlink()
+    folder = PredictionFolder(
+        tmp_path / "out", TASKS["depth"], [link], [link], provenance={"settings": "s"}, resume=True
+    )
+    assert folder.files == [link] and not folder.done
+
+
+def test_what_a_killed_call_left_is_no_picture_and_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "photos" / "out"
+    picture, left = photo(tmp_path / "photos" / "a.png"), photo(out / ".predict-ab_c12z9" / "a.png")
+    mine = photo(out / ".predict-mine" / "b.png")
+    folder = PredictionFolder(out, TASKS["depth"], [picture, left, mine], [tmp_path / "photos"])
+    assert folder.images == [picture, mine]
+    assert not left.parent.exists() and mine.exists()
+
+
+@pytest.mark.parametrize("letter", ["a", "道"])
+def test_results_of_long_names_have_shorter_ones(tmp_path: Path, letter: str) -> None:
+    length = 250 // len(letter.encode())
+    files = [photo(tmp_path / folder / f"{letter * length}.png") for folder in ("x", "y")]
+    (tmp_path / "out").mkdir()
+    predict_none(tmp_path / "out", *files)
+    assert len(content(tmp_path / "out")) == 7
+    assert not predict_none(tmp_path / "out", *files).files
+
+
+def test_a_line_of_the_journal_that_was_cut_off_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, out = photo(tmp_path / "a.png"), tmp_path / "out"
+    out.mkdir()
+    (out / JOURNAL).write_text('{"image": "b.p')
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictionFolder, "write_index", lambda self, entries: None)
+        predict_none(out, picture)
+    with pytest.warns(UserWarning, match="skipped 1 damaged line"):
+        assert not predict_none(out, picture).files

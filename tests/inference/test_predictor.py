@@ -16,6 +16,7 @@ from PIL import Image
 from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
 from uvim_fsq.checkpoints.loading import LoadedRun, load_direct
+from uvim_fsq.config.plugins import trusting, trusts_runs
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import pictures
 from uvim_fsq.inference import predict_files as files_module
@@ -239,3 +240,52 @@ def test_a_moved_predictor_predicts_the_same(random_runs: tuple[Path, Path], mon
     with pytest.raises(UserError, match="cannot be used"):
         predictor.to("nowhere")
     assert np.array_equal(predictor.predict(RGB), expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_a_picture_whose_file_is_closed_is_one_line(kind: str) -> None:
+    with Image.open(io.BytesIO(encoded(kind))) as image:
+        pass
+    with pytest.raises(UserError, match="the picture cannot be used .*closed"):
+        pictures.pixels_of(image)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 4, 5).to_sparse(),
+        torch.zeros(3, 4, 5, device="meta"),
+        torch.zeros(3, 4, 5, device="meta", dtype=torch.uint8),
+        torch.zeros(3, 4, 5).to(torch.float8_e4m3fn),
+    ],
+)
+def test_tensors_without_usual_values_are_one_line(tensor: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="a tensor of torch.* cannot be used; give a dense one") as caught:
+        pictures.pixels_of(tensor)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_predictor_that_cannot_be_moved_stays_where_it_is(
+    random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, places = Predictor(random_lm, "cpu"), list[str]()
+
+    def move(self: LoadedRun, device: torch.device) -> None:
+        places.append(str(device))
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LoadedRun, "to", move)
+    with pytest.raises(UserError, match="choose another device"):
+        predictor.to(torch.device("cpu", 0))
+    assert places == ["cpu:0", "cpu"] and predictor.device == torch.device("cpu")
+
+
+def test_a_moved_predictor_is_trusted_as_before(random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted: list[bool] = []
+    monkeypatch.setattr("uvim_fsq.inference.predictor.image_decoder", lambda *_: trusted.append(trusts_runs()))
+    for trust in (True, False):
+        with trusting(trust):
+            predictor = Predictor(random_lm, "cpu")
+        predictor.to(torch.device("cpu", 0))
+    assert trusted == [True, True, False, False]

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import StepPatch
 
 from tests.support.cli import failure
 from uvim_fsq.checkpoints.loading import LoadedRun
 from uvim_fsq.cli import main
+from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.examination import Examined
 from uvim_fsq.evaluation.run import evaluate, evaluate_loaded
 from uvim_fsq.reports import evaluation_page
+from uvim_fsq.reports.evaluation_page import result_table
 from uvim_fsq.reports.evaluation_sections import calibration_section, class_section, decoding_section, extremes
-from uvim_fsq.reports.figures import matrix_figure
+from uvim_fsq.reports.figures import count_figure, matrix_figure
 from uvim_fsq.reports.html import chart_tag, html_table, picture_tag
 from uvim_fsq.reports.token_figures import breakdown_figure, perplexity, square
 from uvim_fsq.tasks.base import Matrix
@@ -163,3 +166,39 @@ def test_decodings_of_an_oracle_are_refused(
     random_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "has no LM" in failure(capsys, "evaluate", random_runs[0], "--decodings", "--json", tmp_path / "result.json")
+
+
+def test_missing_figures_and_a_perfect_baseline_have_empty_cells(random_lm: LoadedRun) -> None:
+    figures = {"baseline": {"rmse": 0.0}, "lm": {"rmse": 0.5, "abs_rel": 0.25, "delta1": 1.0}}
+    rows = result_table(random_lm.task, {"figures": figures, "baseline": "none"})
+    assert [row[1:] for row in rows] == [
+        ["rmse", "abs_rel", "delta1", "codebook usage"],
+        ["0.000", "", "", ""],
+        ["0.500", "0.250", "1.000", ""],
+    ]
+
+
+def test_names_that_the_charts_font_lacks_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    matrix = {"rows": ["道"], "columns": ["路"], "values": [[1]]}
+    assert "道" in chart_tag(matrix_figure(matrix), "m") and not recwarn.list
+
+
+def test_charts_of_large_codebooks_stay_small() -> None:
+    counts = list(range(20_000))
+    assert len(chart_tag(count_figure(counts), "c")) < 100_000
+    (patch,) = count_figure([3, 1, 2]).axes[0].patches
+    assert isinstance(patch, StepPatch) and patch.get_data()[0].tolist() == [3, 2, 1]
+
+
+def test_a_page_that_cannot_be_written_costs_no_result(
+    random_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("uvim_fsq.evaluation.run.evaluate", lambda *_, **__: {"overrides": {}})
+    monkeypatch.setattr(evaluation_page, "write_run_page", fail)
+    file = tmp_path / "result.json"
+    arguments = ("evaluate", random_runs[0], "--report", tmp_path / "page.html", "--json", file)
+    assert "the disk is full" in failure(capsys, *arguments)
+    assert json.loads(file.read_text()) == {"overrides": {}}

@@ -94,9 +94,9 @@ def run(args: argparse.Namespace) -> None:
         return
     # The checkpoint, and with it the tuned settings, may be another one than `changed` is about.
     file = args.json or variant_path(file, result["overrides"])
+    write_json(file, result)
     if args.report is not None:
         write_run_page(args.report, args.run, [*args.overrides, *limited], result, compare, examined)
-    write_json(file, result)
     print_result(result)
     if result["baseline"]:
         print(f"baseline: {result['baseline']}")

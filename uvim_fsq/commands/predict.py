@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -49,12 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _side(text: str) -> int:
     """The side of tiles in pixels, 0 for "auto"."""
-    return 0 if text == "auto" else int(text) or -1
+    if text == "auto":
+        return 0
+    try:
+        return int(text) or -1
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor auto") from None
 
 
 def run(args: argparse.Namespace) -> None:
     """Predicts all images. Raises UserError at the end if some could not be predicted."""
-    overrides = [e for e in args.inputs if "=" in e and not e.startswith("@") and not Path(e).exists()]
+    overrides = [e for e in args.inputs if "=" in e and not e.startswith("@") and not os.path.exists(e)]
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
         raise UserError("name at least one image, folder or film to predict")

@@ -5,7 +5,9 @@ Only the exact names train/ and val/ are used; error messages suggest renaming f
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +58,7 @@ def expand_lists(inputs: Sequence[str]) -> list[str]:
     """The inputs with each `@FILE` replaced by the paths listed in FILE, and `-` by those on standard input.
 
     One path a line, relative to the current directory; or separated by zero bytes, as `find -print0` writes them. Blank
-    lines are left out. A file that is itself named `@...` or `-` is taken as it is.
+    lines and a byte order mark are left out. A file that is itself named `@...` or `-` is taken as it is.
 
     Raises UserError for a list that cannot be read or lists nothing.
     """
@@ -70,6 +72,7 @@ def expand_lists(inputs: Sequence[str]) -> list[str]:
             content = sys.stdin.buffer.read() if entry == "-" else Path(name).read_bytes()
         except (OSError, ValueError) as error:
             raise UserError(f"the list {name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        content = content.removeprefix(codecs.BOM_UTF8)
         zeros = b"\0" in content
         lines = content.split(b"\0") if zeros else [line.strip() for line in content.splitlines()]
         listed = [os.fsdecode(line) for line in lines if line]
@@ -79,8 +82,14 @@ def expand_lists(inputs: Sequence[str]) -> list[str]:
     return found
 
 
+def natural_order(path: Path) -> list[tuple[list[str | int], str]]:
+    """A key that sorts paths by name, numbers in names by value: frame2 before frame10."""
+    parts = ((re.split("([0-9]+)", part), part) for part in path.parts)
+    return [([int(x) if i % 2 else x for i, x in enumerate(pieces)], part) for pieces, part in parts]
+
+
 def list_images(inputs: list[str]) -> list[Path]:
-    """The given files, and the images in the given folders (searched recursively, sorted).
+    """The given files, and the images in the given folders (searched recursively, in natural order).
 
     Raises UserError for a missing path or a folder without images.
     """
@@ -91,7 +100,7 @@ def list_images(inputs: list[str]) -> list[Path]:
         except OSError as error:  # e.g. a name that is too long
             raise UserError(f"{str(entry)[:200]}: {error.strerror}") from error
         if entry.is_dir():
-            found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted((p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
             if not found:
                 raise UserError(f"{entry}: no images in this folder")
             files += found

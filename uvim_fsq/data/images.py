@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from uvim_fsq.compilation import compiler_unloaded
@@ -24,6 +24,16 @@ from uvim_fsq.files import write_whole
 
 #: The formats that Pillow may open. Others are unsafe: EPS, for example, starts Ghostscript on the file's content.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
+#: EXIF orientation -> how the picture is turned upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Pixels to convert at a time, so that a large image needs little more memory than its pixels.
 STRIP = 1 << 22
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -97,8 +107,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     Raises ValueError for floating-point pixels, and UserError for more than `data.max_pixels`.
     """
     check_pixels(image.width, image.height, getattr(image, "filename", "") or "the image")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image.load()  # a TIFF turns itself
+    # Not by ImageOps.exif_transpose, which also writes the other EXIF fields anew and fails on those of some cameras.
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):

@@ -19,13 +19,23 @@ from uvim_fsq.errors import UserError
 FILM_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts"}
 #: The format of films that are written.
 SUFFIX = ".mp4"
-#: Frames per second where a film does not tell, and the most that is believed.
-USUAL_RATE, MAX_RATE = 25.0, 1000.0
+#: Frames per second where a film does not tell, and the range that is believed and can be written.
+USUAL_RATE, MIN_RATE, MAX_RATE = 25.0, 0.01, 1000.0
 #: Codecs in order of preference. Browsers play VP9; H.264 is not in OpenCV's package.
 CODECS = ("vp09", "mp4v")
 #: Containers that FFmpeg may open, and from where: playlists would make it read other files, or addresses.
 _ALLOWED = "format_whitelist;mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,h264,hevc|protocol_whitelist;file"
 _OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+
+
+def _place(file: Path) -> str:
+    """The path of a film as OpenCV takes it. Raises UserError for a name that is not UTF-8, which would crash it."""
+    place = str(file.absolute())  # cannot be mistaken for an address or for a pattern of file names
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: the names of films and of their folders must be UTF-8; rename it") from None
+    return place
 
 
 class Film:
@@ -50,8 +60,7 @@ class Film:
         before = os.environ.get(_OPTIONS)
         os.environ[_OPTIONS] = _ALLOWED
         try:
-            # An absolute path cannot be mistaken for an address or for a pattern of file names.
-            self._capture = cv2.VideoCapture(str(file.absolute()), cv2.CAP_FFMPEG)
+            self._capture = cv2.VideoCapture(_place(file), cv2.CAP_FFMPEG)
         finally:
             cv2.setLogLevel(level)
             os.environ.pop(_OPTIONS, None)
@@ -64,7 +73,7 @@ class Film:
             for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT)
         )
         check_pixels(int(width), int(height), file)
-        self.rate = rate if math.isfinite(rate) and 0 < rate <= MAX_RATE else USUAL_RATE
+        self.rate = rate if MIN_RATE <= rate <= MAX_RATE else USUAL_RATE
         self.frames = int(count) if math.isfinite(count) and 0 < count < 1 << 40 else 0
 
     def __iter__(self) -> Iterator[Array]:
@@ -114,7 +123,7 @@ class FilmWriter:
     def _open(self, width: int, height: int) -> cv2.VideoWriter:
         for codec in CODECS:
             fourcc = cv2.VideoWriter.fourcc(*codec)
-            writer = cv2.VideoWriter(str(self.file.absolute()), cv2.CAP_FFMPEG, fourcc, self.rate, (width, height))
+            writer = cv2.VideoWriter(_place(self.file), cv2.CAP_FFMPEG, fourcc, self.rate, (width, height))
             if writer.isOpened():
                 return writer
         raise UserError(f"no film of {width} x {height} pixels can be written; use --write files")

@@ -50,10 +50,15 @@ def pixels_of(image: Any) -> Array:
     if isinstance(image, Image.Image):
         try:
             image = to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"the picture cannot be used ({error})") from error
+        except (OSError, SyntaxError, ValueError, AssertionError, AttributeError) as error:
+            # Pillow asserts that the file is open.
+            raise UserError(f"the picture cannot be used ({str(error) or 'its file is closed'})") from error
     if isinstance(image, torch.Tensor):
-        image = _tensor_pixels(image)
+        try:
+            image = _tensor_pixels(image)
+        except (RuntimeError, TypeError) as error:  # sparse, quantized, without data, of a type that is only stored
+            kind = f"{image.dtype}, {image.layout}, {image.device}"
+            raise UserError(f"a tensor of {kind} cannot be used; give a dense one of uint8 or float32") from error
     if not isinstance(image, np.ndarray):
         raise UserError(f"expected {PICTURES}, got {type(image).__name__}")
     if image.ndim == 2 and image.dtype == np.uint8:

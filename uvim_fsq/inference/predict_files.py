@@ -20,7 +20,7 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.data.tiles import MIN_SIDE, Tiling
 from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.files import disk_is_full
-from uvim_fsq.inference.films import FILM_SUFFIXES, MAX_RATE, SUFFIX, USUAL_RATE, Film, writing_film
+from uvim_fsq.inference.films import FILM_SUFFIXES, MAX_RATE, MIN_RATE, SUFFIX, USUAL_RATE, Film, writing_film
 from uvim_fsq.inference.prediction_folder import INDEX, Entry, PredictionFolder
 from uvim_fsq.inference.predictor import Predictor
 
@@ -46,8 +46,10 @@ class Options:
 
     def __post_init__(self) -> None:
         Tiling(MIN_SIDE if self.tiles in (None, 0) else self.tiles, self.overlap)
-        if self.rate is not None and not 0 < self.rate <= MAX_RATE:
-            raise UserError(f"{self.rate:g} frames per second are not possible; give a number up to {MAX_RATE:g}")
+        if self.rate is not None and not MIN_RATE <= self.rate <= MAX_RATE:
+            raise UserError(
+                f"{self.rate:g} frames per second are not possible; give a number from {MIN_RATE:g} to {MAX_RATE:g}"
+            )
 
 
 def predict_files(
@@ -124,8 +126,10 @@ class _Work:
             predictor.task.tiled()
             provenance["tiles"] = str(self.tiles)
             provenance["settings"] += f" tiles {self.tiles}"
-        self.films, self.sequence = films, pictures if options.write == "film" else []
-        alone = [] if self.sequence else pictures
+        self.films, sequence = films, pictures if options.write == "film" else []
+        alone = [] if sequence else pictures
+        if options.rate is not None and options.write != "files" and (films or sequence):
+            provenance["settings"] += f" rate {options.rate:g}"
         self.folder = PredictionFolder(
             out,
             predictor.task,
@@ -133,8 +137,9 @@ class _Work:
             named,
             provenance=provenance,
             resume=not options.overwrite,
-            others=[*films, *self.sequence],
+            others=[*films, *sequence],
         )
+        self.sequence = self.folder.without_results(sequence, named)
         self.film_stems = {film: self.folder.choose_stem(film, self._film_files) for film in films}
         self.entries: list[Entry] = []
         self.predicted = 0
@@ -271,7 +276,11 @@ class _Work:
         first = self.sequence[0]
         image = f"{first} to {self.sequence[-1]}, {len(self.sequence)} pictures"
         place = first.absolute().parent
-        stem = self.folder.choose_stem(place / f"{place.name or 'film'}{SUFFIX}", self._film_files)
+
+        def own(entry: Entry) -> bool:
+            return Path(entry["image"].partition(" to ")[0]).parent == first.parent
+
+        stem = self.folder.choose_stem(place / f"{place.name or 'film'}{SUFFIX}", self._film_files, own)
         done = self.folder.finished(image, self.sequence)
         if done is not None:
             self.entries.append(done)

@@ -9,9 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from uvim_fsq.tasks.base import Task
 INDEX = "predictions.json"
 #: Entries since the index was written last, one a line; the results of a process that was killed.
 JOURNAL = ".predictions.jsonl"
+#: Folders in which results are completed: what `tempfile` adds to the prefix. A killed process leaves one.
+TEMPORARY, LEFTOVER = ".predict-", re.compile(r"\.predict-[a-z0-9_]{8}")
+#: Longest file name of results without suffix, in bytes; the rest of 255 is for suffixes and for writing them.
+MAX_STEM = 200
 
 #: An image in the index: `image`; the path of each written file by its kind, or `error`; `stamp`, which changes with
 #: the image's file; the predictor's provenance, whose `settings` change with everything that changes predictions.
@@ -49,8 +56,18 @@ def stamp_of(files: Iterable[Path]) -> str:
     return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
+def is_of(entry: Entry, file: Path) -> bool:
+    """Whether an entry is about a file or a frame of it, by whatever path."""
+    image = entry["image"]
+    for name in (image, image.rpartition("#")[0]):
+        with suppress(OSError, ValueError):
+            if name == str(file) or (name and _identity(Path(name)) == _identity(file)):
+                return True
+    return False
+
+
 class PredictionFolder:
-    """The existing contents of `out` and the planned results.
+    """The existing contents of `out` and the planned results. Removes what a killed call left half done.
 
     Args:
         out: the folder; it need not exist.
@@ -83,14 +100,14 @@ class PredictionFolder:
     ) -> None:
         self.out, self.task, self.provenance, self.resume = out, task, provenance or {}, resume
         check_folder(out)
+        for place in out.glob(f"{TEMPORARY}*"):
+            if LEFTOVER.fullmatch(place.name):
+                shutil.rmtree(place, ignore_errors=True)
         self.index = _read_index(out)
         self._by_image = {entry["image"]: entry for entry in self.index}
         self.earlier = {name for entry in self.index for name in _file_names(entry)}
-        results = {_identity(out / name) for name in self.earlier if (out / name).exists()}
-        files, named = list(files), set(named)
-        kept = [file for file in files if file in named or _identity(file) not in results]
-        if files and not kept:
-            raise UserError(f"the pictures are all results of an earlier predict in {out}; give other pictures")
+        self._owners = {_canonical(name): entry for entry in self.index for name in _file_names(entry)}
+        kept = self.without_results(files, named)
         self._inputs = {_identity(file): file for file in reversed(kept)}
         self.images = [file for file in dict.fromkeys(kept) if self._inputs[_identity(file)] == file]
         self._inputs |= {_identity(file): file for file in others}
@@ -102,6 +119,18 @@ class PredictionFolder:
         self.files = [file for file in self.images if file not in self.done]
         self.stems = {file: self.choose_stem(file, self._planned) for file in self.files}
 
+    def without_results(self, files: Iterable[Path], named: Collection[Path]) -> list[Path]:
+        """The files except results of earlier calls, finished or not, unless these are in `named`.
+
+        Raises UserError if none is left.
+        """
+        results = {_identity(self.out / name) for name in self.earlier if (self.out / name).exists()}
+        files, named = list(files), set(named)
+        kept = [file for file in files if file in named or not (_is_leftover(file) or _identity(file) in results)]
+        if files and not kept:
+            raise UserError(f"the pictures are all results of an earlier predict in {self.out}; give other pictures")
+        return kept
+
     def finished(self, image: str, sources: Iterable[Path]) -> Entry | None:
         """The entry of an image's complete results with the same settings, if they need not be made again."""
         entry = self._by_image.get(image)
@@ -110,14 +139,28 @@ class PredictionFolder:
         names = _file_names(entry)
         if not names or not all((self.out / name).is_file() for name in names):
             return None
-        same = entry.get("settings", "") == self.provenance.get("settings") and entry.get("stamp") == stamp_of(sources)
-        return entry if same else None
+        try:
+            stamp = stamp_of(sources)
+        except OSError:  # e.g. a link that leads nowhere now
+            return None
+        return (
+            entry
+            if (entry.get("settings", ""), entry.get("stamp")) == (self.provenance.get("settings"), stamp)
+            else None
+        )
 
-    def choose_stem(self, file: Path, planned: Callable[[str], list[str]]) -> str:
-        """Reserves file names for the results of a file: those that `planned` gives for the returned stem."""
+    def choose_stem(
+        self, file: Path, planned: Callable[[str], list[str]], own: Callable[[Entry], bool] | None = None
+    ) -> str:
+        """Reserves file names for the results of a file: those that `planned` gives for the returned stem.
+
+        Results of earlier calls are replaced only if they are the file's own, by `own` or else by `is_of`.
+        """
+        own = own or functools.partial(is_of, file=file)
         for stem in _candidate_stems(file):
             names = planned(stem)
-            if self._taken.isdisjoint(map(_canonical, names)):
+            owners = [self._owners.get(_canonical(name)) for name in names if (self.out / name).exists()]
+            if self._taken.isdisjoint(map(_canonical, names)) and all(owner is None or own(owner) for owner in owners):
                 break
         for name in names:
             self._claim(name)
@@ -179,7 +222,7 @@ class PredictionFolder:
         with writing(self.out / stem):
             stamp = stamp_of(sources)
             self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".predict-", dir=self.out) as temporary:
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.out) as temporary:
                 try:
                     paths = save(str(Path(temporary) / stem))
                 except UserError as error:
@@ -202,7 +245,8 @@ class PredictionFolder:
     def _note(self, entry: Entry) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with open(os.open(self.out / JOURNAL, flags, 0o666), "wb") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            # A line of its own even if the last one was cut off.
+            file.write(b"\n" + json.dumps(entry).encode() + b"\n")
 
     def write_index(self, entries: Sequence[Entry]) -> None:
         """Writes the index: `entries` and results of earlier calls that still exist. Raises UserError if that fails."""
@@ -218,13 +262,26 @@ class PredictionFolder:
 
 def _candidate_stems(file: Path) -> Iterator[str]:
     """Names for an image's results, in order of preference: its own, prefixed with its folder's, then numbered."""
-    yield file.stem
-    stem = f"{file.absolute().parent.name}_{file.stem}"
+    yield _shortened(file.stem)
+    stem = _shortened(f"{file.absolute().parent.name}_{file.stem}")
     yield stem
     number = 2
     while True:
         yield f"{stem}-{number}"
         number += 1
+
+
+def _shortened(stem: str) -> str:
+    """A stem of at most `MAX_STEM` bytes: itself, or its beginning and a hash."""
+    name = os.fsencode(stem)
+    if len(name) <= MAX_STEM:
+        return stem
+    return f"{name[: MAX_STEM - 9].decode(errors='ignore')}-{hashlib.sha256(name).hexdigest()[:8]}"
+
+
+def _is_leftover(file: Path) -> bool:
+    """Whether a file lies in a folder in which a killed call was completing results."""
+    return any(LEFTOVER.fullmatch(part) for part in file.parent.parts)
 
 
 def _file_names(entry: Entry) -> list[str]:

@@ -23,7 +23,7 @@ from uvim_fsq.checkpoints.hub import provenance_name
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
 from uvim_fsq.checkpoints.run_directory import WEIGHTS, recorded_hashes
 from uvim_fsq.checkpoints.tuned import FROM_RUN
-from uvim_fsq.config.plugins import trusting
+from uvim_fsq.config.plugins import trusting, trusts_runs
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.data.sample import Array
@@ -57,12 +57,15 @@ class Samples:
 class Predictor:
     """A trained LM with its oracle, or a direct model, ready to predict: `Predictor.from_run(path).predict(image)`.
 
+    Serves one call at a time, because decoders reuse their buffers: threads need a lock or a predictor each.
+
     Raises UserError for an oracle's checkpoint, because an oracle needs labels to predict.
     """
 
     def __init__(self, loaded: LoadedRun | LoadedDirect, device: str | torch.device) -> None:
         self.task, self.run, self._loaded = loaded.task, loaded.run, loaded
         self.device = torch.device(device)
+        self._trust = trusts_runs()  # also for the compiled packages of another device
         self.transform = JointTransform(self.run.data, self.task, train=False)
         self._decode = _decoder(loaded, self.device)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
@@ -172,9 +175,14 @@ class Predictor:
         """Moves the models to a device. Returns this predictor. Raises UserError if the device cannot be used."""
         device = _device(device)
         if device != self.device:
-            with enough_memory("choose another device"):
-                self._loaded.to(device)
-            self.device, self._decode = device, _decoder(self._loaded, device)
+            try:
+                with enough_memory("choose another device"), trusting(self._trust):
+                    self._loaded.to(device)
+                    self._decode = _decoder(self._loaded, device)
+            except BaseException:
+                self._loaded.to(self.device)  # some of it may have been moved
+                raise
+            self.device = device
             self.__dict__.pop("_for_tiles", None)
         return self
 
@@ -210,7 +218,8 @@ class Predictor:
         task = self.task.tiled()
         if task is self.task:
             return task, self._decode
-        return task, _decoder(dataclasses.replace(self._loaded, task=task), self.device)
+        with trusting(self._trust):
+            return task, _decoder(dataclasses.replace(self._loaded, task=task), self.device)
 
     def prepare(self, image: Array) -> Array:
         """(H, W, 3) uint8 -> the models' input (3, S, S)."""

@@ -70,7 +70,7 @@ def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
     """The table of the main metrics, header first. Errors are also given relative to the baseline's."""
     figures, metric = result["figures"], task.main_metric
     base = figures.get("baseline", {}).get(metric)
-    share = ["of the baseline"] if task.smaller_is_better and base is not None else []
+    share = ["of the baseline"] if task.smaller_is_better and base else []
     rows = [["", metric, *share, *task.secondary_metrics, "codebook usage"]]
     for key, title in {"baseline": f"baseline: {result['baseline']}", **NAMES}.items():
         if key not in figures:
@@ -78,9 +78,8 @@ def result_table(task: Task, result: Mapping[str, Any]) -> list[list[str]]:
         f = figures[key]
         ratio = [f"{f[metric] / base:.2f}"] if share else []
         usage = f"{f['codebook_usage']:.1%}" if "codebook_usage" in f else ""
-        rows.append(
-            [title, f"{f[metric]:.3f}", *ratio, *(f"{f.get(name, 0):.3f}" for name in task.secondary_metrics), usage]
-        )
+        secondary = [f"{f[name]:.3f}" if name in f else "" for name in task.secondary_metrics]
+        rows.append([title, f"{f[metric]:.3f}", *ratio, *secondary, usage])
     return rows
 
 

@@ -23,6 +23,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 #: Size in inches of a chart that can be read on a telephone.
 SIZE = (4.8, 3.0)
+#: Steps of a chart of counts at most; more cannot be seen.
+MAX_STEPS = 1000
 #: The text of a cell of a matrix. Not black, which becomes the color of the page's text: cells are light anyway.
 DARK = "#101010"
 
@@ -79,7 +81,10 @@ def count_figure(counts: Sequence[int]) -> Figure:
 
 
 def _draw_counts(axis: Axes, counts: Sequence[int]) -> None:
-    axis.stairs(sorted(counts, reverse=True), fill=True)  # a bar per code takes minutes for large codebooks
+    ordered = np.sort(np.asarray(counts))[::-1]
+    # A bar per code takes minutes for large codebooks, and a step per code megabytes.
+    edges = np.unique(np.linspace(0, len(ordered), MAX_STEPS + 1).astype(int))
+    axis.stairs(ordered[edges[:-1]], edges, fill=True)
     axis.set_yscale("symlog")
 
 
@@ -99,7 +104,8 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     values = np.array(matrix["values"], np.float64)
     shares = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
     rows, columns = values.shape
-    figure = Figure(figsize=(2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (6, 5.5))
+    size = (2.5 + 0.4 * columns, 2 + 0.4 * rows) if rows <= 40 else (6, 5.5)
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axis.set_xlabel("predicted")
@@ -111,7 +117,6 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
         for i, j in np.argwhere(shares >= 1):
             shade = "white" if shares[i, j] > 60 else DARK
             axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=shade)
-    figure.tight_layout()
     return figure
 
 
