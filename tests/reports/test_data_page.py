@@ -77,6 +77,16 @@ def test_statistics_count_values_classes_segments_and_missing_pixels() -> None:
     assert rows["labels depth: missing pixels per image"] == ["0.0%", "12.5%", "25.0%"]
 
 
+def test_statistics_of_vectors_take_components_of_both_signs() -> None:
+    found, image = Statistics(), np.zeros((2, 2, 3), np.uint8)
+    vectors = np.array([[[-1, 0, 0], [0, 0, 1]], [[0, 0, 0], [np.nan, 0, 1]]], np.float32)
+    found.add(COLOR, Sample("a", image, {"normals": vectors, "many": np.ones((2, 2, 9), np.float32)}), {})
+    assert found.missing == {"normals": [0.5], "many": [0.0]}
+    rows = {row[0]: row[1:] for row in summary(found)}
+    assert rows["normals, component 1: value"] == ["-1", "-0.5", "0"] and "normals: value" not in rows
+    assert rows["normals, component 3: value"] == ["0", "0.5", "1"] and rows["many: value"] == ["1", "1", "1"]
+
+
 def test_statistics_count_class_0_and_not_missing_labels() -> None:
     task = SemanticSegmentation(SemanticSegmentationConfig(classes=tuple((i, f"class {i}", "") for i in range(3))))
     found, image = Statistics(), np.zeros((2, 2, 3), np.uint8)
