@@ -76,3 +76,10 @@ def test_a_terminal_gets_a_bar_that_is_wiped(clock: Clock, monkeypatch: pytest.M
     assert drawn == (
         f"\rreading [##########          ] 5/10  et{wipe}\rreading [####################] 10/10  e{wipe}\r{wipe}"
     )
+
+
+def test_names_in_titles_cannot_disturb_the_terminal(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("predicting a\n\x1b[2Jb.mp4")
+    clock.now += 20
+    bar.update(7)
+    assert capsys.readouterr().err == "predicting a??[2Jb.mp4 7\n"

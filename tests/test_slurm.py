@@ -64,11 +64,13 @@ def test_a_job_is_not_restarted_for_ever(cluster: Cluster) -> None:
     assert not cluster.lines("requeued")
 
 
-def test_an_array_task_runs_its_line_and_is_requeued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends_with", ["143", "130"])
+def test_an_array_task_runs_its_line_and_is_requeued_alone(tmp_path: Path, ends_with: str) -> None:
     cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
     (cluster.folder / "list").write_text("uvim-fsq train-oracle a\nuvim-fsq train-lm b 'task.x=1 2'\n")
-    code = cluster.run(ARRAY, "list", behaviour="waits", send=signal.SIGUSR1, SLURM_ARRAY_TASK_ID="2")
-    assert code == 143 and cluster.lines("requeued") == ["40123"]
+    given = {"SLURM_ARRAY_TASK_ID": "2", "ENDS_WITH": ends_with}
+    code = cluster.run(ARRAY, "list", behaviour="waits", send=signal.SIGUSR1, **given)
+    assert code == int(ends_with) and cluster.lines("requeued") == ["40123_2"]
     assert cluster.lines("started") == ["   : train-lm b task.x=1 2"]
 
 

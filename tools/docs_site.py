@@ -23,6 +23,7 @@ PAGES = {
     "datasets/README.md": "data_sets.md",
     "docs/quickstart.ipynb": "quickstart.md",
     "examples/camvid_segmentation/README.md": "camvid_segmentation.md",
+    "examples/surface_normals/README.md": "surface_normals.md",
 }
 #: A link of Markdown: before its target, target, anchor with its #.
 LINK = re.compile(r"(\]\()([^)#\s]*)((?:#[^)\s]*)?)(?=\))")

@@ -25,6 +25,7 @@ from uvim_fsq.commands import (
     data_convert,
     data_prepare,
     data_view,
+    demo,
     doctor,
     evaluate,
     export,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, ModuleType] = {
     "tune-decoder": tune_decoder,
     "analyze": analyze,
     "predict": predict,
+    "demo": demo,
     "push": push,
     "compile": compile,
     "export": export,
@@ -82,8 +84,9 @@ LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
     **dict.fromkeys(
-        ("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile", "export"), "lm"
+        ("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "demo", "compile"), "lm"
     ),
+    "export": "lm",
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "runs", "doctor", "completion")

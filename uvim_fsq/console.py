@@ -30,6 +30,11 @@ def clock(seconds: float) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+def printable(text: str) -> str:
+    """The text without line ends and control characters, which could disturb a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def clear() -> None:
     """Erases the bar on the terminal, so that something else can be printed there."""
     if is_first() and on_terminal():
@@ -54,7 +59,7 @@ class Bar:
     """
 
     def __init__(self, title: str, total: int = 0, start: int = 0, every: float = LINES) -> None:
-        self.title, self.total, self.start, self.every = title, total, start, every
+        self.title, self.total, self.start, self.every = printable(title), total, start, every
         self.shown = is_first()
         self.begin = self.last = time.monotonic()
 

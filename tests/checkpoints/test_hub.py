@@ -280,6 +280,7 @@ def test_paths_of_the_author_are_refused(hub: FakeHub, uploads: Path, tmp_path: 
     hub.add_folder("ann/paths", edited(uploads / "oracle", tmp_path / "paths", data={"root": root}))
     with pytest.raises(UserError, match=r"data.root in its config.yaml is .* a place on its author's machine"):
         local_run("hub:ann/paths")
+    assert not any(call.endswith("model.safetensors") for call in downloads(hub))
 
 
 @pytest.mark.usefixtures("no_trusted_plugins")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from uvim_fsq.checkpoints.run_directory import checkpoints
+from uvim_fsq.config.yaml_files import read_tree, skim_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.configuration import load_run
 
@@ -29,3 +31,18 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, message: str) -> N
     with pytest.raises(UserError) as caught:
         load_run(tmp_path / "a.yaml")
     assert message in str(caught.value)
+
+
+def test_a_runs_configuration_is_the_same_read_quickly(random_runs: tuple[Path, Path]) -> None:
+    for run in random_runs:
+        file = checkpoints(run)[-1] / "config.yaml"
+        assert skim_tree(file) == read_tree(file)
+
+
+def test_a_file_that_is_read_quickly_is_checked_as_well(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: " + "[" * 99 + "]" * 99)
+    with pytest.raises(UserError, match="nested more than"):
+        skim_tree(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match="not valid YAML"):
+        skim_tree(tmp_path / "a.yaml")

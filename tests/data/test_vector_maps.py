@@ -41,3 +41,8 @@ def test_vectors_follow_their_pixels(crop: str, linear: bool) -> None:
     assert seen == {False, True} and float(flow[0, 0, 0]) == 3
     whole = JointTransform(DataConfig(image_size=16), Flow(Config()), train=False).resample(sample, 0).maps["flow"]
     np.testing.assert_allclose(whole, np.broadcast_to(np.float32([3 / 4, 5 / 3]), (16, 16, 2)), rtol=1e-5)
+
+
+def test_a_picture_to_predict_has_no_maps_to_correct() -> None:
+    transform = JointTransform(DataConfig(image_size=16), Flow(Config()), train=False)
+    assert transform.picture(np.zeros((48, 64, 3), np.uint8)).shape == (3, 16, 16)

@@ -140,3 +140,7 @@ def test_a_missing_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no such folder" in failure(capsys, "runs", tmp_path / "none")
     main(["runs", str(tmp_path)])
     assert capsys.readouterr().out.endswith(": no runs\n")
+    odd = Path(f"{tmp_path}/\udcff")
+    odd.mkdir()
+    main(["runs", str(odd)])
+    assert capsys.readouterr().out.endswith("?: no runs\n")

@@ -49,7 +49,7 @@ UVIM_FSQ = """#!/usr/bin/env bash
 echo "${RANK-} ${LOCAL_RANK-} ${WORLD_SIZE-} ${MASTER_ADDR-}:${MASTER_PORT-} $*" >>"$CLUSTER/started"
 case $(cat "$CLUSTER/behaviour") in
 waits)
-  trap 'sleep 0.2; echo saved >>"$CLUSTER/saved"; exit 143' TERM
+  trap 'sleep 0.2; echo saved >>"$CLUSTER/saved"; exit ${ENDS_WITH-143}' TERM
   echo >>"$CLUSTER/ready"
   for _ in $(seq 200); do sleep 0.05; done ;;
 fails) exit 2 ;;
@@ -73,6 +73,7 @@ class Cluster:
             "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
             "CLUSTER": str(folder),
             "SLURM_JOB_ID": "40123",
+            "SLURM_ARRAY_JOB_ID": "40123",
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_NTASKS": str(tasks),
             "SLURM_NTASKS_PER_NODE": str(per_node),

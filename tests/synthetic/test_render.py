@@ -98,6 +98,44 @@ def test_sphere_points_are_equally_far_from_a_centre():
     assert tested >= 3
 
 
+def shifted(array: np.ndarray) -> list[np.ndarray]:
+    """The four neighbors of the inner pixels: right, left, above, below."""
+    return [array[1:-1, 2:], array[1:-1, :-2], array[:-2, 1:-1], array[2:, 1:-1]]
+
+
+def degrees_between(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return np.degrees(np.arctan2(np.linalg.norm(np.cross(one, two), axis=-1), (one * two).sum(-1)))
+
+
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_normals_are_those_of_the_surface_that_the_depth_map_shows(world):
+    """Central differences are exact on planes, where a pixel's neighbors have its normal, and close on curved faces."""
+    curved = 0
+    for index in range(4):
+        scene = render(SEED, index, (96, 128), "varied", world)
+        # world axes -> right, up, back
+        points = (points_of(scene) - scene.camera.origin) @ scene.camera.basis.T * [1, 1, -1]
+        right, left, above, below = shifted(points)
+        expected = np.cross(right - left, above - below)
+        normals = scene.normals.astype(np.float64)[1:-1, 1:-1]
+        same = np.logical_and.reduce([ids == scene.segments[1:-1, 1:-1] for ids in shifted(scene.segments)])
+        bend = np.max([degrees_between(normals, other) for other in shifted(scene.normals)], axis=0)
+        error = degrees_between(expected, normals)
+        assert error[same & (bend < 1e-3)].max() < 0.01 and (same & (bend < 1e-3)).mean() > 0.5
+        bent = same & (bend > 1e-3) & (bend < 5)
+        assert error[bent].max(initial=0) < 1
+        curved += int(bent.sum())
+    assert curved > 500
+
+
+def test_normals_have_unit_length_and_face_the_camera():
+    scene = render(SEED, 1, SIZE)
+    assert scene.normals.shape == (SIZE, SIZE, 3) and scene.normals.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(scene.normals, axis=-1), 1, atol=1e-6)
+    towards = (scene.camera.origin - points_of(scene)) @ scene.camera.basis.T * [1, 1, -1]
+    assert ((scene.normals * towards).sum(-1) > 0).all()
+
+
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_the_scene_does_not_depend_on_the_picture_size(difficulty):
     for index in range(8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -116,6 +117,17 @@ def test_class_pngs_are_numbered_by_the_class_file(tmp_path):
             classes = np.asarray(png)
         for info in scene.segments_info:
             assert {names[c] for c in classes[scene.segments == info["id"]]} == {info["name"]}
+
+
+def test_normal_pngs_hold_the_normals_in_16_bits(tmp_path):
+    out = write(tmp_path, "normals", size=(24, 32))
+    for split, number, count in (("train", 4, 5), ("val", 1, 2)):
+        assert len(list((out / split / "normals").iterdir())) == count
+        scene, stem = scene_of(number, split, (24, 32)), f"{number:06d}"
+        assert_close_picture(out / split / f"images/{stem}.jpg", scene)
+        stored = cv2.imread(str(out / split / f"normals/{stem}.png"), cv2.IMREAD_UNCHANGED)
+        assert stored is not None and stored.dtype == np.uint16
+        np.testing.assert_allclose(stored[..., ::-1] / 32767.5 - 1, scene.normals, atol=2e-5)
 
 
 def test_imagenet_train_is_foldered_and_val_is_flat(tmp_path):

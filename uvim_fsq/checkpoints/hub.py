@@ -230,13 +230,15 @@ def _download(run: HubRun, target: Path, files: dict[str, RemoteFile]) -> None:
                 "set UVIM_FSQ_CACHE to a folder on another disk"
             )
         say(f"{run}: downloading {total / 1e6:,.1f} MB into {target}")
-        for name, remote in files.items():
-            if not remote.matches(staging / name):
-                download(run.repo, target.name, name, staging)
-            if not remote.matches(staging / name):
-                (staging / name).unlink(missing_ok=True)
-                raise UserError(f"{run}: {name} arrived damaged, its hash differs; run the same command again")
-        _check_content(run, staging)
+        weights = {name for name in files if name.endswith(WEIGHTS)}
+        for names in (files.keys() - weights, weights):
+            for name in names:
+                if not files[name].matches(staging / name):
+                    download(run.repo, target.name, name, staging)
+                if not files[name].matches(staging / name):
+                    (staging / name).unlink(missing_ok=True)
+                    raise UserError(f"{run}: {name} arrived damaged, its hash differs; run the same command again")
+            _check_content(run, staging)  # before gigabytes of weights are fetched
         shutil.rmtree(staging / ".cache", ignore_errors=True)
         record = {name: {"size": remote.size, "sha256": file_hash(staging / name)} for name, remote in files.items()}
         about = {"hub": endpoint(), "repository": run.repo, "revision": run.revision, "commit": target.name}

@@ -58,7 +58,8 @@ def completion_script(parser: argparse.ArgumentParser, stages: Mapping[str, str]
     from uvim_fsq.config.schema import STAGES
     from uvim_fsq.config.shipped import shipped_names
 
-    keys = {stage: [f"{key}=" for key, *_ in describe_keys(STAGES[stage])] for stage in set(stages.values())}
+    described = {stage: [key for key, *_ in describe_keys(STAGES[stage])] for stage in set(stages.values())}
+    keys = {stage: [f"{key}=" for key in names if key != "ancestors"] for stage, names in described.items()}
     cases, values = [], dict[str, list[str]]()
     for command, found in _commands(parser).items():
         words = [option for action in found._actions for option in action.option_strings]
@@ -67,7 +68,8 @@ def completion_script(parser: argparse.ArgumentParser, stages: Mapping[str, str]
         words += list(inner.choices) if inner is not None else []
         for action in found._actions:
             if action.dest in ("config", "grid") and not action.option_strings:
-                words += shipped_names()
+                grids = action.dest == "grid"
+                words += [name for name in shipped_names() if name.startswith("ablations/") == grids]
             if action.choices and inner is not action:
                 choices = [str(choice) for choice in action.choices]
                 if not action.option_strings:

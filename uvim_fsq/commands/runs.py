@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uvim_fsq.console import printable
+
 if TYPE_CHECKING:
     from uvim_fsq.experiments.run_list import ListedRun
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps([_entry(listed) for listed in found], indent=2))
     elif not found:
-        print(f"{args.folder}: no runs")
+        print(f"{_printable(args.folder)}: no runs")
     else:
         _print_table(found)
 
@@ -58,13 +60,13 @@ def _print_table(found: list[ListedRun]) -> None:
         table.add_column(column, justify="right" if column in ("steps", "figure") else "left", overflow="fold")
     for listed in found:
         # Text, not strings, in which brackets would be markup; names may hold anything.
-        table.add_row(*(Text(_printable(cell)) for cell in _cells(listed)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(listed)))
     console = Console()
     # A file or pipe has no width, and a table that is cut there could not be searched.
     console.print(table) if console.is_terminal else Console(width=240).print(table)
     for listed in found:
         if listed.problem:
-            print(f"{_printable(listed.run)}: {_printable(listed.problem)}")
+            print(f"{printable(listed.run)}: {printable(listed.problem)}")
 
 
 def _cells(listed: ListedRun) -> list[str]:
@@ -73,8 +75,3 @@ def _cells(listed: ListedRun) -> list[str]:
     figure = "" if listed.figure is None else f"{listed.metric} {listed.figure:.4g}"
     date = listed.date.replace("T", " ").removesuffix("Z")[:16]
     return [listed.run, listed.task, listed.stage, steps + planned, listed.state, figure, listed.protocol, date]
-
-
-def _printable(text: str) -> str:
-    """The text without line ends and control characters, which could disturb a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)

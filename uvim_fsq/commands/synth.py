@@ -10,12 +10,13 @@ from uvim_fsq.console import Bar, say
 from uvim_fsq.errors import UserError
 
 HELP = "write a synthetic data set in the on-disk format of a real one"
-#: Format -> the task that reads it.
-TASK_OF_FORMAT = {
+#: Format -> the built-in task that reads it; None if only a plugin does.
+TASK_OF_FORMAT: dict[str, str | None] = {
     "nyu": "nyu_depth",
     "coco_panoptic": "coco_panoptic",
     "semantic": "semantic_segmentation",
     "imagenet": "imagenet_color",
+    "normals": None,
 }
 
 
@@ -78,4 +79,6 @@ def run(args: argparse.Namespace) -> None:
             progress=bar.update,
         )
     say(f"{args.num} training and {args.num_val} validation scenes written to {args.out}")
-    say_next_of_data(TASK_OF_FORMAT[args.format], args.out)
+    task = TASK_OF_FORMAT[args.format]
+    if task is not None:
+        say_next_of_data(task, args.out)

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import cv2
 import h5py
 import numpy as np
 from PIL import Image
@@ -19,6 +20,11 @@ def picture_bytes(pixels: np.ndarray, format: str = "PNG", **options: Any) -> by
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def deep_png_bytes(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint16 RGB -> a PNG file of 16 bits per channel, which Pillow cannot write."""
+    return cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1].tobytes()
 
 
 def hdf5_bytes(arrays: Mapping[str, np.ndarray], *, checked: bool = False) -> bytes:

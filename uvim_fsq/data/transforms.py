@@ -70,7 +70,9 @@ class JointTransform:
             image, mirrored = resize_linear(view.image, size), False
             maps = {name: self._resize_map(name, values) for name, values in view.maps.items()}
             scale = (self.size / view.image.shape[0], self.size / view.image.shape[1])
-        return Sample(view.id, image, self.task.adjust(maps, scale, mirrored=mirrored), view.meta)
+        if maps:  # a picture to predict has none
+            maps = self.task.adjust(maps, scale, mirrored=mirrored)
+        return Sample(view.id, image, maps, view.meta)
 
     def _resize_map(self, name: str, values: Array) -> Array:
         size = (self.size, self.size)

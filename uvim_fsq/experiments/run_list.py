@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from uvim_fsq.checkpoints.run_directory import CONFIG, STATE, best, checkpoints, read_evaluation
-from uvim_fsq.config.yaml_files import read_tree
+from uvim_fsq.config.yaml_files import skim_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import read_result, result_file
 from uvim_fsq.files import read_json_lines
@@ -97,14 +97,14 @@ def _with_config(found: ListedRun, path: Path) -> ListedRun:
     file = path / CONFIG if (path / CONFIG).is_file() or not saved else saved[-1] / CONFIG
     if not file.is_file():
         raise UserError(f"{file} is missing")
-    tree = read_tree(file)
+    tree = skim_tree(file)
     train, task = (tree.get(key) or {} for key in ("train", "task"))
     stage = tree.get("stage")
     if stage not in ROWS or not isinstance(train, dict) or not isinstance(task, dict):
         raise UserError(f"{file} is not the configuration of a run")
     planned = str(train["steps"]) if train.get("steps") else ""
     if not planned and train.get("epochs"):
-        planned = f"{train['epochs']:g} epochs"
+        planned = f"{float(train['epochs']):g} epochs"
     return replace(found, task=str(task.get("name", "")), stage=stage, planned=planned)
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from uvim_fsq.console import LINES, Bar, clock, say
+from uvim_fsq.console import LINES, Bar, clock, printable, say
 from uvim_fsq.data.folders import list_images
 from uvim_fsq.data.images import read_image
 from uvim_fsq.data.sample import Array
@@ -304,7 +304,8 @@ class _Work:
 def _say_missing(film: Film) -> None:
     # The number in the header is an estimate in some formats.
     if film.read < 0.95 * film.frames:
-        say(f"{film.file}: only {film.read} of {film.frames} frames could be read; the file may be damaged")
+        read = f"only {film.read} of {film.frames} frames could be read"
+        say(f"{printable(str(film.file))}: {read}; the file may be damaged")
 
 
 def _frame(stem: str, number: int) -> str:

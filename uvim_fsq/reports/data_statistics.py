@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Values taken from each map for the histograms, so that large photos do not fill the memory.
 VALUES = (64, 64)
+#: Components of vectors that get a chart each; those of longer vectors share one.
+MOST_COMPONENTS = 4
 #: Classes shown in a chart; the rest are added up.
 MOST_CLASSES = 40
 
@@ -29,7 +31,8 @@ class Statistics:
 
     Attributes:
         sizes: (height, width) of each image.
-        values: map of real values -> samples of its valid values (finite and above 0).
+        values: map of real values -> samples of its valid values: finite and above 0, or of a map of vectors, finite
+            and not all 0; each component of a vector is named by itself.
         missing: map or label channel -> share of its pixels without a value, of each image.
         counts: categorical label channel -> (C,) pixels of each class, at label size.
         segments: map of integers -> the number of segments in each image, which are its distinct values above 0; or of
@@ -47,11 +50,13 @@ class Statistics:
         self.sizes.append((sample.image.shape[0], sample.image.shape[1]))
         for name, values in sample.maps.items():
             if np.issubdtype(values.dtype, np.floating):
-                valid = np.isfinite(values) & (values > 0)
-                if values.ndim == 2:
-                    self.missing.setdefault(name, []).append(1 - float(valid.mean()))
-                small = resize_nearest(values, VALUES)
-                self.values.setdefault(name, []).append(small[resize_nearest(valid, VALUES)])
+                valid: np.ndarray = np.isfinite(values) & (values > 0)
+                if values.ndim == 3:
+                    valid = np.isfinite(values).all(-1) & np.asarray(values.any(-1))
+                self.missing.setdefault(name, []).append(1 - float(valid.mean()))
+                small = resize_nearest(values, VALUES)[resize_nearest(valid, VALUES)]
+                for part, numbers in _components(name, small).items():
+                    self.values.setdefault(part, []).append(numbers)
             elif values.ndim == 2:
                 # Segments are numbered from 1, classes from 0; -1 is no label.
                 first = 0 if name in task.label_channels else 1
@@ -62,6 +67,13 @@ class Statistics:
                 self.missing.setdefault(f"labels {name}", []).append(1 - found.size / labels[name].size)
                 total = self.counts.setdefault(name, np.zeros(channel.num_classes, np.int64))
                 total += np.bincount(found.ravel(), minlength=channel.num_classes)[: channel.num_classes]
+
+
+def _components(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The values of a map by what they are called: (N,), or (N, C) vectors."""
+    if values.ndim == 1 or values.shape[1] > MOST_COMPONENTS:
+        return {name: values.ravel()}
+    return {f"{name}, component {c + 1}": values[:, c] for c in range(values.shape[1])}
 
 
 def summary(found: Statistics) -> list[list[str]]:

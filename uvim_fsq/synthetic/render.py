@@ -1,4 +1,4 @@
-"""A vectorized ray caster for furnished rooms: images with exact depth and segments.
+"""A vectorized ray caster for furnished rooms: images with exact depth, surface normals and segments.
 
 The same (seed, index) gives the same room at every image size. Independent of files, data sets and models.
 
@@ -58,6 +58,8 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8 RGB.
         depth: (H, W) float32 z-depth in meters at the pixel centers, within (0.3, 9.9), without holes.
+        normals: (H, W, 3) float32 unit normals of the surfaces at the pixel centers, on the camera's side, in camera
+            coordinates: x right, y up, z back, from the scene to the camera (as in OpenGL).
         segments: (H, W) int32 ids 1..K at the pixel centers; every id has at least one pixel.
         segments_info: K dicts with `id`, `category_id` (see `CATEGORIES`) and `name`, ordered by id.
         camera: the camera that took the image.
@@ -65,6 +67,7 @@ class Scene:
 
     image: np.ndarray
     depth: np.ndarray
+    normals: np.ndarray
     segments: np.ndarray
     segments_info: tuple[dict[str, Any], ...]
     camera: Camera
@@ -100,14 +103,16 @@ def render(
         rays = _rays(room.camera, height, width, samples)
         bodies, shadows = _windows(room, (height, width))
         depth, surface, face = _cast(room, rays, bodies)
-        colour = _shade(room, rays, depth, surface, face, shadows)
+        hits = _hits(room, rays, depth, surface, face)
+        colour = _shade(room, rays, depth, hits, shadows)
+    normals = _camera_normals(room.camera, hits, depth.shape)
     colour = _anti_aliased(colour) if samples == 2 else colour[:, 0]
     depth, surface = depth[0], surface[0]
     grain = rng.standard_normal((3, height, width), dtype=np.float32)
     grain *= 255 * room.noise
     image = np.clip(colour * 255 + grain, 0, 255).astype(np.uint8).transpose(1, 2, 0)
     segments, info = _segments(room, surface)
-    return Scene(np.ascontiguousarray(image), np.ascontiguousarray(depth), segments, info, room.camera)
+    return Scene(np.ascontiguousarray(image), np.ascontiguousarray(depth), normals, segments, info, room.camera)
 
 
 @lru_cache(maxsize=1)
@@ -272,21 +277,54 @@ def _hit_round(
 # ---------------------------------------------------------------- shading
 
 
-def _shade(
-    room: Room, rays: np.ndarray, depth: np.ndarray, surface: np.ndarray, face: np.ndarray,
-    shadows: list[Window],
-) -> np.ndarray:  # fmt: skip
-    """(3, S, H, W) float32 display colors, roughly in [0, 1], for all surfaces at once."""
+@dataclass(frozen=True)
+class _Hits:
+    """What the rays hit.
+
+    Attributes:
+        rows: (24, N) float32 surface parameters, see `Room.table`.
+        points: (3, N) float32 world coordinates.
+        local, view: (3, N) float32 points and ray directions in the frame of the object that is hit.
+        flat: (3, N) bool, whether the face is flat, across local x, y, z.
+        normal: (3, N) float32 unit normals facing the camera, in object frames.
+        facing: (N,) float32 absolute dot products of normal and ray.
+    """
+
+    rows: np.ndarray
+    points: np.ndarray
+    local: np.ndarray
+    view: np.ndarray
+    flat: np.ndarray
+    normal: np.ndarray
+    facing: np.ndarray
+
+
+def _hits(room: Room, rays: np.ndarray, depth: np.ndarray, surface: np.ndarray, face: np.ndarray) -> _Hits:
     rows = room.table.take(surface.reshape(-1), axis=1)
     points = (rays * depth).reshape(3, -1) + room.camera.origin.astype(np.float32)[:, None]
     local = _to_local(points - rows[CENTRE], rows[TURN])
     view = _to_local(rays.reshape(3, -1), rows[TURN])
     flat = face.reshape(-1) == np.arange(3, dtype=np.int8)[:, None]
     normal, facing = _normals(local, view, flat, face.reshape(-1) == _CURVED, rows[BEND])
-    to_light = room.light.astype(np.float32)[:, None] - points
+    return _Hits(rows, points, local, view, flat, normal, facing)
+
+
+def _camera_normals(camera: Camera, hits: _Hits, shape: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 3) normals of the samples at the pixel centers, see `Scene.normals`; `shape` is (S, H, W)."""
+    count = shape[1] * shape[2]  # the centers are the first of the S samples
+    cos, sin = hits.rows[TURN, :count]
+    world = _to_local(hits.normal[:, :count], (cos, -sin))
+    axes = camera.basis * np.array([[1.0], [1.0], [-1.0]])  # right, up, back
+    return np.ascontiguousarray((axes.astype(np.float32) @ world).T).reshape(*shape[1:], 3)
+
+
+def _shade(room: Room, rays: np.ndarray, depth: np.ndarray, hits: _Hits, shadows: list[Window]) -> np.ndarray:
+    """(3, S, H, W) float32 display colors, roughly in [0, 1], for all surfaces at once."""
+    rows, normal, view = hits.rows, hits.normal, hits.view
+    to_light = room.light.astype(np.float32)[:, None] - hits.points
     lit = _unshadowed(room, to_light.reshape(rays.shape), shadows).reshape(-1)
     towards = _to_local(to_light, rows[TURN])
-    albedo = _texture(local, flat, rows, facing, room.camera.focal * rays.shape[2] / depth.reshape(-1))
+    albedo = _texture(hits, room.camera.focal * rays.shape[2] / depth.reshape(-1))
     range2 = (towards * towards).sum(axis=0)
     unit = towards / np.sqrt(range2)
     cosine = np.maximum((normal * unit).sum(axis=0), 0) * lit
@@ -299,8 +337,11 @@ def _shade(
     return np.sqrt(colour).reshape(3, *depth.shape)
 
 
-def _to_local(vectors: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Rotates (3, N) world vectors about the vertical into the frame of each pixel's object."""
+def _to_local(vectors: np.ndarray, turn: np.ndarray | tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Rotates (3, N) world vectors about the vertical into the frame of each pixel's object.
+
+    `turn`: (N,) cosines and sines of the objects' angles; with the sines negated, from there into the world.
+    """
     result = np.empty_like(vectors)
     result[0] = turn[0] * vectors[0] + turn[1] * vectors[1]
     result[1] = turn[0] * vectors[1] - turn[1] * vectors[0]
@@ -332,17 +373,16 @@ def _unshadowed(room: Room, to_light: np.ndarray, windows: list[Window]) -> np.n
     return lit
 
 
-def _texture(
-    local: np.ndarray, flat: np.ndarray, rows: np.ndarray, facing: np.ndarray, density: np.ndarray
-) -> np.ndarray:
+def _texture(hits: _Hits, density: np.ndarray) -> np.ndarray:
     """(3, N) linear albedo of solid textures: cells in object coordinates with joints, shades and noise.
 
     Patterns finer than a sample fade to their mean instead of aliasing. `density`: (N,) samples per meter.
     """
     smooth, white = _noise_tables()
-    place = local * rows[CELL] + rows[PHASE]
+    rows = hits.rows
+    place = hits.local * rows[CELL] + rows[PHASE]
     cell = np.floor(place)
-    inner = np.where(flat, np.float32(0), np.abs(place - cell - np.float32(0.5)))
+    inner = np.where(hits.flat, np.float32(0), np.abs(place - cell - np.float32(0.5)))
     parity = np.array([1, 1, 1], np.float32) @ cell
     parity -= 2 * np.floor(parity * np.float32(0.5))
     shade = white[(np.array([7, 57, 131], np.float32) @ cell).astype(np.int32) & 1023]
@@ -354,7 +394,7 @@ def _texture(
     parts, joints, shades, grains = rows[WEIGHTS]
     mix = parts * parity + joints * joint + shades * shade + grains * grain
     mean = np.float32(0.5) * (parts + shades + grains)
-    sharp = np.clip(density * (facing + np.float32(0.05)) / rows[CELL].max(axis=0) - np.float32(0.8), 0, 1)
+    sharp = np.clip(density * (hits.facing + np.float32(0.05)) / rows[CELL].max(axis=0) - np.float32(0.8), 0, 1)
     return rows[DARK] + rows[SPAN] * np.clip(mean + (mix - mean) * sharp, 0, 1)
 
 

@@ -1,4 +1,5 @@
-"""Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet, and as class PNGs.
+"""Writes rendered rooms in the on-disk formats of NYU Depth v2, COCO panoptic and ImageNet, and as PNGs of classes and
+of surface normals.
 
 Training image i is room i of the series, validation image i is room 10,000,000 + i. A data set is written to a
 temporary folder and renamed when complete, so that it is never seen half-written. Independent of tasks and models.
@@ -22,7 +23,7 @@ import h5py
 import numpy as np
 import scipy.io
 
-from uvim_fsq.data.encode import hdf5_bytes, picture_bytes
+from uvim_fsq.data.encode import deep_png_bytes, hdf5_bytes, picture_bytes
 from uvim_fsq.data.pool import in_processes
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import writing
@@ -109,11 +110,12 @@ def write_dataset(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Writes `num` training and `num_val` validation images as "nyu", "coco_panoptic", "semantic" or "imagenet".
+    """Writes `num` training and `num_val` validation images in one of five formats.
 
     "nyu": one .h5 per frame (layout "h5"), the labeled .mat with its splits ("mat"), or BTS's files ("png").
     "coco_panoptic": images, id PNGs and the two JSON files of 2017. "semantic": photos, class PNGs and classes.txt.
-    "imagenet": class folders for training and a flat val/; the classes are arbitrary.
+    "imagenet": class folders for training and a flat val/; the classes are arbitrary. "normals": photos and 16-bit PNGs
+    of `Scene.normals`, n stored as 32767.5 n + 32767.5.
 
     Args:
         out: the new data set's folder; must be empty or not exist.
@@ -127,10 +129,10 @@ def write_dataset(
     Raises:
         UserError: `out` is not an empty folder, or a format, layout, world or number is invalid.
     """
-    writers = {"coco_panoptic": _coco_panoptic, "semantic": _semantic, "imagenet": _imagenet}
+    writers = {"coco_panoptic": _coco_panoptic, "semantic": _semantic, "imagenet": _imagenet, "normals": _normals}
     nyu_writers = {"h5": _nyu_h5, "mat": _nyu_mat, "png": _nyu_png}
     if format != "nyu" and format not in writers:
-        raise UserError(f'format "{format}" is unknown: use "nyu", "coco_panoptic", "semantic" or "imagenet"')
+        raise UserError(f'format "{format}" is unknown: use one of nyu, {", ".join(writers)}')
     if format == "nyu" and layout not in nyu_writers:
         raise UserError(f'NYU layout "{layout}" is unknown: use one of {", ".join(nyu_writers)}')
     writer = nyu_writers[layout] if format == "nyu" else writers[format]
@@ -291,7 +293,7 @@ def _frame(job: _Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return scene.image, scene.depth, holed
 
 
-# ---------------------------------------------------------------- COCO panoptic, class PNGs and ImageNet
+# ---------------------------------------------------------------- COCO panoptic, PNGs of classes and normals, ImageNet
 
 
 def _coco_panoptic(plan: _Plan, root: Path) -> None:
@@ -349,10 +351,14 @@ def _segment(mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _semantic(plan: _Plan, root: Path) -> None:
+def _make_folders(root: Path, *kinds: str) -> None:
     for split in ("train", "val"):
-        for kind in ("images", "labels"):
+        for kind in kinds:
             (root / split / kind).mkdir(parents=True)
+
+
+def _semantic(plan: _Plan, root: Path) -> None:
+    _make_folders(root, "images", "labels")
     lines = (" ".join(map(str, (category["name"], *category["color"]))) for category in CATEGORIES)
     (root / "classes.txt").write_text("\n".join(lines) + "\n")
     plan.run_all(_store_semantic, root)
@@ -365,6 +371,19 @@ def _store_semantic(job: _Job) -> None:
     classes = np.array([0, *(number[info["category_id"]] for info in scene.segments_info)], np.uint8)[scene.segments]
     (job.root / job.split / "images" / f"{job.number:06d}.jpg").write_bytes(_jpeg(scene))
     (job.root / job.split / "labels" / f"{job.number:06d}.png").write_bytes(picture_bytes(classes))
+
+
+def _normals(plan: _Plan, root: Path) -> None:
+    _make_folders(root, "images", "normals")
+    plan.run_all(_store_normals, root)
+
+
+def _store_normals(job: _Job) -> None:
+    """16 bits, because 8 would be off by up to 0.4 degrees."""
+    scene = job.scene()
+    coded = (scene.normals.astype(np.float64) * 32767.5 + 32767.5).round().clip(0, 65535).astype(np.uint16)
+    (job.root / job.split / "images" / f"{job.number:06d}.jpg").write_bytes(_jpeg(scene))
+    (job.root / job.split / "normals" / f"{job.number:06d}.png").write_bytes(deep_png_bytes(coded))
 
 
 def _imagenet(plan: _Plan, root: Path) -> None:

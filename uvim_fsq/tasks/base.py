@@ -210,8 +210,10 @@ class Task(ABC):
         """Corrects map values that denote a direction or a distance in the image after a geometric transform; by
         default returns the maps unchanged.
 
-        Called for every sample at the label size, before `encode`. Crop, resize and flip only move pixels: after a
-        flip, a normal still points to the old left, and after halving the size, a flow of 10 pixels is still 10.
+        Called for every sample at the label size, before `encode`, but not for pictures to predict, which have no maps.
+        Crop, resize and flip only move pixels: after a flip, a normal still points to the old left, and after halving
+        the size, a flow of 10 pixels is still 10. Vectors of a map in `linear_maps` are means of neighbors: if they
+        must have unit length, give it back to them here.
 
         Args:
             maps: (S, S) or (S, S, C) arrays; return new arrays instead of writing into these.
@@ -390,6 +392,12 @@ class Task(ABC):
     def legend(self) -> Array | None:
         """An image (H, W, 3) uint8 that explains the colors of `render`, or None."""
         return None
+
+    def prediction_legend(self, prediction: Any) -> Array | None:
+        """An image (H, W, 3) uint8 that explains the colors of `render` for one prediction without truth, e.g. the
+        range of its values or the classes in it; by default `legend`.
+        """
+        return self.legend()
 
     def baseline(self, source: SampleSource, size: int) -> Baseline | None:
         """A trivial prediction of side `size`, computed in one pass over `source`, or None."""
