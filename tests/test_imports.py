@@ -16,6 +16,7 @@ ORDER = [
     "__init__",
     "cli",
     "commands",
+    "demo",
     "experiments",
     "benchmark",
     "interop",

@@ -25,6 +25,7 @@ from uvim_fsq.commands import (
     data_convert,
     data_prepare,
     data_view,
+    demo,
     doctor,
     evaluate,
     import_uvim,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, ModuleType] = {
     "tune-decoder": tune_decoder,
     "analyze": analyze,
     "predict": predict,
+    "demo": demo,
     "push": push,
     "compile": compile,
     "synth": synth,
@@ -79,7 +81,9 @@ DATA_COMMANDS: dict[str, ModuleType] = {
 LISTS_KEYS = {
     "train-oracle": "oracle",
     "train-direct": "direct",
-    **dict.fromkeys(("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "compile"), "lm"),
+    **dict.fromkeys(
+        ("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "demo", "compile"), "lm"
+    ),
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "runs", "doctor", "completion")

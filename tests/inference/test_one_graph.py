@@ -85,8 +85,11 @@ def test_a_generator_with_side_effects_is_refused(random_lm: Any) -> None:
 def test_decoding_with_buffers_gives_the_same_tokens(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, images = make_lm(), make_images()
     expected = TokenGenerator(lm, sampling)(images).tokens
+    seeds = torch.arange(2 * len(images))
+    twice = TokenGenerator(lm, sampling).samples(images, seeds, 2).tokens
     monkeypatch.setattr(TokenGenerator, "_is_static", lambda self, device: True)
     assert torch.equal(TokenGenerator(lm, sampling)(images).tokens, expected)
+    assert torch.equal(TokenGenerator(lm, sampling).samples(images, seeds, 2).tokens, twice)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["autoregressive", "masked"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,19 @@ from PIL import Image
 
 from tests.support.evaluation import batch_of
 from tests.support.photos import noise_photo as photo
-from uvim_fsq.checkpoints.loading import LoadedRun, load_direct
+from tests.support.runs import save_untrained
+from tests.support.small import lm_run
+from uvim_fsq.checkpoints import loading
+from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint, load_direct
 from uvim_fsq.config.plugins import trusting, trusts_runs
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import pictures
 from uvim_fsq.inference import predict_files as files_module
+from uvim_fsq.inference.code_decoding import sample_seeds
 from uvim_fsq.inference.predict_files import predict_files
-from uvim_fsq.inference.predictions import predict_functions
+from uvim_fsq.inference.predictions import image_decoder, predict_functions
 from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.lm.image_encoder import ImageEncoder
 
 
 def test_one_full_size_image_at_a_time_is_held(tmp_path: Path, lm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +210,70 @@ def test_samples_differ_and_the_first_is_the_prediction(random_runs: tuple[Path,
     np.testing.assert_allclose(samples.spread, np.std(samples.predictions, axis=0), atol=1e-5)
     again = predictor.predict_samples(RGB, num=3).predictions
     assert all(np.array_equal(a, b) for a, b in zip(again, samples.predictions, strict=False))
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked"])
+def test_several_samples_encode_the_image_once_and_equal_a_batch_of_it(
+    tmp_path: Path, random_runs: tuple[Path, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_untrained(lm_run(tmp_path / "lm", random_runs[0], f"model.kind={kind}"))
+    predictor = Predictor.from_run(run, ["eval.temperature=1", "eval.batch_size=3"])
+    loaded = load_checkpoint(run, ["eval.temperature=1"])
+    assert loaded.lm is not None
+    encoded: list[int] = []
+    plain = ImageEncoder.forward
+
+    def counted(self: ImageEncoder, image: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(image))
+        return plain(self, image)
+
+    monkeypatch.setattr(ImageEncoder, "forward", counted)
+    samples = predictor.predict_samples(RGB, num=5)
+    assert encoded == [1, 1]  # once for each of the two batches
+    image = torch.from_numpy(predictor.prepare(RGB))[None]
+    seeds = torch.cat([sample_seeds(torch.tensor([0]), number) for number in range(5)])
+    with torch.inference_mode():
+        items, tokens = image_decoder(loaded, torch.device("cpu"))(image.repeat(5, 1, 1, 1), seeds)
+    assert tokens is not None and np.array_equal(samples.tokens, tokens.numpy())
+    for item, found in zip(items, samples.predictions, strict=True):
+        assert np.array_equal(predictor.task.to_size(item, RGB), found)
+
+
+def test_other_settings_share_the_models_and_predict_as_if_loaded_with_them(random_runs: tuple[Path, Path]) -> None:
+    predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1"])
+    changed = predictor.with_overrides(["eval.codes=soft", "task.decoding=expectation"])
+    assert changed._loaded.lm is predictor._loaded.lm  # pyright: ignore[reportAttributeAccessIssue]
+    alone = Predictor.from_run(random_runs[1], ["eval.codes=soft", "task.decoding=expectation"])
+    assert np.array_equal(changed.predict(RGB), alone.predict(RGB))
+    assert changed.fingerprint == alone.fingerprint and changed.provenance == alone.provenance
+    with pytest.raises(UserError, match="does not decode in steps"):
+        predictor.with_overrides(["eval.steps=4"])
+    with pytest.raises(UserError, match="cannot change it"):
+        predictor.with_overrides(["oracle=elsewhere"])
+
+
+def test_other_settings_are_trusted_as_the_run_was_also_in_another_thread(
+    random_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UVIM_FSQ_TRUST", raising=False)
+    trusted: list[bool] = []
+    with trusting():
+        predictor = Predictor.from_run(random_runs[1])
+    plain = loading.with_overrides
+    monkeypatch.setattr(
+        "uvim_fsq.inference.predictor.with_overrides", lambda *a: (trusted.append(trusts_runs()), plain(*a))[1]
+    )
+    thread = threading.Thread(target=predictor.with_overrides, args=[["eval.codes=soft"]])
+    thread.start()
+    thread.join()
+    assert trusted == [True]
+
+
+def test_the_tokens_of_a_prediction_are_those_of_the_first_sample(random_runs: tuple[Path, Path]) -> None:
+    predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1"])
+    depth, tokens = predictor.predict_with_tokens(RGB)
+    assert np.array_equal(depth, predictor.predict(RGB))
+    assert tokens is not None and np.array_equal(tokens, predictor.predict_samples(RGB, num=2).tokens[0])
 
 
 @pytest.mark.parametrize(

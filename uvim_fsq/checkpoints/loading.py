@@ -212,6 +212,27 @@ def load_any(
         return _load(path, overrides, device, tuned)
 
 
+def with_overrides(loaded: LoadedRun | LoadedDirect, overrides: Sequence[str]) -> LoadedRun | LoadedDirect:
+    """The same checkpoint and models with the settings that `load_any` would give them; the models are shared.
+
+    Raises UserError as `load_any` does.
+    """
+    checkpoint, _, run, changed, tuned = _choose(loaded.checkpoint, overrides, True)
+    about: dict[str, Any] = {"task": build_task(run), "run": run, "overrides": changed}
+    if isinstance(loaded, LoadedRun) and isinstance(run, LMRun):
+        _refuse_other_oracle(run, changed, find_oracle(checkpoint, run))
+        check_context_weight(run.eval.context_weight, loaded.oracle.config.context, checkpoint)
+        about["decoding_from"] = FROM_RUN if tuned is None else tuned.describe(run.eval)
+    return replace(loaded, **about)
+
+
+def _refuse_other_oracle(run: LMRun, changed: dict[str, list[Any]], place: Path) -> None:
+    if "oracle" in changed and place != Path(run.oracle):
+        raise UserError(
+            f"oracle={run.oracle}: this run has its own oracle, {place}; a trained LM cannot change it, leave it out"
+        )
+
+
 def _load(
     path: str | Path, overrides: Sequence[str], device: str | torch.device, use_tuned: bool
 ) -> LoadedRun | LoadedDirect:
@@ -228,10 +249,7 @@ def _load(
         load_model_weights(oracle, checkpoint)
         return LoadedRun(run=run, task=task, oracle=oracle.eval().to(device), lm=None, **about)
     place = find_oracle(checkpoint, run)
-    if "oracle" in changed and place != Path(run.oracle):
-        raise UserError(
-            f"oracle={run.oracle}: this run has its own oracle, {place}; a trained LM cannot change it, leave it out"
-        )
+    _refuse_other_oracle(run, changed, place)
     oracle, task = load_oracle(place, run)
     lm = build_lm(run, oracle, published=False)
     load_model_weights(lm, checkpoint)

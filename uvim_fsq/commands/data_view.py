@@ -11,7 +11,7 @@ from uvim_fsq.errors import UserError
 
 HELP = "show samples, labels, augmentation and statistics as an HTML page"
 #: The most samples that a page shows; more would be too large for a browser.
-MOST = 500
+MOST = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ size, N evaluated images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ class Picture:
 class Painter:
     """Decodes codes into pictures, drawn over the photo, or over plain gray if the decoder does not see the photo.
 
+    Args:
+        loaded: the checkpoint.
+        device: where its models are.
+        indices: of the images in the evaluation split, or how many evenly spaced ones.
+
     Attributes:
         tokens: (B, L) int64, the oracle's tokens of the images that are shown.
         lm_tokens: (B, L) int64, the LM's tokens, or None without an LM.
@@ -82,9 +87,9 @@ class Painter:
     """
 
     @torch.inference_mode()
-    def __init__(self, loaded: LoadedRun, device: torch.device) -> None:
+    def __init__(self, loaded: LoadedRun, device: torch.device, indices: Sequence[int] | int = IMAGES) -> None:
         self.loaded, self.task, self.oracle = loaded, loaded.task, loaded.oracle
-        batch, self.samples = chosen_samples(loaded.task, loaded.run.data, IMAGES)
+        batch, self.samples = chosen_samples(loaded.task, loaded.run.data, indices)
         self.batch = to_device(batch, device)
         self.tokens = self.oracle.tokenize(self.batch["labels"], self.batch["image"]).cpu().numpy()
         self.lm_tokens: np.ndarray | None = None

@@ -17,7 +17,7 @@ import torch
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.loader import derive_seed
 from uvim_fsq.errors import UserError
-from uvim_fsq.lm.base import Generated, Generator, TokenModel
+from uvim_fsq.lm.base import Generated, Generator, SampleGenerator, TokenModel
 from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.oracle.label_decoder import LabelDecoder
 from uvim_fsq.oracle.model import Oracle
@@ -198,6 +198,24 @@ class LMDecoder:
         """
         parts, tokens = self.parts(image, seeds)
         return self.decode(parts, image), tokens
+
+    def samples(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
+        """Predicts one image several times; with a generator that can, it is encoded once.
+
+        Args:
+            image: (1, 3, S, S), as for a batch.
+            seeds: (K,) int64, one random stream per sample.
+
+        Returns K predictions and their tokens (K, L), as for a batch of K equal images. `eval.samples` must be 1.
+        """
+        count = len(seeds)
+        images = image.expand(count, -1, -1, -1)
+        if isinstance(self.generator, SampleGenerator):
+            generated = self.generator.samples(image, seeds, count)
+        else:
+            generated = self.generator(images.contiguous(), seeds)
+        parts, tokens = self.parts_of([generated], count)
+        return self.decode(parts, images), tokens
 
     def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
         """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""

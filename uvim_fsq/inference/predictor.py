@@ -20,7 +20,7 @@ from PIL import Image
 
 from uvim_fsq import processes
 from uvim_fsq.checkpoints.hub import provenance_name
-from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any
+from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any, with_overrides
 from uvim_fsq.checkpoints.run_directory import WEIGHTS, recorded_hashes
 from uvim_fsq.checkpoints.tuned import FROM_RUN
 from uvim_fsq.config.plugins import trusting, trusts_runs
@@ -30,7 +30,7 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.data.tiles import Tiling
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
-from uvim_fsq.inference.code_decoding import sample_seeds
+from uvim_fsq.inference.code_decoding import LMDecoder, sample_seeds
 from uvim_fsq.inference.compiled import Decode
 from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
 from uvim_fsq.inference.predictions import eval_autocast, image_decoder
@@ -48,10 +48,12 @@ class Samples:
     Attributes:
         predictions: as from `Predictor.predict`, one per sample.
         spread: (H, W) float32, how much they differ at each pixel, see `Task.spread`; None if the task has no measure.
+        tokens: (K, L) int64, the tokens of each sample.
     """
 
     predictions: list[Any]
     spread: Array | None
+    tokens: Array
 
 
 class Predictor:
@@ -115,6 +117,16 @@ class Predictor:
         """
         return self.predict_batch([image])[0]
 
+    def predict_with_tokens(self, image: Picture) -> tuple[Any, Array | None]:
+        """`predict`, and the tokens (L,) int64 of the prediction; with `eval.samples`, of the first sample.
+
+        The tokens are None for a direct model.
+        """
+        limit_pixels(self.run.data.max_pixels)
+        pixels = pixels_of(content_of(image))
+        items, tokens = self._run(self._decode, [self.prepare(pixels)])
+        return self.task.to_size(items[0], pixels), None if tokens is None else tokens[0].cpu().numpy()
+
     def predict_batch(self, images: Iterable[Picture] | torch.Tensor) -> list[Any]:
         """Predicts several images of any sizes: much faster on a GPU, with the same results as `predict`.
 
@@ -154,10 +166,16 @@ class Predictor:
         prepared = self.prepare(pixels)
         seeds = torch.cat([sample_seeds(torch.full((1,), config.seed), number) for number in range(num)])
         items: list[Any] = []
+        tokens: list[torch.Tensor] = []
         for part in seeds.split(config.batch_size):
-            items += self._predict_with(self._decode, [prepared] * len(part), part)
+            if isinstance(self._decode, LMDecoder):
+                more, drawn = self._run(self._decode.samples, [prepared], part)
+            else:
+                more, drawn = self._run(self._decode, [prepared] * len(part), part)
+            assert drawn is not None
+            items, tokens = [*items, *more], [*tokens, drawn.cpu()]
         found = [self.task.to_size(item, pixels) for item in items]
-        return Samples(found, self.task.spread(found))
+        return Samples(found, self.task.spread(found), torch.cat(tokens).numpy())
 
     def _check_samples(self, num: int) -> EvalConfig:
         config = self.run.eval
@@ -170,6 +188,19 @@ class Predictor:
         if config.samples > 1:
             raise UserError(f"eval.samples={config.samples} averages samples; predict_samples needs eval.samples=1")
         return config
+
+    def with_overrides(self, overrides: Sequence[str]) -> Predictor:
+        """A predictor with other settings and the same models, which are not loaded again.
+
+        The two share their models: `to` of one would move those of the other.
+
+        Args:
+            overrides: as for `from_run`. Those of this predictor do not apply to the new one.
+
+        Raises UserError as `from_run` does.
+        """
+        with trusting(self._trust):
+            return type(self)(with_overrides(self._loaded, overrides), self.device)
 
     def to(self, device: str | torch.device) -> Predictor:
         """Moves the models to a device. Returns this predictor. Raises UserError if the device cannot be used."""
@@ -229,16 +260,19 @@ class Predictor:
         """Predicts images returned by `prepare`. Returns one item per image, as `Task.decode` does, at size S."""
         return self._predict_with(self._decode, images)
 
+    def _predict_with(self, decode: Decode, images: Sequence[Array]) -> list[Any]:
+        return self._run(decode, images)[0] if images else []
+
     @torch.inference_mode()
-    def _predict_with(self, decode: Decode, images: Sequence[Array], seeds: torch.Tensor | None = None) -> list[Any]:
-        """One item per image; `seeds` (B,) int64."""
-        if not images:
-            return []
+    def _run(
+        self, decode: Decode, images: Sequence[Array], seeds: torch.Tensor | None = None
+    ) -> tuple[list[Any], torch.Tensor | None]:
+        """What `decode` returns for images from `prepare`, at least one, and seeds (B,) int64."""
         if seeds is None:
             # All images share one seed, so each samples the same tokens as when it is predicted alone.
             seeds = torch.full((len(images),), getattr(self.run.eval, "seed", 0))
         with enough_memory(EVALUATION_REMEDY), eval_autocast(self.run.eval, self.device):
-            return decode(torch.from_numpy(np.stack(images)).to(self.device), seeds)[0]
+            return decode(torch.from_numpy(np.stack(images)).to(self.device), seeds)
 
     @functools.cached_property
     def fingerprint(self) -> str:

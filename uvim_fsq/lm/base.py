@@ -63,6 +63,18 @@ class PureGenerator(Protocol):
         ...
 
 
+@runtime_checkable
+class SampleGenerator(Protocol):
+    """A generator that encodes an image once for several samples of it."""
+
+    def samples(self, images: torch.Tensor, seeds: torch.Tensor | None, copies: int) -> Generated:
+        """Generates `copies` samples of each image (B, 3, S, S), the first of all images first.
+
+        `seeds` (copies * B,) int64: one random stream per sample; 0, 1, 2, ... by default.
+        """
+        ...
+
+
 class TokenModel(nn.Module, ABC):
     """Predicts L tokens in [0, V) from an image. Images are (B, 3, S, S), either uint8 or floating point in [-1, 1].
 

@@ -84,8 +84,13 @@ class MaskedGenerator:
             images: (B, 3, S, S), uint8 or floating point in [-1, 1].
             seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused if nothing is random.
         """
-        drawn = self.draw(torch.arange(len(images)) if seeds is None else seeds)
-        return self.predict(images, None if drawn is None else drawn.to(images.device))
+        return self.samples(images, seeds, 1)
+
+    @torch.inference_mode()
+    def samples(self, images: torch.Tensor, seeds: torch.Tensor | None, copies: int) -> Generated:
+        """Generates several samples of each image, see `SampleGenerator`."""
+        drawn = self.draw(torch.arange(copies * len(images)) if seeds is None else seeds)
+        return self.predict(images, None if drawn is None else drawn.to(images.device), copies)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """Random numbers for images with seeds (B,) int64, or None if nothing is random.

@@ -162,16 +162,23 @@ class TokenGenerator:
             images: (B, 3, S, S), uint8 or floating point in [-1, 1].
             seeds: (B,) int64, one random stream per image; 0 to B - 1 by default. Unused by greedy decoding.
         """
-        batch = len(images)
+        return self.samples(images, seeds, 1)
+
+    @torch.inference_mode()
+    def samples(self, images: torch.Tensor, seeds: torch.Tensor | None, copies: int) -> Generated:
+        """Generates several samples of each image, see `SampleGenerator`."""
+        batch = copies * len(images)
         drawn = self.draw(torch.arange(batch) if seeds is None else seeds)
         if not self._is_static(images.device):
-            return self.predict(images, drawn)
+            return self.predict(images, drawn, copies)
         size = self._pool.batch_size(batch, images.device)
-        if size > batch:
-            # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
+        # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
+        if copies == 1 and size > batch:
             images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
         with self._decoding_context(images.device):
             memory = self.model.encode(images)
+            if copies > 1:
+                memory = torch.cat([*[memory] * copies, memory[-1:].expand(size - batch, -1, -1)])
             buffers = self._prepare_buffers(memory)
             if drawn is not None:
                 buffers.uniforms[:batch].copy_(drawn, non_blocking=True)

@@ -18,8 +18,9 @@ from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.reports.data_statistics import Statistics, statistics_figures, summary
+from uvim_fsq.reports.evaluation_sections import panel_html
 from uvim_fsq.reports.html import html_table, png_tag, write_report
-from uvim_fsq.reports.panels import as_picture, tile
+from uvim_fsq.reports.panels import Panel, as_picture
 from uvim_fsq.tasks.base import Categorical, Task
 
 ProgressCallback = Callable[[int, int], None]
@@ -29,8 +30,8 @@ SIDE = 256
 MEASURED = 500
 #: Augmented versions of each sample, and the seed of the first.
 AUGMENTED, SEED = 2, 0
-#: Findings shown, and samples per picture.
-FINDINGS, ROWS = 200, 8
+#: Findings shown.
+FINDINGS = 200
 #: Charts stand next to each other where there is room.
 BESIDE = "display:inline-block;vertical-align:top;margin-right:1em;max-width:100%"
 #: Color of pixels without a label.
@@ -81,21 +82,23 @@ class _View:
         """The labels of the whole sample, (S, S[, C])."""
         return self.plain.encode(self.plain.resample(self._whole(sample), 0))[1]
 
-    def row(self, sample: Sample, index: int) -> dict[str, np.ndarray]:
-        """Title -> picture: image, ground truth, labels as encoded, augmented images and labels."""
+    def row(self, sample: Sample, index: int) -> dict[str, Panel]:
+        """By title: image, ground truth, labels as encoded, augmented images and labels."""
         task, view = self.task, self._whole(sample)
         resized = self.plain.resample(view, 0)
         labels = task.encode(resized)
         prediction = task.to_size(perfect_prediction(task, labels), view.image)
         pictures = task.render(view.image, prediction, view)
-        row = {"image": view.image}
+        row = {"image": Panel(view.image)}
         if "ground truth" in pictures:
-            row["ground truth"] = pictures["ground truth"]
-        row["encoded"] = label_picture(task, resized.image, labels)
+            row["ground truth"] = Panel(
+                pictures["ground truth"], task.captions(prediction, view).get("ground truth", "")
+            )
+        row["encoded"] = Panel(label_picture(task, resized.image, labels))
         for number in range(AUGMENTED):
             changed = self.augment.resample(sample, derive_seed(SEED, number, index))
-            row[f"augmented {number + 1}"] = as_picture(task.model_image(changed))
-            row[f"its labels {number + 1}"] = label_picture(task, changed.image, task.encode(changed))
+            row[f"augmented {number + 1}"] = Panel(as_picture(task.model_image(changed)))
+            row[f"its labels {number + 1}"] = Panel(label_picture(task, changed.image, task.encode(changed)))
         return row
 
     def _whole(self, sample: Sample) -> Sample:
@@ -121,19 +124,18 @@ def _split_sections(
         sample = _read(source, index, failed)
         if sample is not None:
             found.add(task, sample, view.labels(sample))
-    rows: list[dict[str, np.ndarray]] = []
-    table = [["row", "sample", "size"]]
+    rows: list[str] = []
     for done, index in enumerate(shown):
         progress(len(measured) + done, len(measured) + len(shown))
         sample = _read(source, index, failed)
         if sample is not None:
-            rows.append(view.row(sample, index))
-            table.append([str(len(rows)), sample.id, f"{sample.image.shape[0]} x {sample.image.shape[1]}"])
+            size = f"{sample.image.shape[0]} x {sample.image.shape[1]} pixels"
+            rows.append(panel_html(f"{sample.id}, {size}", view.row(sample, index)))
     sections = [(f"{split}: data", html_table(_facts(source)))]
     if failed:
         sections.append((f"{split}: samples that cannot be read", html_list(list(failed))))
     if rows:
-        sections.append((f"{split}: samples", _pictures(rows) + html_table(table)))
+        sections.append((f"{split}: samples", "".join(rows)))
     if found.sizes:
         note = "" if len(measured) == len(source) else f"<p>{len(measured)} evenly spaced samples of {len(source)}.</p>"
         figures = statistics_figures(task, found)
@@ -143,11 +145,6 @@ def _split_sections(
         )
         sections.append((f"{split}: statistics", note + html_table(summary(found)) + drawn))
     return sections
-
-
-def _pictures(rows: list[dict[str, np.ndarray]]) -> str:
-    sheets = [tile(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
-    return "".join(png_tag(sheet, ", ".join(rows[0])) for sheet in sheets)
 
 
 def _read(source: SampleSource, index: int, failed: dict[str, None]) -> Sample | None:

@@ -368,6 +368,12 @@ class Task(ABC):
         """An image (H, W, 3) uint8 that explains the colors of `render`, or None."""
         return None
 
+    def prediction_legend(self, prediction: Any) -> Array | None:
+        """An image (H, W, 3) uint8 that explains the colors of `render` for one prediction without truth, e.g. the
+        range of its values or the classes in it; by default `legend`.
+        """
+        return self.legend()
+
     def baseline(self, source: SampleSource, size: int) -> Baseline | None:
         """A trivial prediction of side `size`, computed in one pass over `source`, or None."""
         return None

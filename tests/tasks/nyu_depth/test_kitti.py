@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def test_depth_is_sparse_and_in_units_of_1_256_meters(drives: Path) -> None:
     sample = open_source(str(drives), "train", NYUDepthConfig())[0]
     assert int(sample.image[0, 0, 0]) == 3 and sample.id == f"{IMAGES}/0000000003"
     np.testing.assert_array_equal(sample.maps["depth"], stored(3) / np.float32(256))
+
+
+def test_of_two_files_of_a_frame_the_png_is_read(drives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every machine, whatever the order in which its disk lists them."""
+    root = tmp_path / "kitti"
+    shutil.copytree(drives, root)
+    Image.new("RGB", (8, 4), "white").save(root / IMAGES / "0000000003.jpg")
+    (root / IMAGES / "0000000003.txt").write_text("notes")
+    listed = os.listdir
+    for backwards in (False, True):
+        monkeypatch.setattr(os, "listdir", lambda folder, order=backwards: sorted(listed(folder), reverse=order))
+        sample = open_source(str(root), "train", NYUDepthConfig())[0]
+        assert sample.id == f"{IMAGES}/0000000003" and sample.image.max() == 3
 
 
 def test_the_official_parts_are_used_without_a_list(drives: Path) -> None:

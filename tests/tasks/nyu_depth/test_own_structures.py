@@ -58,6 +58,12 @@ def test_diode_is_found_and_its_masks_apply(diode: Path) -> None:
     assert len(ids(diode, "val", NYUDepthConfig(protocol="full"))) == 2
 
 
+def test_scenes_named_by_dates_are_not_kitti(scannet: Path) -> None:
+    for number, scene in enumerate(sorted(scannet.iterdir())):
+        scene.rename(scannet / f"2024_05_{number:02d}")
+    assert detect(scannet, SCANNET) == ("folder", scannet)
+
+
 def test_a_mask_may_be_a_picture_in_the_folder_of_the_depth_maps(own_depth_folder: Path) -> None:
     mask = np.zeros((24, 32), np.uint8)
     mask[5] = 255

@@ -36,6 +36,8 @@ def test_classes_are_read_with_their_colors(tmp_path: Path, name: str, text: str
     [
         ("objectInfo150.txt", "Idx\tRatio\tName\n1\t0.1\twall\n7\t0.2\tbuilding, edifice\n"),
         ("id2label.json", '{"1": "wall", "7": "building, edifice"}'),
+        ("classes.txt", "1 wall\n7: building, edifice\n"),
+        ("classes.txt", "1 wall 0 0 9\n7 building, edifice 0 9 0\n"),
     ],
 )
 def test_pixel_values_may_be_given(tmp_path: Path, name: str, text: str) -> None:
@@ -43,6 +45,12 @@ def test_pixel_values_may_be_given(tmp_path: Path, name: str, text: str) -> None
     classes = read_classes(tmp_path / name)
     assert [(value, label) for value, label, _ in classes] == [(1, "wall"), (7, "building, edifice")]
     assert classes[0][2] != classes[1][2], "colors are filled in"
+
+
+def test_names_may_begin_with_a_number(tmp_path: Path) -> None:
+    for text, names in (("road\n2 wheeler\n", ["road", "2 wheeler"]), ("1 2 3 4x4\n3 4 5 6x6\n", ["4x4", "6x6"])):
+        (tmp_path / "classes.txt").write_text(text)
+        assert [(value, name) for value, name, _ in read_classes(tmp_path / "classes.txt")] == list(enumerate(names))
 
 
 @pytest.mark.parametrize(

@@ -101,5 +101,9 @@ def legend(
 
 def with_legend(picture: np.ndarray, segments: Segments, names: Sequence[str], palette: np.ndarray) -> np.ndarray:
     """`picture` with a legend of its classes on the right."""
-    present = sorted({int(c) for c in segments.classes})
-    return beside(picture, legend(names, palette, present, picture.shape[0]))
+    return beside(picture, legend(names, palette, present_classes(segments), picture.shape[0]))
+
+
+def present_classes(segments: Segments) -> list[int]:
+    """The classes of the segments, in order."""
+    return sorted({int(c) for c in segments.classes})

@@ -178,6 +178,9 @@ class CocoPanoptic(Task):
     def legend(self) -> np.ndarray:
         return render.legend(self.names, self.palette)
 
+    def prediction_legend(self, prediction: Segments) -> np.ndarray:
+        return render.legend(self.names, self.palette, render.present_classes(prediction))
+
     def prediction_files(self, stem: str) -> dict[str, str]:
         return {"png": f"{stem}.png", "json": f"{stem}.json", "overlay": f"{stem}_overlay.png"}
 

@@ -37,7 +37,9 @@ def is_kitti(place: Path) -> bool:
 
 def _dates(place: Path) -> list[Path]:
     folders = [place / name for name in IMAGE_FOLDERS if (place / name).is_dir()]
-    return [path for folder in folders for path in folder.iterdir() if _DATE.fullmatch(path.name)]
+    dates = [path for folder in folders for path in folder.iterdir() if _DATE.fullmatch(path.name)]
+    # Scenes of your own may be named by dates too.
+    return [path for path in dates if next(path.glob("*_drive_*"), None) is not None]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,16 @@ class Drives:
     listings: dict[Path, dict[str, str]] = field(default_factory=dict[Path, dict[str, str]])
 
     def _names(self, folder: Path) -> dict[str, str]:
-        """Name without extension -> name of the files in a folder, which is listed once; empty if there is none."""
+        """Name without extension -> name of the pictures in a folder, which is listed once; empty if there is none.
+
+        Of several formats, PNG is preferred to JPEG.
+        """
         if folder not in self.listings:
-            names = os.listdir(folder) if folder.is_dir() else []
-            self.listings[folder] = {os.path.splitext(name)[0]: name for name in names}
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+            parts = [os.path.splitext(name) for name in names]
+            self.listings[folder] = {
+                stem: stem + end for stem, end in parts if end.lower() in (".jpg", ".jpeg", ".png")
+            }
         return self.listings[folder]
 
     def image(self, folder: str, stem: str) -> Path:

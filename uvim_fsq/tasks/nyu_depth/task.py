@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
@@ -21,6 +20,7 @@ from uvim_fsq.data.tiles import Tile, align, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Task
+from uvim_fsq.tasks.legend import colour, draw_scale
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.nyu_depth.breakdown import ErrorByDepth
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -143,6 +143,9 @@ class NYUDepth(Task):
             "error": f"{_extent(error)}; colors 0 to {high / 4:.2f} m",
         }
 
+    def prediction_legend(self, prediction: np.ndarray) -> np.ndarray:
+        return draw_scale(self._range(prediction), "m")
+
     def _range(self, reference: np.ndarray) -> float:
         """The depth in meters at the end of the color scale."""
         positive = reference[reference > 0]
@@ -222,14 +225,3 @@ def _save_array(file: Path, array: np.ndarray) -> None:
     # Pass an open file, because np.save adds a suffix to a path.
     with file.open("wb") as opened:
         np.save(opened, array)
-
-
-def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
-    """Color-codes (H, W) reals in [0, high] with the matplotlib colormap `name`: (H, W, 3) uint8."""
-    import matplotlib
-
-    table = (matplotlib.colormaps[name](np.arange(256))[:, None, :3] * 255).astype(np.uint8)
-    share = np.clip(np.nan_to_num(values) / max(high, 1e-6), 0, 1)
-    share *= 256
-    # matplotlib's own mapping would need 56 bytes per pixel.
-    return cv2.applyColorMap(np.minimum(share, 255, out=share).astype(np.uint8), table)

@@ -1,8 +1,9 @@
 """Reads the files in which data sets name their classes. Does not import torch.
 
 Recognized by content: a line for each class, its name with or without a color before or after it (CamVid's
-label_colors.txt, the label map of CVAT's exports); a table with a header, by commas or tabs (class_dict.csv of many
-published copies, objectInfo150.txt of ADE20K); JSON, a list or an object (the id2label.json of model hubs).
+label_colors.txt, the label map of CVAT's exports), or in every line with its pixel value before it; a table with a
+header, by commas or tabs (class_dict.csv of many published copies, objectInfo150.txt of ADE20K); JSON, a list or an
+object (the id2label.json of model hubs).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MOST_BYTES, MOST_CLASSES, LONGEST_NAME = 1 << 20, 1000, 80
 
 _COLOR_LAST = re.compile(r"(?P<name>.*?)[\s,;:]+(?P<r>\d{1,3})[\s,]+(?P<g>\d{1,3})[\s,]+(?P<b>\d{1,3})[\s:]*")
 _COLOR_FIRST = re.compile(r"(?P<r>\d{1,3})[\s,]+(?P<g>\d{1,3})[\s,]+(?P<b>\d{1,3})[\s,]+(?P<name>.+)")
+_NUMBERED = re.compile(r"(?P<value>\d{1,5})[\s.,:;]+(?P<name>.*[^\W\d].*)")
 _VALUE_COLUMNS = ("id", "idx", "index", "value", "label")
 
 
@@ -100,12 +102,17 @@ def _from_lines(text: str, file: Path) -> Iterable[Partial]:
         rows = csv.DictReader(lines[1:], fieldnames=header, delimiter=delimiter, skipinitialspace=True)
         yield from (_from_row(row, i, file) for i, row in enumerate(rows))
         return
+    found: list[Partial] = []
+    numbered: list[re.Match[str] | None] = []
     for i, line in enumerate(lines):
-        match = _COLOR_LAST.fullmatch(line) or _COLOR_FIRST.fullmatch(line)
-        if match is None:
-            yield i, _name(line, file), None
-        else:
-            yield i, _name(match["name"], file), _color([match["r"], match["g"], match["b"]], file)
+        last = _COLOR_LAST.fullmatch(line)
+        match = last or _COLOR_FIRST.fullmatch(line)
+        name = _name(line if match is None else match["name"], file)
+        found.append((i, name, None if match is None else _color([match["r"], match["g"], match["b"]], file)))
+        numbered.append(_NUMBERED.fullmatch(name) if match is last else None)
+    if all(numbered):
+        found = [(int(m["value"]), m["name"], color) for m, (_, _, color) in zip(numbered, found, strict=True) if m]
+    yield from found
 
 
 def _from_row(row: dict[str, Any], index: int, file: Path) -> Partial:

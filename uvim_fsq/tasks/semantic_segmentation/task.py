@@ -147,6 +147,14 @@ class SemanticSegmentation(Task):
     def legend(self) -> np.ndarray:
         return draw_legend(self.table.names, self.table.colors)
 
+    def prediction_legend(self, prediction: np.ndarray) -> np.ndarray:
+        return self._legend_of(prediction)
+
+    def _legend_of(self, prediction: np.ndarray, height: int | None = None) -> np.ndarray:
+        """The classes that a prediction (H, W) has, in columns of at most `height` pixels."""
+        present = np.unique(prediction)
+        return draw_legend([self.table.names[c] for c in present], self.table.colors[present], height)
+
     def prediction_files(self, stem: str) -> dict[str, str]:
         return {"png": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
 
@@ -155,8 +163,7 @@ class SemanticSegmentation(Task):
         paths = self.prediction_files(stem)
         values = self.table.values.astype(np.uint8 if self.table.values.max() < 256 else np.uint16)
         write_png(paths["png"], values[prediction])
-        present = np.unique(prediction)
-        side = draw_legend([self.table.names[c] for c in present], self.table.colors[present], image.shape[0])
+        side = self._legend_of(prediction, image.shape[0])
         write_png(paths["overlay"], beside(self._paint(image, prediction), side))
         return paths
 

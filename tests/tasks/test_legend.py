@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 
-from uvim_fsq.tasks.nyu_depth.task import colour
+from uvim_fsq.tasks.legend import colour
 
 
 def test_depth_is_coloured_by_a_table() -> None:
