@@ -165,6 +165,8 @@ def test_an_export_is_used_like_a_run(predictor: Predictor, torch_export: Path, 
     assert predictor.fingerprint != Predictor.from_run(random_runs[1], SETTINGS).fingerprint
     with pytest.raises(UserError, match="an export draws no samples"):
         predictor.predict_samples(PICTURES[0], 2)
+    with pytest.raises(UserError, match="the settings of an export are fixed"):
+        predictor.with_overrides(["eval.codes=hard"])
     with pytest.raises(UserError, match="is an export, which is run on the CPU"):
         predictor._loaded.to(torch.device("cuda"))
 

@@ -216,8 +216,10 @@ class Predictor:
         Args:
             overrides: as for `from_run`. Those of this predictor do not apply to the new one.
 
-        Raises UserError as `from_run` does.
+        Raises UserError as `from_run` does, and for an export, whose settings are fixed.
         """
+        if isinstance(self._loaded, LoadedExport):
+            raise UserError("the settings of an export are fixed; export the run with the others, or use the run itself")
         with trusting(self._trust):
             return type(self)(with_overrides(self._loaded, overrides), self.device)
 
