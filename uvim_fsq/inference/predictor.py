@@ -219,7 +219,7 @@ class Predictor:
         Raises UserError as `from_run` does, and for an export, whose settings are fixed.
         """
         if isinstance(self._loaded, LoadedExport):
-            raise UserError("the settings of an export are fixed; export the run with the others, or use the run itself")
+            raise UserError("the settings of an export are fixed; export the run with others, or use the run itself")
         with trusting(self._trust):
             return type(self)(with_overrides(self._loaded, overrides), self.device)
 
