@@ -143,6 +143,13 @@ def test_an_onnx_model_predicts_what_the_run_predicts(
     for batch in (pictures, pictures[:1]):
         for item, expected in zip(exported.predict_batch(batch), run.predict_batch(batch), strict=True):
             np.testing.assert_allclose(item, expected, atol=1e-4)
+    file = tmp_path / "export" / "model.onnx"
+    images, program32 = torch.from_numpy(np.stack([run.prepare(PICTURES[0])])), exports._onnx_program(file)
+    exporting.quantize(file)
+    assert [path.name for path in sorted(file.parent.iterdir())] == [MANIFEST, file.name]
+    eight = exports._onnx_program(file)(images)["depth"]
+    changed = (eight - program32(images)["depth"]).abs() > 1e-3  # in bins, at random weights
+    assert 0 < float(changed.float().mean()) < 0.3
 
 
 @pytest.mark.slow

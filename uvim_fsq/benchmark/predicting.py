@@ -109,7 +109,8 @@ def _exported(folders: Sequence[Path]) -> dict[str, Predictor]:
 
 
 def _kind(folder: Path) -> str:
-    return f", {read_manifest(folder)['format']} export"
+    manifest = read_manifest(folder)
+    return f", {manifest['format']}{' int8' if manifest.get('int8') else ''} export"
 
 
 def _sizes(name: str, run: Path, exports: Sequence[Path]) -> list[Measurement]:

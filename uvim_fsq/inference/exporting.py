@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -41,7 +42,9 @@ DIFFERENCE = 1e-3
 SHARE = 1e-3
 
 
-def export_checkpoint(loaded: LoadedRun | LoadedDirect, kind: str, folder: Path) -> dict[str, Any]:
+def export_checkpoint(
+    loaded: LoadedRun | LoadedDirect, kind: str, folder: Path, *, int8: bool = False
+) -> dict[str, Any]:
     """Exports the prediction of a checkpoint into `folder`, checks that it equals PyTorch's, and returns its manifest.
 
     The folder appears complete or not at all, and replaces only an earlier export.
@@ -50,6 +53,8 @@ def export_checkpoint(loaded: LoadedRun | LoadedDirect, kind: str, folder: Path)
         loaded: the checkpoint, with the decoding settings to export, on the CPU.
         kind: a key of `PROGRAMS`.
         folder: the folder of the export.
+        int8: of an ONNX model, keep the weights of matrix products in 8 bits. The manifest then says how much that
+            changes the predictions, in place of the comparison that was made before.
 
     Raises UserError for an oracle, random decoding, other precisions than float32, models that cannot be exported,
     missing libraries, and for a program whose predictions differ.
@@ -64,15 +69,44 @@ def export_checkpoint(loaded: LoadedRun | LoadedDirect, kind: str, folder: Path)
         program = export_graph(exported, images[:2])
         with writing_folder(folder, MANIFEST) as place:
             _write(program, kind, place, list(expected))
-            files = {name: file_hash(place / name) for name in (PROGRAMS[kind], DATA) if (place / name).exists()}
+            files = _hashes(kind, place)
             if kind == "torch":
                 add_own_files(set(files.values()))
             say("comparing with PyTorch ...")
             measured = differences(open_program(place, kind, files), images, expected)
             refuse_different(measured)
-            manifest = {**describe(loaded, kind, images, expected), "files": files, "measured": measured}
+            if int8:
+                quantize(place / PROGRAMS[kind])
+                files = _hashes(kind, place)
+                measured = differences(open_program(place, kind, files), images, expected)
+            about = describe(loaded, kind, images, expected)
+            manifest = {**about, "int8": int8, "files": files, "measured": measured}
             write_json(place / MANIFEST, manifest)
     return manifest
+
+
+def _hashes(kind: str, folder: Path) -> dict[str, str]:
+    return {name: file_hash(folder / name) for name in (PROGRAMS[kind], DATA) if (folder / name).exists()}
+
+
+def quantize(file: Path) -> None:
+    """Replaces an ONNX model by one whose matrix products have 8-bit weights and round their inputs as they come.
+
+    Raises UserError for a model above 2 GB, whose weights lie in another file.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-not-found,unused-ignore]
+
+    if file.with_name(DATA).exists():
+        raise UserError("--int8 takes models up to 2 GB; export this one without it")
+    small = file.with_name(f"{file.name}.int8")
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # advice that concerns convolutional networks
+    try:
+        # The loop of an autoregressive model is a graph within the graph.
+        quantize_dynamic(file, small, weight_type=QuantType.QInt8, extra_options={"EnableSubgraph": True})
+    finally:
+        logging.getLogger().setLevel(level)
+    small.replace(file)
 
 
 def require_libraries(kind: str) -> None:
