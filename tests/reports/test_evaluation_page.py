@@ -66,7 +66,7 @@ def test_evaluate_writes_a_page_only_if_asked(random_runs: tuple[Path, Path], tm
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     main([*command, "--report", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
-    assert "nyu_depth/full" in page
+    assert "nyu_depth/full" in page and "4 images, the first 4 only" in page
     assert json.loads((tmp_path / "result.json").read_text())["checkpoint_sha256"][:16] in page
 
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps([_entry(listed) for listed in found], indent=2))
     elif not found:
-        print(f"{_printable(args.folder)}: no runs")
+        print(f"{printable(args.folder)}: no runs")
     else:
         _print_table(found)
 

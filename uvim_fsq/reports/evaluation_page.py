@@ -96,6 +96,7 @@ def _facts(result: Mapping[str, Any]) -> str:
     facts = {
         "protocol": result["protocol"],
         "data": ", ".join(f"{key} {value}" for key, value in result["data"].items()),
+        "evaluated": f"{result['images']} images" + (f", the first {result['limit']} only" if result["limit"] else ""),
         "task": ", ".join(f"{key}={value}" for key, value in result["task_options"].items()),
         "decoding": ", ".join(f"{key}={value}" for key, value in result["decoding"].items()),
         "decoding from": result["decoding_from"],
