@@ -11,7 +11,7 @@ import torch
 
 from uvim_fsq.data.encode import picture_bytes
 from uvim_fsq.errors import UserError
-from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole, writing
+from uvim_fsq.files import disk_is_full, read_json, write_json, write_whole, writing, writing_folder
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -66,3 +66,27 @@ def test_a_full_disk_is_recognized_by_its_many_messages() -> None:
     assert disk_is_full(OSError("Not enough free space to write 48000000 bytes"))
     assert disk_is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
     assert not disk_is_full(OSError(errno.EACCES, "x")) and not disk_is_full(KeyError("No space left"))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "folder"
+    with pytest.raises(KeyError), writing_folder(folder, "sign") as place:
+        (place / "sign").write_text("1")
+        assert not folder.exists()
+        raise KeyError
+    assert list(folder.parent.iterdir()) == []
+    for text in ("1", "2"):
+        with writing_folder(folder, "sign") as place:
+            (place / "sign").write_text(text)
+    assert (folder / "sign").read_text() == "2" and list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    folder, link = tmp_path / "photos", tmp_path / "link"
+    folder.mkdir()
+    (folder / "photo.jpg").write_text("mine")
+    link.symlink_to(folder)
+    for place in (folder, link, folder / "photo.jpg"):
+        with pytest.raises(UserError, match="holds no sign, so it is not replaced"), writing_folder(place, "sign"):
+            pass
+    assert (folder / "photo.jpg").read_text() == "mine"

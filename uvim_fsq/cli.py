@@ -28,6 +28,7 @@ from uvim_fsq.commands import (
     demo,
     doctor,
     evaluate,
+    export,
     import_uvim,
     plan,
     predict,
@@ -61,6 +62,7 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "push": push,
     "compile": compile,
+    "export": export,
     "synth": synth,
     "ablate": ablate,
     "import-uvim": import_uvim,
@@ -84,6 +86,7 @@ LISTS_KEYS = {
     **dict.fromkeys(
         ("train-lm", "config", "evaluate", "tune", "tune-decoder", "analyze", "predict", "demo", "compile"), "lm"
     ),
+    "export": "lm",
 }
 #: Commands that do not read run directories and therefore never import the plugins that a run names.
 READS_NO_RUN = ("synth", "runs", "doctor", "completion")

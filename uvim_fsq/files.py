@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,6 +130,43 @@ def write_whole(file: Path, write: Callable[[Path], object], *, durable: bool = 
             # If a parent is a file or not writable, the original error says so.
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """A temporary folder next to `folder`, which takes its place after the block. Should the block fail, it is deleted,
+    and what was there before is unchanged.
+
+    Args:
+        folder: need not exist. If it does, it is replaced only if it is empty or holds the file `marker`, the sign that
+            it was written in the same way.
+        marker: a file's name.
+
+    Raises UserError naming the folder when it holds anything else, the disk is full or the path is not writable.
+    """
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _is_ours(folder, marker))):
+        raise UserError(f"{folder} exists and holds no {marker}, so it is not replaced; give another folder")
+    check_folder(folder.absolute().parent, folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    with writing(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in (*partial.iterdir(), partial):
+                sync(file)
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ours(folder: Path, marker: str) -> bool:
+    return (folder / marker).is_file() or not any(folder.iterdir())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -9,9 +9,10 @@ import yaml
 
 from uvim_fsq.checkpoints.hub import leads_outside
 from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.portable import portable_config
 from uvim_fsq.checkpoints.run_directory import checkpoints, weights_hash
 from uvim_fsq.errors import UserError
-from uvim_fsq.sharing.bundle import make_bundle, portable_config
+from uvim_fsq.sharing.bundle import make_bundle
 
 
 def result(checkpoint: Path, **changes: object) -> dict[str, object]:

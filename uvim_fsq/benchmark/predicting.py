@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 import time
@@ -18,10 +19,12 @@ from PIL import Image
 
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, fresh_oracle
 from uvim_fsq.checkpoints.files import save_checkpoint
-from uvim_fsq.checkpoints.run_directory import weights_hash
+from uvim_fsq.checkpoints.run_directory import WEIGHTS, find_oracle, read_config, resolve_checkpoint, weights_hash
 from uvim_fsq.config.parse import dump_yaml
+from uvim_fsq.config.schema import LMRun
 from uvim_fsq.data.images import read_image
 from uvim_fsq.errors import UserError
+from uvim_fsq.inference.exports import read_manifest
 from uvim_fsq.inference.prediction_folder import PredictionFolder
 from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.performance.timing import Measurement, Timing, milliseconds, rate, time_interleaved
@@ -63,29 +66,65 @@ def _write_run(sizes: Sizes, folder: Path) -> Path:
 
 
 def measure_predicting(
-    run: Path, overrides: Sequence[str], device: torch.device, *, batches: Sequence[int], repeats: int
+    run: Path,
+    overrides: Sequence[str],
+    device: torch.device,
+    *,
+    batches: Sequence[int],
+    repeats: int,
+    exports: Sequence[Path] = (),
 ) -> list[Measurement]:
     """Milliseconds of the whole command for one picture, and images/s of a loaded model for each batch size.
 
-    The pictures are read and the results written as `uvim-fsq predict` does, from the page cache.
+    The pictures are read and the results written as `uvim-fsq predict` does, from the page cache. Exports take turns
+    with the run, and the sizes of their files and of the run's weights are listed too.
 
     Raises UserError for a run that cannot predict, or if the command fails.
     """
     predictor = Predictor.from_run(run, overrides, device)
     name = f"predict {predictor.task.name}"
+    predictors = {"": predictor, **_exported(exports)}
     with TemporaryDirectory(prefix="uvim-fsq-") as temporary:
         place = Path(temporary)
         pictures = [write_picture(place / f"{i}.jpg", i) for i in range(max(batches))]
         command = [sys.executable, "-m", "uvim_fsq", "predict", str(run), str(pictures[0]), *overrides]
         cold = [_seconds([*command, "--out", str(place / "cold")]) for _ in range(repeats + 1)]
         works: dict[str, Callable[[], object]] = {}
-        for batch in batches:
-            files = pictures[:batch]
-            folder = PredictionFolder(place / f"warm_{batch}", predictor.task, files, named=files)
-            works[f"{name}, warm, batch {batch}"] = functools.partial(_predict, predictor, folder)
+        counts: dict[str, int] = {}
+        for batch, (kind, used) in itertools.product(batches, predictors.items()):
+            files, row = pictures[:batch], f"{name}{kind}, warm, batch {batch}"
+            folder = PredictionFolder(place / f"warm_{len(works)}", used.task, files, named=files)
+            works[row], counts[row] = functools.partial(_predict, used, folder), batch
         timings = time_interleaved(works, device, repeats=repeats)
     lines = [milliseconds(f"{name}, the whole command, one picture", Timing(tuple(cold[1:])))]
-    return lines + [rate(row, timings[row], batch) for row, batch in zip(works, batches, strict=True)]
+    return [*lines, *(rate(row, timings[row], counts[row]) for row in works), *_sizes(name, run, exports)]
+
+
+def _exported(folders: Sequence[Path]) -> dict[str, Predictor]:
+    """Name of a row's kind -> an export."""
+    found = {_kind(folder): Predictor.from_export(folder) for folder in folders}
+    if len(found) < len(folders):
+        raise UserError("--export names two exports of one kind, which the table could not tell apart; give one")
+    return found
+
+
+def _kind(folder: Path) -> str:
+    return f", {read_manifest(folder)['format']} export"
+
+
+def _sizes(name: str, run: Path, exports: Sequence[Path]) -> list[Measurement]:
+    """The sizes of the run's weights, those of its oracle included, and of the exports."""
+    if not exports:
+        return []
+    checkpoint = resolve_checkpoint(run)
+    trained = read_config(checkpoint)
+    places = [checkpoint, *([find_oracle(checkpoint, trained)] if isinstance(trained, LMRun) else [])]
+    sizes = {"": [place / WEIGHTS for place in places]}
+    sizes |= {_kind(folder): [folder / file for file in read_manifest(folder)["files"]] for folder in exports}
+    return [
+        Measurement(f"{name}{kind}, size of the weights", sum(file.stat().st_size for file in files) / 1e6, "MB")
+        for kind, files in sizes.items()
+    ]
 
 
 def _predict(predictor: Predictor, folder: PredictionFolder) -> None:

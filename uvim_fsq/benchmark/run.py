@@ -50,6 +50,7 @@ class BenchmarkRequest:
         repeats: timed repeats.
         run: a run directory to predict with, in place of random weights.
         overrides: `key=value` strings for this run.
+        exports: folders of `uvim-fsq export` to measure beside the run.
     """
 
     job: str
@@ -58,6 +59,7 @@ class BenchmarkRequest:
     repeats: int = 5
     run: Path | None = None
     overrides: tuple[str, ...] = ()
+    exports: tuple[Path, ...] = ()
 
 
 def read_request(
@@ -68,12 +70,16 @@ def read_request(
     oracle: Path | None = None,
     batches: tuple[int, ...] = (),
     repeats: int = 5,
+    exports: tuple[Path, ...] = (),
 ) -> BenchmarkRequest:
     """Checks the arguments and reads the configuration.
 
     Raises:
-        UserError: the job needs a configuration, or one of the other stage; a number is below 1.
+        UserError: the job needs a configuration, or one of the other stage; a number is below 1; exports without
+            `predict`.
     """
+    if exports and job != "predict":
+        raise UserError("--export works only with predict")
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise UserError("--repeats and --batch must be at least 1")
     if job == "metrics" or (job == "start-up" and config is None):
@@ -82,7 +88,7 @@ def read_request(
         run = read_for_prediction(resolve_checkpoint(config), overrides)[0]
         if run.stage == "oracle":
             raise UserError(f"benchmark {job} needs a run that predicts; {config} is of stage oracle")
-        return BenchmarkRequest(job, None, batches, repeats, local_run(config).absolute(), tuple(overrides))
+        return BenchmarkRequest(job, None, batches, repeats, local_run(config).absolute(), tuple(overrides), exports)
     if config is None:
         raise UserError(f"benchmark {job} needs a configuration, e.g. nyu_depth/lm")
     sizes = read_sizes(config, overrides, oracle)
@@ -90,7 +96,7 @@ def read_request(
         raise UserError(f"benchmark {job} needs a configuration of stage lm; {config} is for stage oracle")
     if job == "train-oracle":
         sizes = Sizes(sizes.oracle, None)
-    return BenchmarkRequest(job, sizes, batches, repeats)
+    return BenchmarkRequest(job, sizes, batches, repeats, exports=exports)
 
 
 def measure(request: BenchmarkRequest, say: Callable[[str], None]) -> tuple[list[Measurement], DevicePeak]:
@@ -140,7 +146,9 @@ def _measure_predicting(
             picture = write_picture(Path(temporary) / "picture.jpg")
             return measure_start_up(run, request.overrides, picture, repeats=request.repeats)
         assert run is not None
-        return measure_predicting(run, request.overrides, device, batches=batches, repeats=request.repeats)
+        return measure_predicting(
+            run, request.overrides, device, batches=batches, repeats=request.repeats, exports=request.exports
+        )
 
 
 def _training_batch(request: BenchmarkRequest, sizes: Sizes) -> int:

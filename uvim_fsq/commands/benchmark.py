@@ -38,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer", type=Path, metavar="FILE", help="show another program's figures beside ours (docs/performance.md)"
     )
     parser.add_argument(
+        "--export",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="predict: also measure this folder of `uvim-fsq export`; may be repeated",
+    )
+    parser.add_argument(
         "--operators", type=int, default=0, metavar="N", help="also list the N most expensive operators"
     )
 
@@ -49,7 +57,13 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.benchmark.run import read_request, run_benchmark
 
     request = read_request(
-        args.job, args.config, args.overrides, oracle=args.oracle, batches=tuple(args.batch), repeats=args.repeats
+        args.job,
+        args.config,
+        args.overrides,
+        oracle=args.oracle,
+        batches=tuple(args.batch),
+        repeats=args.repeats,
+        exports=tuple(args.export),
     )
     run_benchmark(
         request,

@@ -56,6 +56,10 @@ class DirectModel(nn.Module, Layered):
         x = resize_grid(self.stem(self.encoder(image)), self.encoder.grid, self.grid)
         return self.blocks(x + self.positions)
 
+    def logits(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images (B, 3, S, S) -> channel -> logits (B, S, S, C) float32."""
+        return self.label_head.maps(self.hidden(image))
+
     def iter_logits(self, image: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         """Images (B, 3, S, S) -> channel -> logits (b, S, S, C) float32, a few images b at a time, in order."""
         yield from self.label_head.iter_maps(self.hidden(image))

@@ -89,7 +89,7 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], file: Pa
     from torch._inductor import aoti_compile_and_package
 
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(module, inputs)
             aoti_compile_and_package(exported, package_path=str(file))
     except UserError:
@@ -116,8 +116,8 @@ def check_unrolled(length: int, depth: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's notes about its own kernels, which users cannot act on."""
+def quiet() -> Iterator[None]:
+    """Without torch's notes about its own work, which users cannot act on."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -161,10 +161,28 @@ def iter_mixed_logits(
         yield from decoder.iter_logits(codes, image, features)
         return
     for rows in parts[0].decoder.image_chunks(len(image)):
-        mean = LogitMean(channels)
-        for part in parts:
-            mean.add(decode_part(part, image, rows), part.weight)
-        yield mean.logits()
+        yield _mixed_rows(channels, parts, image, rows)
+
+
+def mixed_logits(channels: Mapping[str, LabelChannel], parts: Sequence[Part], image: torch.Tensor) -> Logits:
+    """What `iter_mixed_logits` yields, for all images at once, however many logits that are.
+
+    It does not look at the number of images, so that it can be part of a graph for any batch.
+    """
+    if len(parts) == 1:
+        _, decoder, codes, features = parts[0]
+        return decoder.decode(codes, image, features)
+    return _mixed_rows(channels, parts, image, slice(None))
+
+
+def _mixed_rows(
+    channels: Mapping[str, LabelChannel], parts: Sequence[Part], image: torch.Tensor, rows: slice
+) -> Logits:
+    """The mean over the parts for some of the images."""
+    mean = LogitMean(channels)
+    for part in parts:
+        mean.add(decode_part(part, image, rows), part.weight)
+    return mean.logits()
 
 
 class LMDecoder:
@@ -220,7 +238,7 @@ class LMDecoder:
     def parts(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
         """What a batch is decoded from, one part for each sample and one for the context, and the first's tokens."""
         samples = (self.generate(image, seeds, number) for number in range(self.config.samples))
-        return self.parts_of(samples, len(image))
+        return self.parts_of(samples, image.shape[0])
 
     def parts_of(self, samples: Iterable[Generated], count: int) -> tuple[list[Part], torch.Tensor]:
         """What `parts` returns, given all samples of `count` images."""

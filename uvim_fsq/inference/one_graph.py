@@ -7,15 +7,21 @@ B batch, S image side, L code length, C classes or channels of a label map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from uvim_fsq.config.schema import BasicEvalConfig
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError
-from uvim_fsq.inference.code_decoding import LMDecoder, Logits, iter_mixed_logits, sample_seeds
+from uvim_fsq.inference.code_decoding import LMDecoder, Logits, mixed_logits, sample_seeds
 from uvim_fsq.lm.base import Generated, PureGenerator
 from uvim_fsq.oracle.chunking import chunk_slices
+from uvim_fsq.tasks.base import Task
+
+#: The name of the tokens among the outputs of a `MapGraph`.
+TOKENS = "tokens"
 
 
 class PredictionGraph(nn.Module):
@@ -79,11 +85,10 @@ class LMGraph(PredictionGraph):
     def predict(self, image: torch.Tensor, drawn: torch.Tensor | None) -> tuple[Logits, torch.Tensor | None]:
         count = self.decode.config.samples
         found = self.generator.predict(image, drawn, copies=count)
-        batch = len(image)
+        batch = image.shape[0]  # not `len`, which would fix it in a graph for any batch
         samples = (_rows(found, slice(number * batch, (number + 1) * batch)) for number in range(count))
-        parts, tokens = self.decode.parts_of(samples, batch)
-        (logits,) = iter_mixed_logits(self.decode.task.label_channels, parts, image)
-        return logits, tokens
+        parts, tokens = self.decode.parts_of([found] if count == 1 else samples, batch)
+        return mixed_logits(self.decode.task.label_channels, parts, image), tokens
 
 
 class DirectGraph(PredictionGraph):
@@ -95,8 +100,32 @@ class DirectGraph(PredictionGraph):
         self.model = model
 
     def predict(self, image: torch.Tensor, drawn: torch.Tensor | None) -> tuple[Logits, torch.Tensor | None]:
-        (logits,) = self.model.iter_logits(image)
-        return logits, None
+        return self.model.logits(image), None
+
+
+class MapGraph(nn.Module):
+    """Images to the label maps of the task (`Task.to_maps`), without anything random: what an export holds.
+
+    Args:
+        graph: the prediction.
+        task: its task.
+        models: what the prediction computes with, so that its weights are those of this module.
+    """
+
+    def __init__(self, graph: PredictionGraph, task: Task, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.prediction, self.task, self.models = graph, task, nn.ModuleList(models)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Label maps by name, (B, ...), and for a model with tokens "tokens" (B, L) int64.
+
+        Args:
+            image: (B, 3, S, S), uint8 or floating point in [-1, 1].
+        """
+        channels = self.task.label_channels
+        found = self.prediction(image)
+        maps = self.task.to_maps(dict(zip(channels, found, strict=False)))
+        return {**maps, **dict(zip([TOKENS], found[len(channels) :], strict=False))}
 
 
 def _rows(generated: Generated, rows: slice) -> Generated:

@@ -30,7 +30,8 @@ from uvim_fsq.version import __version__
 FOLDER = "compiled"
 #: Keys of `eval` that a package depends on.
 SETTINGS = (*TUNED_KEYS, "precision", "int8_cross_kv")
-#: In the cache folder: the SHA-256 of each package that this user compiled, one a line.
+#: In the cache folder: the SHA-256 of each package that this user compiled and each torch program that this user
+#: exported, one a line.
 OWN_PACKAGES = "compiled_packages.txt"
 REMEDY = "run `uvim-fsq compile` again, or delete the folder"
 
@@ -97,7 +98,7 @@ def manifest_name(described: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, described: Mapping[str, Any], packages: Packages) -> Path:
     """Records new packages in `folder`, as this user's own, and deletes those that they replace."""
     file = folder / manifest_name(described)
-    _add_own({sha256 for _, sha256 in packages.files.values()})
+    add_own_files({sha256 for _, sha256 in packages.files.values()})
     files = {str(size): {"file": path.name, "sha256": sha256} for size, (path, sha256) in packages.files.items()}
     write_json(file, {**described, "dtype": packages.dtype, "packages": files})
     kept = {path.name for path, _ in packages.files.values()}
@@ -149,7 +150,7 @@ def _checked(file: Path, described: Mapping[str, Any]) -> Packages:
         raise UserError(f"{file} is damaged ({error!r}); {REMEDY}") from error
     if not sound or not files:
         raise UserError(f"{file} is damaged; {REMEDY}")
-    if not trusts_runs() and not {sha256 for _, sha256 in files.values()} <= _own():
+    if not trusts_runs() and not {sha256 for _, sha256 in files.values()} <= own_files():
         raise UserError(
             f"{file}: these packages are native code that was not compiled by you; if you trust them, add --trust "
             "(Python: trust=True), else run `uvim-fsq compile` yourself, or delete the folder"
@@ -189,8 +190,8 @@ def checked_package(file: Path, sha256: str) -> Path:
     return file
 
 
-def _own() -> set[str]:
-    """The SHA-256 of the packages that this user compiled."""
+def own_files() -> set[str]:
+    """The SHA-256 of the packages that this user compiled, and of the programs that this user exported."""
     file = cache_dir() / OWN_PACKAGES
     if not (owned_by_user(file.parent) and owned_by_user(file)):
         return set()
@@ -200,8 +201,9 @@ def _own() -> set[str]:
         return set()
 
 
-def _add_own(sums: set[str]) -> None:
+def add_own_files(sums: set[str]) -> None:
+    """Records files as this user's own, by SHA-256."""
     file = cache_dir() / OWN_PACKAGES
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_text(file, "\n".join(sorted(_own() | sums)) + "\n")
+    write_text(file, "\n".join(sorted(own_files() | sums)) + "\n")
     os.chmod(file, 0o600)

@@ -32,6 +32,7 @@ from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.inference.code_decoding import LMDecoder, sample_seeds
 from uvim_fsq.inference.compiled import Decode
+from uvim_fsq.inference.exports import LoadedExport, load_export
 from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
 from uvim_fsq.inference.predictions import eval_autocast, image_decoder
 from uvim_fsq.lm.sampling import Sampling
@@ -59,12 +60,14 @@ class Samples:
 class Predictor:
     """A trained LM with its oracle, or a direct model, ready to predict: `Predictor.from_run(path).predict(image)`.
 
+    Or an export of one: `Predictor.from_export(folder).predict(image)`.
+
     Serves one call at a time, because decoders reuse their buffers: threads need a lock or a predictor each.
 
     Raises UserError for an oracle's checkpoint, because an oracle needs labels to predict.
     """
 
-    def __init__(self, loaded: LoadedRun | LoadedDirect, device: str | torch.device) -> None:
+    def __init__(self, loaded: LoadedRun | LoadedDirect | LoadedExport, device: str | torch.device) -> None:
         self.task, self.run, self._loaded = loaded.task, loaded.run, loaded
         self.device = torch.device(device)
         self._trust = trusts_runs()  # also for the compiled packages of another device
@@ -102,6 +105,20 @@ class Predictor:
         device = _device(device) if device is not None else processes.device()
         with trusting(trust):
             return cls(load_any(path, overrides, device), device)
+
+    @classmethod
+    def from_export(cls, folder: str | Path, *, trust: bool = False) -> Predictor:
+        """Loads a folder that `uvim-fsq export` wrote, to predict on the CPU without the run.
+
+        Args:
+            folder: with an ONNX model, which needs ONNX Runtime, or a torch program.
+            trust: import the plugins that the export names, and load a torch program of somebody else: both execute
+                code.
+
+        Raises UserError for a folder that is no export or damaged, for missing libraries, and for what is not trusted.
+        """
+        with trusting(trust):
+            return cls(load_export(folder), "cpu")
 
     def predict(self, image: Picture) -> Any:
         """Predicts one image of any size. The prediction has the size of the image.
@@ -179,6 +196,8 @@ class Predictor:
 
     def _check_samples(self, num: int) -> EvalConfig:
         config = self.run.eval
+        if isinstance(self._loaded, LoadedExport):
+            raise UserError("an export draws no samples; use the run that it was made from")
         if not isinstance(config, EvalConfig):
             raise UserError("a direct model draws no samples; give the run of an LM")
         if not isinstance(num, int) or num < 1:
@@ -197,8 +216,10 @@ class Predictor:
         Args:
             overrides: as for `from_run`. Those of this predictor do not apply to the new one.
 
-        Raises UserError as `from_run` does.
+        Raises UserError as `from_run` does, and for an export, whose settings are fixed.
         """
+        if isinstance(self._loaded, LoadedExport):
+            raise UserError("the settings of an export are fixed; export the run with others, or use the run itself")
         with trusting(self._trust):
             return type(self)(with_overrides(self._loaded, overrides), self.device)
 
@@ -249,6 +270,8 @@ class Predictor:
         task = self.task.tiled()
         if task is self.task:
             return task, self._decode
+        if isinstance(self._loaded, LoadedExport):
+            self._loaded.refuse_tiles()
         with trusting(self._trust):
             return task, _decoder(dataclasses.replace(self._loaded, task=task), self.device)
 
@@ -279,15 +302,18 @@ class Predictor:
         """16 hexadecimal digits that differ between predictors with other weights or other settings of prediction."""
         run = self.run
         settings = {k: v for k, v in dataclasses.asdict(run.eval).items() if k not in WITHOUT_EFFECT}
-        hashes = recorded_hashes(self._loaded.checkpoint)
+        loaded = self._loaded
+        hashes = loaded.hashes if isinstance(loaded, LoadedExport) else recorded_hashes(loaded.checkpoint)
         task = [run.task.name, dataclasses.asdict(run.task.options)]
         about = [hashes[WEIGHTS], hashes.get("oracle"), run.data.image_size, settings, task]
         text = json.dumps(about, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _decoder(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
+def _decoder(loaded: LoadedRun | LoadedDirect | LoadedExport, device: torch.device) -> Decode:
     """Predicts images (B, 3, S, S). Raises UserError for an oracle's checkpoint."""
+    if isinstance(loaded, LoadedExport):
+        return loaded.decode
     if isinstance(loaded, LoadedRun) and loaded.lm is None:
         raise UserError(
             f"{loaded.checkpoint} is an oracle's checkpoint, which needs labels to predict; give the run of its LM"

@@ -63,7 +63,7 @@ class AutoregressiveLM(EncoderDecoder):
         position = cache.position
         if isinstance(position, int):
             span, mask = position + 1, None
-            x = self.start[0].expand(len(previous), -1) if position == 0 else self.token_embedding(previous[:, 0])
+            x = self.start[0].expand(previous.shape[0], -1) if position == 0 else self.token_embedding(previous[:, 0])
             x = x + self.positions[0, position]
         else:
             span = span or self.length

@@ -60,10 +60,10 @@ class DecoderBlock(nn.Module):
         single position, each linear layer is one operator.
         """
         attn, cross = self.self_attn, self.cross_attn
-        y = (self.norm1(x) @ cache.projection).view(len(x), 3, attn.num_heads, 1, -1).transpose(0, 1)
+        y = (self.norm1(x) @ cache.projection).view(x.shape[0], 3, attn.num_heads, 1, -1).transpose(0, 1)
         key, value = cache.append(position, y[1:], span)
         attended = F.scaled_dot_product_attention(y[0].to(key.dtype), key, value, attn_mask=mask)
         x = x + attn.out(attended.flatten(1))
-        query = cross.query(self.norm2(x)).view(len(x), cross.num_heads, 1, -1)
+        query = cross.query(self.norm2(x)).view(x.shape[0], cross.num_heads, 1, -1)
         x = x + cross.out(cache.attend_memory(query).flatten(1))
         return x + self.mlp(self.norm3(x))

@@ -114,7 +114,7 @@ class MaskedGenerator:
             memory = self.model.encode(images)
             memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
             numbers = None if drawn is None else drawn.permute(1, 2, 0, 3)
-            tokens, kept = self._decode(len(memory), self.model.memory_heads(memory), numbers)
+            tokens, kept = self._decode(memory.shape[0], self.model.memory_heads(memory), numbers)
         return Generated(tokens, kept, memory)
 
     def _decode(
@@ -154,7 +154,7 @@ class MaskedGenerator:
         Only unknown tokens are candidates, so no token that was kept can be chosen again.
         """
         if count == candidates.shape[1]:
-            everything = torch.arange(count, device=candidates.device).expand(len(candidates), -1)
+            everything = torch.arange(count, device=candidates.device).expand(candidates.shape[0], -1)
             return everything, everything[:, count:]
         confidence = logits.gather(2, candidates.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         scale = self.sampling.choice_temperature * (1 - (step + 1) / len(self.counts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +153,8 @@ class TokenGenerator:
         self._next = compiled(TokenGenerator._next_tokens, fullgraph=True) if compile else TokenGenerator._next_tokens
         self.compiled, self.span = compile, COMPILED_CACHE_BLOCK if compile else CACHE_BLOCK
         self._pool = BufferPool(compile)
+        #: Whether `predict` becomes one step and a loop, which is possible only while a graph is exported.
+        self.in_loop = False
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Generated:
@@ -198,6 +200,8 @@ class TokenGenerator:
     def predict(self, images: torch.Tensor, drawn: torch.Tensor | None, copies: int = 1) -> Generated:
         """Generates tokens without buffers, one step after the other, so that all of it can be one graph.
 
+        The graph holds every step, or with `in_loop` one step and a loop.
+
         Args:
             images: (B, 3, S, S).
             drawn: (copies * B, L), from `draw`.
@@ -208,8 +212,10 @@ class TokenGenerator:
         with self._decoding_context(images.device):
             memory = self.model.encode(images)
             memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
+            if self.in_loop:
+                return self._predict_in_loop(memory, drawn)
             cache = self.model.new_cache(memory, int8=self.int8, static=False)
-            previous = memory.new_zeros(len(memory), 1, dtype=torch.long)
+            previous = memory.new_zeros(memory.shape[0], 1, dtype=torch.long)
             for position in range(self.model.length):
                 cache.position = position
                 logits = self.model.decode_step(previous, cache).float()
@@ -218,6 +224,30 @@ class TokenGenerator:
                 probabilities.append(probability)
         kept = torch.cat([p for p in probabilities if p is not None], 1) if self.probabilities else None
         return Generated(torch.cat(tokens, 1), kept, memory)
+
+    def _predict_in_loop(self, memory: torch.Tensor, drawn: torch.Tensor | None) -> Generated:
+        """`predict` from the encoded images on, while a graph is exported, which then holds `scan`'s loop."""
+        from torch._higher_order_ops.scan import scan  # imports torch's compiler
+
+        start = self.model.new_cache(memory, int8=self.int8)
+        uniforms = memory.new_zeros(0) if drawn is None else drawn
+
+        def step(carried: list[torch.Tensor], position: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            previous, *own = carried
+            # Copies, because the body of a loop must not write to what it is given.
+            layers = [replace(layer, own=x.clone()) for layer, x in zip(start.layers, own, strict=True)]
+            cache = DecoderCache(layers, position.view(1))
+            chosen, probabilities = self._next_tokens(previous, cache, uniforms, self.model.length)
+            kept = [chosen.clone()] if probabilities is None else [chosen.clone(), probabilities.squeeze(1)]
+            return [chosen, *(layer.own for layer in layers)], kept
+
+        previous = torch.zeros(memory.shape[0], 1, dtype=torch.long, device=memory.device)
+        positions = torch.arange(self.model.length, device=memory.device)
+        _, found = scan(step, [previous, *(layer.own for layer in start.layers)], positions)
+        tokens, *probabilities = found
+        return Generated(
+            tokens.squeeze(2).transpose(0, 1), *[p.transpose(0, 1) for p in probabilities], features=memory
+        )
 
     def _is_static(self, device: torch.device) -> bool:
         """Whether to decode with static buffers, which captured and compiled steps need."""

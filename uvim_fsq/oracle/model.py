@@ -9,6 +9,7 @@ Images are (B, 3, S, S), either uint8 or floating point in [-1, 1].
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -105,6 +106,14 @@ class Oracle(LabelDecoder):
         first: list[nn.Module | nn.Parameter | None] = [self.encoder_positions, self.encoder_context]
         encoder = self.encoder.layers()
         return [first, *encoder[:-1], [*encoder[-1], self.encoder_head], *super().layer_order()]
+
+    def without_encoder(self) -> Oracle:
+        """An oracle that shares this one's weights, but has only those that `decode` needs."""
+        half = copy.copy(self)
+        half._modules, half._parameters = dict(self._modules), dict(self._parameters)
+        for name in ("label_embed", "encoder_context", "encoder", "encoder_head", "encoder_positions"):
+            setattr(half, name, None)
+        return half
 
     def cost(self) -> OracleCost:
         """Floating-point operations per image, by part."""

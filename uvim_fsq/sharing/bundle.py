@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from uvim_fsq.checkpoints.hub import LIMITS, RESULTS, leads_outside, results_folder
+from uvim_fsq.checkpoints.hub import LIMITS, RESULTS, results_folder
 from uvim_fsq.checkpoints.layout import CONFIG, DECODING, ORACLE, SUMS, WEIGHTS
+from uvim_fsq.checkpoints.portable import portable, portable_config
 from uvim_fsq.checkpoints.run_directory import checked_hash, choose, find_oracle, read_config
 from uvim_fsq.checkpoints.tuned import Tuned, read_tuned
 from uvim_fsq.config.schema import LMRun, Run
-from uvim_fsq.config.yaml_files import Tree, read_tree
+from uvim_fsq.config.yaml_files import read_tree
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.results import REQUIRED_KEYS, result_file
 from uvim_fsq.files import read_json
 
 #: The model card.
 CARD = "README.md"
-#: The folders of an absolute path within a text, such as "tuned on val of /data/rooms"; not those of a URL.
-_FOLDERS = re.compile(r"(?<![^\s(='\"])/(?:[^/\s,;)]+/)+")
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ def make_bundle(path: str | Path) -> Bundle:
         files |= {f"{ORACLE}/{name}": value for name, value in _checkpoint_files(place, None, oracle).items()}
     tuned = read_tuned(checkpoint) if isinstance(run, LMRun) else None
     if tuned is not None:
-        tuned = replace(tuned, other_root=_portable(tuned.other_root))
-        files[DECODING] = _json(_portable(read_json(checkpoint / DECODING, "run `uvim-fsq tune` again")))
+        tuned = replace(tuned, other_root=portable(tuned.other_root))
+        files[DECODING] = _json(portable(read_json(checkpoint / DECODING, "run `uvim-fsq tune` again")))
     results = _results(Path(path) if not str(path).startswith("hub:") else checkpoint, checkpoint, weights)
     if results:
         files[RESULTS] = _json({"evaluations": results})
@@ -96,30 +94,6 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def portable_config(tree: Tree) -> Tree:
-    """A run's configuration without the paths of this machine, of which only the last part is kept.
-
-    The oracle of an LM is the one in the upload; run directory and resumption are left out.
-    """
-    tree = _portable(tree)
-    if "oracle" in tree:
-        tree["oracle"] = ORACLE
-    if isinstance(tree.get("train"), dict):
-        tree["train"] |= {"out": "", "resume": "no"}
-    return tree
-
-
-def _portable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _portable(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_portable(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    # Windows' rules know both kinds of slashes.
-    return PureWindowsPath(value).name.lstrip("~.") if leads_outside(value) else _FOLDERS.sub("", value)
-
-
 def _results(path: Path, checkpoint: Path, weights: str) -> list[dict[str, Any]]:
     """The evaluations of these weights that lie in the run directory, without local paths."""
     inside = path == checkpoint and checkpoint.parent.name == "checkpoints"
@@ -136,4 +110,4 @@ def _results(path: Path, checkpoint: Path, weights: str) -> list[dict[str, Any]]
             continue
     own = [item for item in found if isinstance(item, dict) and item.get("checkpoint_sha256") == weights]
     own = [item for item in own if all(key in item for key in REQUIRED_KEYS)]
-    return [_portable({**item, "checkpoint": checkpoint.name}) for item in own]
+    return [portable({**item, "checkpoint": checkpoint.name}) for item in own]

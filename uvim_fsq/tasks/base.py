@@ -274,6 +274,31 @@ class Task(ABC):
         therefore not depend on a constant that is added to all logits of a pixel.
         """
 
+    def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The part of `decode` that can be exported with the models: tensor operations whose shapes depend on shapes
+        only. By default nothing: the logits.
+
+        Override it together with `from_maps` and `describe_maps`; `decode(x)` must equal `from_maps(to_maps(x))`.
+
+        Args:
+            logits: as for `decode`.
+
+        Returns name -> (B, ...), the outputs of an exported model.
+        """
+        return dict(logits)
+
+    def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[Any]:
+        """The rest of `decode`: from the result of `to_maps` to one prediction per image."""
+        return self.decode(maps)
+
+    def describe_maps(self) -> dict[str, Any]:
+        """What the results of `to_maps` mean, name -> text or a JSON value, for whoever uses an exported model."""
+        channels = self.label_channels
+        return {
+            name: f"logits of {x.num_classes} classes" if isinstance(x, Categorical) else "values in [-1, 1]"
+            for name, x in channels.items()
+        }
+
     @abstractmethod
     def metric(self, source: SampleSource) -> Metric:
         """A new accumulator for the task's evaluation protocol on the images of `source`."""

@@ -101,7 +101,7 @@ def panoptic_from_logits(
     row = (chosen + torch.arange(b, device=chosen.device)[:, None, None] * n).flatten()
     sums = torch.zeros(b * n, semantics.shape[-1], dtype=torch.float32, device=semantics.device)
     sums.index_add_(0, row, semantics.flatten(0, 2).float())
-    area = torch.bincount(row, minlength=b * n)
+    area = torch.zeros(b * n, device=row.device).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
     classes = sums.argmax(-1).masked_fill(area <= min_fraction * h * w, 0)
     return classes[row].view(b, h, w), chosen
 
@@ -126,7 +126,8 @@ def instance_scores(
         log += logits.gather(-1, pick[..., None])[..., 0] - logits.logsumexp(-1)
     row = (chosen + torch.arange(b, device=chosen.device)[:, None, None] * n).flatten()
     sums = torch.zeros(b * n, device=chosen.device).index_add_(0, row, log.exp().flatten())
-    return (sums / torch.bincount(row, minlength=b * n).clamp(min=1)).view(b, n).clamp(max=1)
+    area = torch.zeros(b * n, device=row.device).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+    return (sums / area.clamp(min=1)).view(b, n).clamp(max=1)
 
 
 def to_segments(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,12 +120,31 @@ class CocoPanoptic(Task):
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[Segments]:
         """(B, S, S, C + 1) and (B, S, S, N) logits -> the segments of each image at label size."""
-        classes, instances = panoptic_from_logits(logits["semantics"], logits["instances"], self.config.min_fraction)
-        scores = [None] * len(classes)
+        return self.from_maps(self.to_maps(logits))
+
+    def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        semantics, instances = logits["semantics"], logits["instances"]
+        classes, chosen = panoptic_from_logits(semantics, instances, self.config.min_fraction)
+        maps = {"semantics": classes, "instances": chosen}
         if self.config.annotations == "instances":
-            scores = list(instance_scores(logits["semantics"], logits["instances"], classes, instances).cpu().numpy())
-        maps = zip(classes.cpu().numpy(), instances.cpu().numpy(), scores, strict=True)
-        return [to_segments(c, i, self.is_thing, score) for c, i, score in maps]
+            maps["scores"] = instance_scores(semantics, instances, classes, chosen)
+        return maps
+
+    def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[Segments]:
+        classes, instances = (maps[name].cpu().numpy() for name in ("semantics", "instances"))
+        scores = maps["scores"].cpu().numpy() if "scores" in maps else [None] * len(classes)
+        return [to_segments(c, i, self.is_thing, score) for c, i, score in zip(classes, instances, scores, strict=True)]
+
+    def describe_maps(self) -> dict[str, Any]:
+        things = [name for name, thing in zip(self.names, self.is_thing, strict=True) if thing]
+        meaning = {
+            "semantics": {"meaning": "index of the class", "names": self.names, "things": things},
+            "instances": "number of the instance of each pixel; its class is that of `semantics`, and segments of a "
+            "class that is no thing are one",
+        }
+        if self.config.annotations == "instances":
+            meaning["scores"] = "how certain each instance is, 0 to 1, by its number"
+        return meaning
 
     def metric(self, source: SampleSource) -> Metric:
         assert isinstance(source, PanopticSource)

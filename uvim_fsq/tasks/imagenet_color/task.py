@@ -5,7 +5,8 @@ Shapes: B batch, S label size, H and W native size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -103,7 +104,16 @@ class ImagenetColor(Task):
 
     def decode(self, logits: dict[str, torch.Tensor]) -> list[np.ndarray]:
         """(B, S, S, 3) -> (S, S, 3) float32 in [-1, 1] per image."""
-        return list(logits["color"].clamp(-1, 1).float().cpu().numpy())
+        return self.from_maps(self.to_maps(logits))
+
+    def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"color": logits["color"].clamp(-1, 1).float()}
+
+    def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+        return list(maps["color"].cpu().numpy())
+
+    def describe_maps(self) -> dict[str, Any]:
+        return {"color": "red, green and blue in [-1, 1]"}
 
     def metric(self, source: SampleSource) -> Metric:
         config, device = self.config, processes.device()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,10 +105,19 @@ class NYUDepth(Task):
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
         """(B, S, S, bins) logits -> (S, S) float32 meters per image."""
+        return self.from_maps(self.to_maps(logits))
+
+    def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         x = logits["depth"]
         centres = self.centres.to(x.device)
         depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
-        return list(depth.float().cpu().numpy())
+        return {"depth": depth.float()}
+
+    def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+        return list(maps["depth"].cpu().numpy())
+
+    def describe_maps(self) -> dict[str, Any]:
+        return {"depth": f"meters, {self.config.min_depth:g} to {self.config.max_depth:g}"}
 
     def breakdown(self, source: SampleSource) -> ErrorByDepth:
         metric = self.metric(source)

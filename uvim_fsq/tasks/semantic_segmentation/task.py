@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -90,9 +91,18 @@ class SemanticSegmentation(Task):
 
     def decode(self, logits: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
         """(B, S, S, C) logits -> (S, S) class indices per image; with enlarge=linear, (S, S, C) probabilities."""
+        return self.from_maps(self.to_maps(logits))
+
+    def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         x = logits["classes"]
-        soft = self.config.enlarge == "linear"
-        return list((x.float().softmax(-1) if soft else x.argmax(-1)).cpu().numpy())
+        return {"classes": x.float().softmax(-1) if self.config.enlarge == "linear" else x.argmax(-1)}
+
+    def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+        return list(maps["classes"].cpu().numpy())
+
+    def describe_maps(self) -> dict[str, Any]:
+        kind = "probability of each class" if self.config.enlarge == "linear" else "index of the class"
+        return {"classes": {"meaning": kind, "names": self.names}}
 
     def metric(self, source: SampleSource) -> Metric:
         name = "miou" if self.config.enlarge == "nearest" else f"miou+{self.config.enlarge}"
