@@ -53,6 +53,18 @@ def address(random_runs: tuple[Path, Path]) -> Iterator[str]:
         listening.close()
 
 
+def test_an_oracle_and_a_direct_model_have_their_part_of_the_page(
+    random_runs: tuple[Path, Path], direct_dir: Path
+) -> None:
+    with prepared():
+        from uvim_fsq.demo.page import build_page
+
+        for run, there, missing in ((random_runs[0], "tokens_a", "photo"), (direct_dir, "photo", "tokens_a")):
+            config = build_page(*open_demo(str(run))).get_config_file()
+            names = [component["props"].get("elem_id") for component in config["components"]]
+            assert there in names and missing not in names and "codes" not in names
+
+
 def fetch(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     """Status and content."""
     try:

@@ -206,8 +206,9 @@ def _swap_part(page: gr.Blocks, swap: TokenSwap) -> None:
     )
     with gr.Row():
         last = swap.count - 1
-        first = gr.Slider(0, last, 0, step=1, label="Image A", elem_id="first")
-        second = gr.Slider(0, last, last // 2 + last % 2, step=1, label="Image B", elem_id="second")
+        # A slider needs two ends; of a single image, the second is refused by its line.
+        first = gr.Slider(0, max(last, 1), 0, step=1, label="Image A", elem_id="first")
+        second = gr.Slider(0, max(last, 1), last // 2 + last % 2, step=1, label="Image B", elem_id="second")
         with gr.Column(min_width=120):
             everything = gr.Button("Swap all", size="sm", elem_id="swap_all")
             undo = gr.Button("Swap none", size="sm", elem_id="swap_none")
