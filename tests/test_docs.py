@@ -40,6 +40,14 @@ def test_code_on_the_page_about_tasks_is_that_of_the_example() -> None:
     assert not unknown, unknown
 
 
+def test_the_readme_lists_every_command() -> None:
+    from uvim_fsq.cli import COMMANDS, DATA_COMMANDS
+
+    table = (ROOT / "README.md").read_text().partition("| command |")[2].partition("\n\n")[0]
+    listed = set(re.findall(r"`([a-z0-9 -]+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:])))
+    assert listed == {*COMMANDS, *(f"data {name}" for name in DATA_COMMANDS)} - {"data"}
+
+
 def test_commands_on_the_pages_are_commands() -> None:
     from uvim_fsq.cli import COMMANDS, DATA_COMMANDS
 
