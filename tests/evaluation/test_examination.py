@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 
 from tests.support.small import TASKS
 from uvim_fsq.checkpoints.loading import LoadedRun
+from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.sample import Batch, Sample
-from uvim_fsq.evaluation.decodings import variants
+from uvim_fsq.errors import UserError
+from uvim_fsq.evaluation import decodings
+from uvim_fsq.evaluation.decodings import changes, variants
 from uvim_fsq.evaluation.examination import Examined, Examiner, image_values
 from uvim_fsq.evaluation.run import evaluate_loaded
-from uvim_fsq.inference.predictions import Predictions
+from uvim_fsq.inference.predictions import Predictions, lm_predictions
 from uvim_fsq.tasks.base import Metric
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 
@@ -86,7 +90,36 @@ def test_an_examined_evaluation_has_the_same_result(random_lm: LoadedRun) -> Non
 
 def test_other_decodings_are_measured_if_asked_for(random_lm: LoadedRun) -> None:
     result = evaluate_loaded(random_lm, limit=3, device=CPU, decodings=True)
-    first, second = result["decodings"]
-    assert first["own"] and first["codes"] == "hard" and first["figures"] == result["figures"]["lm"]
-    assert not second["own"] and second["codes"] == "soft" and second["figures"]["images"] == 3
-    assert variants(random_lm.lm, random_lm.run.eval)[0] == random_lm.run.eval  # type: ignore[arg-type]
+    found = result["decodings"]
+    assert found[0] == {"settings": {}, "figures": result["figures"]["lm"]}
+    assert [item["settings"] for item in found[1:]] == [
+        {"codes": "soft"},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "samples": 4},
+        {"code_scale": 0.5},
+        {"context_weight": 0.3},
+    ]
+    assert all(item["figures"]["images"] == 3 for item in found)
+    assert len({item["figures"]["rmse"] for item in found}) == len(found)
+
+
+def test_other_decodings_fit_the_run(random_lm: LoadedRun) -> None:
+    lm, own = random_lm.lm, random_lm.run.eval
+    assert lm is not None
+    random = replace(own, temperature=0.7, samples=2)
+    tried = [changes(setting, random) for setting in variants(lm, random, "none")]
+    assert tried[0] == {} and {"temperature": 0.0, "samples": 1} in tried
+    assert not any("context_weight" in changed or "steps" in changed for changed in tried)
+
+
+def test_decodings_that_the_token_model_refuses_are_left_out(
+    random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_hard(lm: object, oracle: object, task: object, config: EvalConfig) -> object:
+        if config.codes == "soft" or config.temperature:
+            raise UserError("not supported")
+        return lm_predictions(lm, oracle, task, config)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decodings, "lm_predictions", only_hard)
+    result = evaluate_loaded(random_lm, limit=2, device=CPU, decodings=True)
+    assert [list(item["settings"]) for item in result["decodings"]] == [[], ["code_scale"], ["context_weight"]]

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decodings",
         action="store_true",
-        help="also evaluate the LM with hard and soft codes and, if it has steps, with 1, 2, 4 and 8 of them",
+        help="also evaluate the LM with other settings of decoding, one changed at a time: codes, steps, samples, ...",
     )
     parser.add_argument(
         "--official",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
+from uvim_fsq.config.rules import check_context_weight
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.errors import UserError
 from uvim_fsq.evaluation.evaluator import Evaluator
@@ -19,17 +21,32 @@ from uvim_fsq.lm.base import TokenModel
 STEPS = (1, 2, 4, 8)
 
 
-def variants(lm: TokenModel, own: EvalConfig) -> list[EvalConfig]:
-    """The run's own settings with hard and soft codes and, if the model has steps, with fewer and more of them.
+def variants(lm: TokenModel, own: EvalConfig, context: str) -> list[EvalConfig]:
+    """The run's own settings, and others that differ from them in one respect each; `context` is the oracle's.
 
-    The run's own settings come first.
+    Tried are hard and soft codes, if the model has steps both with fewer and more of them, greedy decoding, one sample
+    and the mean of four, codes closer to the empty one, and a mixture with context alone where the oracle has one.
     """
     other = replace(own, codes="soft" if own.codes == "hard" else "hard")
     found = [own, other]
     if lm.has_steps:
         found += [replace(base, steps=steps) for base in found for steps in STEPS if steps <= lm.length]
-    # No steps given means one.
-    return list({replace(setting, steps=setting.steps or 1): setting for setting in reversed(found)}.values())[::-1]
+    greedy = replace(own, temperature=0.0, choice_temperature=0.0, samples=1)
+    sampled = replace(greedy, codes="hard", temperature=1.0)
+    found += [greedy, sampled, replace(sampled, samples=4), replace(own, code_scale=0.5)]
+    mixed = replace(own, context_weight=0.3)
+    with suppress(UserError):
+        check_context_weight(mixed.context_weight, context, "of this run")
+        found.append(mixed)
+    unique: dict[EvalConfig, EvalConfig] = {}
+    for setting in found:  # no steps given means one
+        unique.setdefault(replace(setting, steps=setting.steps or 1), setting)
+    return list(unique.values())
+
+
+def changes(setting: EvalConfig, own: EvalConfig) -> dict[str, Any]:
+    """The keys of `eval` in which a setting differs from the run's own, with their values."""
+    return {key: value for key, value in asdict(setting).items() if value != getattr(own, key)}
 
 
 def refuse_without_lm(loaded: LoadedRun | LoadedDirect) -> LoadedRun:
@@ -42,23 +59,29 @@ def refuse_without_lm(loaded: LoadedRun | LoadedDirect) -> LoadedRun:
 def measure_decodings(
     loaded: LoadedRun, evaluator: Evaluator, device: torch.device, own: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """`codes`, `steps` and `figures` of each of `variants`, one evaluation of the LM each, except the run's own.
+    """`settings` and `figures` of each of `variants`: the changed keys of `eval`, and one evaluation of the LM.
+
+    Settings that the token model does not support are left out.
 
     Args:
         loaded: an LM's checkpoint, on the device.
         evaluator: of the images.
         device: where the models are.
-        own: the figures with the run's own settings.
+        own: the figures with the run's own settings, which come first.
     """
     assert loaded.lm is not None
     config, found = loaded.run.eval, list[dict[str, Any]]()
-    for setting in variants(loaded.lm, config):
+    for setting in variants(loaded.lm, config, loaded.oracle.config.context):
+        changed = changes(setting, config)
         figures = own
-        if setting != config:
-            predict = lm_predictions(loaded.lm, loaded.oracle, loaded.task, setting)
-            title = f"codes {setting.codes}" + (f", {setting.steps or 1} steps" if loaded.lm.has_steps else "")
+        if changed:
+            try:
+                predict = lm_predictions(loaded.lm, loaded.oracle, loaded.task, setting)
+            except UserError:
+                continue
             evaluator.statistics = None
-            figures = evaluator.run(predict, device, title=title)
-        steps = setting.steps or 1 if loaded.lm.has_steps else None
-        found.append({"codes": setting.codes, "steps": steps, "own": setting == config, "figures": dict(figures)})
+            figures = evaluator.run(
+                predict, device, title=", ".join(f"{key} {value}" for key, value in changed.items())
+            )
+        found.append({"settings": changed, "figures": dict(figures)})
     return found

@@ -212,11 +212,13 @@ def decoding_section(task: Task, result: Mapping[str, Any]) -> Section:
     metrics = [task.main_metric, *task.secondary_metrics]
     found = result["decodings"]
     columns = [_texts([item["figures"].get(name) for item in found]) for name in metrics]
-    rows = [["codes", "steps", *metrics, ""]]
+    rows = [["", *metrics]]
     for item, *figures in zip(found, *columns, strict=True):
-        rows.append([item["codes"], str(item["steps"] or ""), *figures, "as evaluated" if item["own"] else ""])
+        changed = ", ".join(f"{key} {value}" for key, value in item["settings"].items())
+        rows.append([changed or "as evaluated", *figures])
     text = (
-        "<p>All other settings as evaluated. These are the reported images: do not choose settings by this table, but "
-        "with <code>uvim-fsq tune</code>, which uses others.</p>"
+        "<p>All other settings as evaluated. Samples and hard codes commit to one answer, which a figure per pixel "
+        "punishes and a picture may gain from. These are the reported images: do not choose settings by this table, "
+        "but with <code>uvim-fsq tune</code>, which uses others.</p>"
     )
     return title, text + html_table(rows)
