@@ -53,10 +53,11 @@ def test_work_is_what_the_stage_and_the_memory_estimate_count(
     run = run or lm_run(tmp_path / "lm", random_runs[0])
     built = build_stage(run)
     lm = run if isinstance(run, LMRun) else None
+    labels: Any = run if lm is None else oracle
     found = read_work(configs[stage], [])
     assert found.flops + found.fp32_flops == built.train_flops()
     assert found.parameters == sum(p.numel() for p in built.model.parameters())
-    assert found.memory == memory_of(oracle if lm is not None else run, lm)  # type: ignore[arg-type]
+    assert found.memory == memory_of(labels, lm)
     assert (found.fp32_flops > 0) == (stage == "lm"), "tokens are computed in float32"
 
 

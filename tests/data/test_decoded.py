@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_a_damaged_image_is_an_error_and_not_kept(tmp_path: Path, folder: Path) 
 
 
 def test_too_little_free_space_is_a_warning(file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with keep_decoded(str(folder)), pytest.warns(UserWarning, match=r"data.cache_dir=.*kept: less than 5 GB are free"):
         np.testing.assert_array_equal(decoded(file, np.uint8, None, Decoder(ARRAYS[0])), ARRAYS[0])
     assert not kept_files(folder)

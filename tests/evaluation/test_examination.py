@@ -18,7 +18,7 @@ from uvim_fsq.evaluation import decodings
 from uvim_fsq.evaluation.decodings import changes, variants
 from uvim_fsq.evaluation.examination import Examined, Examiner, image_values
 from uvim_fsq.evaluation.run import evaluate_loaded
-from uvim_fsq.inference.predictions import Predictions, lm_predictions
+from uvim_fsq.inference.predictions import PredictFn, Predictions, lm_predictions
 from uvim_fsq.tasks.base import Metric
 from uvim_fsq.tasks.nyu_depth.metrics import DepthMetric
 
@@ -115,10 +115,10 @@ def test_other_decodings_fit_the_run(random_lm: LoadedRun) -> None:
 def test_decodings_that_the_token_model_refuses_are_left_out(
     random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_hard(lm: object, oracle: object, task: object, config: EvalConfig) -> object:
+    def only_hard(lm: Any, oracle: Any, task: Any, config: EvalConfig) -> PredictFn:
         if config.codes == "soft" or config.temperature:
             raise UserError("not supported")
-        return lm_predictions(lm, oracle, task, config)  # type: ignore[arg-type]
+        return lm_predictions(lm, oracle, task, config)
 
     monkeypatch.setattr(decodings, "lm_predictions", only_hard)
     result = evaluate_loaded(random_lm, limit=2, device=CPU, decodings=True)

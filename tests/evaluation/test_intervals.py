@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,9 +125,9 @@ def test_states_that_cannot_be_read_are_one_line(tmp_path: Path, damage: str) ->
 
 
 def test_the_states_of_the_images_add_up_to_the_metric() -> None:
-    task = TASKS["depth"]
+    task: Any = TASKS["depth"]
     rng = np.random.default_rng(0)
-    metric, states = task.metric([]), ImageStates()  # type: ignore[arg-type]
+    metric, states = task.metric([]), ImageStates()
     for i in range(5):
         truth = rng.uniform(1, 5, (8, 8)).astype(np.float32)
         before = metric.state()
@@ -135,7 +136,7 @@ def test_the_states_of_the_images_add_up_to_the_metric() -> None:
             Sample(str(i), np.zeros((8, 8, 3), np.uint8), {"depth": truth}),
         )
         states.add(str(i), before, metric.state())
-    again = task.metric([])  # type: ignore[arg-type]
+    again = task.metric([])
     again.load_state({name: x.sum(0) for name, x in states.stacked()[1].items()})
     assert again.compute() == pytest.approx(metric.compute())
 

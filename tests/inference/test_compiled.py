@@ -101,12 +101,13 @@ def test_a_padded_batch_gives_the_predictions_of_its_images(compiled_run: Path, 
 
 def test_evaluation_uses_packages(compiled_run: Path, runners: FakeRunner) -> None:
     loaded = load_checkpoint(compiled_run)
+    assert loaded.lm is not None
     batch = batch_of(loaded, 4)
     with torch.inference_mode():
         found = predict_functions(loaded)["lm"](batch)
         assert runners.sizes == [4] and found.tokens is not None and found.bits is not None
-        expected = lm_predictions(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)(batch)  # type: ignore[arg-type]
-    assert torch.equal(found.tokens, expected.tokens)  # type: ignore[arg-type]
+        expected = lm_predictions(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)(batch)
+    assert expected.tokens is not None and torch.equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.items, expected.items, atol=1e-4)
 
 
@@ -255,7 +256,8 @@ def test_a_compiled_package_gives_the_predictions_of_the_plain_path(tmp_path: Pa
     file = compile_graph(graph, image, tmp_path / "a.pt2")
     found = packages.Packages({2: (file, file_hash(file))}, "uint8")
     plain: Any = graph.decode
-    decode = CompiledPrediction(None, graph, found, random_lm.task)  # type: ignore[arg-type]
+    unused: Any = None
+    decode = CompiledPrediction(unused, graph, found, random_lm.task)
     seeds = torch.zeros(2, dtype=torch.int64)
     with torch.inference_mode():
         (items, tokens), (expected, expected_tokens) = decode(image, seeds), plain(image, seeds)

@@ -36,7 +36,8 @@ def test_the_graph_gives_the_logits_and_tokens_of_the_plain_path(
 ) -> None:
     loaded = load_checkpoint(random_runs[1], settings)
     graph: Any = prediction_graph(loaded)
-    decode = LMDecoder(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)  # type: ignore[arg-type]
+    assert loaded.lm is not None
+    decode = LMDecoder(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)
     with torch.inference_mode():
         *logits, tokens = graph(IMAGES, graph.draw(SEEDS))
         parts, expected = decode.parts(IMAGES, SEEDS)
@@ -75,8 +76,8 @@ def test_a_batch_that_needs_chunks_is_refused(random_lm: Any, monkeypatch: pytes
 
 
 def test_a_generator_with_side_effects_is_refused(random_lm: Any) -> None:
-    decode = LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval)
-    decode.generator = lambda image, seeds: None  # type: ignore[assignment,return-value]
+    decode: Any = LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval)
+    decode.generator = lambda image, seeds: None
     with pytest.raises(UserError, match="token model autoregressive cannot be compiled whole"):
         LMGraph(decode)
 

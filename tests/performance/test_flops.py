@@ -104,7 +104,9 @@ def test_counted_flop_of_masked_decoding_equal_those_of_torchs_counter(monkeypat
     from torch.utils.flop_counter import FlopCounterMode
 
     # The counter does not know the kernel that torch uses on a CPU.
-    attend = lambda q, k, v, **_: (q @ k.transpose(2, 3)).softmax(-1) @ v  # noqa: E731
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
+
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     lm, images = make_masked_lm(), make_images(2)
     for steps in (1, 4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from uvim_fsq.tasks.semantic_segmentation.task import SemanticSegmentation, Sema
 CLASSES = ((0, "road", "#ff0000"), (300, "sky", ""), (7, "void", "#00ff00"))
 
 
-def task(**options: object) -> SemanticSegmentation:
-    return SemanticSegmentation(SemanticSegmentationConfig(classes=CLASSES, ignore_names=("void",), **options))  # type: ignore[arg-type]
+def task(**options: Any) -> SemanticSegmentation:
+    return SemanticSegmentation(SemanticSegmentationConfig(classes=CLASSES, ignore_names=("void",), **options))
 
 
 def test_labels_have_the_smallest_dtype_and_keep_missing_ones() -> None:
