@@ -217,8 +217,8 @@ def decoding_section(task: Task, result: Mapping[str, Any]) -> Section:
         changed = ", ".join(f"{key} {value}" for key, value in item["settings"].items())
         rows.append([changed or "as evaluated", *figures])
     text = (
-        "<p>All other settings as evaluated. A single sample and hard codes commit to one answer, which a figure per pixel "
-        "punishes and a picture may gain from. These are the reported images: do not choose settings by this table, "
-        "but with <code>uvim-fsq tune</code>, which uses others.</p>"
+        "<p>All other settings as evaluated. Hard codes and single samples commit to one answer, which a figure per "
+        "pixel punishes and a picture may gain from. These are the reported images: do not choose settings by this "
+        "table, but with <code>uvim-fsq tune</code>, which uses others.</p>"
     )
     return title, text + html_table(rows)
