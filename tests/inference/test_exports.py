@@ -174,8 +174,18 @@ def test_an_export_is_used_like_a_run(predictor: Predictor, torch_export: Path, 
         predictor.predict_samples(PICTURES[0], 2)
     with pytest.raises(UserError, match="the settings of an export are fixed"):
         predictor.with_overrides(["eval.codes=hard"])
-    with pytest.raises(UserError, match="is an export, which is run on the CPU"):
-        predictor._loaded.to(torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_a_torch_program_is_moved_whole(torch_export: Path) -> None:
+    meta = torch.device("meta")  # as another device: it does not compute with tensors of the CPU
+    program: Any = exports._torch_program(torch_export / "model.pt2", meta)
+    assert {x.device for x in program.state_dict().values()} == {meta}
+    found = program(torch.zeros(3, 3, 16, 16, dtype=torch.uint8, device=meta))
+    assert {name: (tuple(x.shape), x.device) for name, x in found.items()} == {
+        "depth": ((3, 16, 16), meta),
+        TOKENS: ((3, 4), meta),
+    }
 
 
 @pytest.mark.slow
@@ -223,10 +233,10 @@ def test_a_torch_program_that_somebody_else_exported_needs_trust(
     exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loaded: list[Path] = []
-    monkeypatch.setattr(exports, "_torch_program", loaded.append)
+    monkeypatch.setattr(exports, "_torch_program", lambda file, device: loaded.append(file))
     Predictor.from_export(exported)
     monkeypatch.setenv("UVIM_FSQ_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="was not exported by you; if you trust it, give trust=True"):
+    with pytest.raises(UserError, match="was not exported by you; if you trust it, add --trust"):
         Predictor.from_export(exported)
     assert len(loaded) == 1
     Predictor.from_export(exported, trust=True)

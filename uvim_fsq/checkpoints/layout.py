@@ -1,8 +1,9 @@
-"""The names of the files of a checkpoint directory, and their hashes. Imports nothing of the package."""
+"""The names of the files of checkpoints and exports, and their hashes. Imports nothing of the package."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -15,6 +16,13 @@ FIGURES = "evaluation.json"
 DECODING = "decoding.json"
 #: The folder of an LM's copy of its oracle.
 ORACLE = "oracle"
+#: The file that makes a folder an export.
+EXPORT = "export.json"
+
+
+def is_export(place: str | Path) -> bool:
+    """Whether a folder holds what `uvim-fsq export` writes, as opposed to a run or a checkpoint."""
+    return os.path.isfile(os.path.join(place, EXPORT))  # False for any name that cannot be a folder's
 
 
 def file_hash(path: Path) -> str:

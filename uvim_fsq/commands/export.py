@@ -46,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: differs from PyTorch's by up to {about['largest']:.2g}, {about['share']:.2%} of the values")
     size = sum((folder / name).stat().st_size for name in manifest["files"]) / 1e6
     print(f"written: {folder}, {size:,.1f} MB")
-    say(f"next: Predictor.from_export({str(folder)!r}).predict(PHOTO) in Python, with docs/exporting.md")
+    say(f"next: uvim-fsq predict {folder} PHOTOS --out predictions, or docs/exporting.md for use without this package")

@@ -18,7 +18,10 @@ SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("run", help="run or checkpoint of an LM or a direct model, or hub:OWNER/NAME@REVISION")
+    parser.add_argument(
+        "run",
+        help="run or checkpoint of an LM or a direct model, hub:OWNER/NAME@REVISION, or a folder of uvim-fsq export",
+    )
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -64,11 +67,15 @@ def run(args: argparse.Namespace) -> None:
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
         raise UserError("name at least one image, folder or film to predict")
+    from uvim_fsq.checkpoints.layout import is_export
     from uvim_fsq.data.folders import expand_lists, list_images
 
     inputs = expand_lists(inputs)
     list_images(inputs)
-    check_run(args.run, overrides)
+    if is_export(args.run):
+        say(f"{args.run}: loading ...")
+    else:
+        check_run(args.run, overrides)
     check_places(folders=[args.out])
 
     from uvim_fsq.inference.predict_files import Options, predict_files

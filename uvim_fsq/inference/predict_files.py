@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from uvim_fsq.checkpoints.layout import is_export
 from uvim_fsq.console import LINES, Bar, clock, printable, say
 from uvim_fsq.data.folders import list_images
 from uvim_fsq.data.images import read_image
@@ -66,10 +67,10 @@ def predict_files(
     one that was killed, has completed with the same weights and settings is not predicted again.
 
     Args:
-        run_dir: the run or checkpoint directory of an LM or a direct model.
+        run_dir: the run or checkpoint directory of an LM or a direct model, or an export of one.
         inputs: image files, folders of images, and films.
         out: the output folder; created if needed.
-        overrides: `key=value` strings.
+        overrides: `key=value` strings; of an export, those that it does not fix.
         options: tiles, films, and what is predicted again.
 
     Returns one dict per image, in order: `image`; the path of each written file by its kind, or `error`; `checkpoint`;
@@ -83,7 +84,8 @@ def predict_files(
     files = list_images(list(inputs))
     films = list(dict.fromkeys(file for file in files if is_film(file)))
     pictures = [file for file in files if not is_film(file)]
-    predictor = Predictor.from_run(run_dir, overrides)
+    load = Predictor.from_export if is_export(run_dir) else Predictor.from_run
+    predictor = load(run_dir, overrides)
     work = _Work(predictor, Path(out), pictures, films, [Path(entry) for entry in inputs], options)
     begin = time.monotonic()
     try:
@@ -123,7 +125,7 @@ class _Work:
         self.tiles = None if side is None else Tiling(side, options.overlap)
         provenance = {**predictor.provenance, "settings": predictor.fingerprint}
         if self.tiles is not None:
-            predictor.task.tiled()
+            predictor.check_tiles()
             provenance["tiles"] = str(self.tiles)
             provenance["settings"] += f" tiles {self.tiles}"
         self.films, sequence = films, pictures if options.write == "film" else []

@@ -107,18 +107,29 @@ class Predictor:
             return cls(load_any(path, overrides, device), device)
 
     @classmethod
-    def from_export(cls, folder: str | Path, *, trust: bool = False) -> Predictor:
-        """Loads a folder that `uvim-fsq export` wrote, to predict on the CPU without the run.
+    def from_export(
+        cls,
+        folder: str | Path,
+        overrides: Sequence[str] = (),
+        device: str | torch.device = "cpu",
+        *,
+        trust: bool = False,
+    ) -> Predictor:
+        """Loads a folder that `uvim-fsq export` wrote, to predict without the run.
 
         Args:
             folder: with an ONNX model, which needs ONNX Runtime, or a torch program.
+            overrides: `key=value` strings of what an export does not fix: "eval.batch_size=8", "data.max_pixels=...".
+            device: a torch device. An ONNX model needs an ONNX Runtime that was made for it.
             trust: import the plugins that the export names, and load a torch program of somebody else: both execute
                 code.
 
-        Raises UserError for a folder that is no export or damaged, for missing libraries, and for what is not trusted.
+        Raises UserError for a folder that is no export or damaged, for missing libraries, settings that are fixed, and
+        for what is not trusted.
         """
+        device = _device(device)
         with trusting(trust):
-            return cls(load_export(folder), "cpu")
+            return cls(load_export(folder, overrides, device), device)
 
     def predict(self, image: Picture) -> Any:
         """Predicts one image of any size. The prediction has the size of the image.
@@ -263,6 +274,10 @@ class Predictor:
                 batch = [self.prepare(np.ascontiguousarray(view)) for view in views[start : start + size]]
                 items += self._predict_with(decode, batch)
             return task.merge_tiles(items[0], list(zip(tiles, items[1:], strict=True)), pixels)
+
+    def check_tiles(self) -> None:
+        """Raises UserError if predictions of tiles cannot be merged."""
+        _ = self._for_tiles
 
     @functools.cached_property
     def _for_tiles(self) -> tuple[Task, Decode]:
