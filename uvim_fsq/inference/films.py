@@ -49,11 +49,13 @@ class Film:
         frames: how many, as its header says; 0 if it does not.
         read: how many have been read.
 
-    Raises UserError for a file that is not a film, and for frames of more than `data.max_pixels`.
+    Raises UserError for a file that is missing or not a film, and for frames of more than `data.max_pixels`.
     """
 
     def __init__(self, file: Path) -> None:
         self.file, self.read = file, 0
+        if not os.path.exists(file):
+            raise UserError(f"{file}: no such film")
         # Read once, when the library is loaded; its own lines would disturb the progress.
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         level = cv2.setLogLevel(0)

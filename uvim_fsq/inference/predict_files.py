@@ -214,16 +214,6 @@ class _Work:
             return self.predictor.predict_tiles(image, self.tiles)
         return self.predictor.task.to_size(item, image)
 
-    def _predictions(self, frames: Iterable[Array]) -> Iterator[tuple[Array, Any]]:
-        """Frames with their predictions, in order, a batch at a time."""
-        predictor = self.predictor
-        for batch in _batches(frames, self._batch_size):
-            items: list[Any] = [None] * len(batch)
-            if self.tiles is None:
-                items = predictor.predict_prepared([predictor.prepare(frame) for frame in batch])
-            for frame, item in zip(batch, items, strict=True):
-                yield frame, self._at_size(item, frame)
-
     def _film_files(self, stem: str) -> list[str]:
         """The names that the results of a film need at least: the film, or the files of its first frame."""
         if self.options.write == "files":
@@ -264,7 +254,7 @@ class _Work:
 
         before = len(self.entries)
         with Bar(f"predicting {file.name}", film.frames) as bar:
-            for place, (frame, prediction) in enumerate(self._predictions(wanted())):
+            for place, (frame, prediction) in enumerate(self.predictor.predict_frames(wanted(), self.tiles)):
                 number, name = numbers[place], _frame(stem, numbers[place])
                 folder.reserve(name, holder=stem)
                 self._add(folder.save_frame(file, f"{file}#{number:06d}", name, prediction, frame))
@@ -296,7 +286,7 @@ class _Work:
         """Writes the film of the frames' predictions."""
         path = Path(stem + SUFFIX)
         with bar, writing_film(path, rate) as writer:
-            for frame, prediction in self._predictions(frames):
+            for frame, prediction in self.predictor.predict_frames(frames, self.tiles):
                 writer.write(self.predictor.task.film_frame(frame, prediction))
                 bar.update(writer.frames)
         self.predicted += writer.frames - 1  # `_add` counts one

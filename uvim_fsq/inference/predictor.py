@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.inference.code_decoding import LMDecoder, sample_seeds
 from uvim_fsq.inference.compiled import Decode
 from uvim_fsq.inference.exports import LoadedExport, load_export
+from uvim_fsq.inference.films import Film
 from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
 from uvim_fsq.inference.predictions import eval_autocast, image_decoder
 from uvim_fsq.lm.sampling import Sampling
@@ -274,6 +276,33 @@ class Predictor:
                 batch = [self.prepare(np.ascontiguousarray(view)) for view in views[start : start + size]]
                 items += self._predict_with(decode, batch)
             return task.merge_tiles(items[0], list(zip(tiles, items[1:], strict=True)), pixels)
+
+    def predict_film(self, file: str | Path, tiling: Tiling | None = None) -> Iterator[tuple[Array, Any]]:
+        """Predicts a film frame by frame, in order, and has no more than `eval.batch_size` frames in memory.
+
+            for frame, depth in predictor.predict_film("clip.mp4"): ...
+
+        Args:
+            file: a film in a common container: MP4, MOV, AVI, MKV, WebM, MPEG.
+            tiling: predict each frame as `predict_tiles` does; by default as `predict` does.
+
+        Returns an iterator of the frames, (H, W, 3) uint8 RGB, upright, each with its prediction.
+
+        Raises UserError at once for a file that is not a film and for tiles that cannot be merged, and while it is read
+        for a film of which no frame can be read.
+        """
+        limit_pixels(self.run.data.max_pixels)
+        if tiling is not None:
+            self.check_tiles()
+        return self.predict_frames(Film(Path(file)), tiling)
+
+    def predict_frames(self, frames: Iterable[Array], tiling: Tiling | None = None) -> Iterator[tuple[Array, Any]]:
+        """Images (H, W, 3) uint8, each with its prediction, in order; as they come, a batch at a time."""
+        remaining = iter(frames)
+        while batch := list(itertools.islice(remaining, self.run.eval.batch_size if tiling is None else 1)):
+            items = self.predict_prepared([self.prepare(frame) for frame in batch]) if tiling is None else batch
+            for frame, item in zip(batch, items, strict=True):
+                yield frame, self.task.to_size(item, frame) if tiling is None else self.predict_tiles(frame, tiling)
 
     def check_tiles(self) -> None:
         """Raises UserError if predictions of tiles cannot be merged."""
