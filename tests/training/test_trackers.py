@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import typing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from tests.support.runs import fit_run, losses
 from tests.support.small import oracle_run
 from uvim_fsq.config.schema import TrainConfig
 from uvim_fsq.errors import UserError
-from uvim_fsq.training.trackers import check_trackers, tracker_names
+from uvim_fsq.training.trackers import PACKAGES, build_tracker, check_trackers, tracker_names
 
 
 class FakeWandb(ModuleType):
@@ -84,12 +85,38 @@ def test_a_tracker_that_cannot_start_is_one_line(
         fit_run(oracle_run(tmp_path / "run", data, "train.trackers=[wandb]"))
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow", "aim"])
+@pytest.mark.parametrize("name", PACKAGES)
 def test_a_missing_package_is_named_with_its_installation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvim_fsq.training.trackers.find_spec", lambda module: None)
-    with pytest.raises(UserError, match=f"^train.trackers names {name}, which is not installed: pip install {name}"):
+    package = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"^train.trackers names {name}, which is not installed: pip install {package}"):
         check_trackers(TrainConfig(trackers=("tensorboard", name)))  # type: ignore[arg-type]
     check_trackers(TrainConfig())
+
+
+def test_the_configuration_takes_the_trackers_that_accelerate_knows() -> None:
+    from accelerate import tracking
+
+    known = {"tensorboard", *PACKAGES}
+    names, _ = typing.get_args(typing.get_type_hints(TrainConfig)["trackers"])
+    assert set(typing.get_args(names)) == known <= set(tracking.LOGGER_TYPE_TO_CLASS)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_runs_are_named_and_their_files_stay_with_the_run(name: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    given = {
+        "wandb": {"name": "run", "dir": place},
+        "mlflow": {},
+        "aim": {"experiment": "uvim_fsq"},
+        "comet_ml": {},
+        "clearml": {"task_name": "run", "auto_connect_frameworks": False},
+        "dvclive": {"dir": f"{place}/dvclive", "resume": True, "save_dvc_exp": False, "dvcyaml": None},
+        "swanlab": {"experiment_name": "run", "logdir": f"{place}/swanlog"},
+        "trackio": {"name": "run"},
+    }
+    tracker = build_tracker(name, tmp_path / "run")
+    assert tracker.name == name and getattr(tracker, "init_kwargs", {}) == given[name]
 
 
 def test_a_tracker_named_twice_is_started_once() -> None:

@@ -278,8 +278,11 @@ class TrainConfig:
     checkpoint; newer checkpoints of that run are then moved to its folder set_aside/."""
     resume_changes: bool = False
     """Allow resuming with settings that differ from the checkpoint's; otherwise they are listed and refused."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "aim"], ...] = ("tensorboard",)
-    """Where to log besides TensorBoard: wandb (Weights & Biases), mlflow, aim; each needs its package."""
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab", "trackio"], ...
+    ] = ("tensorboard",)
+    """Where to log besides TensorBoard: wandb (Weights & Biases), mlflow, aim, comet_ml, clearml, dvclive, swanlab,
+    trackio; each needs its package."""
     wandb: bool = False
     """The same as wandb among the trackers."""
 

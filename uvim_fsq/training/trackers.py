@@ -1,4 +1,4 @@
-"""Experiment trackers by name (Weights & Biases, MLflow, Aim), through Accelerate's interface to them.
+"""Experiment trackers by name (Weights & Biases, MLflow, Aim and others), through Accelerate's interface to them.
 
 A tracker never stops a training: one that cannot start is refused before it, and one that fails later is left out from
 then on.
@@ -22,6 +22,11 @@ PACKAGES = {
     "wandb": ("wandb", "pip install wandb"),
     "mlflow": ("mlflow", "pip install mlflow"),
     "aim": ("aim", "pip install aim"),
+    "comet_ml": ("comet_ml", "pip install comet-ml"),
+    "clearml": ("clearml", "pip install clearml"),
+    "dvclive": ("dvclive", "pip install dvclive"),
+    "swanlab": ("swanlab", "pip install swanlab"),
+    "trackio": ("trackio", "pip install trackio"),
 }
 
 
@@ -56,7 +61,7 @@ class Trackers:
         }
         for name in tracker_names(train):
             try:
-                tracker = _build(name, out)
+                tracker = build_tracker(name, out)
                 tracker.start()
                 if plain:
                     tracker.store_init_configuration(plain)
@@ -85,12 +90,25 @@ class Trackers:
                 del self._started[name]
 
 
-def _build(name: str, out: Path) -> Any:
+def build_tracker(name: str, out: Path) -> Any:
+    """Accelerate's tracker of a run directory, not started: its package is not imported yet."""
     from accelerate import tracking  # takes a moment
 
     if name == "wandb":
         return tracking.WandBTracker(PROJECT, name=out.name, dir=str(out))
     if name == "mlflow":
         return tracking.MLflowTracker(PROJECT, run_name=out.name)
-    # One repository for all runs of a folder, so that Aim can compare them.
-    return tracking.AimTracker(out.name, str(out.parent), experiment=PROJECT)
+    if name == "aim":
+        # One repository for all runs of a folder, so that Aim can compare them.
+        return tracking.AimTracker(out.name, str(out.parent), experiment=PROJECT)
+    if name == "comet_ml":
+        return tracking.CometMLTracker(PROJECT)
+    if name == "clearml":
+        # It would collect the figures a second time from TensorBoard, and upload checkpoints.
+        return tracking.ClearMLTracker(PROJECT, task_name=out.name, auto_connect_frameworks=False)
+    if name == "dvclive":
+        # Without commits and dvc.yaml in the user's repository.
+        return tracking.DVCLiveTracker(dir=str(out / "dvclive"), resume=True, save_dvc_exp=False, dvcyaml=None)
+    if name == "swanlab":
+        return tracking.SwanLabTracker(PROJECT, experiment_name=out.name, logdir=str(out / "swanlog"))
+    return tracking.TrackioTracker(PROJECT, name=out.name)
