@@ -19,10 +19,14 @@ def small_lm(*overrides: str) -> LMRun:
 
 
 def test_an_lm_inherits_only_what_was_not_given() -> None:
-    oracle = load_run(ORACLE, ["data.root=rooms", "data.hflip=false", "data.crop=none"])
+    oracle = load_run(
+        ORACLE, ["data.root=rooms", "data.hflip=false", "data.crop=none", "data.color_jitter=[0.4,0.4,0.4,0.1]"]
+    )
     assert isinstance(oracle, OracleRun)
     run = resolve_lm(small_lm(), oracle)
     assert (run.data.root, run.data.hflip, run.data.crop, run.data.image_size) == ("rooms", False, "none", 16)
+    assert run.data.color_jitter == (0.4, 0.4, 0.4, 0.1)
+    assert resolve_lm(small_lm("data.color_jitter=null"), oracle).data.color_jitter is None
     # Given values are kept, even if they equal the schema's defaults, and also after a round trip through YAML.
     for given in (small_lm("data.hflip=true"), load_run(to_dict(small_lm("data.hflip=true")))):
         assert isinstance(given, LMRun)

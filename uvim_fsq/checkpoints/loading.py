@@ -33,9 +33,14 @@ from uvim_fsq.tasks.registry import load_plugins, task_class
 
 
 def build_task(run: Run) -> Task:
-    """Builds the task of a resolved configuration."""
+    """Builds the task of a resolved configuration. Raises UserError for data settings that make no sense for it."""
     load_plugins(run.plugins)
     limit_pixels(run.data.max_pixels)
+    if run.data.color_jitter is not None and task_class(run.task.name).labels_are_colors:
+        raise UserError(
+            f"data.color_jitter={list(run.data.color_jitter)}: the labels of {run.task.name} are the colors of the "
+            "photo, which must stay as they are; leave it out"
+        )
     with plugin_code(f"task {run.task.name}, its start"):
         return task_class(run.task.name)(run.task.options)
 

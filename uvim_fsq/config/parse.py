@@ -25,7 +25,17 @@ from uvim_fsq.config.yaml_files import Tree, read_tree
 from uvim_fsq.errors import UserError
 
 #: Keys of `data` that an LM inherits from its oracle unless they are set.
-INHERITED = ("root", "image_size", "train_split", "eval_split", "selection_split", "crop", "crop_area", "hflip")
+INHERITED = (
+    "root",
+    "image_size",
+    "train_split",
+    "eval_split",
+    "selection_split",
+    "crop",
+    "crop_area",
+    "hflip",
+    "color_jitter",
+)
 
 
 def merge(

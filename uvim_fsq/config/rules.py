@@ -225,6 +225,9 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _out_of_range(run, ("data", "model", "eval"))
     if not 0 < run.data.crop_area[0] <= run.data.crop_area[1] <= 1:
         yield f"data.crop_area={list(run.data.crop_area)}: must be two increasing fractions of the area in (0, 1]"
+    jitter = run.data.color_jitter
+    if jitter is not None and not (all(0 <= v < math.inf for v in jitter) and jitter[3] <= 0.5):
+        yield f"data.color_jitter={list(jitter)}: all four must be at least 0, and the last, the hue, at most 0.5"
     if isinstance(evaluation, EvalConfig):
         sampling = {key: getattr(evaluation, key) for key in SAMPLING_KEYS}
         yield from _problems_of(lambda: check_sampling(**sampling, prefix="eval."))

@@ -36,9 +36,9 @@ class JointTransform:
     """Prepares samples for training and evaluation, and images without labels for prediction.
 
     Training: inception crop (UViM: area 5% to 100%, aspect ratio 3/4 to 4/3) or the whole image, flipped horizontally
-    with probability 0.5. Evaluation: the whole evaluation view of the task. Images are resized bilinearly in uint8
-    without antialiasing, as in the UViM reference code (big_vision); maps by nearest neighbor with half-pixel centers,
-    or bilinearly if listed in `Task.linear_maps`.
+    with probability 0.5, and with `data.color_jitter` other colors of the image. Evaluation: the whole evaluation view
+    of the task. Images are resized bilinearly in uint8 without antialiasing, as in the UViM reference code
+    (big_vision); maps by nearest neighbor with half-pixel centers, or bilinearly if listed in `Task.linear_maps`.
     """
 
     def __init__(self, data: DataConfig, task: Encoding, *, train: bool) -> None:
@@ -84,7 +84,9 @@ class JointTransform:
 
 
 class _Augmentation:
-    """The random crop and flip of training, by Albumentations, the same for the image and all of its maps."""
+    """The augmentation of training, by Albumentations: crop and flip, the same for the image and all of its maps, and
+    colors of the image alone.
+    """
 
     def __init__(self, data: DataConfig, linear_maps: tuple[str, ...]) -> None:
         import albumentations as A  # the import takes more than a second
@@ -100,6 +102,11 @@ class _Augmentation:
             self.fit = A.RandomResizedCrop(size, scale=data.crop_area, ratio=(3 / 4, 4 / 3), **sampling)
         self.flip: Any = A.HorizontalFlip(p=0.5) if data.hflip else None
         self.compose = A.Compose([self.fit] if self.flip is None else [self.fit, self.flip])
+        # Apart from the geometry, which is then the same with and without it, and because maps may be images for
+        # Albumentations.
+        self.colors: Any = None
+        if data.color_jitter is not None:
+            self.colors = A.Compose([A.ColorJitter(*data.color_jitter, p=1)])
 
     def __call__(self, view: Sample, seed: int) -> tuple[Array, dict[str, Array], tuple[float, float], bool]:
         """Image and maps at size (S, S), the scale in new pixels per old pixel (rows, columns), and whether flipped."""
@@ -114,4 +121,12 @@ class _Augmentation:
         # Albumentations stores the parameters of a transform's last call in `params`; none if it was not applied.
         left, top, right, bottom = self.fit.params.get("crop_coords", (0, 0, view.image.shape[1], view.image.shape[0]))
         scale = (self.size / (bottom - top), self.size / (right - left))
-        return done["image"], maps, scale, self.flip is not None and bool(self.flip.params)
+        return self._colored(done["image"], seed), maps, scale, self.flip is not None and bool(self.flip.params)
+
+    def _colored(self, image: Array, seed: int) -> Array:
+        """The image (S, S, 3) with other colors by `seed`, unless they are to stay."""
+        if self.colors is None:
+            return image
+        # The seed itself would make the colors depend on where the crop is.
+        self.colors.set_random_seed((seed + 1) % (1 << 32))
+        return self.colors(image=image)["image"]

@@ -150,6 +150,9 @@ class Task(ABC):
     smaller_is_better: ClassVar[bool] = True
     #: Maps of a Sample to resize bilinearly (e.g. color); all others are resized by nearest neighbor.
     linear_maps: ClassVar[tuple[str, ...]] = ()
+    #: Whether the labels are the colors of the photo, so that other colors would be other labels. `data.color_jitter`
+    #: is then refused.
+    labels_are_colors: ClassVar[bool] = False
     #: Metrics that tables show after the main metric.
     secondary_metrics: tuple[str, ...] = ()
     #: The `uvim-fsq synth` format of this task's data; None if there is none.

@@ -51,6 +51,7 @@ class ImagenetColor(Task):
     secondary_metrics = ("mse", *COLOURFULNESS)
     synthetic = "imagenet"
     synthetic_world = "still_life"
+    labels_are_colors = True
     config: ImagenetColorConfig
 
     def __init__(self, config: ImagenetColorConfig) -> None:
