@@ -49,8 +49,8 @@ class DataConfig:
     """Flip training samples horizontally with probability 0.5."""
     color_jitter: tuple[float, float, float, float] | None = None
     """[brightness, contrast, saturation, hue]: vary the colors of training photos at random, e.g. [0.4, 0.4, 0.4, 0.1]:
-    a value v multiplies the first three by 1 - v to 1 + v, and turns the hue by up to v of a circle (at most 0.5); null:
-    not at all."""
+    a value v multiplies the first three by 1 - v to 1 + v, and turns the hue by up to v of a circle (at most 0.5);
+    null: not at all."""
     workers: int = 4
     """Loader processes per training process; 0 loads in the training process."""
     cache: bool = False
