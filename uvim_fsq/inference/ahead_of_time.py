@@ -92,13 +92,20 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], file: Pa
     try:
         with torch.no_grad(), quiet():
             exported = torch.export.export(module, inputs)
-            aoti_compile_and_package(exported, package_path=str(file))
+            # The compiler's estimate of when to reuse a buffer fails for larger loops (torch 2.11).
+            aoti_compile_and_package(
+                exported, package_path=str(file), inductor_configs={"allow_buffer_reuse": not _has_loop(exported)}
+            )
     except UserError:
         raise
     except Exception as error:  # torch raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"torch cannot compile this prediction ({type(error).__name__}: {reason})") from error
     return file
+
+
+def _has_loop(program: torch.export.ExportedProgram) -> bool:
+    return any(node.target is torch.ops.higher_order.while_loop for node in program.graph.nodes)
 
 
 def choose_loop(generator: PureGenerator) -> None:
