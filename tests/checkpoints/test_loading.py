@@ -1,14 +1,15 @@
-"""What is refused when a checkpoint is loaded."""
+"""What is refused when a checkpoint is loaded, and how its weights are stored."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from tests.support.runs import save_untrained
 from tests.support.small import lm_run, oracle_run
-from uvim_fsq.checkpoints.loading import load_checkpoint
+from uvim_fsq.checkpoints.loading import LoadedRun, load_checkpoint
 from uvim_fsq.errors import UserError
 
 
@@ -25,3 +26,10 @@ def test_predictions_cannot_be_mixed_with_a_context_that_the_oracle_lacks(
     with pytest.raises(UserError, match=message.replace("the oracle .*oracle", f"the oracle {lm / 'oracle'}")):
         load_checkpoint(lm, ["eval.context_weight=0.3"])
     assert load_checkpoint(lm).run.eval.context_weight == 0
+
+
+def test_loaded_models_read_their_weights_fast(random_lm: LoadedRun) -> None:
+    for model in (random_lm.lm, random_lm.oracle):
+        assert model is not None
+        wide = [x.weight for x in model.modules() if isinstance(x, nn.Linear) and x.out_features > x.in_features]
+        assert wide and all(weight.stride(0) == 1 for weight in wide)

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,11 +21,12 @@ from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import ahead_of_time, compiled, packages
 from uvim_fsq.inference.ahead_of_time import compile_checkpoint, compile_graph
-from uvim_fsq.inference.compiled import CompiledPrediction, chunk_sizes, prediction_graph, with_packages
-from uvim_fsq.inference.one_graph import PredictionGraph
+from uvim_fsq.inference.compiled import CompiledPrediction, Decode, chunk_sizes, prediction_graph, with_packages
+from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import FOLDER, OWN_PACKAGES, find_packages
 from uvim_fsq.inference.predictions import lm_predictions, predict_functions
 from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.lm.token_generator import TokenGenerator
 
 CPU = torch.device("cpu")
 PICTURES = list(np.random.default_rng(0).integers(0, 255, (5, 20, 30, 3), dtype=np.uint8))
@@ -230,10 +231,22 @@ def test_compiling_without_a_compiler_is_one_line(compiled_run: Path, monkeypatc
     assert find_packages(load_checkpoint(compiled_run), CPU) is not None  # using them needs none
 
 
-def test_too_many_steps_are_refused(compiled_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead_of_time, "MAX_UNROLLED", 3)
-    with pytest.raises(UserError, match=r"4 tokens one by one through 1 blocks .* set eval.compile=true"):
-        compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)
+@pytest.mark.parametrize(("limit", "in_loop"), [(3, True), (4, False)])
+def test_many_steps_are_compiled_as_a_loop(
+    compiled_run: Path, monkeypatch: pytest.MonkeyPatch, limit: int, in_loop: bool
+) -> None:
+    made: list[PredictionGraph] = []
+
+    def write(graph: PredictionGraph, image: torch.Tensor, file: Path) -> Path:
+        made.append(graph)
+        file.write_text("code")
+        return file
+
+    monkeypatch.setattr(ahead_of_time, "compile_graph", write)
+    monkeypatch.setattr(ahead_of_time, "MAX_UNROLLED", limit)
+    compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)  # 4 tokens, 1 block
+    assert isinstance(made[0], LMGraph) and isinstance(made[0].generator, TokenGenerator)
+    assert made[0].generator.in_loop is in_loop
 
 
 def test_an_oracle_cannot_be_compiled(random_runs: tuple[Path, Path]) -> None:
@@ -250,16 +263,24 @@ def test_without_packages_nothing_is_said(random_lm: Any) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_compiled_package_gives_the_predictions_of_the_plain_path(tmp_path: Path, random_lm: Any) -> None:
-    graph = prediction_graph(random_lm)
+@pytest.mark.parametrize(
+    ("in_loop", "overrides"), [(False, []), (True, ["eval.codes=soft", "eval.temperature=1", "eval.samples=2"])]
+)
+def test_a_compiled_package_gives_the_predictions_of_the_plain_path(
+    tmp_path: Path, random_runs: tuple[Path, Path], in_loop: bool, overrides: list[str]
+) -> None:
+    loaded = load_checkpoint(random_runs[1], overrides)
+    graph = prediction_graph(loaded)
+    assert isinstance(graph, LMGraph) and isinstance(graph.generator, TokenGenerator)
     image = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    graph.generator.in_loop = in_loop
     file = compile_graph(graph, image, tmp_path / "a.pt2")
+    graph.generator.in_loop = False
     found = packages.Packages({2: (file, file_hash(file))}, "uint8")
-    plain: Any = graph.decode
-    unused: Any = None
-    decode = CompiledPrediction(unused, graph, found, random_lm.task)
-    seeds = torch.zeros(2, dtype=torch.int64)
+    plain, unused = graph.decode, cast(Decode, None)
+    decode = CompiledPrediction(unused, graph, found, loaded.task)
+    seeds = torch.arange(2)
     with torch.inference_mode():
         (items, tokens), (expected, expected_tokens) = decode(image, seeds), plain(image, seeds)
-    assert tokens is not None and torch.equal(tokens, expected_tokens)
+    assert tokens is not None and expected_tokens is not None and torch.equal(tokens, expected_tokens)
     np.testing.assert_allclose(items, expected, atol=1e-4)

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, fresh_oracle, synthetic_batch
-from uvim_fsq.console import say
-from uvim_fsq.errors import UserError
-from uvim_fsq.inference.ahead_of_time import check_unrolled, compile_module
+from uvim_fsq.inference.ahead_of_time import choose_loop, compile_module
 from uvim_fsq.inference.compiled import load_package
 from uvim_fsq.lm.base import PureGenerator, TokenModel
 from uvim_fsq.lm.encoder_decoder import EncoderDecoder
@@ -82,23 +80,12 @@ def decoding_variants(sizes: Sizes, device: torch.device) -> tuple[dict[str, Var
     compilations: tuple[Compilation, ...] = ("", "compiled", "ahead of time") if sizes.lm.eval.compile else ("",)
     for compilation in compilations:
         for title, model, steps in models:
-            if compilation == "ahead of time" and not _has_packages(model, sizes.lm.model.depth):
+            if compilation == "ahead of time" and not isinstance(model.generator(), PureGenerator):
                 continue
             for int8 in (False, True) if model.has_cached_decoding and compilation != "ahead of time" else (False,):
                 name = f"{title}{', 8-bit cross-attention K/V' * int8}{f', {compilation}' if compilation else ''}"
                 variants[name] = Variant(model, steps, int8, compilation)
     return variants, task
-
-
-def _has_packages(lm: TokenModel, depth: int) -> bool:
-    """Whether decoding with this model can be compiled ahead of time. If it takes too long, this is said."""
-    try:
-        if lm.has_cached_decoding:
-            check_unrolled(lm.length, depth)
-    except UserError as error:
-        say(f"not measured ahead of time: {error}")
-        return False
-    return isinstance(lm.generator(), PureGenerator)
 
 
 def measure_decoding(
@@ -157,6 +144,7 @@ def _decoding(variant: Variant, images: torch.Tensor, peak: DevicePeak) -> Work:
         if variant.compilation != "ahead of time":
             return functools.partial(generator, images, None)
         assert isinstance(generator, PureGenerator)
+        choose_loop(generator)
         return _package(_Tokens(variant.lm, generator), images)
 
     return Work(build, cost.generate_seconds(batch, peak, **bytes_of), cost.generate_bytes(batch, **bytes_of))

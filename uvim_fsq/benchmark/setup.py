@@ -17,6 +17,7 @@ from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun
 from uvim_fsq.config.shipped import find_config
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.errors import UserError
+from uvim_fsq.layers import lay_out_weights
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Real, Task
@@ -102,6 +103,8 @@ def fresh_lm(sizes: Sizes, device: torch.device) -> tuple[TokenModel, Task]:
     oracle, task = fresh_oracle(sizes)
     lm = build_lm(sizes.lm, oracle, published=False)
     lm.randomize_head_()
+    if device.type == "cpu":
+        lay_out_weights(lm)
     return lm.to(device).eval(), task
 
 

@@ -25,6 +25,7 @@ from uvim_fsq.config.schema import DirectRun, LMRun, OracleRun, Run
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError, enough_memory
+from uvim_fsq.layers import lay_out_weights
 from uvim_fsq.lm.base import TokenModel, build_token_model
 from uvim_fsq.oracle.label_decoder import TrainedDecoder
 from uvim_fsq.oracle.model import Oracle
@@ -214,7 +215,12 @@ def load_any(
     Raises UserError for anything missing, damaged or inconsistent.
     """
     with enough_memory(f"{path} needs a machine with more"):
-        return _load(path, overrides, device, tuned)
+        loaded = _load(path, overrides, device, tuned)
+        if torch.device(device).type == "cpu":
+            for model in [loaded.model] if isinstance(loaded, LoadedDirect) else [loaded.oracle, loaded.lm]:
+                if model is not None:
+                    lay_out_weights(model)
+        return loaded
 
 
 def with_overrides(loaded: LoadedRun | LoadedDirect, overrides: Sequence[str]) -> LoadedRun | LoadedDirect:

@@ -84,7 +84,7 @@ class AutoregressiveLM(EncoderDecoder):
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
             own = block.self_attn
-            projection = torch.cat([own.query.weight, own.key.weight, own.value.weight]).t()
+            projection = torch.cat([part.weight.t() for part in (own.query, own.key, own.value)], 1)
             yield projection, *block.memory_heads(memory)
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False, static: bool = True) -> DecoderCache:

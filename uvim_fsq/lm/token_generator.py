@@ -34,6 +34,7 @@ class CachedDecoder(Protocol):
 
     length: int
     vocab_size: int
+    blocks: nn.ModuleList
     head: nn.Linear
 
     def encode(self, image: torch.Tensor) -> torch.Tensor: ...
@@ -226,28 +227,36 @@ class TokenGenerator:
         return Generated(torch.cat(tokens, 1), kept, memory)
 
     def _predict_in_loop(self, memory: torch.Tensor, drawn: torch.Tensor | None) -> Generated:
-        """`predict` from the encoded images on, while a graph is exported, which then holds `scan`'s loop."""
-        from torch._higher_order_ops.scan import scan  # imports torch's compiler
+        """`predict` from the encoded images on, while a graph is exported, which then holds a loop."""
+        from torch._higher_order_ops.while_loop import while_loop  # imports torch's compiler
 
         start = self.model.new_cache(memory, int8=self.int8)
+        batch, length, device = memory.shape[0], self.model.length, memory.device
         uniforms = memory.new_zeros(0) if drawn is None else drawn
 
-        def step(carried: list[torch.Tensor], position: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            previous, *own = carried
-            # Copies, because the body of a loop must not write to what it is given.
-            layers = [replace(layer, own=x.clone()) for layer, x in zip(start.layers, own, strict=True)]
-            cache = DecoderCache(layers, position.view(1))
-            chosen, probabilities = self._next_tokens(previous, cache, uniforms, self.model.length)
-            kept = [chosen.clone()] if probabilities is None else [chosen.clone(), probabilities.squeeze(1)]
-            return [chosen, *(layer.own for layer in layers)], kept
+        def unfinished(position: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return (position < length).all()
 
-        previous = torch.zeros(memory.shape[0], 1, dtype=torch.long, device=memory.device)
-        positions = torch.arange(self.model.length, device=memory.device)
-        _, found = scan(step, [previous, *(layer.own for layer in start.layers)], positions)
-        tokens, *probabilities = found
-        return Generated(
-            tokens.squeeze(2).transpose(0, 1), *[p.transpose(0, 1) for p in probabilities], features=memory
-        )
+        # What the loop carries: the position, the last token, keys and values of each block, and what it returns. The
+        # body copies what it changes, because it must not write to what it is given.
+        def step(
+            position: torch.Tensor,
+            previous: torch.Tensor,
+            own: tuple[torch.Tensor, ...],
+            kept: tuple[torch.Tensor, ...],
+        ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            layers = [replace(layer, own=x.clone()) for layer, x in zip(start.layers, own, strict=True)]
+            found = self._next_tokens(previous, DecoderCache(layers, position), uniforms, length)
+            kept = tuple(x.index_copy(1, position, y) for x, y in zip(kept, found, strict=False) if y is not None)
+            return position + 1, found[0].clone(), tuple(layer.own for layer in layers), kept
+
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+        sizes = (batch, length, self.model.vocab_size)
+        kept = (tokens, torch.zeros(sizes, device=device)) if self.probabilities else (tokens,)
+        own = tuple(layer.own for layer in start.layers)
+        *_, found = while_loop(unfinished, step, (first, torch.zeros_like(tokens[:, :1]), own, kept))
+        return Generated(found[0], found[1] if self.probabilities else None, memory)
 
     def _is_static(self, device: torch.device) -> bool:
         """Whether to decode with static buffers, which captured and compiled steps need."""
