@@ -160,6 +160,8 @@ def test_hints_follow_from_the_figures(
         (["--scales", "half"], "--scales half: give a list such as 0,0.5"),
         (["--samples", "1.5"], "--samples 1.5: give a list such as 4,8"),
         (["--codes", "soft,both"], "--codes soft,both: give a list such as hard,soft"),
+        (["--temperature", "0.7"], "--temperature 0.7 is that of the samples of --samples; give both"),
+        (["--samples", "2", "--temperature", "0"], "eval.samples=2 with eval.temperature=0"),
         (["--split", "val"], "split val is the one that is reported"),
         (["eval.codes=both"], "eval.codes"),
         (["--limit", "0"], "eval.limit=0: must be above 0"),

@@ -45,8 +45,8 @@ needs_onnx = pytest.mark.skipif(
 )
 #: A real photo beside random pixels.
 PHOTO = ROOT / "docs" / "pictures" / "imagenet_color.jpg"
-#: Decoding settings that need all of the graph: distributions, and the oracle without codes.
-SETTINGS = ("eval.codes=soft", "eval.context_weight=0.2")
+#: Decoding settings that need all of the graph: distributions, codes that are scaled, and the oracle without codes.
+SETTINGS = ("eval.codes=soft", "eval.code_scale=0.7", "eval.context_weight=0.2")
 #: Panoptic labels without void and with scores.
 INSTANCES = CocoPanoptic(CocoPanopticConfig(max_instances=5, categories=((1, "cat", True),), annotations="instances"))
 PICTURES = list(np.random.default_rng(0).integers(0, 255, (3, 20, 30, 3), dtype=np.uint8))

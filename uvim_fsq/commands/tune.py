@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="LIST", help="eval.context_weight to try (default: 0,0.1,0.2,0.3,0.4,0.5)")
     parser.add_argument("--steps", metavar="LIST", help="also try these eval.steps (masked models), e.g. 4,8")
     parser.add_argument("--samples", metavar="LIST", help="also try averages of so many samples, e.g. 4,8")
-    parser.add_argument("--temperature", type=float, default=1.0, help="eval.temperature of these samples (default: 1)")
+    parser.add_argument("--temperature", type=float, help="eval.temperature of these samples (default: 1)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,6 +49,12 @@ def run(args: argparse.Namespace) -> None:
         "steps": _values(args.steps, "--steps", int),
         "samples": _values(args.samples, "--samples", int),
     }
+    if args.temperature is not None:
+        if not lists["samples"]:
+            raise UserError(
+                f"--temperature {args.temperature:g} is that of the samples of --samples; give both, e.g. --samples 4,8"
+            )
+        lists["temperature"] = args.temperature
     refuse_downloaded(args.run, "tune writes the settings into the run")
     checkpoint = resolve_checkpoint(args.run)
     split = tuning_split(checkpoint, args.overrides, args.split, unseen=args.unseen)
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq import processes
     from uvim_fsq.evaluation.tuning import Grid, tune
 
-    grid = Grid(**{name: values for name, values in lists.items() if values}, temperature=args.temperature)
+    grid = Grid(**{name: values for name, values in lists.items() if values != ()})
     result = tune(args.run, args.overrides, split=split, unseen=args.unseen, limit=args.limit, grid=grid)
     if not processes.is_main():
         return

@@ -80,7 +80,7 @@ def scale_codes(decoder: LabelDecoder, codes: torch.Tensor, scale: float) -> tor
     """Codes on the line from the decoder's empty codes (`scale` 0) to the given ones (`scale` 1), (B, L, d)."""
     if scale == 1:
         return codes
-    empty = decoder.empty_codes(len(codes))
+    empty = decoder.empty_codes(codes.shape[0])  # not `len`, which would fix it in a graph for any batch
     return empty + scale * (decoder.mark_present(codes) - empty)
 
 
