@@ -233,6 +233,21 @@ def test_samples_do_not_depend_on_the_batch(world: World) -> None:
     assert close(part.predict(**settings), [whole[i] for i in order])
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_several_samples_of_an_image_are_those_of_a_batch_of_it(
+    depth: World, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    decoder = depth.decoder(temperature=1.0, context_weight=0.2)
+    if not together:  # a generator that encodes each copy of the image
+        generator = decoder.generator
+        monkeypatch.setattr(decoder, "generator", lambda image, seeds: generator(image, seeds))
+    image, seeds = depth.image[1:2], torch.tensor([5, 3, 9])
+    with torch.inference_mode():
+        (items, tokens), (expected, same) = decoder.samples(image, seeds), decoder(image.repeat(3, 1, 1, 1), seeds)
+    assert torch.equal(tokens, same) and len(tokens.unique(dim=0)) > 1
+    assert close(items, expected) and not close(items[:1], items[1:2])
+
+
 def test_the_first_sample_is_the_one_of_a_single_prediction(world: World) -> None:
     one, many = (world.tokens(temperature=1.0, samples=count) for count in (1, 4))
     assert torch.equal(one, many)

@@ -168,8 +168,10 @@ def test_a_parallel_model_is_one_graph_for_any_batch(tmp_path: Path, random_runs
 @pytest.mark.slow
 def test_an_export_is_used_like_a_run(predictor: Predictor, torch_export: Path, random_runs: tuple[Path, Path]) -> None:
     assert predictor.predict_tiles(np.zeros((200, 70, 3), np.uint8), Tiling(64)).shape == (200, 70)
-    assert predictor.provenance == {"checkpoint": str(torch_export)}
-    assert predictor.fingerprint != Predictor.from_run(random_runs[1], SETTINGS).fingerprint
+    run = Predictor.from_run(random_runs[1], SETTINGS)
+    assert "code_scale=" in run.provenance["decoding"]
+    assert predictor.provenance == {"checkpoint": str(torch_export), "decoding": run.provenance["decoding"]}
+    assert predictor.fingerprint != run.fingerprint
     with pytest.raises(UserError, match="an export draws no samples"):
         predictor.predict_samples(PICTURES[0], 2)
     with pytest.raises(UserError, match="the settings of an export are fixed"):

@@ -316,9 +316,10 @@ class EvalConfig(BasicEvalConfig):
     temperature: float = 0.0
     """Sampling temperature of the LM; 0 is greedy decoding."""
     top_k: int | None = None
-    """Sample from the k most likely tokens."""
+    """Sample from the k most likely tokens; no effect without a temperature."""
     top_p: float | None = None
-    """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value."""
+    """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value; no effect
+    without a temperature."""
     steps: int | None = None
     """Masked: decoding steps, at most the number of tokens; null: one, all tokens in parallel."""
     choice_temperature: float = 0.0

@@ -74,8 +74,9 @@ def predict_files(
         options: tiles, films, and what is predicted again.
 
     Returns one dict per image, in order: `image`; the path of each written file by its kind, or `error`; `checkpoint`;
-    if there are any, `overrides`, `decoding_from`, the tuning, and `tiles`; `settings` and `stamp`, which tell whether
-    the result would be the same again. A film that was written as one has one dict; its frames as files, one each.
+    for tokens, `decoding`; if there are any, `overrides`, `decoding_from`, the tuning, and `tiles`; `settings` and
+    `stamp`, which tell whether the result would be the same again. A film that was written as one has one dict; its
+    frames as files, one each.
 
     Raises UserError before predicting anything if a result would replace a file that is not an earlier result. Raises
     UserError if the disk is full; the index then lists all complete results.

@@ -34,7 +34,7 @@ MAX_STEM = 200
 #: An image in the index: `image`; the path of each written file by its kind, or `error`; `stamp`, which changes with
 #: the image's file; the predictor's provenance, whose `settings` change with everything that changes predictions.
 Entry = dict[str, str]
-NO_FILES = ("image", "error", "checkpoint", "overrides", "decoding_from", "tiles", "settings", "stamp")
+NO_FILES = ("image", "error", "checkpoint", "decoding", "overrides", "decoding_from", "tiles", "settings", "stamp")
 
 
 def _canonical(name: str) -> str:

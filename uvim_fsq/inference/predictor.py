@@ -23,7 +23,7 @@ from uvim_fsq import processes
 from uvim_fsq.checkpoints.hub import provenance_name
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun, load_any, with_overrides
 from uvim_fsq.checkpoints.run_directory import WEIGHTS, recorded_hashes
-from uvim_fsq.checkpoints.tuned import FROM_RUN
+from uvim_fsq.checkpoints.tuned import FROM_RUN, TUNED_KEYS
 from uvim_fsq.config.plugins import trusting, trusts_runs
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.data.images import limit_pixels
@@ -76,9 +76,12 @@ class Predictor:
         self.transform = JointTransform(self.run.data, self.task, train=False)
         self._decode = _decoder(loaded, self.device)
         changed = " ".join(f"{key}={now}" for key, (_, now) in loaded.overrides.items())
-        #: Provenance of the predictions, for their index: the checkpoint, and if there are any, overrides and tuning.
+        settings = [f"{key}={getattr(self.run.eval, key)}" for key in TUNED_KEYS if hasattr(self.run.eval, key)]
+        #: Provenance of the predictions, for their index: the checkpoint, for tokens how they are decoded, and if there
+        #: are any, overrides and tuning.
         self.provenance = {
             "checkpoint": provenance_name(loaded.checkpoint),
+            **({"decoding": " ".join(settings)} if settings else {}),
             **({"overrides": changed} if changed else {}),
         }
         if loaded.decoding_from != FROM_RUN:
