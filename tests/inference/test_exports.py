@@ -180,14 +180,13 @@ def test_an_export_is_used_like_a_run(predictor: Predictor, torch_export: Path, 
 
 @pytest.mark.slow
 def test_a_torch_program_is_moved_whole(torch_export: Path) -> None:
-    meta = torch.device("meta")  # as another device: it does not compute with tensors of the CPU
+    meta = torch.device("meta")  # another device that every machine has
     program: Any = exports._torch_program(torch_export / "model.pt2", meta)
+    graphs = [module for module in program.modules() if isinstance(module, torch.fx.GraphModule)]
+    named = [str(node.kwargs["device"]) for x in graphs for node in x.graph.nodes if "device" in node.kwargs]
+    assert len(graphs) > 1 and named and set(named) == {"meta"}
     assert {x.device for x in program.state_dict().values()} == {meta}
-    found = program(torch.zeros(3, 3, 16, 16, dtype=torch.uint8, device=meta))
-    assert {name: (tuple(x.shape), x.device) for name, x in found.items()} == {
-        "depth": ((3, 16, 16), meta),
-        TOKENS: ((3, 4), meta),
-    }
+    assert {x.device for x in program.buffers()} | {x.device for x in program.parameters()} == {meta}
 
 
 @pytest.mark.slow

@@ -205,7 +205,8 @@ def _torch_program(file: Path, device: torch.device = CPU) -> Program:
         warnings.simplefilter("ignore")  # torch's own, about how it reads constants
         program = torch.export.load(file)
         if device.type != "cpu":
-            program = move_to_device_pass(program, device)
+            # The program compares devices, so that it needs cuda:0 where the user says cuda.
+            program = move_to_device_pass(program, torch.empty(0, device=device).device)
         return program.module()  # type: ignore[return-value]
 
 
