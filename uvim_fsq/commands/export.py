@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run or checkpoint of an LM or a direct model, or hub:OWNER/NAME@REVISION")
     add_overrides(parser, "decoding settings to export, e.g. eval.codes=soft task.decoding=expectation")
     parser.add_argument("--format", choices=("onnx", "torch"), required=True, help="ONNX, or a file of torch.export")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: RUN/export_onnx or RUN/export_torch)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder (default: RUN/export_FORMAT, with --int8 RUN/export_onnx_int8)"
+    )
     parser.add_argument(
         "--int8", action="store_true", help="onnx: 8-bit weights, a third of the size; predictions change slightly"
     )
