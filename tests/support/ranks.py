@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.support.commands import interruptible
 from tests.support.paths import ROOT
 
 #: Seconds after which ranks count as hanging. Machines may be slow: what is meant to end takes seconds.
@@ -45,6 +46,7 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
 
 
