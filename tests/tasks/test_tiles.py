@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -34,13 +36,13 @@ def test_merged_depth_stays_in_the_range_of_the_task() -> None:
     assert found.min() >= 0 and found.max() <= 10
 
 
-def segmentation(enlarge: str) -> SemanticSegmentation:
+def segmentation(enlarge: Literal["nearest", "linear"]) -> SemanticSegmentation:
     classes = tuple((c, f"class {c}", "") for c in range(3))
-    return SemanticSegmentation(SemanticSegmentationConfig(classes=classes, enlarge=enlarge))  # type: ignore[arg-type]
+    return SemanticSegmentation(SemanticSegmentationConfig(classes=classes, enlarge=enlarge))
 
 
 @pytest.mark.parametrize("enlarge", ["nearest", "linear"])
-def test_class_probabilities_of_tiles_are_blended(enlarge: str) -> None:
+def test_class_probabilities_of_tiles_are_blended(enlarge: Literal["nearest", "linear"]) -> None:
     task = segmentation(enlarge).tiled()
     truth = (np.mgrid[0:60, 0:80][1] * 3 // 80).astype(np.int64)
     # The first tile is unsure and says class 2 everywhere; where another one overlaps it, that one wins.

@@ -90,7 +90,7 @@ def test_a_missing_package_is_named_with_its_installation(name: str, monkeypatch
     monkeypatch.setattr("uvim_fsq.training.trackers.find_spec", lambda module: None)
     package = name.replace("_", "-")
     with pytest.raises(UserError, match=f"^train.trackers names {name}, which is not installed: pip install {package}"):
-        check_trackers(TrainConfig(trackers=("tensorboard", name)))  # type: ignore[arg-type]
+        check_trackers(TrainConfig(trackers=("tensorboard", typing.cast(Any, name))))
     check_trackers(TrainConfig())
 
 

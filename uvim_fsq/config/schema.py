@@ -318,8 +318,7 @@ class EvalConfig(BasicEvalConfig):
     top_k: int | None = None
     """Sample from the k most likely tokens; no effect without a temperature."""
     top_p: float | None = None
-    """Sample from the smallest set of most likely tokens whose probabilities sum to at least this value; no effect
-    without a temperature."""
+    """Sample from the fewest most likely tokens that have this probability in all; no effect without a temperature."""
     steps: int | None = None
     """Masked: decoding steps, at most the number of tokens; null: one, all tokens in parallel."""
     choice_temperature: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from tests.support.runs import save_untrained
 from tests.support.small import DIRECT
 from uvim_fsq.checkpoints.loading import resolve
 from uvim_fsq.cli import main
-from uvim_fsq.data.sample import Sample
+from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference.predictor import Predictor
+from uvim_fsq.tasks.base import Categorical
 from uvim_fsq.tasks.configuration import load_run
 from uvim_fsq.tasks.semantic_segmentation.task import SemanticSegmentation, SemanticSegmentationConfig
 
@@ -32,7 +33,8 @@ def test_labels_have_the_smallest_dtype_and_keep_missing_ones() -> None:
     sample = Sample("x", np.zeros((1, 2, 3), np.uint8), {"classes": np.array([[1, -1]], np.int32)})
     labels = task().encode(sample)["classes"]
     assert labels.tolist() == [[1, -1]] and labels.dtype == np.int8
-    assert task().label_channels["classes"].num_classes == 2  # type: ignore[union-attr]
+    channel = task().label_channels["classes"]
+    assert isinstance(channel, Categorical) and channel.num_classes == 2
 
 
 def test_predictions_are_the_most_likely_classes_or_probabilities() -> None:
@@ -41,7 +43,7 @@ def test_predictions_are_the_most_likely_classes_or_probabilities() -> None:
     soft = task(enlarge="linear").decode({"classes": logits["classes"] + 50})[0]
     np.testing.assert_allclose(soft, logits["classes"][0].softmax(-1), atol=1e-6)
     assert task().to_size(soft, np.zeros((2, 4, 3), np.uint8)).tolist() == [[1, 1, 0, 0]] * 2
-    assert task(enlarge="linear").metric(None).protocol == "semantic_segmentation/miou+linear"  # type: ignore[arg-type]
+    assert task(enlarge="linear").metric(cast(SampleSource, None)).protocol == "semantic_segmentation/miou+linear"
 
 
 def test_predictions_are_written_in_the_values_of_the_class_file(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_pictures_show_classes_missing_labels_and_errors() -> None:
 def test_the_baseline_is_the_most_frequent_class_of_a_pixel() -> None:
     truths = [[[0, 1, -1]], [[1, 1, -1]], [[0, 0, -1]], [[0, -1, -1]], [[0, 1, -1]]]
     samples = [Sample("x", np.zeros((1, 3, 3), np.uint8), {"classes": np.array(t, np.int32)}) for t in truths]
-    common = task().baseline(samples, 3).predict(np.zeros(()))  # type: ignore[arg-type]
+    common = task().baseline(cast(SampleSource, samples), 3).predict(np.zeros(()))
     assert common[0].tolist() == [0, 1, 0]  # where no pixel has a label, the class that is most frequent overall
 
 
