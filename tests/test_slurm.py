@@ -1,4 +1,4 @@
-"""The templates for Slurm, run on a cluster of stand-ins: ranks, time limits, cancelled jobs, grids."""
+"""The templates for Slurm, run on a cluster of stand-ins: ranks, time limits, canceled jobs, grids."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def test_a_single_process_needs_no_rank(tmp_path: Path) -> None:
 
 
 def test_a_job_out_of_time_is_saved_and_goes_back_into_the_queue(cluster: Cluster) -> None:
-    assert cluster.run(TRAIN, "train-lm", "c", behaviour="waits", send=signal.SIGUSR1) == 143
+    assert cluster.run(TRAIN, "train-lm", "c", behavior="waits", send=signal.SIGUSR1) == 143
     assert cluster.lines("saved") == ["saved"] * 4 and cluster.lines("requeued") == ["40123"]
 
 
 def test_a_job_whose_script_alone_is_cancelled_is_saved_and_stays_ended(cluster: Cluster) -> None:
-    assert cluster.run(TRAIN, "train-lm", "c", behaviour="waits", send=signal.SIGTERM) == 143
+    assert cluster.run(TRAIN, "train-lm", "c", behavior="waits", send=signal.SIGTERM) == 143
     assert cluster.lines("saved") == ["saved"] * 4 and not cluster.lines("requeued")
 
 
 def test_a_job_that_fails_stays_ended(cluster: Cluster) -> None:
-    assert cluster.run(TRAIN, "train-lm", "c", behaviour="fails") == 2
+    assert cluster.run(TRAIN, "train-lm", "c", behavior="fails") == 2
     assert not cluster.lines("requeued")
 
 
 def test_a_job_is_not_restarted_for_ever(cluster: Cluster) -> None:
     given = {"SLURM_RESTART_COUNT": "3", "MOST_RESTARTS": "3"}
-    assert cluster.run(TRAIN, "train-lm", "c", behaviour="waits", send=signal.SIGUSR1, **given) == 143
+    assert cluster.run(TRAIN, "train-lm", "c", behavior="waits", send=signal.SIGUSR1, **given) == 143
     assert not cluster.lines("requeued")
 
 
@@ -69,7 +69,7 @@ def test_an_array_task_runs_its_line_and_is_requeued_alone(tmp_path: Path, ends_
     cluster = Cluster(tmp_path / "cluster", tasks=1, per_node=1)
     (cluster.folder / "list").write_text("uvim-fsq train-oracle a\nuvim-fsq train-lm b 'task.x=1 2'\n")
     given = {"SLURM_ARRAY_TASK_ID": "2", "ENDS_WITH": ends_with}
-    code = cluster.run(ARRAY, "list", behaviour="waits", send=signal.SIGUSR1, **given)
+    code = cluster.run(ARRAY, "list", behavior="waits", send=signal.SIGUSR1, **given)
     assert code == int(ends_with) and cluster.lines("requeued") == ["40123_2"]
     assert cluster.lines("started") == ["   : train-lm b task.x=1 2"]
 
@@ -90,7 +90,7 @@ def test_a_grid_becomes_arrays_that_train_shared_models_once(cluster: Cluster) -
     ]
     printed = "".join(f"{name}, seed 0\n" + "".join(f"  uvim-fsq {c}\n" for c in rest) for name, *rest in cells)
     (cluster.folder / "printed").write_text(printed)
-    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behaviour="prints", SBATCH_OPTIONS="-p gpu") == 0
+    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behavior="prints", SBATCH_OPTIONS="-p gpu") == 0
     folder = cluster.folder / "runs" / "g" / "slurm"
     assert folder.joinpath("train_oracle.txt").read_text() == f"uvim-fsq {cells[0][1]}\n", "o2 is finished"
     assert len(folder.joinpath("train_lm.txt").read_text().splitlines()) == 2
@@ -113,7 +113,7 @@ def test_a_grid_becomes_arrays_that_train_shared_models_once(cluster: Cluster) -
 def test_a_grid_of_synthetic_scenes_renders_them_first(cluster: Cluster) -> None:
     lines = ["synth --num 8 --out runs/g/data", "train-oracle c train.out=o1", "train-direct c train.out=d1"]
     (cluster.folder / "printed").write_text("scenes\n" + "".join(f"  uvim-fsq {line}\n" for line in lines))
-    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behaviour="prints") == 0
+    assert cluster.run(GRID, "grid.yaml", "--out", "runs/g", behavior="prints") == 0
     place = "runs/g/slurm"
     assert (cluster.folder / place / "scenes.txt").read_text() == f"uvim-fsq {lines[0]}\n"
     assert cluster.lines("submitted") == [

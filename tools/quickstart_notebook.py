@@ -28,7 +28,7 @@ does the same with eight times the data and up to ten times the steps. The terms
         """\
 ## Data
 
-2,000 rooms of 32 x 32 pixels in the layout of NYU Depth v2: a photo and a 16-bit PNG of millimetres for each.""",
+2,000 rooms of 32 x 32 pixels in the layout of NYU Depth v2: a photo and a 16-bit PNG of millimeters for each.""",
     ),
     (
         "code",
@@ -57,7 +57,7 @@ def show(rows):  # title -> maps, one row for each
     for line, (title, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center")
         for axis, picture in zip(line, pictures):
-            axis.imshow(picture, vmin=0, vmax=8, cmap="magma")  # metres; photos keep their colours
+            axis.imshow(picture, vmin=0, vmax=8, cmap="magma")  # meters; photos keep their colors
             axis.set(xticks=[], yticks=[])
     figure.tight_layout()
 
@@ -118,7 +118,7 @@ for name, figures in result["figures"].items():
         """\
 ## Prediction
 
-`Predictor` takes files, bytes, PIL images and arrays of any size. Depth is float32 in metres at the photo's size.""",
+`Predictor` takes files, bytes, PIL images and arrays of any size. Depth is float32 in meters at the photo's size.""",
     ),
     (
         "code",

@@ -63,7 +63,7 @@ def copy_oracle(baseline: BaselineOracle, ours: Oracle) -> None:
         assert isinstance(transformer, Transformer)
         copy_encoder(theirs, transformer.blocks, transformer.norm)
         context = getattr(ours, f"{side}_context")
-        if context is not None:  # ours: (rows, columns, colours)
+        if context is not None:  # ours: (rows, columns, colors)
             p = ours.config.patch_size
             baseline.context[side].weight.copy_(context.proj.weight.view(-1, p, p, 3).permute(0, 3, 1, 2))
             baseline.context[side].bias.copy_(context.proj.bias)

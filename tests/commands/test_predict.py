@@ -24,19 +24,19 @@ def test_predict_reads_images_of_every_mode(tmp_path: Path, lm_dir: Path) -> Non
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(rgb).save(folder / "turned.jpg", exif=exif)
     Image.fromarray(rgb).convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(rgb).convert("L").save(folder / "grey.png")
+    Image.fromarray(rgb).convert("L").save(folder / "gray.png")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(folder / "alpha.png")
     Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
     main(["predict", str(lm_dir), str(folder), "--out", str(tmp_path / "out")])
     written = {Path(w["image"]).stem: w for w in json.loads((tmp_path / "out" / "predictions.json").read_text())}
-    assert set(written) == {"turned", "cmyk", "grey", "alpha", "deep"}
+    assert set(written) == {"turned", "cmyk", "gray", "alpha", "deep"}
     for name, paths in written.items():
-        metres = np.load(paths["npy"])
-        assert metres.shape == ((30, 20) if name == "turned" else (20, 30)) and metres.dtype == np.float32
+        meters = np.load(paths["npy"])
+        assert meters.shape == ((30, 20) if name == "turned" else (20, 30)) and meters.dtype == np.float32
         with Image.open(paths["png"]) as picture:
             assert picture.info["depth_scale"] == "1000"
-            np.testing.assert_allclose(np.asarray(picture) / 1000, metres, atol=0.00051)
-    assert np.array_equal(Predictor.from_run(lm_dir).predict(folder / "grey.png"), np.load(written["grey"]["npy"]))
+            np.testing.assert_allclose(np.asarray(picture) / 1000, meters, atol=0.00051)
+    assert np.array_equal(Predictor.from_run(lm_dir).predict(folder / "gray.png"), np.load(written["gray"]["npy"]))
 
 
 def test_an_lm_run_can_be_moved_without_its_oracle(tmp_path: Path, lm_dir: Path) -> None:

@@ -29,7 +29,7 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of 300 million pixels in files of less than 5 MB."""
     folder = tmp_path_factory.mktemp("bombs")
     (folder / "rgb.png").write_bytes(png(20_000, 15_000))
-    (folder / "grey.png").write_bytes(png(20_000, 15_000, colours=0))
+    (folder / "gray.png").write_bytes(png(20_000, 15_000, colors=0))
     (folder / "deep.png").write_bytes(png(20_000, 15_000, 16, 0))
     assert max(file.stat().st_size for file in folder.iterdir()) < 5e6
     return folder
@@ -41,7 +41,7 @@ def test_an_image_with_too_many_pixels_is_never_decoded(bombs: Path) -> None:
         lambda: read_image(bombs / "deep.png"),
         lambda: read_depth_file(bombs / "deep.png"),
         lambda: decode_ids((bombs / "rgb.png").read_bytes(), "ids"),
-        lambda: decode_prepared((bombs / "grey.png").read_bytes(), "prepared"),
+        lambda: decode_prepared((bombs / "gray.png").read_bytes(), "prepared"),
         lambda: to_rgb(Image.open(bombs / "rgb.png")),
     ):
         assert peak(work) < 20

@@ -16,8 +16,8 @@ RNG = np.random.default_rng(0)
 
 
 def jpeg(mode: str, **options: object) -> bytes:
-    grey = RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    smooth = Image.fromarray(grey).resize((75, 53), Image.Resampling.BICUBIC).convert(mode)
+    gray = RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    smooth = Image.fromarray(gray).resize((75, 53), Image.Resampling.BICUBIC).convert(mode)
     file = io.BytesIO()
     smooth.save(file, "JPEG", **options)
     return file.getvalue()

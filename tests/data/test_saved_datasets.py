@@ -39,7 +39,7 @@ def saved(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = library.Image()
     features = library.Features(
         image=picture, label=picture, classes=library.Array2D((4, 6), "uint8"), depth_map=picture, real=picture,
-        metres=library.Array2D((4, 6), "float32"),
+        meters=library.Array2D((4, 6), "float32"),
     )  # fmt: skip
 
     def table(count: int) -> Any:
@@ -50,7 +50,7 @@ def saved(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "classes": [(ones * (i % 2)).astype(np.uint8) for i in range(count)],
             "depth_map": [Image.fromarray((ones * 1500).astype(np.uint16)) for _ in range(count)],
             "real": [Image.fromarray((ones * 1.5).astype(np.float32)) for _ in range(count)],
-            "metres": [(ones * 1.5).astype(np.float32) for _ in range(count)],
+            "meters": [(ones * 1.5).astype(np.float32) for _ in range(count)],
         }
         return library.Dataset.from_dict(columns, features=features)
 
@@ -59,7 +59,7 @@ def saved(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("column", ["depth_map", "real", "metres"])
+@pytest.mark.parametrize("column", ["depth_map", "real", "meters"])
 def test_depth_may_be_a_picture_or_an_array(saved: Path, column: str) -> None:
     source = open_depth(str(saved / "both"), "val", NYUDepthConfig(protocol="full", depth_column=column))
     assert len(source) == 3 and source.info["layout"] == "datasets"
@@ -87,8 +87,8 @@ def test_photos_alone_are_data_for_colorization(saved: Path) -> None:
 
 def test_arrays_are_not_turned_into_lists(saved: Path) -> None:
     """Which would take twenty times as long."""
-    row = open_rows(saved / "both", "val", ("image", "metres"))[1]
-    assert row["metres"].dtype == np.float32 and isinstance(row["image"], bytes)
+    row = open_rows(saved / "both", "val", ("image", "meters"))[1]
+    assert row["meters"].dtype == np.float32 and isinstance(row["image"], bytes)
 
 
 def test_rows_that_cannot_be_read_are_named(library: Any, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_wrong_column_is_named(saved: Path) -> None:
     with pytest.raises(UserError, match="has no column 'depth', only image, label, classes"):
         open_depth(str(saved / "both"), "val", NYUDepthConfig(depth_column="depth"))
     with pytest.raises(UserError, match="the column of images holds no pictures"):
-        open_depth(str(saved / "both"), "val", NYUDepthConfig(image_column="metres"))[0]
+        open_depth(str(saved / "both"), "val", NYUDepthConfig(image_column="meters"))[0]
 
 
 def test_paths_instead_of_pictures_are_not_followed(library: Any, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_errors_are_one_line_and_the_page_lives_on(browser: Browser) -> None:
     error = browser.page.locator("#error [role=alert]")
     for content, message in (
         (b"this is text", "the image cannot be read as an image (it is none of"),
-        (png(20_000, 10_000, depth=1, colours=0), "more than twice the 25 million pixels that data.max_pixels allows"),
+        (png(20_000, 10_000, depth=1, colors=0), "more than twice the 25 million pixels that data.max_pixels allows"),
     ):
         browser.drop(content)
         browser.page.wait_for_function(

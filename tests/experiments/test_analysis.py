@@ -34,7 +34,7 @@ PICTURES = {"swapped_codes", "usage_oracle", "token_maps", "stitched", "shared_c
 VQ_KEYS = ("model.quantizer.kind=vq", "model.quantizer.codebook_size=16", "model.quantizer.codeword_dim=8")
 
 
-def analysed(run: Path, out: Path, *arguments: str) -> dict[str, Any]:
+def analyzed(run: Path, out: Path, *arguments: str) -> dict[str, Any]:
     main(["analyze", str(run), "--out", str(out), *arguments])
     return json.loads((out / "analysis.json").read_text())
 
@@ -90,7 +90,7 @@ def test_collected_tokens_do_not_depend_on_the_batch(oracle_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = analysed(oracle_dir, tmp_path / "a")
+    found = analyzed(oracle_dir, tmp_path / "a")
     said = capsys.readouterr().out
     assert list(found["figures"]) == list(found["descriptions"]) == ["oracle", "shuffled_codes", "context_only"]
     assert "zero codes equal context alone" in said and "code 12 of the codebook is also zero" in said
@@ -103,7 +103,7 @@ def test_analysis_of_an_oracle(tmp_path: Path, oracle_dir: Path, capsys: pytest.
     assert {file.stem for file in (tmp_path / "a").glob("*.png")} == PICTURES
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(PICTURES) and "src=" not in page.replace('src="data:', "")
-    again = analysed(oracle_dir, tmp_path / "b")
+    again = analyzed(oracle_dir, tmp_path / "b")
     assert again == found
     for name in PICTURES:
         assert (tmp_path / "a" / f"{name}.png").read_bytes() == (tmp_path / "b" / f"{name}.png").read_bytes(), name
@@ -138,7 +138,7 @@ def test_analysis_of_a_vq_oracle_without_context(tmp_path: Path, data: Path, mon
     painter = Painter(load_checkpoint(run), CPU)
     first, second = (painter.oracle.decode(torch.zeros(1, 4, 8), painter.batch["image"][i : i + 1]) for i in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    # Where the photo is the ground truth (colorization), the grey background of decoded codes must not replace it.
+    # Where the photo is the ground truth (colorization), the gray background of decoded codes must not replace it.
     monkeypatch.setattr(painter.task, "render", lambda image, item, truth: {"ground truth": image, "prediction": image})
     truth = painter.truth(1)
     assert truth is not None and np.array_equal(truth, painter.samples[1].image)

@@ -1,4 +1,4 @@
-"""Pictures of codes: stitched, drawn from marginals, coloured."""
+"""Pictures of codes: stitched, drawn from marginals, colored."""
 
 from __future__ import annotations
 

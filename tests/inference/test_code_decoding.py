@@ -189,7 +189,7 @@ def test_a_categorical_mixture_is_one_of_probabilities(depth: World) -> None:
     context = depth.logits(depth.oracle.empty_codes(IMAGES))["depth"].softmax(-1)
     mixed = (0.7 * codes + 0.3 * context).double().numpy()
     assert isinstance(depth.task, NYUDepth)
-    by_hand = mixed @ depth.task.centres.double().numpy()
+    by_hand = mixed @ depth.task.centers.double().numpy()
     found = np.stack(depth.predict(context_weight=0.3))
     assert np.abs(found - by_hand).max() < 1e-5
     assert np.abs(found - np.stack(depth.predict())).max() > 1e-2

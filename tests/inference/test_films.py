@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.films import film, grey_frames
+from tests.support.films import film, gray_frames
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference.films import Film, FilmWriter, writing_film
 
 
 @pytest.mark.parametrize("size", [(24, 32), (25, 33)])
 def test_frames_come_back_in_order(tmp_path: Path, size: tuple[int, int]) -> None:
-    frames = grey_frames(6, size)
+    frames = gray_frames(6, size)
     with writing_film(tmp_path / "a.mp4", 12) as writer:
         for frame in frames:
             writer.write(frame)
@@ -30,7 +30,7 @@ def test_frames_come_back_in_order(tmp_path: Path, size: tuple[int, int]) -> Non
         assert np.abs(back[:height, :width].astype(int) - given).mean() < 6
 
 
-def test_colours_are_not_swapped(tmp_path: Path) -> None:
+def test_colors_are_not_swapped(tmp_path: Path) -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     with writing_film(tmp_path / "a.mp4", 25) as writer:

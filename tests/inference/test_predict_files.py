@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.cli import failure
-from tests.support.films import film, grey_frames
+from tests.support.films import film, gray_frames
 from tests.support.photos import noise_photo as photo
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
@@ -149,7 +149,7 @@ def test_a_film_becomes_a_film_in_the_order_of_its_frames(
     written = Film(out / "clip.mp4")
     found = list(written)
     assert written.rate == 12 and len(found) == 7
-    for one, other in zip(found, grey_frames(7), strict=True):
+    for one, other in zip(found, gray_frames(7), strict=True):
         assert np.abs(one.astype(int) - other).mean() < 8
     predicted.clear()
     assert predict_files(run, [str(source)], out) == [entry] and not predicted
@@ -176,7 +176,7 @@ def test_a_folder_of_pictures_becomes_a_film(tmp_path: Path, run: Path) -> None:
     from PIL import Image
 
     (tmp_path / "walk").mkdir()
-    for number, frame in enumerate(grey_frames(5)):
+    for number, frame in enumerate(gray_frames(5)):
         Image.fromarray(frame).save(tmp_path / "walk" / f"{number}.png")
     options, out = Options(write="film", rate=5), tmp_path / "walk" / "out"
     predict_files(run, [str(tmp_path / "walk" / "0.png")], out)  # whose results are no frames

@@ -84,10 +84,10 @@ def test_paths_bytes_files_images_and_arrays_are_accepted(
     assert found.shape == (20, 30) and np.array_equal(found, predictor.predict(file))
 
 
-def test_grey_images_and_an_empty_batch(lm_dir: Path) -> None:
+def test_gray_images_and_an_empty_batch(lm_dir: Path) -> None:
     predictor = Predictor.from_run(lm_dir)
-    grey = RGB[..., 0]
-    assert np.array_equal(predictor.predict(grey), predictor.predict(np.stack([grey] * 3, -1)))
+    gray = RGB[..., 0]
+    assert np.array_equal(predictor.predict(gray), predictor.predict(np.stack([gray] * 3, -1)))
     assert predictor.predict_batch([]) == []
 
 

@@ -57,8 +57,8 @@ def test_a_learned_dropped_code_differs_from_every_codeword() -> None:
         for kind in ("zero", "learned")
     )
     for oracle, distinct in ((zero, False), (learned, True)):
-        centre = oracle.quantizer.codes_to_indices(torch.zeros(1, oracle.code_length, 2))
-        codes = oracle.quantizer.indices_to_codes(centre)
+        center = oracle.quantizer.codes_to_indices(torch.zeros(1, oracle.code_length, 2))
+        codes = oracle.quantizer.indices_to_codes(center)
         assert not codes.any()
         hidden = [oracle.decode_hidden(x, image_of()[:1]) for x in (codes, oracle.empty_codes(1))]
         assert torch.equal(*hidden) != distinct

@@ -54,7 +54,7 @@ def test_labels_are_drawn_as_a_perfect_prediction() -> None:
     picture = label_picture(DEPTH, image, {"depth": bins})
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 4
     depth: Any = DEPTH
-    expected = DEPTH.render(image, depth.centres.numpy()[bins])["prediction"]
+    expected = DEPTH.render(image, depth.centers.numpy()[bins])["prediction"]
     assert np.array_equal(picture, expected)
 
 

@@ -48,11 +48,11 @@ def test_the_card_names_what_a_run_started_from(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(("given", "field"), [("apache-2.0", "apache-2.0"), (None, "unknown")])
-def test_the_licence_is_a_field_of_the_card(bundle: Bundle, given: str | None, field: str) -> None:
+def test_the_license_is_a_field_of_the_card(bundle: Bundle, given: str | None, field: str) -> None:
     card = model_card(bundle, "ann/depth", given)
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["license"] == field and header["tags"] == ["uvim-fsq", "nyu_depth", "stage-lm"]
-    assert ("The author has stated no licence." in card) == (given is None)
+    assert ("The author has stated no license." in card) == (given is None)
 
 
 @pytest.mark.parametrize("damage", [{"figures": 3}, {"figures": {"lm": {"rmse": "x"}}}, {"overrides": {"a": 1}}])

@@ -74,7 +74,7 @@ def test_a_repository_has_an_owner_and_a_name(repo: str) -> None:
         check_request(repo, None)
 
 
-def test_a_licence_is_an_identifier() -> None:
+def test_a_license_is_an_identifier() -> None:
     with pytest.raises(UserError, match="--license 'MIT: yes"):
         check_request("a/b", "MIT: yes\nx: 1")
 

@@ -13,9 +13,9 @@ from uvim_fsq.data import images
 from uvim_fsq.errors import UserError
 
 
-def png(width: int, height: int, depth: int = 8, colours: int = 2) -> bytes:
+def png(width: int, height: int, depth: int = 8, colors: int = 2) -> bytes:
     """A valid PNG of zeros, which compresses a thousandfold."""
-    channels = {0: 1, 2: 3}[colours]
+    channels = {0: 1, 2: 3}[colors]
     row = b"\0" * (1 + width * channels * depth // 8)
     packer = zlib.compressobj(1)
     body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
@@ -23,7 +23,7 @@ def png(width: int, height: int, depth: int = 8, colours: int = 2) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colors, 0, 0, 0)
     return images._PNG + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 

@@ -9,15 +9,15 @@ import numpy as np
 from uvim_fsq.inference.films import writing_film
 
 
-def grey_frames(count: int, size: tuple[int, int] = (24, 32)) -> list[np.ndarray]:
+def gray_frames(count: int, size: tuple[int, int] = (24, 32)) -> list[np.ndarray]:
     """Frames of one gray level each, which rises from 10 in steps of 30."""
     return [np.full((*size, 3), 10 + 30 * number, np.uint8) for number in range(count)]
 
 
 def film(file: Path, count: int, size: tuple[int, int] = (24, 32), rate: float = 10) -> Path:
-    """A film of `grey_frames`."""
+    """A film of `gray_frames`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing_film(file, rate) as writer:
-        for frame in grey_frames(count, size):
+        for frame in gray_frames(count, size):
             writer.write(frame)
     return file

@@ -11,7 +11,7 @@ from uvim_fsq.tasks.imagenet_color.fid import DIM
 
 
 class FakeInception:
-    """Coarse colours instead of features: as many numbers, and sensitive to every preprocessing step."""
+    """Coarse colors instead of features: as many numbers, and sensitive to every preprocessing step."""
 
     name, dim, sha256 = "fake", DIM, "fake"
     calls: ClassVar[list[tuple[int, ...]]] = []

@@ -14,7 +14,7 @@ LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
 def photo(path: Path, value: int = 0, size: tuple[int, int] = (6, 4)) -> None:
-    """A PNG of one grey level, whatever its suffix; `size` is width and height."""
+    """A PNG of one gray level, whatever its suffix; `size` is width and height."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8)).save(path, format="PNG")
 

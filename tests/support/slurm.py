@@ -44,10 +44,10 @@ SBATCH = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CLUSTER/submitted"
 echo $((100 + $(wc -l <"$CLUSTER/submitted")))
 """
-#: Records rank, rendezvous and arguments. "$CLUSTER/behaviour" says what it then does.
+#: Records rank, rendezvous and arguments. "$CLUSTER/behavior" says what it then does.
 UVIM_FSQ = """#!/usr/bin/env bash
 echo "${RANK-} ${LOCAL_RANK-} ${WORLD_SIZE-} ${MASTER_ADDR-}:${MASTER_PORT-} $*" >>"$CLUSTER/started"
-case $(cat "$CLUSTER/behaviour") in
+case $(cat "$CLUSTER/behavior") in
 waits)
   trap 'sleep 0.2; echo saved >>"$CLUSTER/saved"; exit ${ENDS_WITH-143}' TERM
   echo >>"$CLUSTER/ready"
@@ -85,10 +85,10 @@ class Cluster:
         return file.read_text().splitlines() if file.exists() else []
 
     def run(
-        self, script: Path, *arguments: str, behaviour: str = "ends", send: int | None = None, **environment: str
+        self, script: Path, *arguments: str, behavior: str = "ends", send: int | None = None, **environment: str
     ) -> int:
         """Runs a job's script; once the training runs, sends a signal to the script alone. Returns the exit code."""
-        (self.folder / "behaviour").write_text(behaviour)
+        (self.folder / "behavior").write_text(behavior)
         process = subprocess.Popen(
             ["bash", str(script), *arguments], env={**self.environment, **environment}, cwd=self.folder
         )

@@ -13,7 +13,7 @@ DIFFICULTIES = ("plain", "varied")
 
 
 def points_of(scene: Scene) -> np.ndarray:
-    """(H, W, 3) world coordinates of the pixel centres, from depth and camera alone."""
+    """(H, W, 3) world coordinates of the pixel centers, from depth and camera alone."""
     height, width = scene.depth.shape
     rows, columns = np.mgrid[:height, :width] + 0.5
     focal = scene.camera.focal * height
@@ -80,7 +80,7 @@ def test_things_stand_above_the_floor_and_inside_the_room():
         assert points[things][:, 1].max() < wall[:, 1].max() + 1e-3
 
 
-def test_sphere_points_are_equally_far_from_a_centre():
+def test_sphere_points_are_equally_far_from_a_center():
     tested = 0
     for index in range(12):
         scene = render(SEED, index, 128)
@@ -140,7 +140,7 @@ def test_normals_have_unit_length_and_face_the_camera():
 def test_the_scene_does_not_depend_on_the_picture_size(difficulty):
     for index in range(8):
         small, large = render(SEED, index, 32, difficulty), render(SEED, index, 96, difficulty)
-        # pixel centres of the small picture are pixel centres of the three times larger one
+        # pixel centers of the small picture are pixel centers of the three times larger one
         np.testing.assert_allclose(small.depth, large.depth[1::3, 1::3], atol=2e-3)
         names = [np.array([""] + [i["name"] for i in s.segments_info])[s.segments] for s in (small, large)]
         assert (names[0] == names[1][1::3, 1::3]).mean() > 0.995

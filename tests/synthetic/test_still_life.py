@@ -25,7 +25,7 @@ def things(scene: Scene) -> list[np.ndarray]:
     return [scene.segments == info["id"] for info in scene.segments_info if info["name"] not in STUFF]
 
 
-def centre(mask: np.ndarray) -> float:
+def center(mask: np.ndarray) -> float:
     """The key by which panoptic labels number segments: the row, and a little of the column, of the center of mass."""
     rows, columns = np.nonzero(mask)
     return rows.mean() + columns.mean() / len(mask)
@@ -49,7 +49,7 @@ def test_the_order_of_segments_is_nearly_always_clear() -> None:
     gaps = []
     for index in range(100):
         scene = still(index)
-        keys = sorted(centre(scene.segments == info["id"]) for info in scene.segments_info)
+        keys = sorted(center(scene.segments == info["id"]) for info in scene.segments_info)
         gaps.append(np.diff(keys).min())
     assert np.mean(np.array(gaps) > 1) > 0.85
 

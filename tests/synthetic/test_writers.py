@@ -65,7 +65,7 @@ def test_nyu_mat_holds_the_scenes_transposed_with_one_based_splits(tmp_path):
                 assert 0 < (raw == 0).mean() < 0.5
 
 
-def test_nyu_png_lists_name_every_picture_and_depth_is_in_millimetres(tmp_path):
+def test_nyu_png_lists_name_every_picture_and_depth_is_in_millimeters(tmp_path):
     out = write(tmp_path, "nyu", layout="png")
     train = (out / "nyudepthv2_train_files_with_gt.txt").read_text().splitlines()
     test = (out / "nyudepthv2_test_files_with_gt.txt").read_text().splitlines()

@@ -201,7 +201,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         r"the image of a sample is float64 \(24, 32, 3\)",
     ),
     (
-        "grey",
+        "gray",
         {"source": source(image=np.zeros((24, 32), np.uint8))},
         r"the image of a sample is uint8 \(24, 32\)",
     ),

@@ -15,7 +15,7 @@ def test_depth_spreads_in_meters() -> None:
     assert found is not None and found.shape == (2, 3) and found.dtype == np.float32 and (found == 1).all()
 
 
-def test_colours_spread_by_their_mean_variance() -> None:
+def test_colors_spread_by_their_mean_variance() -> None:
     gray, red = np.zeros((2, 2, 3), np.float32), np.zeros((2, 2, 3), np.float32)
     red[0, 0] = [1, 0, 0]
     found = TASKS["color"].spread([gray, red])

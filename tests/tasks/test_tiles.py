@@ -58,7 +58,7 @@ def test_class_probabilities_of_tiles_are_blended(enlarge: Literal["nearest", "l
 
 
 @pytest.mark.parametrize("keep_luma", [False, True])
-def test_colours_of_tiles_are_blended(keep_luma: bool) -> None:
+def test_colors_of_tiles_are_blended(keep_luma: bool) -> None:
     task = ImagenetColor(ImagenetColorConfig(keep_luma=keep_luma))
     color = np.full((SIDE, SIDE, 3), [0.5, -0.5, 0.0], np.float32)
     found = task.merge_tiles(color, [(t, color) for t in TILES], IMAGE)
@@ -76,7 +76,7 @@ def test_a_task_refuses_tiles_unless_it_says_otherwise() -> None:
         Task.tiled(TASKS["depth"])
 
 
-def test_equal_depths_have_equal_colours_in_all_frames_of_a_film() -> None:
+def test_equal_depths_have_equal_colors_in_all_frames_of_a_film() -> None:
     near, far = np.full((4, 4), 2.0, np.float32), np.full((4, 4), 2.0, np.float32)
     far[0, 0] = 9
     frames = [TASKS["depth"].film_frame(IMAGE[:4, :4], depth) for depth in (near, far)]

@@ -150,16 +150,16 @@ def test_a_lost_connection_after_a_signal_is_reported_as_the_signal(
     monkeypatch.setattr(StopSignals, "at_once", lambda self: received.append(self) or original(self))
 
     def evaluate(*_: object, **__: object) -> None:
-        if signalled:
+        if signaled:
             received[-1].number = signal.SIGTERM
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    for signalled, kind in ((True, Interrupted), (False, RuntimeError)):
+    for signaled, kind in ((True, Interrupted), (False, RuntimeError)):
         with pytest.raises(kind):
             fit_run(oracle_run(tmp_path / kind.__name__, data, "train.steps=3"))
         said = "during the evaluation of step 3; saved" in capsys.readouterr().out
-        assert said == signalled
+        assert said == signaled
 
 
 def test_the_first_signal_is_recorded_and_the_second_interrupt_acts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ FROM_RUN = "the run"
 #: How to get images that a run was neither trained on nor is reported for.
 REMEDY = (
     "train both stages with data.train_split=train_minus_holdout data.selection_split=holdout, name another split with "
-    "--split, or give other labelled images with data.root=FOLDER --unseen"
+    "--split, or give other labeled images with data.root=FOLDER --unseen"
 )
 
 

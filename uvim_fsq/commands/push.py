@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("run", help="run or checkpoint directory")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository; it is made if needed")
-    parser.add_argument("--license", help="licence of the weights for the model card, e.g. apache-2.0 (default: none)")
+    parser.add_argument("--license", help="license of the weights for the model card, e.g. apache-2.0 (default: none)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--folder", type=Path, help="upload nothing; write what would be uploaded to this new folder")
 

@@ -137,10 +137,10 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     """16-bit or 32-bit gray values -> uint8; PIL's convert() would clip them at 255."""
     scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
     table = np.clip(np.arange(1 << 16) * scale, 0, 255).round().astype(np.uint8)
-    grey = np.empty(values.shape, np.uint8)
-    for rows in _strips(grey):
-        grey[rows] = table[np.clip(values[rows], 0, len(table) - 1)]
-    return grey
+    gray = np.empty(values.shape, np.uint8)
+    for rows in _strips(gray):
+        gray[rows] = table[np.clip(values[rows], 0, len(table) - 1)]
+    return gray
 
 
 def _plain_jpeg(image: Image.Image, source: str | Path | bytes) -> np.ndarray | None:

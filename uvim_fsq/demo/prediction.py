@@ -23,7 +23,7 @@ from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.experiments.code_pictures import code_colors
 from uvim_fsq.inference.predictor import Predictor
 from uvim_fsq.oracle.quantizers.base import Quantizer
-from uvim_fsq.tasks.legend import colour, draw_scale
+from uvim_fsq.tasks.legend import color, draw_scale
 
 #: The largest photo in pixels, unless `data.max_pixels` is given: one of 24 megapixels.
 MAX_PIXELS = 25_000_000
@@ -183,7 +183,7 @@ def _check_samples(count: int, image: Array) -> None:
 def draw_spread(spread: Array) -> tuple[Array, Array]:
     """A spread (H, W) float32, not all 0, in colors from 0 to its largest value, and the scale of these colors."""
     high = float(spread.max())
-    return colour(spread, high, "inferno"), draw_scale(high, name="inferno")
+    return color(spread, high, "inferno"), draw_scale(high, name="inferno")
 
 
 class TokenColors:

@@ -17,7 +17,7 @@ from uvim_fsq.data.sample import Array
 from uvim_fsq.demo.prediction import TokenColors
 from uvim_fsq.errors import UserError, enough_memory
 from uvim_fsq.experiments.code_pictures import Painter
-from uvim_fsq.tasks.legend import colour, draw_scale
+from uvim_fsq.tasks.legend import color, draw_scale
 
 #: Pairs of images that are kept.
 KEPT = 4
@@ -125,7 +125,7 @@ class TokenSwap:
                     painter.truth(row),
                     painter.drawn(items[row][0], row),
                     painter.drawn(items[row][1], row),
-                    None if change is None else colour(change, max(high, 1e-6), "inferno"),
+                    None if change is None else color(change, max(high, 1e-6), "inferno"),
                     self._colors.draw(tokens[row], places),
                 )
             )

@@ -18,7 +18,7 @@ STAGES = {
     "lm": "stage II: a token model, which predicts an oracle's tokens from an image, with its oracle in `oracle/`",
     "direct": "the direct baseline: an image encoder with a label head, without tokens",
 }
-#: The licence field if no licence is given.
+#: The license field if no license is given.
 NO_LICENSE = "unknown"
 
 
@@ -28,7 +28,7 @@ def model_card(bundle: Bundle, repo: str, license_id: str | None) -> str:
     Args:
         bundle: the upload.
         repo: OWNER/NAME.
-        license_id: the licence's identifier on the hub, e.g. "apache-2.0"; None if the author states none.
+        license_id: the license's identifier on the hub, e.g. "apache-2.0"; None if the author states none.
 
     Raises UserError for a damaged evaluation.
     """
@@ -51,8 +51,8 @@ def model_card(bundle: Bundle, repo: str, license_id: str | None) -> str:
         *(figures or ["This checkpoint was uploaded without an evaluation."]),
         "## How it was made",
         _table({key: _plain(value) for key, value in _facts(bundle).items()}),
-        "## Licence",
-        f"`{_code(license_id)}`" if license_id else "The author has stated no licence.",
+        "## License",
+        f"`{_code(license_id)}`" if license_id else "The author has stated no license.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -19,7 +19,7 @@ _OF_NEW = {".gitattributes", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
 def check_request(repo: str, license_id: str | None) -> None:
-    """Raises UserError for a repository or licence that has no proper name."""
+    """Raises UserError for a repository or license that has no proper name."""
     if parse(f"{PREFIX}{repo}").repo != repo:
         raise UserError(f"{repo}: give the repository as OWNER/NAME; it is uploaded to its branch main")
     if license_id is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", license_id) is None:
@@ -34,7 +34,7 @@ def push(path: str | Path, repo: str, *, license_id: str | None = None, private:
     Args:
         path: a run, whose checkpoint is chosen as everywhere, or a checkpoint directory.
         repo: OWNER/NAME.
-        license_id: the licence's identifier on the hub, for the model card.
+        license_id: the license's identifier on the hub, for the model card.
         private: whether a new repository is private; an existing one stays as it is.
 
     Returns `hub:OWNER/NAME@COMMIT`. Raises UserError if the run is incomplete, without a token, and if the repository

@@ -25,7 +25,7 @@ from uvim_fsq.synthetic.rooms import (
     CATEGORIES,
     CATEGORY_IDS,
     CELL,
-    CENTRE,
+    CENTER,
     DARK,
     GLOSS,
     PHASE,
@@ -104,13 +104,13 @@ def render(
         bodies, shadows = _windows(room, (height, width))
         depth, surface, face = _cast(room, rays, bodies)
         hits = _hits(room, rays, depth, surface, face)
-        colour = _shade(room, rays, depth, hits, shadows)
+        color = _shade(room, rays, depth, hits, shadows)
     normals = _camera_normals(room.camera, hits, depth.shape)
-    colour = _anti_aliased(colour) if samples == 2 else colour[:, 0]
+    color = _anti_aliased(color) if samples == 2 else color[:, 0]
     depth, surface = depth[0], surface[0]
     grain = rng.standard_normal((3, height, width), dtype=np.float32)
     grain *= 255 * room.noise
-    image = np.clip(colour * 255 + grain, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    image = np.clip(color * 255 + grain, 0, 255).astype(np.uint8).transpose(1, 2, 0)
     segments, info = _segments(room, surface)
     return Scene(np.ascontiguousarray(image), np.ascontiguousarray(depth), normals, segments, info, room.camera)
 
@@ -139,12 +139,12 @@ def _rays(camera: Camera, height: int, width: int, samples: int) -> np.ndarray:
     return (forward + up * v).astype(np.float32) + (right * u).astype(np.float32)
 
 
-def _anti_aliased(colour: np.ndarray) -> np.ndarray:
+def _anti_aliased(color: np.ndarray) -> np.ndarray:
     """(3, 2, H, W) -> (3, H, W): half the center sample plus an eighth of each corner sample (quincunx filter)."""
-    corner = np.concatenate([colour[:, 1, :1], colour[:, 1]], axis=1)
+    corner = np.concatenate([color[:, 1, :1], color[:, 1]], axis=1)
     corner = corner[:, 1:] + corner[:, :-1]
     corner = np.concatenate([corner[:, :, :1], corner], axis=2)
-    return 0.5 * colour[:, 0] + 0.125 * (corner[:, :, 1:] + corner[:, :, :-1])
+    return 0.5 * color[:, 0] + 0.125 * (corner[:, :, 1:] + corner[:, :, :-1])
 
 
 def _cast(room: Room, rays: np.ndarray, windows: list[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -302,7 +302,7 @@ class _Hits:
 def _hits(room: Room, rays: np.ndarray, depth: np.ndarray, surface: np.ndarray, face: np.ndarray) -> _Hits:
     rows = room.table.take(surface.reshape(-1), axis=1)
     points = (rays * depth).reshape(3, -1) + room.camera.origin.astype(np.float32)[:, None]
-    local = _to_local(points - rows[CENTRE], rows[TURN])
+    local = _to_local(points - rows[CENTER], rows[TURN])
     view = _to_local(rays.reshape(3, -1), rows[TURN])
     flat = face.reshape(-1) == np.arange(3, dtype=np.int8)[:, None]
     normal, facing = _normals(local, view, flat, face.reshape(-1) == _CURVED, rows[BEND])
@@ -330,11 +330,11 @@ def _shade(room: Room, rays: np.ndarray, depth: np.ndarray, hits: _Hits, shadows
     cosine = np.maximum((normal * unit).sum(axis=0), 0) * lit
     fall = room.power / (1 + 0.06 * range2)
     light = room.ambient * (0.8 + 0.2 * normal[2]) + fall * cosine
-    colour = albedo * light
+    color = albedo * light
     half = unit - view / np.sqrt((view * view).sum(axis=0))
     shine = (normal * half).sum(axis=0) ** 2 / (half * half).sum(axis=0)
-    colour += rows[GLOSS] * fall * (cosine > 0) * shine**24
-    return np.sqrt(colour).reshape(3, *depth.shape)
+    color += rows[GLOSS] * fall * (cosine > 0) * shine**24
+    return np.sqrt(color).reshape(3, *depth.shape)
 
 
 def _to_local(vectors: np.ndarray, turn: np.ndarray | tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -93,7 +93,7 @@ class Room:
         power, ambient: strength of the lamp and of the ambient light.
         noise: standard deviation of the sensor noise, as a fraction of the pixel range.
         solids: the objects.
-        table: (24, surfaces) float32 surface parameters; rows as named by CENTRE to GLOSS below, columns the three
+        table: (24, surfaces) float32 surface parameters; rows as named by CENTER to GLOSS below, columns the three
             stuff surfaces and then the solids.
     """
 
@@ -238,7 +238,7 @@ def _solid(dice: Dice, x: float, y: float, base: float, reach: float, ceiling: f
 # ---------------------------------------------------------------- textures
 
 # Rows of the surface table. They are gathered for all pixels at once, so that shading needs no loop over objects.
-CENTRE, TURN, BEND, CELL, PHASE = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, 10), slice(10, 13)
+CENTER, TURN, BEND, CELL, PHASE = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, 10), slice(10, 13)
 DARK, SPAN, WEIGHTS, GLOSS = slice(13, 16), slice(16, 19), slice(19, 23), 23
 # name -> cells per texture unit along x, y, z, and the weights of (parity, joint, cell shade, noise)
 _PATTERNS = {
@@ -266,11 +266,11 @@ def _solid_row(solid: Solid, look: Look) -> list[float]:
     return _surface_row((solid.x, solid.y, solid.base + lift), solid.yaw, across, offset, look)
 
 
-def _surface_row(centre: tuple, yaw: float, across: float, offset: float, look: Look) -> list[float]:
+def _surface_row(center: tuple, yaw: float, across: float, offset: float, look: Look) -> list[float]:
     """One row of the table. A curved surface's normal at local q is along (q_x, q_y, across * q_z + offset)."""
     span = [b - d for b, d in zip(look.bright, look.dark, strict=True)]
     turn = (math.cos(yaw), math.sin(yaw))
-    return [*centre, *turn, across, offset, *look.cell, *look.phase, *look.dark, *span, *look.weights, look.gloss]
+    return [*center, *turn, across, offset, *look.cell, *look.phase, *look.dark, *span, *look.weights, look.gloss]
 
 
 def _random_look(dice: Dice, name: str, plain: bool) -> Look:

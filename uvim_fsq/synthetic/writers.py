@@ -223,8 +223,8 @@ def _store_png(tops: dict[str, Path], job: _Job) -> None:
     scene = job.scene()
     picture, depth = _png_names(job)
     (tops[job.split] / picture).write_bytes(_jpeg(scene))
-    millimetres = np.floor(scene.depth * 1000).astype(np.uint16)
-    (tops[job.split] / depth).write_bytes(picture_bytes(millimetres))
+    millimeters = np.floor(scene.depth * 1000).astype(np.uint16)
+    (tops[job.split] / depth).write_bytes(picture_bytes(millimeters))
 
 
 def _jpeg(scene: Scene) -> bytes:

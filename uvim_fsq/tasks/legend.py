@@ -46,7 +46,7 @@ def beside(picture: np.ndarray, side: np.ndarray) -> np.ndarray:
     return sheet
 
 
-def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
+def color(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray:
     """Color-codes (H, W) reals in [0, high] with the matplotlib colormap `name`: (H, W, 3) uint8."""
     import matplotlib
 
@@ -58,7 +58,7 @@ def colour(values: np.ndarray, high: float, name: str = "viridis") -> np.ndarray
 
 
 def draw_scale(high: float, unit: str = "", name: str = "viridis") -> np.ndarray:
-    """The colors of `colour` from 0 (below) to `high`, with values beside them: (H, W, 3) uint8.
+    """The colors of `color` from 0 (below) to `high`, with values beside them: (H, W, 3) uint8.
 
     Args:
         high: above 0; the end of the scale.
@@ -70,7 +70,7 @@ def draw_scale(high: float, unit: str = "", name: str = "viridis") -> np.ndarray
     texts = [f"{value:.3g} {unit}".rstrip() for value in values]
     width = 44 + max(int(font.getlength(text)) for text in texts)
     sheet = Image.new("RGB", (width, SCALE + 2 * margin), "white")
-    bar = colour(np.repeat(np.linspace(high, 0, SCALE)[:, None], 20, 1), high, name)
+    bar = color(np.repeat(np.linspace(high, 0, SCALE)[:, None], 20, 1), high, name)
     sheet.paste(Image.fromarray(bar), (8, margin))
     draw = ImageDraw.Draw(sheet)
     for value, text in zip(values, texts, strict=True):

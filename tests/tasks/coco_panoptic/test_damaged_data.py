@@ -30,7 +30,7 @@ def break_png(root: Path, kind: str) -> None:
         png.unlink()
     elif kind == "text":
         png.write_text("not a picture")
-    elif kind == "grey":
+    elif kind == "gray":
         Image.fromarray(np.zeros((24, 32), np.uint8)).save(png)
     elif kind == "16-bit":
         Image.fromarray(np.zeros((24, 32), np.uint16)).save(png)
@@ -45,7 +45,7 @@ def break_png(root: Path, kind: str) -> None:
     [
         ("missing", "no such PNG, but the annotation file lists it"),
         ("text", "cannot be read as a PNG"),
-        ("grey", "panoptic PNGs are 8-bit RGB"),
+        ("gray", "panoptic PNGs are 8-bit RGB"),
         ("16-bit", "16-bit"),
         ("size", "24 x 32 but its PNG .* 20 x 32"),
         ("stranger", "does not list, e.g. 460551"),

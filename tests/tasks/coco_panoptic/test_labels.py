@@ -37,17 +37,17 @@ def test_canonical_order_does_not_depend_on_the_numbers(seed: int, count: int) -
     y, x = np.mgrid[: instances.shape[0], : instances.shape[1]]
     key = x + instances.shape[0] * y
 
-    def centres(numbers: np.ndarray) -> list[Fraction]:
+    def centers(numbers: np.ndarray) -> list[Fraction]:
         masks = [numbers == k for k in range(1, numbers.max() + 1) if (numbers == k).any()]
         return [Fraction(int(key[mask].sum()), int(mask.sum())) for mask in masks]
 
-    found = centres(instances)
+    found = centers(instances)
     assume(len(set(found)) == len(found))  # ties are broken by number
     renamed = np.concatenate([[0], rng.permutation(count) + 1, [-1]])[instances]
     first, second = make_canonical(instances), make_canonical(renamed)
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(make_canonical(first), first)
-    assert centres(first) == sorted(found) and set(np.unique(first)) <= {-1, *range(len(found) + 1)}
+    assert centers(first) == sorted(found) and set(np.unique(first)) <= {-1, *range(len(found) + 1)}
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -58,9 +58,9 @@ def test_instances_are_ordered_by_the_mean_key_of_their_pixels(seed: int) -> Non
     segments = rng.integers(-2, count + 3, (height, width)).astype(np.int32)
     key = np.arange(width)[None] + height * np.arange(height)[:, None]
     masks = {k: segments == k for k in range(1, count + 1)}
-    centres = {k: key[mask].sum() / mask.sum() for k, mask in masks.items() if mask.any()}
+    centers = {k: key[mask].sum() / mask.sum() for k, mask in masks.items() if mask.any()}
     order, area = canonical_order(segments, count)
-    assert order.tolist() == sorted(centres, key=lambda k: (centres[k], k))
+    assert order.tolist() == sorted(centers, key=lambda k: (centers[k], k))
     assert area[1:].tolist() == [mask.sum() for mask in masks.values()] and area.sum() == segments.size
 
 
@@ -69,7 +69,7 @@ def test_encoding_drops_the_smallest_segments_and_unlabelled_pixels() -> None:
     classes = np.array([0, 9, 8, 7, 6])
     no_crowd = np.zeros(5, bool)
     labels = encode_panoptic(segments, classes, no_crowd, 10, 99, 0)
-    # Ordered by centre of mass: 4 is leftmost in the first row.
+    # Ordered by center of mass: 4 is leftmost in the first row.
     np.testing.assert_array_equal(labels["instances"], [[1, 1, 1, 2], [3, 3, 4, 4], [3, 0, 4, 4]])
     np.testing.assert_array_equal(labels["semantics"], [[6, 6, 6, 9], [8, 8, 7, 7], [8, 0, 7, 7]])
     fewer = encode_panoptic(segments, classes, no_crowd, 10, 3, -1)

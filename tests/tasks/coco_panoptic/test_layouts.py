@@ -106,7 +106,7 @@ def test_areas_of_stuff_before_things_were_laid_over_it_are_no_fault(tmp_path: P
     assert check_data("coco_panoptic", str(tmp_path))[1]
 
 
-def test_labels_that_are_not_converted_are_recognised(tmp_path: Path) -> None:
+def test_labels_that_are_not_converted_are_recognized(tmp_path: Path) -> None:
     write_cityscapes(tmp_path)
     with pytest.raises(UserError, match="original labels of Cityscapes.*run: uvim-fsq data convert .* --task coco_pan"):
         open_source(str(tmp_path), "val", CONFIG)

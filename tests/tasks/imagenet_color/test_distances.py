@@ -1,4 +1,4 @@
-"""Colourfulness, and the Fréchet distance in the features of a named network."""
+"""Colorfulness, and the Fréchet distance in the features of a named network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uvim_fsq.tasks.imagenet_color import distances
 from uvim_fsq.tasks.imagenet_color.data import PhotoSource, open_source
 from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance
 from uvim_fsq.tasks.imagenet_color.fid import Moments, frechet_distance
-from uvim_fsq.tasks.imagenet_color.metrics import PSNRMetric, colourfulness, to_unit
+from uvim_fsq.tasks.imagenet_color.metrics import PSNRMetric, colorfulness, to_unit
 
 RNG = np.random.default_rng(3)
 SIDE = 8
@@ -65,25 +65,25 @@ def fed(photos: PhotoSource, items: list[tuple[np.ndarray, Sample]]) -> PSNRMetr
     return result
 
 
-def test_colourfulness_equals_a_value_computed_by_hand() -> None:
+def test_colorfulness_equals_a_value_computed_by_hand() -> None:
     """Red and blue pixels: rg = (255, 0) and yb = (127.5, -255)."""
     image = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)
     deviation = (127.5**2 + 191.25**2) ** 0.5
     mean = (127.5**2 + 63.75**2) ** 0.5
-    assert colourfulness(image) == pytest.approx(deviation + 0.3 * mean, rel=1e-12)
-    assert colourfulness(np.full((3, 5, 3), 200, np.uint8)) == 0
+    assert colorfulness(image) == pytest.approx(deviation + 0.3 * mean, rel=1e-12)
+    assert colorfulness(np.full((3, 5, 3), 200, np.uint8)) == 0
 
 
-def test_colourfulness_of_predictions_and_photos_are_means_over_images(photos: PhotoSource) -> None:
-    red, grey = np.array([[[1, -1, -1]]], np.float32), np.zeros((1, 1, 3), np.float32)
+def test_colorfulness_of_predictions_and_photos_are_means_over_images(photos: PhotoSource) -> None:
+    red, gray = np.array([[[1, -1, -1]]], np.float32), np.zeros((1, 1, 3), np.float32)
     shown = fed(photos, [(red, Sample("a", np.zeros((1, 1, 3), np.uint8))) for _ in range(2)])
-    row = shown.update(grey, Sample("b", np.array([[[0, 0, 255]]], np.uint8)))
+    row = shown.update(gray, Sample("b", np.array([[[0, 0, 255]]], np.uint8)))
     one = 0.3 * (255**2 + 127.5**2) ** 0.5, 0.3 * 255
-    assert row["colourfulness"] == 0 and row["colourfulness of the photos"] == pytest.approx(one[1])
+    assert row["colorfulness"] == 0 and row["colorfulness of the photos"] == pytest.approx(one[1])
     figures = PSNRMetric("p", False)
     figures.load_state({"sums": shown.sums})
-    assert figures.compute()["colourfulness"] == pytest.approx(2 / 3 * one[0])
-    assert figures.compute()["colourfulness of the photos"] == pytest.approx(one[1] / 3)
+    assert figures.compute()["colorfulness"] == pytest.approx(2 / 3 * one[0])
+    assert figures.compute()["colorfulness of the photos"] == pytest.approx(one[1] / 3)
 
 
 def test_the_distance_of_a_set_to_itself_is_zero(photos: PhotoSource) -> None:

@@ -1,4 +1,4 @@
-"""Colorization from training to coloured photos, and its commands."""
+"""Colorization from training to colored photos, and its commands."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_the_selection_split_chooses_the_checkpoint(root: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: list[tuple[int, ...]]) -> None:
+def test_train_evaluate_and_colorize_photos(root: Path, tmp_path: Path, fake: list[tuple[int, ...]]) -> None:
     oracle, lm = tmp_path / "oracle", tmp_path / "lm"
     section = {"task": {"name": "imagenet_color"}}
     train(resolve(load_run({**ORACLE, **section}, [f"train.out={oracle}", f"data.root={root}"])))
     train(resolve(load_run(LM, [f"train.out={lm}", f"oracle={oracle}"])))
     main(["evaluate", str(lm), "--baseline", "--report", str(tmp_path / "report.html")])
     result = json.loads((lm / "evaluation.json").read_text())
-    assert result["protocol"] == "imagenet_color/psnr" and result["baseline"] == "the grey photo itself"
+    assert result["protocol"] == "imagenet_color/psnr" and result["baseline"] == "the gray photo itself"
     assert result["data"]["official_count"] == 50_000 and result["images"] == 5
     page = (tmp_path / "report.html").read_text()
     assert "imagenet_color/psnr" in page and page.count("data:image/png") >= 3
@@ -52,19 +52,19 @@ def test_train_evaluate_and_colourise_photos(root: Path, tmp_path: Path, fake: l
     assert fid["protocol"] == "imagenet_color/fid+keep_luma" and fid["figures"]["lm"]["FID-5"] > 0
     assert fid["figures"]["baseline"]["FID-5"] > fid["figures"]["baseline"]["FID-5 of the real images"]
 
-    colour, grey = tmp_path / "colour.png", tmp_path / "grey.png"
+    color, gray = tmp_path / "color.png", tmp_path / "gray.png"
     image = RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    Image.fromarray(image).save(colour)
-    Image.fromarray(TASK.model_image(Sample("x", image))[..., 0]).save(grey)
+    Image.fromarray(image).save(color)
+    Image.fromarray(TASK.model_image(Sample("x", image))[..., 0]).save(gray)
     plain, kept = ({}, {}), ["task.keep_luma=true"]
-    plain = predict_files(lm, [str(colour), str(grey)], tmp_path / "plain")
-    named = predict_files(lm, [str(colour)], tmp_path / "named", kept)
+    plain = predict_files(lm, [str(color), str(gray)], tmp_path / "plain")
+    named = predict_files(lm, [str(color)], tmp_path / "named", kept)
     pictures = [np.asarray(Image.open(entry["color"])) for entry in plain]
-    assert pictures[0].shape == pictures[1].shape == (37, 53, 3) and Path(plain[0]["color"]).name == "colour_color.png"
-    # The models see only the grey version; the grey file's is 0.01% darker, so a few levels differ by one.
+    assert pictures[0].shape == pictures[1].shape == (37, 53, 3) and Path(plain[0]["color"]).name == "color_color.png"
+    # The models see only the gray version; the gray file's is 0.01% darker, so a few levels differ by one.
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() < 2
     own = np.asarray(Image.open(named[0]["keep_luma"])).astype(float)
-    assert Path(named[0]["keep_luma"]).name == "colour_keep_luma.png"
+    assert Path(named[0]["keep_luma"]).name == "color_keep_luma.png"
     unclipped = (own > 0).all(-1) & (own < 255).all(-1)
     np.testing.assert_allclose((own @ LUMA)[unclipped], (image @ LUMA)[unclipped], atol=1)
 

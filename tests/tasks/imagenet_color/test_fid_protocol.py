@@ -39,8 +39,8 @@ def test_fid_view_is_the_cropped_area_resized_photo() -> None:
     np.testing.assert_array_equal(view.image, crop_and_resize(sample.image, 512))
     image, labels, kept = JointTransform(DataConfig(image_size=512), task, train=False)(sample, 0)
     np.testing.assert_array_equal(labels["color"], view.image.astype(np.float32) / 128 - 1)
-    grey = labels["color"] @ LUMA.astype(np.float32)
-    np.testing.assert_allclose(image, np.broadcast_to(grey, (3, 512, 512)), atol=1e-5)
+    gray = labels["color"] @ LUMA.astype(np.float32)
+    np.testing.assert_allclose(image, np.broadcast_to(gray, (3, 512, 512)), atol=1e-5)
     np.testing.assert_array_equal(kept.meta["photo"], sample.image)
 
 

@@ -1,4 +1,4 @@
-"""Grey images and the ColTran protocol's resizing equal the reference's."""
+"""Gray images and the ColTran protocol's resizing equal the reference's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfi
 TASK = ImagenetColor(ImagenetColorConfig())
 
 
-def test_grey_images_equal_the_references() -> None:
+def test_gray_images_equal_the_references() -> None:
     numbers = golden("pipeline.npz")
     np.testing.assert_array_equal(TASK.model_image(Sample("x", numbers["gray/in"])), numbers["gray/uint8_out"])
     view = Sample("x", numbers["gray/in"], {}, {"scale": 128.0})

@@ -19,14 +19,14 @@ from uvim_fsq.tasks.imagenet_color.coltran import crop_and_resize, prediction_ui
 from uvim_fsq.tasks.imagenet_color.data import open_source
 from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance, reference_moments
 from uvim_fsq.tasks.imagenet_color.fid import Moments, frechet_distance
-from uvim_fsq.tasks.imagenet_color.metrics import COLOURFULNESS, FIDMetric, PSNRMetric, keep_luma, to_unit
+from uvim_fsq.tasks.imagenet_color.metrics import COLORFULNESS, FIDMetric, PSNRMetric, keep_luma, to_unit
 
 RNG = np.random.default_rng(5)
 FEATURES = 6
 
 
 class Corners:
-    """Mean colours of the upper and lower half: 6 features instead of 2,048. `batches`: the size of each batch."""
+    """Mean colors of the upper and lower half: 6 features instead of 2,048. `batches`: the size of each batch."""
 
     name, dim, sha256 = "corners", FEATURES, "corners"
 
@@ -52,7 +52,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def photo(height: int = 20, width: int = 30) -> np.ndarray:
-    """Noise of a random colour, so that photos differ in their means."""
+    """Noise of a random color, so that photos differ in their means."""
     return (RNG.integers(0, 256, (height, width, 3)) * RNG.random(3)).astype(np.uint8)
 
 
@@ -159,8 +159,8 @@ def test_fid_equals_a_computation_by_hand(luma: bool) -> None:
     fids = [frechet_distance(moments_of(pictures), known) for pictures in sets]
     assert [figures["FID-5"], figures["FID-5 of the real images"]] == pytest.approx(fids, rel=1e-9)
     assert figures["reference_images"] == 4 and figures["psnr"] == psnr.compute()["psnr"]
-    colours = [np.mean([metrics.colourfulness(picture) for picture in pictures]) for pictures in sets]
-    assert [figures[name] for name in COLOURFULNESS] == pytest.approx(colours, rel=1e-12)
+    colors = [np.mean([metrics.colorfulness(picture) for picture in pictures]) for pictures in sets]
+    assert [figures[name] for name in COLORFULNESS] == pytest.approx(colors, rel=1e-12)
     assert min(figures["FID-5"], figures["FID-5 of the real images"]) > 0.1
 
 

@@ -188,11 +188,11 @@ def test_a_misnamed_folder_is_named_with_the_expected_name(
 
 def test_unusual_photos_are_read_and_broken_ones_refused(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64)
-    grey = ramp.astype(np.uint8)
-    Image.fromarray(np.stack([grey] * 3, -1)).convert("CMYK").save(tmp_path / "0_cmyk.JPEG", format="JPEG", quality=100)
-    Image.fromarray(grey).save(tmp_path / "1_grey.jpg", quality=100)
+    gray = ramp.astype(np.uint8)
+    Image.fromarray(np.stack([gray] * 3, -1)).convert("CMYK").save(tmp_path / "0_cmyk.JPEG", format="JPEG", quality=100)
+    Image.fromarray(gray).save(tmp_path / "1_gray.jpg", quality=100)
     Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / "2_wide.png")
-    Image.fromarray(np.stack([grey, grey // 2, 255 - grey], -1)).save(tmp_path / "3_png.JPEG", format="PNG")
+    Image.fromarray(np.stack([gray, gray // 2, 255 - gray], -1)).save(tmp_path / "3_png.JPEG", format="PNG")
     for name in ("4_cut.jpg", "5_text.jpg"):
         Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / name)
     cut = tmp_path / "4_cut.jpg"
@@ -206,8 +206,8 @@ def test_unusual_photos_are_read_and_broken_ones_refused(tmp_path: Path) -> None
     read = {name[0]: source[source.names.index(name)].image for name, source in every.items() if name[0] < "4"}
     assert all(image.shape == (48, 64, 3) and image.dtype == np.uint8 for image in read.values())
     for number, tolerance in (("0", 6), ("1", 2), ("2", 1)):
-        assert np.abs(read[number].astype(int) - grey[..., None].astype(int)).max() <= tolerance
-    np.testing.assert_array_equal(read["3"], np.stack([grey, grey // 2, 255 - grey], -1))
+        assert np.abs(read[number].astype(int) - gray[..., None].astype(int)).max() <= tolerance
+    np.testing.assert_array_equal(read["3"], np.stack([gray, gray // 2, 255 - gray], -1))
     for name in ("4_cut.jpg", "5_text.jpg"):
         with pytest.raises(UserError, match=f"{name} cannot be read as an image") as error:
             every[name][every[name].names.index(name)]

@@ -36,15 +36,15 @@ def test_keep_luma_changes_the_brightness_and_nothing_else() -> None:
     prediction, image = RNG.uniform(-0.3, 0.3, (2, 6, 6, 3)).astype(np.float32)
     kept = keep_luma(prediction, image)
     np.testing.assert_allclose(kept @ LUMA, image @ LUMA, atol=1e-6)
-    for a, b in ((0, 1), (1, 2)):  # differences between channels define the colour
+    for a, b in ((0, 1), (1, 2)):  # differences between channels define the color
         np.testing.assert_allclose(kept[..., a] - kept[..., b], prediction[..., a] - prediction[..., b], atol=1e-6)
     assert keep_luma(np.ones_like(image), -np.ones_like(image)).min() >= -1
     sample = photo(8, 8)
     task = ImagenetColor(ImagenetColorConfig(keep_luma=True))
     metric = task.metric(object())
     assert metric.protocol == "imagenet_color/psnr+keep_luma"
-    grey, label = (to_unit(x, sample) for x in (TASK.model_image(sample), TASK.encode(sample)["color"]))
-    right_colour = label + RNG.uniform(-0.2, 0.2, (8, 8, 1)).astype(np.float32)
-    inside = np.abs(right_colour).max() <= 1
-    assert metric.update(right_colour, sample)["mse"] < (1e-10 if inside else 1e-2)
-    assert metric.update(grey, sample)["mse"] > 1e-3
+    gray, label = (to_unit(x, sample) for x in (TASK.model_image(sample), TASK.encode(sample)["color"]))
+    right_color = label + RNG.uniform(-0.2, 0.2, (8, 8, 1)).astype(np.float32)
+    inside = np.abs(right_color).max() <= 1
+    assert metric.update(right_color, sample)["mse"] < (1e-10 if inside else 1e-2)
+    assert metric.update(gray, sample)["mse"] > 1e-3

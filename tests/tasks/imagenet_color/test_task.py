@@ -1,4 +1,4 @@
-"""The colorization task: grey input, labels, brightness, unusual photos."""
+"""The colorization task: gray input, labels, brightness, unusual photos."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_labels_are_the_photo() -> None:
     assert label.dtype == np.float32 and label.min() >= -1 and label.max() <= 1
 
 
-def test_grey_is_the_product_with_the_weights() -> None:
+def test_gray_is_the_product_with_the_weights() -> None:
     image = RNG.integers(0, 256, (400, 301, 3), dtype=np.uint8)
     weights = np.array(LUMA, np.float32) / np.float32(255)
     expected = ((image.astype(np.float32) @ weights) * np.float32(255.5)).astype(np.uint8)
-    for view, grey in ((image, expected), (image[:, ::-1], expected[:, ::-1]), (image[7:9, 3:6], expected[7:9, 3:6])):
-        np.testing.assert_array_equal(task_module.grey(view), np.repeat(grey[..., None], 3, -1))
+    for view, gray in ((image, expected), (image[:, ::-1], expected[:, ::-1]), (image[7:9, 3:6], expected[7:9, 3:6])):
+        np.testing.assert_array_equal(task_module.gray(view), np.repeat(gray[..., None], 3, -1))
 
 
 def test_unusual_photos_are_read_and_broken_ones_named(tmp_path: Path, own_cache: Path) -> None:

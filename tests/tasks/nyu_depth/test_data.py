@@ -33,7 +33,7 @@ def test_layouts_are_found_by_content(tmp_path: Path, layout: str, letter: str) 
     assert sample.maps["depth"].shape == (24, 32) and sample.maps["depth"].dtype == np.float32
     depths = [render(0, i, (24, 32)).depth for i in range(25)]
     error = min(float(np.abs(d - sample.maps["depth"])[sample.maps["depth"] > 0].max()) for d in depths)
-    assert error <= 0.0011  # the PNG tree stores truncated millimetres
+    assert error <= 0.0011  # the PNG tree stores truncated millimeters
     holdout, rest = (open_source(str(root), split, CONFIG) for split in ("holdout", "train_minus_holdout"))
     ids = [{source[i].id for i in range(len(source))} for source in (holdout, rest, train)]
     assert ids[0] and ids[0] | ids[1] == ids[2] and not ids[0] & ids[1]
@@ -61,7 +61,7 @@ def test_an_own_folder_is_split_by_position(tmp_path: Path) -> None:
     assert len(parts[1]) == 1 and len(ids) == len(set(ids)) == 11, "nothing is held out of the evaluation split"
 
 
-def test_depth_files_become_metres(tmp_path: Path) -> None:
+def test_depth_files_become_meters(tmp_path: Path) -> None:
     wide, narrow = tmp_path / "wide.png", tmp_path / "narrow.png"
     Image.fromarray(np.array([[0, 1500], [9999, 2000]], np.uint16)).save(wide)
     Image.fromarray(np.array([[0, 51], [255, 102]], np.uint8)).save(narrow)

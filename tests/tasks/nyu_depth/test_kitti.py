@@ -188,4 +188,4 @@ def test_far_depths_are_saved_in_kittis_unit(tmp_path: Path) -> None:
     paths = task.save_prediction(np.full((2, 2), 79.5), np.zeros((2, 2, 3), np.uint8), str(tmp_path / "x"))
     with Image.open(paths["png"]) as png:
         assert np.asarray(png).tolist() == [[79.5 * 256] * 2] * 2
-        assert png.info["depth_scale"] == "256" and png.info["unit"] == "1/256 metre"
+        assert png.info["depth_scale"] == "256" and png.info["unit"] == "1/256 meter"

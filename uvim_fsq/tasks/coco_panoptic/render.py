@@ -23,14 +23,14 @@ def class_palette(count: int, given: Sequence[Sequence[int]] = ()) -> np.ndarray
     return np.array([(0, 0, 0), *given], np.uint8) if len(given) == count else class_colors(count)
 
 
-def segment_colours(segments: Segments, colours: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
+def segment_colors(segments: Segments, colors: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
     """(K + 1, 3) uint8 colors by segment: the color of the class, in varying brightness for things."""
     table = np.zeros((len(segments.segment_ids) + 1, 3))
     seen: dict[int, int] = {}
     for i, c in enumerate(int(c) for c in segments.classes):
         number = seen[c] = seen.get(c, -1) + 1
         shade = (1.0, 0.75, 1.2, 0.6, 0.88)[number % 5] if is_thing[c] else 1.0
-        table[i + 1] = colours[c] * shade
+        table[i + 1] = colors[c] * shade
     return table.clip(0, 255).astype(np.uint8)
 
 
@@ -53,8 +53,8 @@ def overlay(
         share: weight of the colors.
     """
     ids = resize_nearest(segments.ids, image.shape[:2])
-    colours = segment_colours(segments, palette, is_thing)[ids]
-    mixed = (image * (1 - share) + colours * share).astype(np.uint8)
+    colors = segment_colors(segments, palette, is_thing)[ids]
+    mixed = (image * (1 - share) + colors * share).astype(np.uint8)
     mixed[ids == 0] = image[ids == 0]
     if min(ids.shape) < OUTLINED_FROM:
         return mixed

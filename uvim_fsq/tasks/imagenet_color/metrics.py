@@ -1,4 +1,4 @@
-"""Metrics of colorized photos: PSNR, colourfulness, FID by the ColTran protocol (arXiv 2102.04432), as in UViM's
+"""Metrics of colorized photos: PSNR, colorfulness, FID by the ColTran protocol (arXiv 2102.04432), as in UViM's
 evaluator, and the Fréchet distance in the features of other networks.
 """
 
@@ -20,12 +20,12 @@ from uvim_fsq.tasks.imagenet_color.fid import fid_name
 #: Lower bound of the mean squared error, so that equal images get 100 dB instead of infinity.
 SMALLEST_ERROR = 4e-10
 #: Luma weights of the gray image in the UViM reference code (big_vision); they sum to 0.9999.
-GREY = (0.2989, 0.5870, 0.1140)
+GRAY = (0.2989, 0.5870, 0.1140)
 FID_SIZE = 256
 #: Image side at which the protocol colorizes.
 COLTRAN_SIZE = 512
-#: Names of the mean colourfulness of the predictions and of the photos.
-COLOURFULNESS = ("colourfulness", "colourfulness of the photos")
+#: Names of the mean colorfulness of the predictions and of the photos.
+COLORFULNESS = ("colorfulness", "colorfulness of the photos")
 
 
 def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -33,7 +33,7 @@ def keep_luma(prediction: np.ndarray, image: np.ndarray) -> np.ndarray:
 
     All three channels are shifted by the difference in luma, which leaves the chroma (YCbCr) unchanged.
     """
-    weights = np.array(GREY, np.float32)
+    weights = np.array(GRAY, np.float32)
     shift = (image - prediction) @ weights / weights.sum()
     return (prediction + shift[..., None]).clip(-1, 1)
 
@@ -49,11 +49,11 @@ def to_picture(prediction: np.ndarray) -> np.ndarray:
     return ((prediction + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 
 
-def colourfulness(image: np.ndarray) -> float:
+def colorfulness(image: np.ndarray) -> float:
     """How colorful an image (H, W, 3) uint8 looks: 0 for gray ones, about 15 for slightly and 109 for extremely
     colorful photos.
 
-    M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003): with rg = R - G and
+    M3 of Hasler and Süsstrunk, "Measuring colorfulness in natural images" (2003): with rg = R - G and
     yb = (R + G) / 2 - B, the length of their standard deviations plus 0.3 times the length of their means.
     """
     red, green, blue = image.astype(np.float64).reshape(-1, 3).T
@@ -63,7 +63,7 @@ def colourfulness(image: np.ndarray) -> float:
 
 class PSNRMetric(Metric):
     """Mean over images of 10 log10(2^2 / mse) in dB, at the model's label size, for values in [-1, 1]; and of the
-    colourfulness of the predictions and of the photos.
+    colorfulness of the predictions and of the photos.
 
     Args:
         protocol: name recorded in the result.
@@ -73,7 +73,7 @@ class PSNRMetric(Metric):
 
     def __init__(self, protocol: str, luma: bool, distance: FeatureDistance | None = None) -> None:
         self.protocol, self.luma, self.distance = protocol, luma, distance
-        self.sums = np.zeros(5)  # psnr, images, squared error, colourfulness of predictions and of photos
+        self.sums = np.zeros(5)  # psnr, images, squared error, colorfulness of predictions and of photos
 
     @property
     def details(self) -> dict[str, Any]:
@@ -94,15 +94,15 @@ class PSNRMetric(Metric):
 
         Args:
             item, truth: from `pictures`, for the PSNR.
-            shown, photo: the same as (S, S, 3) uint8, for colourfulness and distance.
+            shown, photo: the same as (S, S, 3) uint8, for colorfulness and distance.
         """
         if self.distance is not None:
             self.distance.add(shown, photo)
         error = float(np.mean((item.astype(np.float64) - truth) ** 2))
         psnr = 10 * np.log10(4 / max(error, SMALLEST_ERROR))
-        colours = colourfulness(shown), colourfulness(photo)
-        self.sums += [psnr, 1, error, *colours]
-        return {"psnr": float(psnr), "mse": error, **dict(zip(COLOURFULNESS, colours, strict=True))}
+        colors = colorfulness(shown), colorfulness(photo)
+        self.sums += [psnr, 1, error, *colors]
+        return {"psnr": float(psnr), "mse": error, **dict(zip(COLORFULNESS, colors, strict=True))}
 
     def state(self) -> dict[str, np.ndarray]:
         return {"sums": self.sums.copy(), **(self.distance.state() if self.distance is not None else {})}
@@ -117,12 +117,12 @@ class PSNRMetric(Metric):
         if images == 0:
             raise UserError("no image was evaluated")
         means = [other / images for other in others]
-        figures = {"psnr": psnr / images, **dict(zip(("mse", *COLOURFULNESS), means, strict=True)), "images": images}
+        figures = {"psnr": psnr / images, **dict(zip(("mse", *COLORFULNESS), means, strict=True)), "images": images}
         return figures if self.distance is None else {**figures, **self.distance.compute()}
 
 
 class FIDMetric(Metric):
-    """FID of the colorized images, and of the real images, against the same reference set; also PSNR and colourfulness.
+    """FID of the colorized images, and of the real images, against the same reference set; also PSNR and colorfulness.
 
     Predictions are area-resized to 256 x 256 and rounded; real photos are center-cropped and area-resized to the same
     size.

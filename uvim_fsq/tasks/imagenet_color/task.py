@@ -28,12 +28,12 @@ from uvim_fsq.tasks.imagenet_color.distances import FeatureDistance
 from uvim_fsq.tasks.imagenet_color.features import TimmFeatures
 from uvim_fsq.tasks.imagenet_color.fid import Inception
 from uvim_fsq.tasks.imagenet_color.metrics import (
-    COLOURFULNESS,
+    COLORFULNESS,
     COLTRAN_SIZE,
-    GREY,
+    GRAY,
     FIDMetric,
     PSNRMetric,
-    colourfulness,
+    colorfulness,
     keep_luma,
     to_picture,
     to_unit,
@@ -48,7 +48,7 @@ class ImagenetColor(Task):
     Config = ImagenetColorConfig
     main_metric = "psnr"
     smaller_is_better = False
-    secondary_metrics = ("mse", *COLOURFULNESS)
+    secondary_metrics = ("mse", *COLORFULNESS)
     synthetic = "imagenet"
     synthetic_world = "still_life"
     labels_are_colors = True
@@ -88,9 +88,9 @@ class ImagenetColor(Task):
     def model_image(self, sample: Sample) -> np.ndarray:
         """The gray photo, (H, W, 3) with equal channels: uint8, or for the FID protocols float32 in [-1, 1]."""
         if "scale" in sample.meta:
-            grey_image = to_unit(sample.image, sample) @ np.array(GREY, np.float32)
-            return np.repeat(grey_image[..., None], 3, axis=-1)
-        return grey(sample.image)
+            gray_image = to_unit(sample.image, sample) @ np.array(GRAY, np.float32)
+            return np.repeat(gray_image[..., None], 3, axis=-1)
+        return gray(sample.image)
 
     def encode(self, sample: Sample) -> dict[str, np.ndarray]:
         """The photo itself, (S, S, 3) uint8; for the FID protocols, float32 in [-1, 1]."""
@@ -167,7 +167,7 @@ class ImagenetColor(Task):
     def captions(self, prediction: np.ndarray, truth: Sample) -> dict[str, str]:
         shown = {"ground truth": truth.image, "prediction": to_picture(prediction)}
         return {
-            title: f"values {values.min()} to {values.max()}, colourfulness {colourfulness(values):.0f}"
+            title: f"values {values.min()} to {values.max()}, colorfulness {colorfulness(values):.0f}"
             for title, values in shown.items()
         }
 
@@ -188,15 +188,15 @@ class ImagenetColor(Task):
         def predict(image: np.ndarray) -> np.ndarray:
             return image if image.dtype != np.uint8 else to_unit(image, Sample("", image))
 
-        return Baseline("the grey photo itself", predict)
+        return Baseline("the gray photo itself", predict)
 
     def check_sample(self, sample: Sample) -> str | None:
         return f"{sample.id}: only {sample.image.shape[:2]} pixels" if min(sample.image.shape[:2]) < 16 else None
 
 
-def grey(image: np.ndarray) -> np.ndarray:
+def gray(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W, 3) uint8 gray with equal channels, identical to the UViM reference code."""
-    weights = np.array(GREY, np.float32) / np.float32(255)
+    weights = np.array(GRAY, np.float32) / np.float32(255)
     # Sum from red to blue, like a matrix product: the last bit can decide how the result is truncated.
     red, green, blue = (plane * weight for plane, weight in zip(cv2.split(image), weights, strict=True))
     red += green

@@ -22,7 +22,7 @@ from uvim_fsq.data.sample import Sample, SampleSource
 from uvim_fsq.data.saved_datasets import is_saved_dataset, open_rows
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
-from uvim_fsq.tasks.nyu_depth.files import PairSource, SavedSource, h5_dataset, metres, one_line
+from uvim_fsq.tasks.nyu_depth.files import PairSource, SavedSource, h5_dataset, meters, one_line
 from uvim_fsq.tasks.nyu_depth.kitti import SCALE as KITTI_SCALE
 from uvim_fsq.tasks.nyu_depth.kitti import Drives, is_kitti
 from uvim_fsq.tasks.nyu_depth.own import find_own, find_scenes, own_pairs
@@ -97,7 +97,7 @@ class LabelledMat:
                 f"{self.file}: image {row + 1} cannot be read ({one_line(error)}); download the file again"
             ) from error
         name = f"{self.file.name}#{row + 1}"
-        return Sample(name, image, {"depth": metres(depth, name)}, {"row": row})
+        return Sample(name, image, {"depth": meters(depth, name)}, {"row": row})
 
 
 def _open_h5(path: Path) -> h5py.File:

@@ -21,7 +21,7 @@ from uvim_fsq.data.saved_datasets import SavedRows, read_photo
 from uvim_fsq.errors import UserError
 
 
-def metres(values: np.ndarray, name: str) -> np.ndarray:
+def meters(values: np.ndarray, name: str) -> np.ndarray:
     """(H, W) meters -> float32 with invalid values (NaN, infinite, negative) set to 0.
 
     Raises UserError for another shape, and for a median outside of 0.02 to 100 m, which means a wrong scale.
@@ -86,7 +86,7 @@ def read_depth_file(path: Path, scale: float | None = None, mask: Path | None = 
         if valid.shape != values.shape:
             raise UserError(f"{mask} is {valid.shape}, but its depth map {values.shape}; fix or remove it")
         values = np.where(valid, values, 0)
-    return metres(values, str(path))
+    return meters(values, str(path))
 
 
 def _load_npy(path: Path) -> np.ndarray:
@@ -212,7 +212,7 @@ class SavedSource:
                 depth = np.asarray(stored, np.float32) / (self.scale or 1.0)
         except (OSError, SyntaxError, ValueError, TypeError) as error:
             raise UserError(f"{name}: no depth map ({one_line(error)}); remove it") from error
-        image, depth = read_photo(photo, name), metres(depth, name)
+        image, depth = read_photo(photo, name), meters(depth, name)
         if image.shape[:2] != depth.shape:
             raise UserError(f"{name}: image {image.shape[:2]} and depth {depth.shape} differ in size; remove it")
         return Sample(self.rows.name(index), image, {"depth": depth})
@@ -235,4 +235,4 @@ def _read_fastdepth(path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{path} cannot be read ({one_line(error)}); it is damaged or not an HDF5 file, {advice}"
         ) from error
-    return cv2.merge(list(rgb)), metres(depth, str(path))
+    return cv2.merge(list(rgb)), meters(depth, str(path))

@@ -21,7 +21,7 @@ from uvim_fsq.data.tiles import Tile, align, blend
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import write_whole
 from uvim_fsq.tasks.base import Baseline, Categorical, LabelChannel, Task
-from uvim_fsq.tasks.legend import colour, draw_scale
+from uvim_fsq.tasks.legend import color, draw_scale
 from uvim_fsq.tasks.losses import pixel_cross_entropy
 from uvim_fsq.tasks.nyu_depth.breakdown import ErrorByDepth
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -60,7 +60,7 @@ class NYUDepth(Task):
         super().__init__(config)
         self.dtype = smallest_integer(-1 if config.missing == "void" else 0, config.num_bins - 1)
         self.step = (config.max_depth - config.min_depth) / config.num_bins
-        self.centres = torch.arange(config.num_bins) * self.step + self.step / 2 + config.min_depth
+        self.centers = torch.arange(config.num_bins) * self.step + self.step / 2 + config.min_depth
 
     @property
     def label_channels(self) -> dict[str, LabelChannel]:
@@ -109,8 +109,8 @@ class NYUDepth(Task):
 
     def to_maps(self, logits: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         x = logits["depth"]
-        centres = self.centres.to(x.device)
-        depth = x.softmax(-1) @ centres if self.config.decoding == "expectation" else centres[x.argmax(-1)]
+        centers = self.centers.to(x.device)
+        depth = x.softmax(-1) @ centers if self.config.decoding == "expectation" else centers[x.argmax(-1)]
         return {"depth": depth.float()}
 
     def from_maps(self, maps: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
@@ -136,10 +136,10 @@ class NYUDepth(Task):
         """Color-coded depth, with the same range for prediction and truth; the error's range is a quarter of it."""
         depth = truth.maps["depth"] if truth is not None else None
         high = self._range(prediction if depth is None else depth)
-        pictures = {"prediction": colour(prediction, high)}
+        pictures = {"prediction": color(prediction, high)}
         if depth is not None:
             error = self._error(prediction, depth)
-            pictures = {"ground truth": colour(depth, high), **pictures, "error": colour(error, high / 4, "inferno")}
+            pictures = {"ground truth": color(depth, high), **pictures, "error": color(error, high / 4, "inferno")}
         return pictures
 
     def captions(self, prediction: np.ndarray, truth: Sample) -> dict[str, str]:
@@ -188,7 +188,7 @@ class NYUDepth(Task):
 
     def film_frame(self, image: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """Color-coded depth from 0 to max_depth, the same in all frames."""
-        return colour(prediction, self.config.max_depth)
+        return color(prediction, self.config.max_depth)
 
     def prediction_files(self, stem: str) -> dict[str, str]:
         return {"png": f"{stem}.png", "npy": f"{stem}.npy", "color": f"{stem}_color.png"}
@@ -201,7 +201,7 @@ class NYUDepth(Task):
         paths = self.prediction_files(stem)
         info = PngInfo()
         scale = 1000 if self.config.max_depth * 1000 <= 65535 else 256
-        info.add_text("unit", "millimetre" if scale == 1000 else f"1/{scale} metre")
+        info.add_text("unit", "millimeter" if scale == 1000 else f"1/{scale} meter")
         info.add_text("depth_scale", str(scale))
         write_png(paths["png"], (depth * scale).round().clip(0, 65535).astype(np.uint16), info)
         write_whole(Path(paths["npy"]), lambda file: _save_array(file, depth), durable=False)
