@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uvim_fsq.data.saved_datasets import open_rows
+from uvim_fsq.data.saved_datasets import open_rows, read_photo
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -83,6 +83,40 @@ def test_photos_alone_are_data_for_colorization(saved: Path) -> None:
     task = ImagenetColor(ImagenetColorConfig(protocol="fid"))
     with pytest.raises(UserError, match="task.protocol=fid needs photos in files"):
         task.metric(task.source(str(saved / "both"), "val"))
+
+
+@pytest.mark.parametrize(
+    ("names", "val"),
+    [
+        (
+            ["data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-00000-of-00001-0a"],
+            "validation",
+        ),
+        (["train/0000", "train/0001", "val/0000"], "val"),
+        (["train", "train-00001-of-00002", "test"], "test"),
+    ],
+)
+def test_parquet_files_of_the_hub_are_read_as_they_are(
+    library: Any, saved: Path, tmp_path: Path, names: list[str], val: str
+) -> None:
+    both = library.load_from_disk(str(saved / "both"))
+    shards = [both["train"].shard(2, i, contiguous=True) for i in (0, 1)]
+    for name, table in zip(names, [*shards, both["validation"]], strict=True):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        table.to_parquet(str(path))
+    source = open_depth(str(tmp_path), "val", DEPTH)
+    sample = pickle.loads(pickle.dumps(source))[2]
+    assert len(source) == 3 and sample.id == f"{val}/00000002" and np.all(sample.maps["depth"] == 1.5)
+    photos = open_rows(tmp_path, "train", ("image", "meters"))
+    reds = [read_photo(photos[i]["image"], "photo")[0, 0, 0] for i in range(len(photos))]
+    assert sorted(reds) == list(range(20)) and photos[0]["meters"].dtype == np.float32
+
+
+def test_a_damaged_parquet_file_is_said(library: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(UserError, match="cannot be read as a saved data set"):
+        open_depth(str(tmp_path), "val", DEPTH)
 
 
 def test_arrays_are_not_turned_into_lists(saved: Path) -> None:

@@ -1,11 +1,12 @@
-"""Rows of a data set that the library `datasets` wrote with `save_to_disk` (extra `datasets`).
+"""Rows of a data set of the library `datasets` (an extra): saved by `save_to_disk`, or Parquet files of the hub.
 
-Nothing of a data set is run or downloaded: rows come from its Arrow files, and pictures are decoded by our own readers,
-with their limits.
+Nothing of a data set is run or downloaded: rows come from its Arrow or Parquet files, and pictures are decoded by our
+own readers, with their limits.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ VAL = ("validation", "val", "valid", "test")
 
 
 def is_saved_dataset(root: Path) -> bool:
-    """Whether `root` was written by `save_to_disk`."""
-    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+    """Whether `root` was written by `save_to_disk` or holds Parquet files."""
+    return _is_arrow(root) or bool(_parquet_files(root))
 
 
 @dataclass
@@ -126,14 +127,33 @@ def _load(root: Path, part: str | None) -> Any:
     """The table `part` (empty: the only one), or with None all of them."""
     try:
         # A folder named datasets/ in the working directory can be imported too, as an empty package.
-        from datasets import disable_progress_bars, load_from_disk  # type: ignore[import-not-found,attr-defined]
+        from datasets import Dataset, disable_progress_bars, load_from_disk  # type: ignore[import-not-found,attr-defined]
     except ImportError as error:
         raise UserError(f"{root} needs the library `datasets`: pip install 'uvim-fsq[datasets]'") from error
     disable_progress_bars()
     try:
-        return load_from_disk(str(root / part if part else root))
+        if _is_arrow(root):
+            return load_from_disk(str(root / part if part else root))
+        files = _parquet_files(root)
+        if part is None:
+            return {name: Dataset.from_parquet(paths) for name, paths in files.items()}
+        return Dataset.from_parquet(files[part])
     except Exception as error:  # Arrow, JSON and the file system raise many kinds
         raise UserError(f"{root} cannot be read as a saved data set ({_line(error)}); save it again") from error
+
+
+def _is_arrow(root: Path) -> bool:
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def _parquet_files(root: Path) -> dict[str, list[str]]:
+    """Split -> its Parquet files, under the hub's names: data/train-00000-of-00002.parquet, train/0000.parquet."""
+    parts: dict[str, list[str]] = {}
+    for path in sorted([*root.glob("*.parquet"), *root.glob("*/*.parquet")]):
+        named = re.fullmatch(r"(\w+?)(-\d+-of-\d+(-\w+)?)?", path.stem)
+        name = path.parent.name if path.stem.isdigit() or named is None else named[1]
+        parts.setdefault(name, []).append(str(path))
+    return parts
 
 
 def _undecoded(table: Any, columns: tuple[str, ...]) -> Any:
