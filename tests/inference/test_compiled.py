@@ -100,6 +100,41 @@ def test_a_padded_batch_gives_the_predictions_of_its_images(compiled_run: Path, 
     np.testing.assert_allclose(found, Predictor.from_run(compiled_run).predict_batch(PICTURES[:3]), atol=1e-4)
 
 
+def test_images_that_fit_no_package_are_predicted_without(compiled_run: Path, runners: FakeRunner) -> None:
+    file = manifest(compiled_run)
+    record = json.loads(file.read_text())
+    del record["packages"]["1"]
+    file.write_text(json.dumps(record))
+    predictor = Predictor.from_run(compiled_run, ["eval.batch_size=5"])
+    found = predictor.predict_batch(PICTURES)
+    assert runners.sizes == [4]
+    shutil.rmtree(file.parent)
+    np.testing.assert_allclose(found, Predictor.from_run(compiled_run).predict_batch(PICTURES), atol=1e-4)
+
+
+def test_packages_are_not_used_for_images_of_another_size(compiled_run: Path, runners: FakeRunner) -> None:
+    """They would read beyond the image, or only a part of it."""
+    with pytest.raises(RuntimeError, match="size"):
+        Predictor.from_run(compiled_run).predict_prepared([np.zeros((3, 8, 8), np.uint8)])
+    assert not runners.sizes
+
+
+def test_a_package_that_fails_is_one_line_and_nothing_is_lost(
+    compiled_run: Path, runners: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("run_func_ failed\nat line 1")
+
+    predictor = Predictor.from_run(compiled_run)
+    expected = predictor.predict_batch(PICTURES)
+    run = runners.boxed_run
+    monkeypatch.setattr(runners, "boxed_run", lambda inputs: run(inputs) if len(inputs[0]) == 4 else fail(inputs))
+    with pytest.warns(UserWarning, match=r"failed \(run_func_ failed\); run .*without the compiled package") as caught:
+        found = predictor.predict_batch(PICTURES)
+    assert len(caught) == 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_evaluation_uses_packages(compiled_run: Path, runners: FakeRunner) -> None:
     loaded = load_checkpoint(compiled_run)
     assert loaded.lm is not None
@@ -117,16 +152,17 @@ def test_evaluation_uses_packages(compiled_run: Path, runners: FakeRunner) -> No
     [
         (1, [1]),
         (2, [1, 1]),
-        (10, None),
+        (10, []),
         (22, [32]),
-        (21, None),
+        (21, []),
         (32, [32]),
         (33, [32, 1]),
         (64, [32, 32]),
         (90, [32] * 3),
+        (100, [32] * 3),
     ],
 )
-def test_batches_are_divided_where_that_is_cheaper(count: int, expected: list[int] | None) -> None:
+def test_batches_are_divided_where_that_is_cheaper(count: int, expected: list[int]) -> None:
     assert chunk_sizes(count, [1, 32]) == expected
 
 

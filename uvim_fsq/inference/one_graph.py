@@ -30,6 +30,8 @@ class PredictionGraph(nn.Module):
     def __init__(self, config: BasicEvalConfig, pixel_logits: int, image_size: int) -> None:
         super().__init__()
         self.config, self.image_logits = config, pixel_logits * image_size**2
+        #: (3, S, S)
+        self.image_shape = (3, image_size, image_size)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """The random numbers that images with seeds (B,) int64 need, the input `drawn`; None if nothing is random."""
