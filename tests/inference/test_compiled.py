@@ -21,6 +21,7 @@ from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import ahead_of_time, compiled, packages
 from uvim_fsq.inference.ahead_of_time import compile_checkpoint, compile_graph
+from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.compiled import CompiledPrediction, Decode, chunk_sizes, prediction_graph, with_packages
 from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import FOLDER, OWN_PACKAGES, find_packages
@@ -283,6 +284,28 @@ def test_many_steps_are_compiled_as_a_loop(
     compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)  # 4 tokens, 1 block
     assert isinstance(made[0], LMGraph) and isinstance(made[0].generator, TokenGenerator)
     assert made[0].generator.in_loop is in_loop
+
+
+def test_a_cache_folder_that_cannot_be_written_is_found_before_compiling(
+    compiled_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> Path:
+        raise AssertionError("it has compiled")
+
+    monkeypatch.setattr(ahead_of_time, "compile_graph", never)
+    monkeypatch.setenv("UVIM_FSQ_CACHE", "/dev/null/cache")
+    with pytest.raises(UserError, match="cannot write /dev/null/cache"):
+        compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)
+
+
+def test_packages_of_a_token_model_that_cannot_be_compiled_any_more_are_not_used(
+    compiled_run: Path, random_lm: Any
+) -> None:
+    """The plugin that defines it may have changed."""
+    decode = LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval)
+    decode.generator = cast(Any, lambda image, seeds: None)
+    with pytest.warns(UserWarning, match="cannot be compiled whole.*predicting without the compiled package"):
+        assert with_packages(decode, load_checkpoint(compiled_run), CPU) is decode
 
 
 def test_an_oracle_cannot_be_compiled(random_runs: tuple[Path, Path]) -> None:

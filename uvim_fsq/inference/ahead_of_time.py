@@ -16,6 +16,7 @@ from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.compilation import require_compiler
 from uvim_fsq.console import say
+from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
@@ -53,6 +54,7 @@ def compile_checkpoint(
     folder = inside(run_dir, loaded.checkpoint / FOLDER / "x").parent
     refuse_links(folder)
     check_folder(folder)
+    check_folder(cache_dir())
     described = describe(loaded, device)
     side = loaded.run.data.image_size
     picture = JointTransform(loaded.run.data, loaded.task, train=False).picture(

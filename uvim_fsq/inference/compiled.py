@@ -151,5 +151,9 @@ def with_packages(plain: Decode, loaded: LoadedRun | LoadedDirect, device: torch
     packages = find_packages(loaded, device)
     if packages is None:
         return plain
-    graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
+    try:
+        graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
+    except UserError as error:  # the plugin of a token model has changed
+        warn_unused(error)
+        return plain
     return CompiledPrediction(plain, graph, packages, loaded.task)
