@@ -153,6 +153,12 @@ def test_wrong_arguments_are_named(
         (["decode", lm, "--against", str(wrong)], "is not a result of uvim-fsq benchmark --json"),
         (["decode", lm, "--against", str(tmp_path / "none.json")], "no such file"),
         (["metrics", "--operators", "3", "--repeats", "1"], "--operators works only with train-"),
+        (["metrics", lm], "benchmark metrics takes no configuration"),
+        (["metrics", "--batch", "2"], "benchmark metrics has no batch size; leave --batch out"),
+        (["loader", oracle, "--batch", "2"], "benchmark loader takes train.batch_size; leave --batch out"),
+        (["start-up", "--batch", "2"], "benchmark start-up has no batch size; leave --batch out"),
+        (["start-up", "--oracle", oracle], "--oracle works only with the configuration of a language model"),
+        (["predict", str(tmp_path), "--oracle", oracle], "--oracle works only with the configuration of a language"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])
