@@ -263,7 +263,7 @@ def test_a_compilation_that_fails_leaves_the_earlier_packages(
 def test_compiling_without_a_compiler_is_one_line(compiled_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler; install g\\+\\+, it is needed only here"):
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler; install g\\+\\+, which only this command needs"):
         compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)
     assert find_packages(load_checkpoint(compiled_run), CPU) is not None  # using them needs none
 

@@ -45,7 +45,7 @@ def compile_checkpoint(
     Raises UserError without a C++ compiler, for models that cannot be compiled whole, and if the packages cannot be
     written. Earlier packages are then unchanged.
     """
-    require_compiler("it is needed only here: predictions run without compiled packages, too")
+    require_compiler("which only this command needs; predictions run without compiled packages, too")
     graph = prediction_graph(loaded)
     if isinstance(graph, LMGraph):
         choose_loop(graph.generator)
