@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from uvim_fsq.benchmark.peers import Peer, compared, read_peer, unmatched
+from uvim_fsq.benchmark.start_up import STAGES
 from uvim_fsq.benchmark.table import markdown
 from uvim_fsq.cli import main
 from uvim_fsq.errors import UserError
@@ -101,7 +102,10 @@ def test_a_missing_file_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize("name", ["quickstart", "middle"])
 def test_the_examples_name_rows_that_are_measured(name: str) -> None:
+    """Those of decoding are compared in test_run.py, with what is measured."""
     peer = read_peer(ROOT / "examples" / "peers" / f"uvim_jax_{name}.json")
     assert "one thread" in peer.about and "medians of 9" in peer.about
     for row in peer.rows:
         assert row.removesuffix(", ahead of time") in (ROOT / "docs" / "performance.md").read_text(), row
+        if row.startswith("start-up: "):
+            assert row.removeprefix("start-up: ").removesuffix(", memory") in STAGES

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.hub import FakeHub
-from tests.support.paths import CONFIGS
+from tests.support.paths import CONFIGS, ROOT
 from uvim_fsq.benchmark import decoding, metrics, run, side_by_side
+from uvim_fsq.benchmark.peers import read_peer
 from uvim_fsq.benchmark.setup import read_sizes
 from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.cli import main
@@ -96,7 +98,12 @@ def test_what_is_compiled_ahead_of_time_is_timed_beside_the_rest(
     ]
     tokens, features = (module(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)) for module in made)
     assert tokens.shape == (2, 16) and features.shape[0] == 2 and features.dim() == 3
-    assert len({line.name for line in lines}) == len(lines) == 8
+    measured = {line.name for line in lines}
+    assert len(measured) == len(lines) == 8
+    for example in ("quickstart", "middle"):
+        peer = read_peer(ROOT / "examples" / "peers" / f"uvim_jax_{example}.json")
+        rows = {re.sub(r"batch \d+", "batch 2", row) for row in peer.rows if not row.startswith("start-up: ")}
+        assert rows <= measured
 
 
 @pytest.mark.slow
@@ -153,6 +160,12 @@ def test_wrong_arguments_are_named(
         (["decode", lm, "--against", str(wrong)], "is not a result of uvim-fsq benchmark --json"),
         (["decode", lm, "--against", str(tmp_path / "none.json")], "no such file"),
         (["metrics", "--operators", "3", "--repeats", "1"], "--operators works only with train-"),
+        (["metrics", lm], "benchmark metrics takes no configuration"),
+        (["metrics", "--batch", "2"], "benchmark metrics has no batch size; leave --batch out"),
+        (["loader", oracle, "--batch", "2"], "benchmark loader takes train.batch_size; leave --batch out"),
+        (["start-up", "--batch", "2"], "benchmark start-up has no batch size; leave --batch out"),
+        (["start-up", "--oracle", oracle], "--oracle works only with the configuration of a language model"),
+        (["predict", str(tmp_path), "--oracle", oracle], "--oracle works only with the configuration of a language"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["benchmark", *arguments])

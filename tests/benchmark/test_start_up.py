@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.benchmark import by_name
-from uvim_fsq.benchmark import start_up
+from uvim_fsq.benchmark import predicting, start_up
 from uvim_fsq.benchmark.start_up import measure_start_up
 from uvim_fsq.cli import main
+from uvim_fsq.config.plugins import trusting
 from uvim_fsq.errors import UserError
 
 
@@ -45,6 +47,20 @@ def test_a_process_that_fails_is_one_line_with_its_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr(start_up, "STAGES", {"broken": "raise OSError('the disk is gone')"})
     with pytest.raises(UserError, match=r"a process failed \(OSError: the disk is gone\)"):
         measure_start_up(None, (), tmp_path, repeats=1)
+
+
+@pytest.mark.usefixtures("no_trusted_plugins")
+def test_what_this_process_trusts_the_processes_it_measures_trust_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = "from uvim_fsq.config.plugins import trusts_runs; assert trusts_runs(), 'no trust'"
+    monkeypatch.setattr(start_up, "STAGES", {"check": check})
+    for measured in (
+        lambda: measure_start_up(None, (), Path(), repeats=1),
+        lambda: predicting._seconds([sys.executable, "-c", check]),
+    ):
+        with pytest.raises(UserError, match="no trust"):
+            measured()
+        with trusting():
+            measured()
 
 
 @pytest.mark.slow

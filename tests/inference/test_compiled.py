@@ -21,6 +21,7 @@ from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference import ahead_of_time, compiled, packages
 from uvim_fsq.inference.ahead_of_time import compile_checkpoint, compile_graph
+from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.compiled import CompiledPrediction, Decode, chunk_sizes, prediction_graph, with_packages
 from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import FOLDER, OWN_PACKAGES, find_packages
@@ -100,6 +101,41 @@ def test_a_padded_batch_gives_the_predictions_of_its_images(compiled_run: Path, 
     np.testing.assert_allclose(found, Predictor.from_run(compiled_run).predict_batch(PICTURES[:3]), atol=1e-4)
 
 
+def test_images_that_fit_no_package_are_predicted_without(compiled_run: Path, runners: FakeRunner) -> None:
+    file = manifest(compiled_run)
+    record = json.loads(file.read_text())
+    del record["packages"]["1"]
+    file.write_text(json.dumps(record))
+    predictor = Predictor.from_run(compiled_run, ["eval.batch_size=5"])
+    found = predictor.predict_batch(PICTURES)
+    assert runners.sizes == [4]
+    shutil.rmtree(file.parent)
+    np.testing.assert_allclose(found, Predictor.from_run(compiled_run).predict_batch(PICTURES), atol=1e-4)
+
+
+def test_packages_are_not_used_for_images_of_another_size(compiled_run: Path, runners: FakeRunner) -> None:
+    """They would read beyond the image, or only a part of it."""
+    with pytest.raises(RuntimeError, match="size"):
+        Predictor.from_run(compiled_run).predict_prepared([np.zeros((3, 8, 8), np.uint8)])
+    assert not runners.sizes
+
+
+def test_a_package_that_fails_is_one_line_and_nothing_is_lost(
+    compiled_run: Path, runners: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("run_func_ failed\nat line 1")
+
+    predictor = Predictor.from_run(compiled_run)
+    expected = predictor.predict_batch(PICTURES)
+    run = runners.boxed_run
+    monkeypatch.setattr(runners, "boxed_run", lambda inputs: run(inputs) if len(inputs[0]) == 4 else fail(inputs))
+    with pytest.warns(UserWarning, match=r"failed \(run_func_ failed\); run .*without the compiled package") as caught:
+        found = predictor.predict_batch(PICTURES)
+    assert len(caught) == 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_evaluation_uses_packages(compiled_run: Path, runners: FakeRunner) -> None:
     loaded = load_checkpoint(compiled_run)
     assert loaded.lm is not None
@@ -117,16 +153,17 @@ def test_evaluation_uses_packages(compiled_run: Path, runners: FakeRunner) -> No
     [
         (1, [1]),
         (2, [1, 1]),
-        (10, None),
+        (10, []),
         (22, [32]),
-        (21, None),
+        (21, []),
         (32, [32]),
         (33, [32, 1]),
         (64, [32, 32]),
         (90, [32] * 3),
+        (100, [32] * 3),
     ],
 )
-def test_batches_are_divided_where_that_is_cheaper(count: int, expected: list[int] | None) -> None:
+def test_batches_are_divided_where_that_is_cheaper(count: int, expected: list[int]) -> None:
     assert chunk_sizes(count, [1, 32]) == expected
 
 
@@ -226,7 +263,7 @@ def test_a_compilation_that_fails_leaves_the_earlier_packages(
 def test_compiling_without_a_compiler_is_one_line(compiled_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler; install g\\+\\+, it is needed only here"):
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler; install g\\+\\+, which only this command needs"):
         compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)
     assert find_packages(load_checkpoint(compiled_run), CPU) is not None  # using them needs none
 
@@ -247,6 +284,28 @@ def test_many_steps_are_compiled_as_a_loop(
     compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)  # 4 tokens, 1 block
     assert isinstance(made[0], LMGraph) and isinstance(made[0].generator, TokenGenerator)
     assert made[0].generator.in_loop is in_loop
+
+
+def test_a_cache_folder_that_cannot_be_written_is_found_before_compiling(
+    compiled_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> Path:
+        raise AssertionError("it has compiled")
+
+    monkeypatch.setattr(ahead_of_time, "compile_graph", never)
+    monkeypatch.setenv("UVIM_FSQ_CACHE", "/dev/null/cache")
+    with pytest.raises(UserError, match="cannot write /dev/null/cache"):
+        compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)
+
+
+def test_packages_of_a_token_model_that_cannot_be_compiled_any_more_are_not_used(
+    compiled_run: Path, random_lm: Any
+) -> None:
+    """The plugin that defines it may have changed."""
+    decode = LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval)
+    decode.generator = cast(Any, lambda image, seeds: None)
+    with pytest.warns(UserWarning, match="cannot be compiled whole.*predicting without the compiled package"):
+        assert with_packages(decode, load_checkpoint(compiled_run), CPU) is decode
 
 
 def test_an_oracle_cannot_be_compiled(random_runs: tuple[Path, Path]) -> None:

@@ -71,6 +71,8 @@ def test_a_batch_that_needs_chunks_is_refused(random_lm: Any, monkeypatch: pytes
     monkeypatch.setattr("uvim_fsq.oracle.chunking.MAX_LOGITS", 16 * 16 * 16 * 2)  # S x S x bins of two images
     graph = prediction_graph(random_lm)
     graph.check_batch(2)
+    with pytest.raises(UserError, match="the label maps of so many images"):
+        graph.check_batch(10**30)  # at once
     with pytest.raises(UserError, match="--batch 3: the label maps of so many images are too large"):
         graph.check_batch(3)
 

@@ -21,6 +21,7 @@ from uvim_fsq.benchmark.setup import Sizes, fresh_lm, fresh_oracle
 from uvim_fsq.checkpoints.files import save_checkpoint
 from uvim_fsq.checkpoints.run_directory import WEIGHTS, find_oracle, read_config, resolve_checkpoint, weights_hash
 from uvim_fsq.config.parse import dump_yaml
+from uvim_fsq.config.plugins import environment
 from uvim_fsq.config.schema import LMRun
 from uvim_fsq.data.images import read_image
 from uvim_fsq.errors import UserError
@@ -138,7 +139,7 @@ def _predict(predictor: Predictor, folder: PredictionFolder) -> None:
 
 def _seconds(command: Sequence[str]) -> float:
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise UserError(f"benchmark predict: the command failed ({(said or [''])[-1][:300]})")

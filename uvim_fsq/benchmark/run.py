@@ -36,6 +36,12 @@ JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics
 PREDICTING = ("start-up", "predict")
 #: The jobs that need a language model.
 NEED_LM = ("train-lm", "decode", "side-by-side", "start-up", "predict", "all")
+#: Job -> why it takes no `--batch`.
+WITHOUT_BATCH = {
+    "metrics": "has no batch size",
+    "start-up": "has no batch size",
+    "loader": "takes train.batch_size",
+}
 BATCHES = {"cuda": (1, 16, 64, 256), "cpu": (1, 32)}
 
 
@@ -75,16 +81,23 @@ def read_request(
     """Checks the arguments and reads the configuration.
 
     Raises:
-        UserError: the job needs a configuration, or one of the other stage; a number is below 1; exports without
-            `predict`.
+        UserError: the job needs a configuration, or one of the other stage; a number is below 1; an argument that the
+            job does not use.
     """
     if exports and job != "predict":
         raise UserError("--export works only with predict")
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise UserError("--repeats and --batch must be at least 1")
+    if batches and job in WITHOUT_BATCH:
+        raise UserError(f"benchmark {job} {WITHOUT_BATCH[job]}; leave --batch out")
+    if job == "metrics" and config is not None:
+        raise UserError("benchmark metrics takes no configuration; leave it out")
+    is_run = job in PREDICTING and config is not None and (is_hub(config) or Path(config).is_dir())
+    if oracle is not None and (config is None or is_run):
+        raise UserError("--oracle works only with the configuration of a language model")
     if job == "metrics" or (job == "start-up" and config is None):
         return BenchmarkRequest(job, None, batches, repeats)
-    if job in PREDICTING and config is not None and (is_hub(config) or Path(config).is_dir()):
+    if is_run and config is not None:
         run = read_for_prediction(resolve_checkpoint(config), overrides)[0]
         if run.stage == "oracle":
             raise UserError(f"benchmark {job} needs a run that predicts; {config} is of stage oracle")

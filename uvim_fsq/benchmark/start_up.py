@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from uvim_fsq.config.plugins import environment
 from uvim_fsq.errors import UserError
 from uvim_fsq.performance.timing import Measurement, Timing, milliseconds
 
@@ -84,7 +85,7 @@ def _process(code: str, arguments: Sequence[str]) -> tuple[float, int]:
     start, reached = time.perf_counter(), 0.0
     last = ""
     with TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line == "DONE\n":

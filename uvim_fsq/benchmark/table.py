@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,11 +35,15 @@ def read_earlier(file: Path) -> dict[str, Any]:
     try:
         earlier = json.loads(file.read_text())
         by_name = {line["name"]: line for line in earlier["measurements"]}
-        return {**earlier, "device": earlier["device_peak"]["device"], "by_name": by_name}
+        sound = all(isinstance(line["unit"], str) and 0 < line["value"] < math.inf for line in by_name.values())
+        found = {**earlier, "device": earlier["device_peak"]["device"], "by_name": by_name}
     except OSError:
         raise UserError(f"{file}: no such file; write one with --json") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a result of uvim-fsq benchmark --json") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound, found = False, {}
+    if not sound:
+        raise UserError(f"{file} is not a result of uvim-fsq benchmark --json")
+    return found
 
 
 def about(peak: DevicePeak) -> str:

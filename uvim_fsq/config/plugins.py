@@ -40,6 +40,11 @@ def trusts_runs() -> bool:
     return _trusting.get() or os.environ.get("UVIM_FSQ_TRUST") == "1"
 
 
+def environment() -> dict[str, str]:
+    """The environment variables for a process of ours that is to trust what this one trusts."""
+    return {**os.environ, **({"UVIM_FSQ_TRUST": "1"} if trusts_runs() else {})}
+
+
 def name_plugins(modules: Iterable[str]) -> None:
     """Records modules that the user has named, and so trusts."""
     _named.update(modules)

@@ -16,6 +16,7 @@ from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
 from uvim_fsq.checkpoints.run_directory import file_hash
 from uvim_fsq.compilation import require_compiler
 from uvim_fsq.console import say
+from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError
 from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
@@ -44,7 +45,7 @@ def compile_checkpoint(
     Raises UserError without a C++ compiler, for models that cannot be compiled whole, and if the packages cannot be
     written. Earlier packages are then unchanged.
     """
-    require_compiler("it is needed only here: predictions run without compiled packages, too")
+    require_compiler("which only this command needs; predictions run without compiled packages, too")
     graph = prediction_graph(loaded)
     if isinstance(graph, LMGraph):
         choose_loop(graph.generator)
@@ -53,6 +54,7 @@ def compile_checkpoint(
     folder = inside(run_dir, loaded.checkpoint / FOLDER / "x").parent
     refuse_links(folder)
     check_folder(folder)
+    check_folder(cache_dir())
     described = describe(loaded, device)
     side = loaded.run.data.image_size
     picture = JointTransform(loaded.run.data, loaded.task, train=False).picture(

@@ -47,14 +47,18 @@ def load_package(file: Path, device: torch.device) -> Runner:
     try:
         return load(str(file), "model", False, 1, index)
     except Exception as error:  # torch raises many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{file} cannot be loaded ({reason}); {REMEDY}") from error
+        raise _unusable(file, "cannot be loaded", error) from error
 
 
-def chunk_sizes(count: int, sizes: list[int]) -> list[int] | None:
-    """The compiled batch sizes, largest first, in which `count` images are predicted; None if they do not fit.
+def _unusable(file: Path, what: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return UserError(f"{file} {what} ({reason}); {REMEDY}")
 
-    The last of them may be larger than what is left, at most by `MAX_PADDING`.
+
+def chunk_sizes(count: int, sizes: list[int]) -> list[int]:
+    """The compiled batch sizes, largest first, in which `count` images are predicted, or the first of them.
+
+    The last batch may be larger than what is left, at most by `MAX_PADDING`.
     """
     found: list[int] = []
     while count > 0:
@@ -64,14 +68,14 @@ def chunk_sizes(count: int, sizes: list[int]) -> list[int] | None:
             return [*found, min(padded)]
         # Many small batches are no faster than one that is not compiled.
         if not fits or (max(fits) == 1 and count > 2):
-            return None
+            return found
         found.append(max(fits))
         count -= max(fits)
     return found
 
 
 class CompiledPrediction:
-    """A `Decode` that uses packages. Batches that fit none are predicted by the plain path.
+    """A `Decode` that uses packages. The plain path predicts images that fit none.
 
     If a package cannot be loaded or fails, this is said once and the plain path takes over.
 
@@ -87,35 +91,40 @@ class CompiledPrediction:
         self._runners: dict[int, Runner] = {}
 
     def __call__(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None]:
-        sizes = chunk_sizes(len(image), sorted(self.packages.files))
-        if sizes is None or str(image.dtype) != f"torch.{self.packages.dtype}":
-            return self.plain(image, seeds)
-        try:
-            for size in set(sizes):
-                self._runner(size, image.device)
-        except UserError as error:
-            self.packages.files.clear()
-            warn_unused(error)
-            return self.plain(image, seeds)
         items: list[Any] = []
         tokens: list[torch.Tensor] = []
-        for size in sizes:
-            part, image = image[:size], image[size:]
-            rows, seeds = seeds[:size], seeds[size:]
-            found = self._run(part, rows, size)
-            items += self.task.decode(dict(zip(self.task.label_channels, found, strict=False)))
-            tokens += found[len(self.task.label_channels) :]
+        # A package does not look at the shape that it is given.
+        if image.shape[1:] == self.graph.image_shape and str(image.dtype) == f"torch.{self.packages.dtype}":
+            for size in chunk_sizes(len(image), sorted(self.packages.files)):
+                try:
+                    found = self._run(image[:size], seeds[:size], size)
+                except UserError as error:
+                    self.packages.files.clear()
+                    warn_unused(error)
+                    break
+                image, seeds = image[size:], seeds[size:]
+                items += self.task.decode(dict(zip(self.task.label_channels, found, strict=False)))
+                tokens += found[len(self.task.label_channels) :]
+        if len(image):
+            more, rest = self.plain(image, seeds)
+            items += more
+            tokens += [] if rest is None else [rest]
         return items, torch.cat(tokens) if tokens else None
 
     def _run(self, image: torch.Tensor, seeds: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """The graph's outputs for at most `size` images, padded with the last one."""
+        """The graph's outputs for at most `size` images, padded with the last one. Raises UserError if that fails."""
         count = len(image)
         if count < size:
             image = torch.cat([image, image[-1:].expand(size - count, -1, -1, -1)])
             seeds = torch.cat([seeds, seeds[-1:].expand(size - count)])
+        runner = self._runner(size, image.device)
         drawn = self.graph.draw(seeds)
         inputs = [image.contiguous(), *([] if drawn is None else [drawn.to(image.device)])]
-        return [output[:count] for output in self._runners[size].boxed_run(inputs)]
+        try:
+            found = runner.boxed_run(inputs)
+        except RuntimeError as error:
+            raise _unusable(self.packages.files[size][0], "failed", error) from error
+        return [output[:count] for output in found]
 
     def _runner(self, size: int, device: torch.device) -> Runner:
         if size not in self._runners:
@@ -142,5 +151,9 @@ def with_packages(plain: Decode, loaded: LoadedRun | LoadedDirect, device: torch
     packages = find_packages(loaded, device)
     if packages is None:
         return plain
-    graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
+    try:
+        graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
+    except UserError as error:  # the plugin of a token model has changed
+        warn_unused(error)
+        return plain
     return CompiledPrediction(plain, graph, packages, loaded.task)

@@ -17,7 +17,7 @@ from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference.code_decoding import LMDecoder, Logits, mixed_logits, sample_seeds
 from uvim_fsq.lm.base import Generated, PureGenerator
-from uvim_fsq.oracle.chunking import chunk_slices
+from uvim_fsq.oracle.chunking import fits_one_chunk
 from uvim_fsq.tasks.base import Task
 
 #: The name of the tokens among the outputs of a `MapGraph`.
@@ -30,6 +30,8 @@ class PredictionGraph(nn.Module):
     def __init__(self, config: BasicEvalConfig, pixel_logits: int, image_size: int) -> None:
         super().__init__()
         self.config, self.image_logits = config, pixel_logits * image_size**2
+        #: (3, S, S)
+        self.image_shape = (3, image_size, image_size)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """The random numbers that images with seeds (B,) int64 need, the input `drawn`; None if nothing is random."""
@@ -54,7 +56,7 @@ class PredictionGraph(nn.Module):
 
     def check_batch(self, batch: int) -> None:
         """Raises UserError for a batch whose logits the plain path would compute in several parts, to save memory."""
-        if len(chunk_slices(batch, self.image_logits)) > 1:
+        if not fits_one_chunk(batch, self.image_logits):
             raise UserError(f"--batch {batch}: the label maps of so many images are too large at once; give less")
 
 

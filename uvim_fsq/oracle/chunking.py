@@ -18,3 +18,8 @@ def even_slices(length: int, max_size: int) -> list[slice]:
 def chunk_slices(length: int, logits: int) -> list[slice]:
     """Splits range(length) into slices of at most `MAX_LOGITS` logits, given `logits` per index."""
     return even_slices(length, MAX_LOGITS // logits)
+
+
+def fits_one_chunk(length: int, logits: int) -> bool:
+    """Whether `chunk_slices` returns a single slice."""
+    return length <= max(1, MAX_LOGITS // logits)
