@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from uvim_fsq import processes
+from uvim_fsq.benchmark import JOBS
 from uvim_fsq.benchmark.decoding import measure_decoding, precision_on
 from uvim_fsq.benchmark.loader import measure_loader
 from uvim_fsq.benchmark.metrics import measure_metrics
@@ -31,7 +32,6 @@ from uvim_fsq.lm.sampling import Sampling
 from uvim_fsq.performance.device_peak import DevicePeak, measure_device_peak
 from uvim_fsq.performance.timing import Measurement
 
-JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "start-up", "predict", "all")
 #: The jobs that also take a run directory.
 PREDICTING = ("start-up", "predict")
 #: The jobs that need a language model.

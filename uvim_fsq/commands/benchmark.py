@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from uvim_fsq.benchmark import JOBS
 from uvim_fsq.commands.common import add_overrides, check_places
 
 HELP = (
     "measure the speed of training, decoding, loading, metrics, start-up and predict, and compare it with the device's "
     "limits"
 )
-JOBS = ("train-oracle", "train-lm", "decode", "side-by-side", "loader", "metrics", "start-up", "predict", "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
