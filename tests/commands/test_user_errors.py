@@ -31,6 +31,9 @@ def test_wrong_arguments_are_one_line(
     assert "needs labels to predict" in failure(capsys, "predict", oracle_dir, __file__, "--out", tmp_path)
     assert "no such file" in failure(capsys, "predict", lm_dir, tmp_path / "no.jpg", "--out", tmp_path)
     assert "eval.limit=0: must be above 0" in failure(capsys, "evaluate", lm_dir, "--limit", "0")
+    for jobs in ("0", "-1"):
+        said = failure(capsys, "ablate", "ablations/table2_depth-small", "--jobs", jobs, "--dry-run")
+        assert f"--jobs {jobs}: give at least 1" in said
     scenes = ("synth", "--num", "2", "--out", tmp_path / "s")
     assert "HEIGHTxWIDTH" in failure(capsys, *scenes, "--format", "nyu", "--size", "big")
     assert "at most 4096 pixels" in failure(capsys, *scenes, "--format", "nyu", "--size", "16x99999")
