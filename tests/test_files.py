@@ -65,6 +65,9 @@ def test_a_full_disk_is_recognized_by_its_many_messages() -> None:
     assert disk_is_full(OSError("1000 requested and 512 written"))
     assert disk_is_full(OSError("Not enough free space to write 48000000 bytes"))
     assert disk_is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        torch.empty(1 << 50)
+    assert not disk_is_full(caught.value), caught.value
     assert not disk_is_full(OSError(errno.EACCES, "x")) and not disk_is_full(KeyError("No space left"))
 
 

@@ -24,7 +24,7 @@ _DISK_FULL = (
     "Disk quota",
     "errno = 28",
     "PytorchStreamWriter failed",
-    "enforce fail",
+    "enforce fail at inline_container",
     " requested and ",
     "Not enough free space",
 )
@@ -144,8 +144,7 @@ def writing_folder(folder: Path, marker: str) -> Iterator[Path]:
 
     Raises UserError naming the folder when it holds anything else, the disk is full or the path is not writable.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _is_ours(folder, marker))):
-        raise UserError(f"{folder} exists and holds no {marker}, so it is not replaced; give another folder")
+    check_replaceable(folder, marker)
     check_folder(folder.absolute().parent, folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with writing(folder):
@@ -163,6 +162,12 @@ def writing_folder(folder: Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, marker: str) -> None:
+    """Raises UserError for a folder that `writing_folder` would not replace."""
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _is_ours(folder, marker))):
+        raise UserError(f"{folder} exists and holds no {marker}, so it is not replaced; give another folder")
 
 
 def _is_ours(folder: Path, marker: str) -> bool:

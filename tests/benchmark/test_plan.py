@@ -132,6 +132,7 @@ def test_the_command_prints_the_plan(configs: dict[str, Path], capsys: pytest.Ca
         ("--gpus 1 --gpu-memory 80 --share-of-peak 40", "must be above 0 and at most 1"),
         ("--gpus 1 --gpu-memory 80 --price-per-gpu-hour=-1", "not negative"),
         ("--gpus 1 --gpu-memory 80 --gpu K80", "no datasheet; known are H200"),
+        ("--gpus 1 --gpu-memory 80 --oracle other.yaml", "--oracle is the configuration of an LM's oracle"),
         ("--gpus 1 --gpu-memory 80 --images 0", "give the number of training images"),
         ("--gpus 1 --gpu-memory 80 --images 4 train.steps=null train.epochs=1", "exceeds the 4 training samples"),
         ("--gpus 1 --gpu-memory 80 train.steps=null train.epochs=1", "training images with --images"),

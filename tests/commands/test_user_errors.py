@@ -31,7 +31,13 @@ def test_wrong_arguments_are_one_line(
     assert "needs labels to predict" in failure(capsys, "predict", oracle_dir, __file__, "--out", tmp_path)
     assert "no such file" in failure(capsys, "predict", lm_dir, tmp_path / "no.jpg", "--out", tmp_path)
     assert "eval.limit=0: must be above 0" in failure(capsys, "evaluate", lm_dir, "--limit", "0")
-    size = ("synth", "--format", "nyu", "--num", "2", "--size", "big", "--out", tmp_path / "s")
-    assert "HEIGHTxWIDTH" in failure(capsys, *size)
+    for jobs in ("0", "-1"):
+        said = failure(capsys, "ablate", "ablations/table2_depth-small", "--jobs", jobs, "--dry-run")
+        assert f"--jobs {jobs}: give at least 1" in said
+    scenes = ("synth", "--num", "2", "--out", tmp_path / "s")
+    assert "HEIGHTxWIDTH" in failure(capsys, *scenes, "--format", "nyu", "--size", "big")
+    assert "at most 4096 pixels" in failure(capsys, *scenes, "--format", "nyu", "--size", "16x99999")
+    said = failure(capsys, *scenes, "--format", "imagenet", "--layout", "mat")
+    assert "--layout mat is one of --format nyu, not of imagenet" in said
     if not __import__("torch").cuda.is_available():
         assert "needs a GPU" in failure(capsys, "quickstart", "--gpu-scale", "--out", tmp_path / "q")

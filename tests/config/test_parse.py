@@ -50,6 +50,11 @@ def test_a_mistyped_override_is_named_with_a_suggestion(override: str, message: 
     assert message in str(caught.value)
 
 
+def test_a_text_in_place_of_a_list_of_overrides_is_named() -> None:
+    with pytest.raises(UserError, match=r"^overrides='train.steps=3' is one text; give a list, \['train.steps=3'\]$"):
+        load_run(ORACLE, "train.steps=3")
+
+
 def test_every_key_is_documented() -> None:
     for cls in STAGES.values():
         assert all(doc for *_, doc in describe_keys(cls))

@@ -66,10 +66,11 @@ def test_a_damaged_run_is_listed_as_such(runs: Path, damage: str) -> None:
     assert found["a_started"].state == "interrupted"
 
 
-@pytest.mark.parametrize("damage", ["train: [", "3", "stage: nothing\n", "stage: lm\ntrain: 3\n", "\x00"])
+@pytest.mark.parametrize("damage", ["train: [", "3", "stage: nothing\n", "stage: lm\ntrain: 3\n", "\x00", "# empty\n"])
 def test_a_run_with_a_damaged_configuration_is_listed_as_such(runs: Path, damage: str) -> None:
     (runs / "b" / "trained" / "config.yaml").write_text(damage)
-    assert listed(runs)["b/trained"].state == "damaged"
+    found = listed(runs)["b/trained"]
+    assert found.state == "damaged" and "trained/config.yaml" in found.problem
 
 
 def test_a_number_that_no_float_holds_does_not_hide_the_other_runs(runs: Path) -> None:

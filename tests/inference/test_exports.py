@@ -365,6 +365,27 @@ def test_the_label_maps_of_a_task_can_be_part_of_a_graph_for_any_batch(task: Tas
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_folder_of_something_else_is_refused_before_the_work(
+    random_lm: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    monkeypatch.setattr(exporting, "map_graph", lambda *_, **__: pytest.fail("has begun"))
+    with pytest.raises(UserError, match=r"exists and holds no export.json, so it is not replaced"):
+        export_checkpoint(random_lm, "torch", tmp_path)
+
+
+def test_a_program_that_cannot_be_run_is_one_line(random_lm: LoadedRun) -> None:
+    def program(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise LookupError("Got invalid dimensions\nfor input: image")
+
+    assert isinstance(random_lm.run, LMRun)
+    loaded = exports.LoadedExport(
+        task=random_lm.task, checkpoint=Path("x"), run=random_lm.run, manifest={}, program=program
+    )
+    with pytest.raises(UserError, match=r"^x: its program does not take .* \(Got invalid dimensions\); lower eval"):
+        loaded.decode(check_images(random_lm), torch.zeros(3))
+
+
 def test_a_large_batch_is_run_in_parts(random_lm: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvim_fsq.oracle.chunking.MAX_LOGITS", 16 * 16 * 16 * 2)  # S x S x bins of two images
     graph, sizes = map_graph(random_lm), []

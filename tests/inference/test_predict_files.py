@@ -15,6 +15,7 @@ from tests.support.cli import failure
 from tests.support.films import film, gray_frames
 from tests.support.photos import noise_photo as photo
 from uvim_fsq.cli import main
+from uvim_fsq.console import Bar
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference.films import Film
 from uvim_fsq.inference.predict_files import Options, predict_files
@@ -131,6 +132,21 @@ def test_a_large_picture_is_predicted_by_tiles(tmp_path: Path, run: Path, predic
     assert not np.array_equal(found, predictor.predict(file))
 
 
+def test_a_picture_of_many_tiles_shows_how_many_are_predicted(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, int, int | None]] = []
+
+    def update(self: Bar, done: int, total: int | None = None) -> None:
+        shown.append((self.title, done, total))
+
+    monkeypatch.setattr(Bar, "update", update)
+    predict_files(run, [str(photo(tmp_path / "a.png", size=(40, 50)))], tmp_path / "out", options=Options(16, 0.0))
+    *tiles, _ = shown
+    assert {title for title, *_ in tiles} == {"predicting a.png by tiles"}
+    assert [done for _, done, _ in tiles] == [4, 8, 12, 13] and {total for *_, total in tiles} == {13}
+
+
 def test_a_picture_that_fits_into_one_tile_is_predicted_as_a_whole(run: Path) -> None:
     from uvim_fsq.data.tiles import Tiling
 
@@ -224,7 +240,11 @@ def test_pictures_are_listed_in_a_file_and_on_standard_input(
     ("arguments", "message"),
     [
         (["--tiles", "8"], "tiles of 8 pixels are too small; give 16 or more"),
-        (["--tiles", "0"], "tiles of -1 pixels are too small"),
+        (["--tiles", "0"], "--tiles 0: give a number of pixels above 0, or auto"),
+        (["--tiles=-5"], "--tiles -5: give a number of pixels above 0"),
+        (["--overlap", "0.5"], "--overlap is that of tiles; give --tiles too"),
+        (["--fps", "5"], "frames per second are for films, and none is written"),
+        (["--write", "files", "--fps", "5"], "frames per second are for films, and none is written"),
         (["--tiles", "64", "--overlap", "1"], "an overlap of 1 is not possible"),
         (["--fps", "0"], "0 frames per second are not possible"),
         (["--fps", "0.001"], "give a number from 0.01 to 1000"),

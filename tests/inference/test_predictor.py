@@ -183,6 +183,11 @@ def test_tensors_are_the_same_pictures_as_arrays(dtype: torch.dtype) -> None:
     assert np.array_equal(pictures.pixels_of(tensor), image)
 
 
+def test_a_tensor_with_a_gradient_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert pictures.pixels_of(torch.full((3, 2, 2), 0.2, requires_grad=True)).max() == 51
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_values_of_tensors_are_rounded_to_the_nearest() -> None:
     assert (pictures.pixels_of(torch.full((3, 2, 4), 200.7 / 255)) == 201).all()
 

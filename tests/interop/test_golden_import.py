@@ -91,6 +91,8 @@ def test_the_command_imports_a_run(tmp_path: Path, data: Path, capsys: pytest.Ca
     for arguments, message in (
         ((str(file), "--out", str(tmp_path / "x")), "needs --task"),
         ((str(file), "--stage", "lm", "--out", str(tmp_path / "x")), "needs --oracle"),
+        ((str(file), "--oracle", "o", "--task", "color", "--out", str(tmp_path / "x")), "--oracle has no meaning"),
+        ((str(file), "--stage", "lm", "--task", "color", "--out", str(tmp_path / "x")), "--task has no meaning"),
         ((str(file), "--task", "color", "--out", str(tmp_path / "color")), "already holds checkpoints"),
     ):
         with pytest.raises(SystemExit):

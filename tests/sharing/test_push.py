@@ -53,6 +53,13 @@ def test_a_repository_of_something_else_is_left_alone(token: FakeHub, random_run
     assert token.sha("ann/other", "main") == before
 
 
+def test_a_folder_cannot_be_private(
+    random_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failure(capsys, "push", random_runs[0], "ann/run", "--private", "--folder", tmp_path / "out")
+    assert "--folder uploads nothing" in said and not (tmp_path / "out").exists()
+
+
 def test_without_a_token_nothing_is_asked(
     hub: FakeHub, random_runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,8 @@ def read_sizes(config: str | Path, overrides: Sequence[str] = (), oracle: Path |
     config = find_config(config)
     place = ["train.out=unused"]
     run = load_run(config, [*place, *overrides])
+    if oracle is not None and not isinstance(run, LMRun):
+        raise UserError(f"--oracle is the configuration of an LM's oracle, and {config} is of stage {run.stage}")
     if isinstance(run, OracleRun):
         run = with_categories(run)
         validate(run)

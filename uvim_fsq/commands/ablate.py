@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.experiments.ablation.report import write_results, write_tables
     from uvim_fsq.experiments.ablation.runner import Runner
 
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: give at least 1")
     file = find_config(args.grid)
     grid = read_grid(file)
     out = args.out or Path("runs/ablations") / file.stem

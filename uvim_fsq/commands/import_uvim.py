@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Imports one stage."""
+    unused = ("--oracle", args.oracle) if args.stage == "oracle" else ("--task", args.task)
+    if unused[1] is not None:
+        raise UserError(f"{unused[0]} has no meaning with --stage {args.stage}; leave it out")
     check_places(folders=[args.out])
+    say(f"{args.file}: importing ...")
 
     from uvim_fsq.interop.import_uvim import import_lm, import_oracle
 

@@ -32,13 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument(
         "--tiles",
-        type=_side,
         metavar="PIXELS|auto",
         help="predict large pictures by overlapping square tiles of this side; auto: the models' image side",
     )
-    parser.add_argument(
-        "--overlap", type=float, default=0.25, help="share of a tile's side that neighbors have in common (0.25)"
-    )
+    parser.add_argument("--overlap", type=float, help="share of a tile's side that neighbors have in common (0.25)")
     parser.add_argument(
         "--write",
         choices=("files", "film"),
@@ -51,14 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _side(text: str) -> int:
-    """The side of tiles in pixels, 0 for "auto"."""
-    if text == "auto":
-        return 0
+def _side(text: str | None) -> int | None:
+    """The side of tiles in pixels, 0 for "auto", None for none. Raises UserError for any other text."""
+    if text is None or text == "auto":
+        return None if text is None else 0
     try:
-        return int(text) or -1
+        side = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor auto") from None
+        raise UserError(f"--tiles {text!r} is neither a number of pixels nor auto") from None
+    if side < 1:
+        raise UserError(f"--tiles {side}: give a number of pixels above 0, or auto")
+    return side
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> None:
     inputs = [entry for entry in args.inputs if entry not in overrides]
     if not inputs:
         raise UserError("name at least one image, folder or film to predict")
+    tiles = _side(args.tiles)
+    if args.overlap is not None and tiles is None:
+        raise UserError("--overlap is that of tiles; give --tiles too, or leave it out")
     from uvim_fsq.checkpoints.layout import is_export
     from uvim_fsq.data.folders import expand_lists, list_images
 
@@ -81,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.inference.predict_files import Options, predict_files
     from uvim_fsq.inference.prediction_folder import INDEX
 
-    options = Options(args.tiles, args.overlap, args.write, args.fps, args.overwrite)
+    overlap = Options.overlap if args.overlap is None else args.overlap
+    options = Options(tiles, overlap, args.write, args.fps, args.overwrite)
     entries = predict_files(args.run, inputs, args.out, overrides, options)
     errors = [entry["error"] for entry in entries if "error" in entry]
     done = len(entries) - len(errors)

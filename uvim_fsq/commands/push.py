@@ -8,6 +8,7 @@ from pathlib import Path
 from uvim_fsq.commands.common import check_places
 from uvim_fsq.config.schema import OracleRun
 from uvim_fsq.console import say
+from uvim_fsq.errors import UserError
 
 HELP = "upload a run to a Hugging Face hub, where others use it as hub:OWNER/NAME"
 
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
     from uvim_fsq.sharing.push import check_request, push, write_folder
 
     check_request(args.repo, args.license)
+    if args.private and args.folder is not None:
+        raise UserError("--private is about a repository, and --folder uploads nothing; leave one of them out")
     trained = read_config(resolve_checkpoint(args.run))
     if args.folder is not None:
         check_places(folders=[args.folder])

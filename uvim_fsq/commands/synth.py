@@ -18,6 +18,8 @@ TASK_OF_FORMAT: dict[str, str | None] = {
     "imagenet": "imagenet_color",
     "normals": None,
 }
+#: The largest side of a scene in pixels; rendering takes some hundred bytes for each pixel.
+MOST_SIDE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="128", help="side in pixels, or HEIGHTxWIDTH (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument(
-        "--layout", default="h5", choices=("h5", "mat", "png"), help="file layout of --format nyu (default h5)"
-    )
+    parser.add_argument("--layout", choices=("h5", "mat", "png"), help="file layout of --format nyu (default h5)")
     parser.add_argument(
         "--difficulty",
         default="varied",
@@ -54,12 +54,16 @@ def parse_size(text: str) -> int | tuple[int, int]:
         parts = []
     if len(parts) not in (1, 2) or min(parts, default=0) < 1:
         raise UserError(f"--size {text}: give one number or HEIGHTxWIDTH")
+    if max(parts) > MOST_SIDE:
+        raise UserError(f"--size {text}: scenes have sides of at most {MOST_SIDE} pixels")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
 def run(args: argparse.Namespace) -> None:
     """Renders and writes the scenes."""
     size = parse_size(args.size)
+    if args.layout is not None and args.format != "nyu":
+        raise UserError(f"--layout {args.layout} is one of --format nyu, not of {args.format}; leave it out")
     check_places(folders=[args.out])
 
     from uvim_fsq.synthetic.writers import write_dataset
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             size,
             seed=args.seed,
             num_val=args.num_val,
-            layout=args.layout,
+            layout=args.layout or "h5",
             difficulty=args.difficulty,
             world=args.world,
             workers=args.workers,

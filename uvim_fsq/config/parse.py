@@ -57,6 +57,8 @@ def merge(
     tree = read_yaml(find_config(source)) if isinstance(source, (str, Path)) else dict(source)
     if found_in is not None:
         _refuse_references(tree, found_in)
+    if isinstance(overrides, str):
+        raise UserError(f"overrides={short(overrides)} is one text; give a list, [{short(overrides)}]")
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"override {short(override)} is not of the form key=value")

@@ -39,7 +39,7 @@ def skim_tree(path: Path) -> Tree:
 
     Of two equal keys the last one counts, and numbers written as 1e-3 stay text.
     """
-    return _read(path, lambda text: yaml.load(text, Loader=LOADER))
+    return _read(path, lambda text: yaml.load(text, Loader=LOADER) or {})
 
 
 def _load(text: bytes) -> Any:

@@ -24,7 +24,7 @@ from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.console import say
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError, enough_memory
-from uvim_fsq.files import write_json, writing_folder
+from uvim_fsq.files import check_replaceable, write_json, writing_folder
 from uvim_fsq.inference.ahead_of_time import quiet
 from uvim_fsq.inference.compiled import prediction_graph
 from uvim_fsq.inference.exports import DATA, INSTALL, MANIFEST, PROGRAMS, Program, open_program
@@ -61,6 +61,7 @@ def export_checkpoint(
     """
     require_libraries(kind)
     check_settings(loaded)
+    check_replaceable(folder, MANIFEST)  # exporting takes minutes
     reference, exported = map_graph(loaded), map_graph(loaded, in_loop=True)
     images = check_images(loaded)
     with torch.no_grad(), enough_memory("exporting needs a machine with more"):

@@ -25,7 +25,7 @@ from uvim_fsq.checkpoints.loading import LoadedCheckpoint, build_task
 from uvim_fsq.config.plugins import plugin_code, trusts_runs
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import DirectRun, LMRun, Run
-from uvim_fsq.errors import UserError
+from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.files import read_json
 from uvim_fsq.inference.one_graph import TOKENS
 from uvim_fsq.inference.packages import own_files
@@ -83,11 +83,23 @@ class LoadedExport(LoadedCheckpoint):
         items: list[Any] = []
         tokens: list[torch.Tensor] = []
         for rows in chunk_slices(len(image), logits_per_image(self.task, self.run.data.image_size)):
-            maps = self.program(image[rows])
+            maps = self._run(image[rows])
             with plugin_code(f"task {self.run.task.name}, from_maps"):
                 items += self.task.from_maps({name: x for name, x in maps.items() if name != TOKENS})
             tokens += [maps[TOKENS]] if TOKENS in maps else []
         return items, torch.cat(tokens) if tokens else None
+
+    def _run(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        try:
+            with enough_memory(EVALUATION_REMEDY):
+                return self.program(image)
+        except UserError:
+            raise
+        except Exception as error:  # both libraries raise many types
+            raise UserError(
+                f"{self.checkpoint}: its program does not take {image.dtype} {list(image.shape)} ({_reason(error)}); "
+                f"lower eval.batch_size, or {REMEDY}"
+            ) from error
 
     def refuse_tiles(self) -> None:
         """Raises UserError: tiles cannot be merged from these label maps."""
@@ -196,8 +208,11 @@ def open_program(folder: Path, kind: str, files: Mapping[str, str], device: torc
     except UserError:
         raise
     except Exception as error:  # both libraries raise many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{file} cannot be loaded ({reason}); {REMEDY}") from error
+        raise UserError(f"{file} cannot be loaded ({_reason(error)}); {REMEDY}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _torch_program(file: Path, device: torch.device = CPU) -> Program:

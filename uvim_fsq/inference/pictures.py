@@ -73,6 +73,7 @@ def pixels_of(image: Any) -> Array:
 
 def _tensor_pixels(image: torch.Tensor) -> Array:
     """A (3, H, W) tensor -> (H, W, 3) uint8. Raises UserError for another shape, type or range of values."""
+    image = image.detach()
     said = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
     if image.ndim != 3 or image.shape[0] != 3:
         more = "; use predict_batch for several" if image.ndim == 4 else ""
@@ -87,4 +88,4 @@ def _tensor_pixels(image: torch.Tensor) -> Array:
         image = (image.float() * 255).round().to(torch.uint8)
     elif image.dtype != torch.uint8:
         raise UserError(f"expected a tensor of uint8 or floating point in [0, 1], got {said}")
-    return np.ascontiguousarray(image.detach().permute(1, 2, 0).cpu().numpy())
+    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())

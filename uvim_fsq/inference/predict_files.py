@@ -131,7 +131,9 @@ class _Work:
             provenance["settings"] += f" tiles {self.tiles}"
         self.films, sequence = films, pictures if options.write == "film" else []
         alone = [] if sequence else pictures
-        if options.rate is not None and options.write != "files" and (films or sequence):
+        if options.rate is not None:
+            if options.write == "files" or not (films or sequence):
+                raise UserError("frames per second are for films, and none is written; leave out --fps")
             provenance["settings"] += f" rate {options.rate:g}"
         self.folder = PredictionFolder(
             out,
@@ -199,7 +201,7 @@ class _Work:
                 try:
                     with enough_memory(f"make {file} smaller"):
                         image = read_image(file)
-                        entry = folder.save(file, self._at_size(items.get(file), image), image)
+                        entry = folder.save(file, self._at_size(items.get(file), image, file), image)
                 except UserError as error:
                     self._refuse_full_disk(error)
                     entry = {"image": str(file), "error": str(error)}
@@ -209,10 +211,11 @@ class _Work:
     def _batch_size(self) -> int:
         return 1 if self.tiles is not None else self.predictor.run.eval.batch_size
 
-    def _at_size(self, item: Any, image: Array) -> Any:
+    def _at_size(self, item: Any, image: Array, file: Path) -> Any:
         """The prediction at the size of the image; by tiles, or from the item of `Task.decode`."""
         if self.tiles is not None:
-            return self.predictor.predict_tiles(image, self.tiles)
+            with Bar(f"predicting {file.name} by tiles") as bar:  # there may be thousands
+                return self.predictor.predict_tiles(image, self.tiles, bar.update)
         return self.predictor.task.to_size(item, image)
 
     def _film_files(self, stem: str) -> list[str]:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,15 @@ class Predictor:
             self.__dict__.pop("_for_tiles", None)
         return self
 
-    def predict_tiles(self, image: Picture, tiling: Tiling) -> Any:
+    def predict_tiles(
+        self, image: Picture, tiling: Tiling, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Any:
         """Predicts a large image by overlapping tiles, each of which the models see at their own size.
 
         Args:
             image: as for `predict`.
             tiling: size and overlap of the tiles. An image that fits into one tile is predicted by `predict`.
+            progress: called with (views predicted, views): the tiles and the whole image.
 
         Returns the task's prediction at the size of the image.
 
@@ -278,6 +281,7 @@ class Predictor:
             for start in range(0, len(views), size):
                 batch = [self.prepare(np.ascontiguousarray(view)) for view in views[start : start + size]]
                 items += self._predict_with(decode, batch)
+                progress(len(items), len(views))
             return task.merge_tiles(items[0], list(zip(tiles, items[1:], strict=True)), pixels)
 
     def predict_film(self, file: str | Path, tiling: Tiling | None = None) -> Iterator[tuple[Array, Any]]:
