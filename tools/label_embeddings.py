@@ -57,8 +57,8 @@ def rooms(setting: Setting, batch: int) -> Labels:
             continue
         classes = np.array([0, *(info["category_id"] for info in scene.segments_info)])
         known, instances = setting.channels["semantics"], setting.channels["instances"] - 1
-        unlabelled = np.zeros(len(classes), bool)
-        maps.append(encode_panoptic(scene.segments, classes % known, unlabelled, known, instances, 0))
+        unlabeled = np.zeros(len(classes), bool)
+        maps.append(encode_panoptic(scene.segments, classes % known, unlabeled, known, instances, 0))
     return {name: torch.from_numpy(np.stack([m[name] for m in maps])) for name in setting.channels}
 
 

@@ -37,8 +37,8 @@ def test_a_categorical_embedding_is_initialized_like_a_linear_map() -> None:
 def test_pixels_without_a_label_add_nothing_to_the_bias() -> None:
     embed = CategoricalEmbed(7, 16, 64)
     torch.nn.init.normal_(embed.bias)
-    unlabelled = torch.full((1, 1, 16), -1, dtype=torch.int16)
-    torch.testing.assert_close(embed(unlabelled)[0, 0], embed.bias)
+    unlabeled = torch.full((1, 1, 16), -1, dtype=torch.int16)
+    torch.testing.assert_close(embed(unlabeled)[0, 0], embed.bias)
 
 
 @pytest.mark.parametrize("form", [ChunkedOneHotLinear.apply, embedding_bag_linear], ids=["one-hot", "bag"])

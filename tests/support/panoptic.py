@@ -51,7 +51,7 @@ def segments(ids: Any, *rows: tuple[int, int, bool]) -> Segments:
 
 
 def random_case(kind: str, seed: int) -> tuple[Segments, Segments]:
-    """Prediction and truth: coarse regions, the prediction's shifted, relabelled and sprinkled with noise."""
+    """Prediction and truth: coarse regions, the prediction's shifted, relabeled and sprinkled with noise."""
     rng = np.random.default_rng([KINDS.index(kind), seed])
     height, width = rng.integers(9, 60, 2)
     num = 150 if kind == "many" else int(rng.integers(1, 12))

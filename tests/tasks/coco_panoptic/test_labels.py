@@ -64,7 +64,7 @@ def test_instances_are_ordered_by_the_mean_key_of_their_pixels(seed: int) -> Non
     assert area[1:].tolist() == [mask.sum() for mask in masks.values()] and area.sum() == segments.size
 
 
-def test_encoding_drops_the_smallest_segments_and_unlabelled_pixels() -> None:
+def test_encoding_drops_the_smallest_segments_and_unlabeled_pixels() -> None:
     segments = np.array([[4, 4, 4, 1], [2, 2, 3, 3], [2, 0, 3, 3]])
     classes = np.array([0, 9, 8, 7, 6])
     no_crowd = np.zeros(5, bool)

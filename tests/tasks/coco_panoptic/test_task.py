@@ -22,7 +22,7 @@ from uvim_fsq.tasks.coco_panoptic.metrics import PanopticMetric
 from uvim_fsq.tasks.coco_panoptic.segments import rgb_to_ids
 
 
-def test_loss_counts_unlabelled_pixels_in_the_mean_only(root: Path) -> None:
+def test_loss_counts_unlabeled_pixels_in_the_mean_only(root: Path) -> None:
     task = task_for(root)
     logits = {n: torch.randn(1, 4, c.num_classes) for n, c in task.label_channels.items()}
     labels = {"semantics": torch.tensor([[3, 1, -1, -1]]), "instances": torch.tensor([[2, 1, -1, -1]])}

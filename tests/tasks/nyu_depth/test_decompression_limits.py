@@ -12,7 +12,7 @@ import pytest
 from tests.support.decompression import claim, peak
 from uvim_fsq.data.images import limit_pixels
 from uvim_fsq.errors import UserError
-from uvim_fsq.tasks.nyu_depth.data import LabelledMat
+from uvim_fsq.tasks.nyu_depth.data import LabeledMat
 from uvim_fsq.tasks.nyu_depth.files import PairSource, read_depth_file
 
 pytestmark = pytest.mark.usefixtures("default_pixel_limit")
@@ -78,7 +78,7 @@ def test_hdf5_datasets_are_checked_before_reading(tmp_path: Path) -> None:
         read_depth_file(file)
 
 
-def test_a_huge_labelled_mat_is_checked_before_reading(tmp_path: Path) -> None:
+def test_a_huge_labeled_mat_is_checked_before_reading(tmp_path: Path) -> None:
     import scipy.io
 
     file = tmp_path / "nyu_depth_v2_labeled.mat"
@@ -87,4 +87,4 @@ def test_a_huge_labelled_mat_is_checked_before_reading(tmp_path: Path) -> None:
         handle.create_dataset("images", (2, 3, 50_000, 50_000), np.uint8, chunks=True)
         handle.create_dataset("rawDepths", (2, 50_000, 50_000), np.float32, chunks=True)
     with pytest.raises(UserError, match="2500 million pixels"):
-        LabelledMat(file, "val", "raw")
+        LabeledMat(file, "val", "raw")

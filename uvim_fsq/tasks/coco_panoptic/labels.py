@@ -53,14 +53,14 @@ def make_canonical(instances: np.ndarray) -> np.ndarray:
 
 
 def encode_panoptic(
-    segments: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray, num_classes: int, max_instances: int, void: int
+    segments: np.ndarray, classes: np.ndarray, unlabeled: np.ndarray, num_classes: int, max_instances: int, void: int
 ) -> dict[str, np.ndarray]:
     """The two label maps of one image.
 
     Args:
         segments: (S, S) integers 0..K, 0 = void.
         classes: (K + 1,) class 1..C of each segment; entry 0 is not used.
-        unlabelled: (K + 1,) bool, segments without a label (-1 in both maps), e.g. crowds.
+        unlabeled: (K + 1,) bool, segments without a label (-1 in both maps), e.g. crowds.
         num_classes: C + 1.
         max_instances: if there are more segments, the largest are kept and the others get -1.
         void: label of void pixels in both maps: 0 (a class, as in the UViM reference code) or -1 (ignored).
@@ -69,7 +69,7 @@ def encode_panoptic(
         semantics and instances, (S, S), each in the smallest dtype that holds its labels.
     """
     order, area = canonical_order(segments, len(classes) - 1)
-    order = order[~unlabelled[order]]
+    order = order[~unlabeled[order]]
     if len(order) > max_instances:
         largest = np.argsort(-area[order], kind="stable")[:max_instances]
         order = order[np.sort(largest)]

@@ -103,11 +103,11 @@ class CocoPanoptic(Task):
         -1 in both means no label. Each has the smallest dtype that holds its labels; for COCO, int16 and int8.
         """
         truth: Segments = sample.meta["segments"]
-        unlabelled = np.concatenate([[False], truth.crowd & (self.config.crowd == "ignore")])
+        unlabeled = np.concatenate([[False], truth.crowd & (self.config.crowd == "ignore")])
         classes = np.concatenate([[0], truth.classes])
         void = -1 if self.config.void == "ignore" else 0
         numbers = sample.maps["segments"]
-        return encode_panoptic(numbers, classes, unlabelled, len(self.names), self.config.max_instances, void)
+        return encode_panoptic(numbers, classes, unlabeled, len(self.names), self.config.max_instances, void)
 
     def loss(
         self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]

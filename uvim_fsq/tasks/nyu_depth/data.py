@@ -57,7 +57,7 @@ def _take_split(split: str, train: list[Any], val: list[Any], holdout: set[int])
     return [item for i, item in enumerate(train) if (i in holdout) == keep]
 
 
-class LabelledMat:
+class LabeledMat:
     """Layout A: nyu_depth_v2_labeled.mat and splits.mat (1-based). h5py sees MATLAB's axes in reverse order.
 
     `truth`: "raw" or "filled" depth maps.
@@ -289,7 +289,7 @@ def open_source(root: str, split: str, config: NYUDepthConfig) -> SampleSource:
         return SavedSource(rows, _info("datasets", split, "as given", len(rows), folder), config.depth_scale)
     layout, place = detect(folder, config)
     if layout == "A":
-        return LabelledMat(place, split, config.ground_truth)
+        return LabeledMat(place, split, config.ground_truth)
     if layout == "B":
         return _fastdepth(place, split)
     return use_prepared(_decoded(layout, place, split, config))
