@@ -35,7 +35,7 @@ for step in ${steps:-tests train fed decode predict compare embeddings optimizer
     ;;
   predict)
     run="$out/quickstart/lm"
-    [ -d "$run" ] || python -m uvim_fsq quickstart --scenes 500 train.steps=100 --out "$out/quickstart" || echo "failed: quickstart"
+    [ -d "$run" ] || python -m uvim_fsq quickstart --scenes 500 train.steps=200 --out "$out/quickstart" || echo "failed: quickstart"
     measure predict predict "$run" --batch 1 32
     measure start_up start-up "$run"
     python -m uvim_fsq compile "$run" --batch 1,32 || echo "failed: compile"
