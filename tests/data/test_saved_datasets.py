@@ -153,6 +153,14 @@ def test_without_an_evaluation_split_every_tenth_row_is_one(saved: Path) -> None
     assert sorted(splits["holdout"] + splits["train_minus_holdout"]) == splits["train"]
 
 
+def test_a_missing_split_is_named(library: Any, saved: Path, tmp_path: Path) -> None:
+    both = library.load_from_disk(str(saved / "both"))
+    for split, kept, wanted in (("train", "validation", "train"), ("val", "extra", "val")):
+        library.DatasetDict({kept: both["validation"]}).save_to_disk(str(tmp_path / split))
+        with pytest.raises(UserError, match=f"has the splits {kept}, but no {wanted}; rename one"):
+            open_rows(tmp_path / split, split, ("image",))
+
+
 def test_a_wrong_column_is_named(saved: Path) -> None:
     with pytest.raises(UserError, match="has no column 'depth', only image, label, classes"):
         open_depth(str(saved / "both"), "val", NYUDepthConfig(depth_column="depth"))
