@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uvim_fsq.data.saved_datasets import open_rows, read_photo
+from uvim_fsq.data.saved_datasets import is_saved_dataset, open_rows, read_photo
 from uvim_fsq.errors import UserError
 from uvim_fsq.tasks.imagenet_color.task import ImagenetColor, ImagenetColorConfig
 from uvim_fsq.tasks.nyu_depth.config import NYUDepthConfig
@@ -111,6 +111,13 @@ def test_parquet_files_of_the_hub_are_read_as_they_are(
     photos = open_rows(tmp_path, "train", ("image", "meters"))
     reds = [read_photo(photos[i]["image"], "photo")[0, 0, 0] for i in range(len(photos))]
     assert sorted(reds) == list(range(20)) and photos[0]["meters"].dtype == np.float32
+
+
+def test_a_table_beside_photos_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("metadata.parquet", "train/authors.parquet"):
+        (tmp_path / name).write_bytes(b"PAR1")
+    assert not is_saved_dataset(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_said(library: Any, tmp_path: Path) -> None:

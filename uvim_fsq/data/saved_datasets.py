@@ -18,6 +18,7 @@ from uvim_fsq.data.images import read_image
 from uvim_fsq.data.splits import SPLITS, split_rows
 from uvim_fsq.errors import UserError
 
+TRAIN = "train"
 #: Names of the evaluation split, in the order in which they are tried.
 VAL = ("validation", "val", "valid", "test")
 
@@ -103,7 +104,7 @@ def open_rows(root: Path, split: str, columns: tuple[str, ...]) -> SavedRows:
     whole = _load(root, None)
     parts = {"": whole} if not isinstance(whole, dict) else whole
     val = next((name for name in VAL if name in parts), None)
-    train = next((name for name in ("train", "") if name in parts), None)
+    train = next((name for name in (TRAIN, "") if name in parts), None)
     part = val if split == "val" and val is not None else train
     if part is None:
         wanted = "val" if split == "val" else "train"
@@ -152,7 +153,8 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
     for path in sorted([*root.glob("*.parquet"), *root.glob("*/*.parquet")]):
         named = re.fullmatch(r"(\w+?)(-\d+-of-\d+(-\w+)?)?", path.stem)
         name = path.parent.name if path.stem.isdigit() or named is None else named[1]
-        parts.setdefault(name, []).append(str(path))
+        if name in (TRAIN, *VAL):  # others may be lists that lie beside photos
+            parts.setdefault(name, []).append(str(path))
     return parts
 
 
