@@ -30,3 +30,8 @@ def enough_memory(remedy: str) -> Generator[None]:
         if not isinstance(error, MemoryError) and not any(words in text for words in _OUT_OF_MEMORY):
             raise
         raise UserError(f"not enough memory ({text[:160]}); {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 160 characters, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -13,7 +13,7 @@ from torch import nn
 
 from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.data.arrays import check_npz
-from uvim_fsq.errors import UserError
+from uvim_fsq.errors import UserError, first_line
 
 Triple = tuple[float, float, float]
 
@@ -156,11 +156,6 @@ def _check_npz(file: Path, keys: Keys) -> None:
         raise UserError(
             f"{keys.weights}={file} is truncated or not an .npz file ({error}); download it again"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 160 characters."""
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def _describe_load_error(name: str, weights: str, keys: Keys, error: Exception) -> str:

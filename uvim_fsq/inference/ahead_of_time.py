@@ -18,7 +18,7 @@ from uvim_fsq.compilation import require_compiler
 from uvim_fsq.console import say
 from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.data.transforms import JointTransform
-from uvim_fsq.errors import UserError
+from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
 from uvim_fsq.inference.compiled import package_loader, prediction_graph
 from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
@@ -101,8 +101,9 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], file: Pa
     except UserError:
         raise
     except Exception as error:  # torch raises many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"torch cannot compile this prediction ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"torch cannot compile this prediction ({type(error).__name__}: {first_line(error)})"
+        ) from error
     return file
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from uvim_fsq.checkpoints.loading import LoadedDirect, LoadedRun
-from uvim_fsq.errors import UserError
+from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.one_graph import DirectGraph, LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import REMEDY, Packages, checked_package, find_packages, warn_unused
@@ -51,8 +51,7 @@ def load_package(file: Path, device: torch.device) -> Runner:
 
 
 def _unusable(file: Path, what: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    return UserError(f"{file} {what} ({reason}); {REMEDY}")
+    return UserError(f"{file} {what} ({first_line(error)}); {REMEDY}")
 
 
 def chunk_sizes(count: int, sizes: list[int]) -> list[int]:

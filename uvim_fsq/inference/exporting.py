@@ -23,7 +23,7 @@ from uvim_fsq.config.parse import to_dict
 from uvim_fsq.config.schema import EvalConfig
 from uvim_fsq.console import say
 from uvim_fsq.data.transforms import JointTransform
-from uvim_fsq.errors import UserError, enough_memory
+from uvim_fsq.errors import UserError, enough_memory, first_line
 from uvim_fsq.files import check_replaceable, write_json, writing_folder
 from uvim_fsq.inference.ahead_of_time import quiet
 from uvim_fsq.inference.compiled import prediction_graph
@@ -198,8 +198,7 @@ def _one_line(what: str) -> Generator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ or error  # the converter's own message is advice for torch's developers
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
-        raise UserError(f"torch cannot {what} ({type(cause).__name__}: {reason})") from error
+        raise UserError(f"torch cannot {what} ({type(cause).__name__}: {first_line(cause)})") from error
 
 
 def differences(program: Program, images: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from uvim_fsq.checkpoints.loading import LoadedCheckpoint, build_task
 from uvim_fsq.config.plugins import plugin_code, trusts_runs
 from uvim_fsq.config.rules import validate
 from uvim_fsq.config.schema import DirectRun, LMRun, Run
-from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
+from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory, first_line
 from uvim_fsq.files import read_json
 from uvim_fsq.inference.one_graph import TOKENS
 from uvim_fsq.inference.packages import own_files
@@ -97,8 +97,8 @@ class LoadedExport(LoadedCheckpoint):
             raise
         except Exception as error:  # both libraries raise many types
             raise UserError(
-                f"{self.checkpoint}: its program does not take {image.dtype} {list(image.shape)} ({_reason(error)}); "
-                f"lower eval.batch_size, or {REMEDY}"
+                f"{self.checkpoint}: its program does not take {image.dtype} {list(image.shape)} "
+                f"({first_line(error)}); lower eval.batch_size, or {REMEDY}"
             ) from error
 
     def refuse_tiles(self) -> None:
@@ -208,11 +208,7 @@ def open_program(folder: Path, kind: str, files: Mapping[str, str], device: torc
     except UserError:
         raise
     except Exception as error:  # both libraries raise many types
-        raise UserError(f"{file} cannot be loaded ({_reason(error)}); {REMEDY}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{file} cannot be loaded ({first_line(error)}); {REMEDY}") from error
 
 
 def _torch_program(file: Path, device: torch.device = CPU) -> Program:

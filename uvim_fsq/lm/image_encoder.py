@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from uvim_fsq.config.schema import EncoderConfig
-from uvim_fsq.data.published_weights import Triple, first_line
-from uvim_fsq.errors import UserError
+from uvim_fsq.data.published_weights import Triple
+from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.layers import LN_EPS, init_transformer_, signed_pixels
 from uvim_fsq.lm.timm_models import create_timm_model, is_plain_vit, is_vit
 from uvim_fsq.performance.counting import forward_flops, meta_copy, saved_bytes

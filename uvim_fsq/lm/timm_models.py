@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import EncoderConfig
-from uvim_fsq.data.published_weights import HALF, Triple, check_package, create_published, first_line
-from uvim_fsq.errors import UserError
+from uvim_fsq.data.published_weights import HALF, Triple, check_package, create_published
+from uvim_fsq.errors import UserError, first_line
 
 # timm takes long to import: all of its models, and torchvision.
 if TYPE_CHECKING:
