@@ -8,10 +8,24 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.support.fake_cuda import CUDA, allow_cuda_autocast, on_cuda
 from tests.support.small import TASKS, random_batch
-from uvim_fsq.config.schema import EncoderConfig, LMModelConfig, OracleModelConfig, QuantizerConfig
+from uvim_fsq.config.schema import (
+    DirectModelConfig,
+    EncoderConfig,
+    EvalConfig,
+    LMModelConfig,
+    OracleModelConfig,
+    QuantizerConfig,
+)
+from uvim_fsq.direct.model import DirectModel
+from uvim_fsq.inference.code_decoding import LMDecoder
+from uvim_fsq.inference.compiled import CapturedPrediction
+from uvim_fsq.inference.one_graph import DirectGraph, LMGraph, PredictionGraph
+from uvim_fsq.lm import captured as lm_captured
 from uvim_fsq.lm import kv_cache, masked_generator, token_generator
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
 from uvim_fsq.lm.masked import MaskedLM
@@ -34,7 +48,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
 def real_models(task: str, kind: Any = "fsq", context: Any = "both") -> tuple[Oracle, AutoregressiveLM]:
     torch.manual_seed(0)
     quantizer = QuantizerConfig(kind=kind, levels=(5, 5), codebook_size=25, codeword_dim=8, commitment=0.1)
-    config = OracleModelConfig(4, 16, 1, 1, 2, 32, context, 4, "none", quantizer)
+    config = OracleModelConfig(4, 16, 1, 1, 2, 32, context, 4, "none", quantizer=quantizer)
     encoder = EncoderConfig("vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
     lm = AutoregressiveLM(LMModelConfig(encoder, 16, 1, 2, 32), image_size=16, vocab_size=25, length=4)
     return Oracle(config, TASKS[task].label_channels, 16), lm
@@ -71,13 +85,40 @@ def test_tensors_of_a_training_step_are_on_the_gpu_and_losses_are_float32(
         assert (x.device, x.dtype) == (CUDA, torch.float32)
 
 
+class OnlyOnTheGPU(TorchDispatchMode):
+    """Refuses operators that read a tensor of the host, which a captured graph could not copy again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert all(x.device == CUDA for x in read), f"{func} reads a tensor of the host"
+        return func(*args, **(kwargs or {}))
+
+
+def what_is_captured(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
+    """Returns the list to which the shapes of each captured function's inputs will be added."""
+    captured: list[list[tuple[int, ...]]] = []
+
+    def capture(function: Any, inputs: Any, device: torch.device) -> Any:
+        assert device == CUDA
+        captured.append([tuple(x.shape) for x in inputs])
+
+        def replay(inputs: Any) -> Any:
+            with OnlyOnTheGPU():
+                return function(inputs)
+
+        return replay
+
+    monkeypatch.setattr(lm_captured, "captured", capture)
+    return captured
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     "sampling",
     [GREEDY, *(pytest.param(x, marks=pytest.mark.slow) for x in (Sampling(0.8, top_k=5), Sampling(1.0, top_p=0.9)))],
 )
-def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
+def test_generated_tokens_are_on_the_gpu_and_all_of_it_is_captured(
     precision: str, int8: bool, sampling: Sampling, fake: FakeTensorMode, monkeypatch: Any
 ) -> None:
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -87,9 +128,7 @@ def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
     monkeypatch.setattr(
         token_generator, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double()
     )
-    captured: list[int] = []
-    monkeypatch.setattr(TokenGenerator, "_capture", lambda self, buffers, span: captured.append(span))
-    monkeypatch.setattr(token_generator, "CACHE_BLOCK", 3)  # of 4 positions
+    captured = what_is_captured(monkeypatch)
     monkeypatch.setattr(kv_cache, "_COMPILED", {"to_int8": kv_cache.to_int8, "attend_int8": kv_cache.attend_int8})
     generator = TokenGenerator(on_cuda(lm).eval(), sampling, precision=precision, int8=int8)
     image = batch_on_cuda("depth", fake)[1]
@@ -98,8 +137,38 @@ def test_generated_tokens_are_on_the_gpu_and_steps_are_captured(
     for count, sizes in ((9, [9]), (7, [9]), (3, [9]), (1, [9, 1]), (12, [1, 12]), (5, [1, 12])):
         tokens = generator(image[:count]).tokens
         assert (tokens.device, tokens.dtype, tuple(tokens.shape)) == (CUDA, torch.int64, (count, 4))
-        assert list(generator._pool.by_size) == sizes
-    assert sorted(captured) == [3, 3, 3, 4, 4, 4]  # once for 9, 1 and 12
+        assert [size for size, *_ in generator.graphs.graphs] == sizes
+    random = sampling is not GREEDY
+    assert captured == [[(size, 3, 16, 16), *[(size, 4)] * random] for size in (9, 1, 12)]
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked", "direct"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_whole_prediction_is_captured(
+    task: str, kind: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in it reads a value or a tensor of the host."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        oracle, lm = real_models(task)
+        if kind == "masked":
+            lm = MaskedLM(lm.config, image_size=16, vocab_size=25, length=4)
+        direct = DirectModel(DirectModelConfig(lm.config.encoder, 4, 16, 1, 2, 32), TASKS[task].label_channels, 16)
+    evaluation = EvalConfig(codes="soft", context_weight=0.3, code_scale=0.9)
+    graph: PredictionGraph = (
+        DirectGraph(on_cuda(direct).eval(), evaluation)
+        if kind == "direct"
+        else LMGraph(LMDecoder(on_cuda(lm).eval(), on_cuda(oracle).eval(), TASKS[task], evaluation))
+    )
+    captured, shapes = what_is_captured(monkeypatch), []
+    monkeypatch.setattr(TASKS[task], "decode", lambda logits: shapes.append([tuple(x.shape) for x in logits.values()]))
+    decode = CapturedPrediction(lambda image, seeds: pytest.fail("the plain path"), graph, TASKS[task])
+    _, tokens = decode(batch_on_cuda(task, fake)[1], torch.arange(3))
+    assert captured == [[(3, 3, 16, 16)]]
+    assert [shape[:3] for shape in shapes[0]] == [(3, 16, 16)] * len(TASKS[task].label_channels)
+    if kind == "direct":
+        assert tokens is None
+    else:
+        assert tokens is not None and (tokens.device, tuple(tokens.shape)) == (CUDA, (3, 4))
 
 
 def masked_model() -> MaskedLM:
@@ -134,11 +203,13 @@ def test_tokens_of_a_masked_model_are_on_the_gpu(
     monkeypatch.setattr(
         masked_generator, "example_uniforms", lambda seeds, length: torch.zeros(len(seeds), length).double()
     )
+    captured = what_is_captured(monkeypatch)
     generator = MaskedGenerator(on_cuda(lm).eval(), sampling, precision=precision, probabilities=True)
     found = generator(batch_on_cuda("depth", fake)[1])
     assert found.probabilities is not None and found.features is not None
     assert (found.tokens.device, found.tokens.dtype, tuple(found.tokens.shape)) == (CUDA, torch.int64, (3, 4))
     assert (found.probabilities.device, found.probabilities.dtype) == (CUDA, torch.float32)
+    assert captured == [[(3, 3, 16, 16), *[(3, 3, 2, 4)] * (sampling is not GREEDY and sampling.is_random)]]
 
 
 def test_mixed_devices_and_values_that_are_read_raise_errors() -> None:

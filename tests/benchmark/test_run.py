@@ -17,7 +17,7 @@ from uvim_fsq.benchmark.peers import read_peer
 from uvim_fsq.benchmark.setup import read_sizes
 from uvim_fsq.checkpoints.hub import local_run
 from uvim_fsq.cli import main
-from uvim_fsq.inference import ahead_of_time
+from uvim_fsq.inference import one_graph
 from uvim_fsq.lm import token_generator
 from uvim_fsq.performance.device_peak import DevicePeak
 
@@ -65,7 +65,7 @@ def test_masked_decoding_is_timed_by_steps_beside_an_autoregressive_model(tmp_pa
 def test_what_is_compiled_ahead_of_time_is_timed_beside_the_rest(
     monkeypatch: pytest.MonkeyPatch, limit: int, in_loop: bool
 ) -> None:
-    monkeypatch.setattr(ahead_of_time, "MAX_UNROLLED", limit)
+    monkeypatch.setattr(one_graph, "MAX_UNROLLED", limit)
     sizes = read_sizes(CONFIGS / "nyu_depth" / "small_lm.yaml", ["eval.compile=true", "model.depth=1"])
     assert sizes.lm is not None
     made: list[torch.nn.Module] = []

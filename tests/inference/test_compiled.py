@@ -19,10 +19,10 @@ from uvim_fsq.checkpoints.loading import load_checkpoint
 from uvim_fsq.checkpoints.run_directory import file_hash, resolve_checkpoint
 from uvim_fsq.data.cache import cache_dir
 from uvim_fsq.errors import UserError
-from uvim_fsq.inference import ahead_of_time, compiled, packages
+from uvim_fsq.inference import ahead_of_time, compiled, one_graph, packages
 from uvim_fsq.inference.ahead_of_time import compile_checkpoint, compile_graph
 from uvim_fsq.inference.code_decoding import LMDecoder
-from uvim_fsq.inference.compiled import CompiledPrediction, Decode, chunk_sizes, prediction_graph, with_packages
+from uvim_fsq.inference.compiled import CompiledPrediction, Decode, as_one_graph, chunk_sizes, prediction_graph
 from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import FOLDER, OWN_PACKAGES, find_packages
 from uvim_fsq.inference.predictions import lm_predictions, predict_functions
@@ -280,7 +280,7 @@ def test_many_steps_are_compiled_as_a_loop(
         return file
 
     monkeypatch.setattr(ahead_of_time, "compile_graph", write)
-    monkeypatch.setattr(ahead_of_time, "MAX_UNROLLED", limit)
+    monkeypatch.setattr(one_graph, "MAX_UNROLLED", limit)
     compile_checkpoint(load_checkpoint(compiled_run), [1], CPU, compiled_run)  # 4 tokens, 1 block
     assert isinstance(made[0], LMGraph) and isinstance(made[0].generator, TokenGenerator)
     assert made[0].generator.in_loop is in_loop
@@ -305,7 +305,7 @@ def test_packages_of_a_token_model_that_cannot_be_compiled_any_more_are_not_used
     decode = LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval)
     decode.generator = cast(Any, lambda image, seeds: None)
     with pytest.warns(UserWarning, match="cannot be compiled whole.*predicting without the compiled package"):
-        assert with_packages(decode, load_checkpoint(compiled_run), CPU) is decode
+        assert as_one_graph(decode, load_checkpoint(compiled_run), CPU) is decode
 
 
 def test_an_oracle_cannot_be_compiled(random_runs: tuple[Path, Path]) -> None:
@@ -317,7 +317,7 @@ def test_without_packages_nothing_is_said(random_lm: Any) -> None:
     plain: Any = object()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert with_packages(plain, random_lm, CPU) is plain
+        assert as_one_graph(plain, random_lm, CPU) is plain
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from uvim_fsq.inference.one_graph import LMGraph
 from uvim_fsq.lm.base import PureGenerator
 from uvim_fsq.lm.masked_generator import MaskedGenerator
 from uvim_fsq.lm.sampling import Sampling
-from uvim_fsq.lm.token_generator import BufferPool, TokenGenerator
+from uvim_fsq.lm.token_generator import TokenGenerator
 
 SEEDS = torch.tensor([3, 1])
 IMAGES = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -82,23 +82,6 @@ def test_a_generator_with_side_effects_is_refused(random_lm: Any) -> None:
     decode.generator = lambda image, seeds: None
     with pytest.raises(UserError, match="token model autoregressive cannot be compiled whole"):
         LMGraph(decode)
-
-
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=5)], ids=["greedy", "random"])
-def test_decoding_with_buffers_gives_the_same_tokens(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, images = make_lm(), make_images()
-    expected = TokenGenerator(lm, sampling)(images).tokens
-    seeds = torch.arange(2 * len(images))
-    twice = TokenGenerator(lm, sampling).samples(images, seeds, 2).tokens
-    monkeypatch.setattr(TokenGenerator, "_is_static", lambda self, device: True)
-    assert torch.equal(TokenGenerator(lm, sampling)(images).tokens, expected)
-    assert torch.equal(TokenGenerator(lm, sampling).samples(images, seeds, 2).tokens, twice)
-    # Buffers of a larger batch are used on GPUs.
-    monkeypatch.setattr(BufferPool, "batch_size", lambda self, batch, device: batch + 3)
-    generator = TokenGenerator(lm, sampling)
-    assert torch.equal(generator(images).tokens, expected)
-    assert torch.equal(generator.samples(images, seeds, 2).tokens, twice)
-    assert set(generator._pool.by_size) == {len(images) + 3, 2 * len(images) + 3}
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["autoregressive", "masked"])

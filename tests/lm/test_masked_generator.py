@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -205,14 +204,6 @@ def test_a_generator_uses_the_present_weights() -> None:
     generator(images, None)
     torch.nn.init.normal_(lm.head.weight)
     assert torch.equal(generator(images, None).tokens, lm.generate(images, Sampling(steps=3)).tokens)
-
-
-def test_a_generator_is_freed_without_garbage_collection() -> None:
-    generator = MaskedGenerator(make_masked_lm(), Sampling(steps=2))
-    generator(make_images())
-    reference = weakref.ref(generator)
-    del generator
-    assert reference() is None
 
 
 @pytest.mark.slow

@@ -16,6 +16,16 @@ class NoHostSync(TorchDispatchMode):
         masked = name in ("index", "index_put", "index_put_") and any(
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave")
+        # In inference mode the first two appear as they are.
+        waits = (
+            "item",
+            "is_nonzero",
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "_unique2",
+            "repeat_interleave",
+        )
         assert name not in waits and not masked, f"{func} waits for the device"
         return func(*args, **(kwargs or {}))

@@ -14,7 +14,8 @@ from torch import nn
 
 from uvim_fsq.benchmark.setup import Sizes, fresh_lm, fresh_oracle, synthetic_batch
 from uvim_fsq.inference.ahead_of_time import choose_loop, compile_module
-from uvim_fsq.inference.compiled import load_package
+from uvim_fsq.inference.compiled import load_package, package_function
+from uvim_fsq.inference.one_graph import needs_loop
 from uvim_fsq.lm.base import PureGenerator, TokenModel
 from uvim_fsq.lm.encoder_decoder import EncoderDecoder
 from uvim_fsq.lm.sampling import Sampling
@@ -145,7 +146,7 @@ def _decoding(variant: Variant, images: torch.Tensor, peak: DevicePeak) -> Work:
             return functools.partial(generator, images, None)
         assert isinstance(generator, PureGenerator)
         choose_loop(generator)
-        return _package(_Tokens(variant.lm, generator), images)
+        return _package(_Tokens(variant.lm, generator), images, has_loop=needs_loop(generator))
 
     return Work(build, cost.generate_seconds(batch, peak, **bytes_of), cost.generate_bytes(batch, **bytes_of))
 
@@ -189,7 +190,8 @@ def _without_gradient(module: nn.Module, images: torch.Tensor) -> object:
     return module(images)
 
 
-def _package(module: nn.Module, images: torch.Tensor) -> Callable[[], object]:
+def _package(module: nn.Module, images: torch.Tensor, *, has_loop: bool = False) -> Callable[[], object]:
+    """A module's package, used as by `CompiledPrediction`."""
     with TemporaryDirectory(prefix="uvim-fsq-") as place:
         runner = load_package(compile_module(module.eval(), (images,), Path(place) / "made.pt2"), images.device)
-    return lambda: runner.boxed_run([images])
+    return functools.partial(package_function(runner, [images], has_loop=has_loop), [images])

@@ -21,14 +21,10 @@ from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
 from uvim_fsq.inference.compiled import package_loader, prediction_graph
-from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph
+from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph, needs_loop
 from uvim_fsq.inference.packages import FOLDER, Packages, describe, manifest_name, write_manifest
 from uvim_fsq.lm.base import PureGenerator
 from uvim_fsq.lm.token_generator import TokenGenerator
-
-#: Up to this many tokens x decoder blocks, the steps of an autoregressive model are compiled one after the other. That
-#: runs a sixth faster than a compiled loop, but each of them takes the compiler two seconds.
-MAX_UNROLLED = 64
 
 
 def compile_checkpoint(
@@ -112,9 +108,9 @@ def _has_loop(program: torch.export.ExportedProgram) -> bool:
 
 
 def choose_loop(generator: PureGenerator) -> None:
-    """Lets an autoregressive model be compiled as a loop if compiling its unrolled steps would take long."""
+    """Lets an autoregressive model be compiled as a loop if that is better."""
     if isinstance(generator, TokenGenerator):
-        generator.in_loop = generator.model.length * len(generator.model.blocks) > MAX_UNROLLED
+        generator.in_loop = needs_loop(generator)
 
 
 @contextlib.contextmanager

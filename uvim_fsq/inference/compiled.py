@@ -1,11 +1,11 @@
-"""Predicts batches with a checkpoint's compiled packages where they fit, and without them where they do not.
+"""Predicts batches as one graph: by a checkpoint's compiled packages where they fit, or captured on a GPU.
 
 B batch, S image side, L code length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.inference.code_decoding import LMDecoder
 from uvim_fsq.inference.one_graph import DirectGraph, LMGraph, PredictionGraph
 from uvim_fsq.inference.packages import REMEDY, Packages, checked_package, find_packages, warn_unused
+from uvim_fsq.lm.captured import CapturedBatches, TensorFunction, captured, captures, pad_batch
 from uvim_fsq.tasks.base import Task
 
 #: A batch is padded to at most this many times its size to use a package: a compiled batch is about twice as fast.
@@ -45,9 +46,26 @@ def load_package(file: Path, device: torch.device) -> Runner:
     index = device.index if device.type == "cuda" and device.index is not None else -1
     load = package_loader()
     try:
-        return load(str(file), "model", False, 1, index)
+        # Threads of its own would be no part of a captured graph.
+        return load(str(file), "model", device.type == "cuda", 1, index)
     except Exception as error:  # torch raises many types
         raise _unusable(file, "cannot be loaded", error) from error
+
+
+def package_function(runner: Runner, inputs: Sequence[torch.Tensor], *, has_loop: bool) -> TensorFunction:
+    """A loaded package as a function, captured if it is for a GPU.
+
+    Args:
+        runner: the package.
+        inputs: tensors of the shapes that it was compiled for.
+        has_loop: whether it holds a loop. The host has to repeat its steps, so it cannot be captured.
+    """
+
+    def run(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return runner.boxed_run(list(given))  # which empties its argument
+
+    device = inputs[0].device
+    return captured(run, inputs, device) if captures(device) and not has_loop else run
 
 
 def _unusable(file: Path, what: str, error: Exception) -> UserError:
@@ -73,6 +91,31 @@ def chunk_sizes(count: int, sizes: list[int]) -> list[int]:
     return found
 
 
+class CapturedPrediction:
+    """A `Decode` for a GPU that captures the whole prediction once for each batch size, and then launches it at once.
+
+    The plain path predicts batches whose label maps it computes in several parts.
+
+    Args:
+        plain: the plain path.
+        graph: the whole of it.
+        task: decodes logits to predictions.
+        any_padding: whether steps of it are compiled, see `CapturedBatches`.
+    """
+
+    def __init__(self, plain: Decode, graph: PredictionGraph, task: Task, *, any_padding: bool = False) -> None:
+        self.plain, self.graph, self.task = plain, graph, task
+        self._graphs = CapturedBatches(any_padding=any_padding)
+
+    def __call__(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None]:
+        if not self.graph.fits(len(image)):
+            return self.plain(image, seeds)
+        found = self._graphs(lambda inputs: self.graph(*inputs), image, seeds, self.graph.draw)
+        channels = self.task.label_channels
+        items = self.task.decode(dict(zip(channels, found, strict=False)))
+        return items, found[len(channels)] if len(found) > len(channels) else None
+
+
 class CompiledPrediction:
     """A `Decode` that uses packages. The plain path predicts images that fit none.
 
@@ -87,7 +130,7 @@ class CompiledPrediction:
 
     def __init__(self, plain: Decode, graph: PredictionGraph, packages: Packages, task: Task) -> None:
         self.plain, self.graph, self.packages, self.task = plain, graph, packages, task
-        self._runners: dict[int, Runner] = {}
+        self._runners: dict[int, TensorFunction] = {}
 
     def __call__(self, image: torch.Tensor, seeds: torch.Tensor) -> tuple[list[Any], torch.Tensor | None]:
         items: list[Any] = []
@@ -113,22 +156,17 @@ class CompiledPrediction:
     def _run(self, image: torch.Tensor, seeds: torch.Tensor, size: int) -> list[torch.Tensor]:
         """The graph's outputs for at most `size` images, padded with the last one. Raises UserError if that fails."""
         count = len(image)
-        if count < size:
-            image = torch.cat([image, image[-1:].expand(size - count, -1, -1, -1)])
-            seeds = torch.cat([seeds, seeds[-1:].expand(size - count)])
-        runner = self._runner(size, image.device)
+        image, seeds = pad_batch(image, size), pad_batch(seeds, size)
         drawn = self.graph.draw(seeds)
         inputs = [image.contiguous(), *([] if drawn is None else [drawn.to(image.device)])]
+        if size not in self._runners:
+            runner = load_package(checked_package(*self.packages.files[size]), image.device)
+            self._runners[size] = package_function(runner, inputs, has_loop=self.graph.has_loop)
         try:
-            found = runner.boxed_run(inputs)
+            found = self._runners[size](inputs)
         except RuntimeError as error:
             raise _unusable(self.packages.files[size][0], "failed", error) from error
         return [output[:count] for output in found]
-
-    def _runner(self, size: int, device: torch.device) -> Runner:
-        if size not in self._runners:
-            self._runners[size] = load_package(checked_package(*self.packages.files[size]), device)
-        return self._runners[size]
 
 
 def prediction_graph(loaded: LoadedRun | LoadedDirect) -> PredictionGraph:
@@ -145,14 +183,21 @@ def prediction_graph(loaded: LoadedRun | LoadedDirect) -> PredictionGraph:
     return LMGraph(LMDecoder(loaded.lm, loaded.oracle, loaded.task, loaded.run.eval)).eval()
 
 
-def with_packages(plain: Decode, loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
-    """The plain path of a loaded checkpoint, or a function like it that uses the checkpoint's compiled packages."""
+def as_one_graph(plain: Decode, loaded: LoadedRun | LoadedDirect, device: torch.device) -> Decode:
+    """The fastest way to predict with a loaded checkpoint whose plain path is given.
+
+    That is its compiled packages if there are any; else, on a GPU, a captured graph; else the plain path.
+    """
     packages = find_packages(loaded, device)
-    if packages is None:
+    if packages is None and not captures(device):
         return plain
     try:
         graph = LMGraph(plain) if isinstance(plain, LMDecoder) else prediction_graph(loaded)
-    except UserError as error:  # the plugin of a token model has changed
-        warn_unused(error)
+    except UserError as error:
+        if packages is not None:  # the plugin of a token model has changed
+            warn_unused(error)
         return plain
+    if packages is None:
+        is_compiled = isinstance(plain, LMDecoder) and plain.config.compile
+        return CapturedPrediction(plain, graph, loaded.task, any_padding=is_compiled)
     return CompiledPrediction(plain, graph, packages, loaded.task)

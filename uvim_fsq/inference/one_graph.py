@@ -17,11 +17,24 @@ from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.errors import UserError
 from uvim_fsq.inference.code_decoding import LMDecoder, Logits, mixed_logits, sample_seeds
 from uvim_fsq.lm.base import Generated, PureGenerator
+from uvim_fsq.lm.token_generator import TokenGenerator
 from uvim_fsq.oracle.chunking import fits_one_chunk
 from uvim_fsq.tasks.base import Task
 
 #: The name of the tokens among the outputs of a `MapGraph`.
 TOKENS = "tokens"
+
+
+#: Up to this many tokens x decoder blocks, the steps of an autoregressive model are compiled one after the other. That
+#: runs a sixth faster than a compiled loop, but each of them takes the compiler two seconds.
+MAX_UNROLLED = 64
+
+
+def needs_loop(generator: PureGenerator) -> bool:
+    """Whether to compile an autoregressive model as a loop, because compiling its unrolled steps would take long."""
+    if not isinstance(generator, TokenGenerator):
+        return False
+    return generator.model.length * len(generator.model.blocks) > MAX_UNROLLED
 
 
 class PredictionGraph(nn.Module):
@@ -32,6 +45,11 @@ class PredictionGraph(nn.Module):
         self.config, self.image_logits = config, pixel_logits * image_size**2
         #: (3, S, S)
         self.image_shape = (3, image_size, image_size)
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether a compiled package of it holds a loop; see `needs_loop`."""
+        return False
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """The random numbers that images with seeds (B,) int64 need, the input `drawn`; None if nothing is random."""
@@ -54,9 +72,13 @@ class PredictionGraph(nn.Module):
             logits, tokens = self.predict(image, drawn)
         return (*logits.values(), *(() if tokens is None else (tokens,)))
 
+    def fits(self, batch: int) -> bool:
+        """Whether the plain path computes the logits of a batch at once, not in several parts to save memory."""
+        return fits_one_chunk(batch, self.image_logits)
+
     def check_batch(self, batch: int) -> None:
-        """Raises UserError for a batch whose logits the plain path would compute in several parts, to save memory."""
-        if not fits_one_chunk(batch, self.image_logits):
+        """Raises UserError for a batch that does not fit."""
+        if not self.fits(batch):
             raise UserError(f"--batch {batch}: the label maps of so many images are too large at once; give less")
 
 
@@ -78,6 +100,10 @@ class LMGraph(PredictionGraph):
             )
         self.generator = decode.generator
         self.decode = decode
+
+    @property
+    def has_loop(self) -> bool:
+        return needs_loop(self.generator)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """All samples of all images, the first sample of all images first."""

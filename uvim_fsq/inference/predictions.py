@@ -19,7 +19,7 @@ from uvim_fsq.config.schema import BasicEvalConfig, EvalConfig
 from uvim_fsq.data.sample import Batch
 from uvim_fsq.direct.model import DirectModel
 from uvim_fsq.inference.code_decoding import LMDecoder, distributions, image_seeds
-from uvim_fsq.inference.compiled import Decode, with_packages
+from uvim_fsq.inference.compiled import CapturedPrediction, Decode, as_one_graph
 from uvim_fsq.lm.base import TokenModel
 from uvim_fsq.oracle.model import Oracle
 from uvim_fsq.tasks.base import Baseline, Task
@@ -94,6 +94,8 @@ def lm_predictions(
     With `confidence`, an `LMDecoder` also says how probable its tokens were; a compiled one cannot.
     """
     decode = decode or LMDecoder(lm, oracle, task, config)
+    if confidence and isinstance(decode, CapturedPrediction):
+        decode = decode.plain
     # With probabilities, whatever the codes are; the tokens are the same.
     asked = LMDecoder(lm, oracle, task, replace(config, codes="soft")) if confidence else None
 
@@ -129,9 +131,9 @@ def image_decoder(loaded: LoadedRun | LoadedDirect, device: torch.device) -> Dec
     """
     task = loaded.task
     if isinstance(loaded, LoadedDirect):
-        return with_packages(lambda image, _: (direct_label_maps(loaded.model, task, image), None), loaded, device)
+        return as_one_graph(lambda image, _: (direct_label_maps(loaded.model, task, image), None), loaded, device)
     assert loaded.lm is not None
-    return with_packages(LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded, device)
+    return as_one_graph(LMDecoder(loaded.lm, loaded.oracle, task, loaded.run.eval), loaded, device)
 
 
 def _device(model: nn.Module) -> torch.device:

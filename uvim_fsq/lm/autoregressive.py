@@ -52,7 +52,7 @@ class AutoregressiveLM(EncoderDecoder):
 
         The logits have the dtype of the weights, even inside autocast, because in bf16 the two largest are often equal.
         The step fills the cache at its position; the caller advances the position. If the position is a tensor,
-        everything that depends on it is a tensor operation, so that a step can be captured as a CUDA graph.
+        everything that depends on it is a tensor operation, so that one compiled step serves all positions.
 
         Args:
             previous: (B, 1) int64, the previous token; ignored at position 0.
@@ -98,13 +98,6 @@ class AutoregressiveLM(EncoderDecoder):
         layers = [LayerCache.create(*constants, self.length, int8=int8) for constants in self._step_constants(memory)]
         return DecoderCache(layers, torch.zeros(1, dtype=torch.long, device=memory.device) if static else 0)
 
-    def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None:
-        """Prepares the cache for new images in place. Old self-attention keys and values remain, but are masked."""
-        for layer, constants in zip(cache.layers, self._step_constants(memory), strict=True):
-            layer.refill(*constants)
-        assert isinstance(cache.position, torch.Tensor)
-        cache.position.zero_()
-
     def logits(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Teacher-forced logits (B, L, V) for images (B, 3, S, S) and targets (B, L) int64."""
         return self.decode(tokens, self.encode(image))
@@ -146,7 +139,7 @@ class AutoregressiveLM(EncoderDecoder):
         compile: bool = False,
         probabilities: bool = False,
     ) -> Generator:
-        """A `TokenGenerator`, which keeps static buffers for each batch size and, on a GPU, captured steps."""
+        """A `TokenGenerator`, which on a GPU keeps a captured graph for each batch size."""
         self.check_sampling(sampling)
         return TokenGenerator(
             self,

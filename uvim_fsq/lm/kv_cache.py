@@ -1,4 +1,4 @@
-"""The key-value cache of the autoregressive decoder. With a position on the device, a step can be a CUDA graph.
+"""The key-value cache of the autoregressive decoder. With a position on the device, all steps are the same graph.
 
 B batch, H heads, L code length, M memory tokens, hd head size, D decoder width.
 """
@@ -87,15 +87,6 @@ class LayerCache:
         (key, key_scale), (value, value_scale) = _quantize(key), _quantize(value)
         return cls(projection, own, key, value, key_scale, value_scale)
 
-    def refill(self, projection: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Copies in the current weights, and the cross-attention keys and values of new images."""
-        self.projection.copy_(projection)
-        for x, buffer, scale in ((key, self.cross_key, self.key_scale), (value, self.cross_value, self.value_scale)):
-            if scale is not None:
-                x, new_scale = _quantize(x)
-                scale.copy_(new_scale)
-            buffer.copy_(x)
-
     def append(self, position: torch.Tensor | int, new: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values (2, B, H, 1, hd) of self-attention at a position.
 
@@ -122,8 +113,8 @@ class LayerCache:
 class DecoderCache:
     """The caches of all blocks, and the position of the next token.
 
-    The position is a (1,) int64 tensor on the device, so that one step can be captured or compiled for all positions,
-    or a number, which needs fewer operators per step.
+    The position is a (1,) int64 tensor on the device, so that one step can be compiled for all positions, or a number,
+    which needs fewer operators per step.
     """
 
     layers: list[LayerCache]

@@ -18,6 +18,7 @@ from torch import nn
 from uvim_fsq.compilation import compiled
 from uvim_fsq.lm.base import Generated
 from uvim_fsq.lm.bf16_weights import with_bf16_weights
+from uvim_fsq.lm.captured import CapturedBatches, generate
 from uvim_fsq.lm.masked_schedules import unknown_counts
 from uvim_fsq.lm.sampling import GREEDY, Sampling, example_uniforms, sample
 
@@ -50,6 +51,8 @@ class MaskedGenerator:
     largest probability, by default, and of equal ones the first. `unknown_counts` says how many. Tokens that were kept
     do not change any more. One step predicts all tokens in parallel.
 
+    On a GPU, all of it is one captured graph for each batch size, image encoder included.
+
     `Generated.probabilities` holds for each position its distribution in the step that kept its token.
 
     With `precision="bf16"` the weights are copied at construction, so later changes to the model have no effect.
@@ -74,6 +77,7 @@ class MaskedGenerator:
         self.sampling, self.precision, self.probabilities = sampling, precision, probabilities
         self.model = with_bf16_weights(model) if precision == "bf16" else model
         self._hidden = compiled(self.model.hidden, fullgraph=True) if compile else self.model.hidden
+        self.graphs = CapturedBatches(any_padding=compile)
         self.counts = unknown_counts(model.length, sampling.steps or 1)
 
     @torch.inference_mode()
@@ -89,8 +93,7 @@ class MaskedGenerator:
     @torch.inference_mode()
     def samples(self, images: torch.Tensor, seeds: torch.Tensor | None, copies: int) -> Generated:
         """Generates several samples of each image, see `SampleGenerator`."""
-        drawn = self.draw(torch.arange(copies * len(images)) if seeds is None else seeds)
-        return self.predict(images, None if drawn is None else drawn.to(images.device), copies)
+        return generate(self, self.graphs, images, seeds, copies)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """Random numbers for images with seeds (B,) int64, or None if nothing is random.

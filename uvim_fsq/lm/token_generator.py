@@ -7,10 +7,9 @@ B batch, S image side, M memory tokens, E encoder width, L code length, V vocabu
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,15 +17,12 @@ from torch import nn
 from uvim_fsq.compilation import compiled, require_compiler
 from uvim_fsq.lm.base import Generated
 from uvim_fsq.lm.bf16_weights import with_bf16_weights
+from uvim_fsq.lm.captured import CapturedBatches, generate
 from uvim_fsq.lm.kv_cache import DecoderCache
 from uvim_fsq.lm.sampling import GREEDY, Sampling, example_uniforms, sample
 
-#: A step reads the cache up to the next multiple of this. Each multiple needs its own graph, which is slow to compile.
-CACHE_BLOCK, COMPILED_CACHE_BLOCK = 64, 128
-
-
-#: A batch may be padded to at most this many times its size to reuse the buffers and graphs of an earlier batch.
-MAX_PADDING = 4
+#: A compiled step reads the cache up to the next multiple of this. Each multiple is compiled, which takes long.
+COMPILED_CACHE_BLOCK = 128
 
 
 class CachedDecoder(Protocol):
@@ -43,84 +39,15 @@ class CachedDecoder(Protocol):
 
     def new_cache(self, memory: torch.Tensor, *, int8: bool = False, static: bool = True) -> DecoderCache: ...
 
-    def refill_cache(self, cache: DecoderCache, memory: torch.Tensor) -> None: ...
-
     def modules(self) -> Iterator[nn.Module]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-@dataclass
-class DecodingBuffers:
-    """The buffers, and on a GPU the captured steps, for one batch size.
-
-    Attributes:
-        cache: keys and values, and the position.
-        tokens: (B, L) int64, filled position by position.
-        previous: (B, 1) int64, the last token.
-        uniforms: (B, L) float64 in [0, 1), for sampling; unused by greedy decoding.
-        probabilities: (B, L, V) float32 if requested, else None.
-        graphs: captured steps by the number of cache positions that they read.
-    """
-
-    cache: DecoderCache
-    tokens: torch.Tensor
-    previous: torch.Tensor
-    uniforms: torch.Tensor
-    probabilities: torch.Tensor | None = None
-    graphs: dict[int, Any] = field(default_factory=dict)
-
-    def reset(self) -> None:
-        """Goes back to the first position."""
-        assert isinstance(self.cache.position, torch.Tensor)
-        self.cache.position.zero_()
-
-    @classmethod
-    def create(cls, model: CachedDecoder, memory: torch.Tensor, *, int8: bool, probabilities: bool) -> DecodingBuffers:
-        """Allocates buffers for `memory` (B, M, E)."""
-        shape, device = (len(memory), model.length), memory.device
-        tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        return cls(
-            cache=model.new_cache(memory, int8=int8),
-            tokens=tokens,
-            previous=torch.zeros_like(tokens[:, :1]),
-            uniforms=torch.zeros(shape, dtype=torch.float64, device=device),
-            probabilities=torch.zeros(*shape, model.vocab_size, device=device) if probabilities else None,
-        )
-
-
-class BufferPool:
-    """The buffers of a few batch sizes, which together take less than 4/3 of the memory of the largest.
-
-    Args:
-        compiled: whether steps are compiled. If so, any amount of padding costs less than compiling a new batch size.
-    """
-
-    def __init__(self, compiled: bool) -> None:
-        self.compiled = compiled
-        self.by_size: dict[int, DecodingBuffers] = {}
-
-    def batch_size(self, batch: int, device: torch.device) -> int:
-        """The size that a batch is decoded at: its own or, on a GPU, the larger size of an earlier batch.
-
-        Frees the buffers that a new size replaces.
-        """
-        if batch in self.by_size:
-            return batch
-        fits = [size for size in self.by_size if batch < size and (self.compiled or size <= MAX_PADDING * batch)]
-        if fits and device.type == "cuda":
-            return min(fits)
-        for size in list(self.by_size):
-            if max(size, batch) <= MAX_PADDING * min(size, batch):
-                del self.by_size[size]
-        return batch
-
-
 class TokenGenerator:
     """Decodes batches of images with one LM.
 
-    On a GPU it keeps static buffers for each batch size and captured steps; compiled steps need the buffers as well.
-    Otherwise each batch gets a cache of its own.
+    On a GPU, all of it is one captured graph for each batch size, image encoder included.
 
     With `precision="bf16"` the weights are copied at construction, so later changes to the model have no effect.
 
@@ -150,10 +77,10 @@ class TokenGenerator:
             require_compiler()
         self.sampling, self.int8, self.precision, self.probabilities = sampling, int8, precision, probabilities
         self.model = with_bf16_weights(model) if precision == "bf16" else model
-        # Functions instead of bound methods: a reference cycle would keep the buffers alive until garbage collection.
+        # Functions instead of bound methods: a reference cycle would keep the graphs alive until garbage collection.
         self._next = compiled(TokenGenerator._next_tokens, fullgraph=True) if compile else TokenGenerator._next_tokens
-        self.compiled, self.span = compile, COMPILED_CACHE_BLOCK if compile else CACHE_BLOCK
-        self._pool = BufferPool(compile)
+        self.compiled = compile
+        self.graphs = CapturedBatches(any_padding=compile)
         #: Whether `predict` becomes one step and a loop, which is possible only while a graph is exported.
         self.in_loop = False
 
@@ -170,29 +97,7 @@ class TokenGenerator:
     @torch.inference_mode()
     def samples(self, images: torch.Tensor, seeds: torch.Tensor | None, copies: int) -> Generated:
         """Generates several samples of each image, see `SampleGenerator`."""
-        batch = copies * len(images)
-        drawn = self.draw(torch.arange(batch) if seeds is None else seeds)
-        if not self._is_static(images.device):
-            return self.predict(images, drawn, copies)
-        size = self._pool.batch_size(batch, images.device)
-        # A captured step has a fixed batch size, so a smaller batch is padded with its last image.
-        if copies == 1 and size > batch:
-            images = torch.cat([images, images[-1:].expand(size - batch, -1, -1, -1)])
-        with self._decoding_context(images.device):
-            memory = self.model.encode(images)
-            if copies > 1:
-                memory = torch.cat([*[memory] * copies, memory[-1:].expand(size - batch, -1, -1)])
-            buffers = self._prepare_buffers(memory)
-            if drawn is not None:
-                buffers.uniforms[:batch].copy_(drawn, non_blocking=True)
-            for position in range(self.model.length):
-                span = min((position // self.span + 1) * self.span, self.model.length)
-                if span in buffers.graphs:
-                    buffers.graphs[span].replay()
-                else:
-                    self._step(buffers, span)
-        probabilities = None if buffers.probabilities is None else buffers.probabilities[:batch].clone()
-        return Generated(buffers.tokens[:batch].clone(), probabilities, memory[:batch])
+        return generate(self, self.graphs, images, seeds, copies)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor | None:
         """Random numbers (B, L) float64 in [0, 1) for images with seeds (B,) int64, or None for greedy decoding."""
@@ -215,12 +120,12 @@ class TokenGenerator:
             memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
             if self.in_loop:
                 return self._predict_in_loop(memory, drawn)
-            cache = self.model.new_cache(memory, int8=self.int8, static=False)
+            # The position is a tensor if one compiled step serves all positions; else a step reads and computes less.
+            static = self.compiled and not torch.compiler.is_exporting()
+            cache = self.model.new_cache(memory, int8=self.int8, static=static)
             previous = memory.new_zeros(memory.shape[0], 1, dtype=torch.long)
             for position in range(self.model.length):
-                cache.position = position
-                logits = self.model.decode_step(previous, cache).float()
-                previous, probability = self._choose(logits, None if drawn is None else drawn[:, position, None])
+                previous, probability = self._step(previous, cache, drawn, position)
                 tokens.append(previous)
                 probabilities.append(probability)
         kept = torch.cat([p for p in probabilities if p is not None], 1) if self.probabilities else None
@@ -232,7 +137,6 @@ class TokenGenerator:
 
         start = self.model.new_cache(memory, int8=self.int8)
         batch, length, device = memory.shape[0], self.model.length, memory.device
-        uniforms = memory.new_zeros(0) if drawn is None else drawn
 
         def unfinished(position: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             return (position < length).all()
@@ -246,7 +150,7 @@ class TokenGenerator:
             kept: tuple[torch.Tensor, ...],
         ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
             layers = [replace(layer, own=x.clone()) for layer, x in zip(start.layers, own, strict=True)]
-            found = self._next_tokens(previous, DecoderCache(layers, position), uniforms, length)
+            found = self._next_tokens(previous, DecoderCache(layers, position), drawn, length)
             kept = tuple(x.index_copy(1, position, y) for x, y in zip(kept, found, strict=False) if y is not None)
             return position + 1, found[0].clone(), tuple(layer.own for layer in layers), kept
 
@@ -258,66 +162,30 @@ class TokenGenerator:
         *_, found = while_loop(unfinished, step, (first, torch.zeros_like(tokens[:, :1]), own, kept))
         return Generated(found[0], found[1] if self.probabilities else None, memory)
 
-    def _is_static(self, device: torch.device) -> bool:
-        """Whether to decode with static buffers, which captured and compiled steps need."""
-        return self.compiled or device.type == "cuda"
-
-    @contextlib.contextmanager
-    def _decoding_context(self, device: torch.device) -> Iterator[None]:
-        """Autocast, with streams and graphs on the GPU of the images, which need not be the current one."""
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    def _decoding_context(self, device: torch.device) -> torch.autocast:
         # No cache of casts: it would become part of the graph, and the weights are in bf16 already.
-        bf16 = self.precision == "bf16"
-        with on_device, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            yield
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
-    def _prepare_buffers(self, memory: torch.Tensor) -> DecodingBuffers:
-        batch, device = len(memory), memory.device
-        if batch in self._pool.by_size:
-            buffers = self._pool.by_size[batch]
-            self.model.refill_cache(buffers.cache, memory)
-            return buffers
-        buffers = DecodingBuffers.create(self.model, memory, int8=self.int8, probabilities=self.probabilities)
-        if device.type == "cuda":
-            length = self.model.length
-            for span in {min(end, length) for end in range(self.span, length + self.span, self.span)}:
-                self._capture(buffers, span)
-        self._pool.by_size[batch] = buffers
-        return buffers
-
-    def _capture(self, buffers: DecodingBuffers, span: int) -> None:
-        # Warm up first: lazy initialization and compilation are not allowed while a graph is being captured.
-        warmup = torch.cuda.Stream()
-        warmup.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warmup):
-            for _ in range(2):
-                self._step(buffers, span)
-                buffers.reset()
-        torch.cuda.current_stream().wait_stream(warmup)
-        graph = buffers.graphs[span] = torch.cuda.CUDAGraph()
-        # Thread-local, because the loader's thread may pin memory during the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step(buffers, span)
-        buffers.reset()
-
-    def _step(self, buffers: DecodingBuffers, span: int) -> None:
-        """Chooses and stores the next token of every image, and advances the position."""
-        position = buffers.cache.position
-        assert isinstance(position, torch.Tensor)
-        chosen, probabilities = self._next(self, buffers.previous, buffers.cache, buffers.uniforms, span)
-        buffers.tokens.index_copy_(1, position, chosen)
-        if buffers.probabilities is not None and probabilities is not None:
-            buffers.probabilities.index_copy_(1, position, probabilities)
-        buffers.previous.copy_(chosen)
-        position += 1
+    def _step(
+        self, previous: torch.Tensor, cache: DecoderCache, drawn: torch.Tensor | None, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens (B, 1) at a position, and if requested, their distributions."""
+        if isinstance(cache.position, int):
+            cache.position = position
+            logits = self.model.decode_step(previous, cache).float()
+            return self._choose(logits, None if drawn is None else drawn[:, position, None])
+        block = COMPILED_CACHE_BLOCK
+        span = min((position // block + 1) * block, self.model.length)
+        found = self._next(self, previous, cache, drawn, span)
+        cache.position += 1
+        return found
 
     def _next_tokens(
-        self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor, span: int
+        self, previous: torch.Tensor, cache: DecoderCache, uniforms: torch.Tensor | None, span: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.model.decode_step(previous, cache, span).float()
         assert isinstance(cache.position, torch.Tensor)
-        drawn = uniforms.index_select(1, cache.position) if self.sampling.temperature > 0 else None
-        return self._choose(logits, drawn)
+        return self._choose(logits, None if uniforms is None else uniforms.index_select(1, cache.position))
 
     def _choose(self, logits: torch.Tensor, drawn: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next tokens (B, 1) for logits (B, V) and random numbers (B, 1), and if requested, their distributions."""
