@@ -21,6 +21,7 @@ from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import UserError, first_line
 from uvim_fsq.files import check_folder, inside, refuse_links, write_whole
 from uvim_fsq.inference.compiled import package_loader, prediction_graph
+from uvim_fsq.inference.cpu_operators import fast_on_cpu
 from uvim_fsq.inference.one_graph import LMGraph, PredictionGraph, needs_loop
 from uvim_fsq.inference.packages import FOLDER, Packages, describe, manifest_name, write_manifest
 from uvim_fsq.lm.base import PureGenerator
@@ -90,6 +91,8 @@ def compile_module(module: nn.Module, inputs: tuple[torch.Tensor, ...], file: Pa
     try:
         with torch.no_grad(), quiet():
             exported = torch.export.export(module, inputs)
+            if inputs[0].device.type == "cpu":
+                exported = fast_on_cpu(exported)
             # The compiler's estimate of when to reuse a buffer fails for larger loops (torch 2.11).
             aoti_compile_and_package(
                 exported, package_path=str(file), inductor_configs={"allow_buffer_reuse": not _has_loop(exported)}
