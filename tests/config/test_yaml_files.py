@@ -46,3 +46,12 @@ def test_a_file_that_is_read_quickly_is_checked_as_well(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: !!python/object/apply:os.getcwd []")
     with pytest.raises(UserError, match="not valid YAML"):
         skim_tree(tmp_path / "a.yaml")
+
+
+def test_a_tree_that_was_changed_is_read_again_as_it_was(tmp_path: Path) -> None:
+    """Equal texts are parsed once."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {width: 3}\n")
+    tree = read_tree(file)
+    tree["model"]["width"] = 4
+    assert read_tree(file) == {"model": {"width": 3}}

@@ -57,6 +57,8 @@ def merge(
     tree = read_yaml(find_config(source)) if isinstance(source, (str, Path)) else dict(source)
     if found_in is not None:
         _refuse_references(tree, found_in)
+        if not overrides:
+            return tree, set()
     if isinstance(overrides, str):
         raise UserError(f"overrides={short(overrides)} is one text; give a list, [{short(overrides)}]")
     for override in overrides:

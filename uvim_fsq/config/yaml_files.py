@@ -5,6 +5,8 @@ Error messages never quote a file's content: the path may be a link to a file of
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import re
 import typing
@@ -43,6 +45,11 @@ def skim_tree(path: Path) -> Tree:
 
 
 def _load(text: bytes) -> Any:
+    return copy.deepcopy(_parsed(text))
+
+
+@functools.lru_cache(maxsize=16)  # a command reads the same files several times, which takes a quarter of a second
+def _parsed(text: bytes) -> Any:
     # Unlike yaml.safe_load, OmegaConf's loader refuses duplicate keys and reads 1e-3 as a number.
     loaded = OmegaConf.load(io.StringIO(text.decode()), max_yaml_expanded_nodes=MAX_ENTRIES)
     return OmegaConf.to_container(loaded, resolve=False)
