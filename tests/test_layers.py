@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from uvim_fsq.layers import lay_out_weights, patchify, unpatchify
+from uvim_fsq.layers import MLP, lay_out_weights, patchify, unpatchify
+from uvim_fsq.lm.timm_models import GELUTanh
+
+
+@pytest.mark.parametrize("kind", ["far", "half", "gradient"])
+def test_gelu_equals_torchs(kind: str) -> None:
+    far = torch.logspace(-40, 38, 300)
+    x = torch.cat([torch.linspace(-20, 20, 4001), far, -far, torch.tensor([0.0, torch.inf, torch.nan])])
+    x = x.to(torch.bfloat16) if kind == "half" else x
+    before, expected = x.clone(), F.gelu(x, approximate="tanh")
+    with torch.set_grad_enabled(kind == "gradient"):
+        found = GELUTanh(inplace=True)(x)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())  # not in place
+    if kind == "far":
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    else:
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_gelu_on_a_cpu_is_not_torchs_slow_one() -> None:
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        MLP(4, 8)(torch.randn(2, 4))
+    names = {event.name for event in profile.events()}
+    assert "aten::sigmoid_" in names and "aten::gelu" not in names
 
 
 def test_unpatchify_inverts_patchify() -> None:

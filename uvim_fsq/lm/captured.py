@@ -154,7 +154,8 @@ def generate(
     """
     seeds = torch.arange(copies * len(images)) if seeds is None else seeds
     if not captures(images.device):
-        return generator.predict(images, generator.draw(seeds), copies)
+        drawn = generator.draw(seeds)
+        return generator.predict(images, None if drawn is None else drawn.to(images.device), copies)
 
     def function(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         found = generator.predict(inputs[0], inputs[1] if len(inputs) > 1 else None, copies)

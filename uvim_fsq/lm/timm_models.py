@@ -20,6 +20,7 @@ from uvim_fsq.compilation import compiler_unloaded
 from uvim_fsq.config.schema import EncoderConfig
 from uvim_fsq.data.published_weights import HALF, Triple, check_package, create_published
 from uvim_fsq.errors import UserError, first_line
+from uvim_fsq.layers import gelu
 
 # timm takes long to import: all of its models, and torchvision.
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class GELUTanh(nn.GELU):
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__(approximate="tanh")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return gelu(input)
 
 
 class PatchLinear(nn.Module):
