@@ -45,7 +45,7 @@ def test_evaluation_and_analysis_replace_links(lm_dir: Path, tmp_path: Path) -> 
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(precious)
     main(["evaluate", str(run), "--limit", "2", "--csv", str(run / "rows.csv"), "--report", str(run / "page.html")])
-    main(["evaluate", str(run), "--json", str(run / "evaluation.json")])
+    main(["evaluate", str(run), "--limit", "2", "--json", str(run / "evaluation.json")])
     main(["analyze", str(run), "--limit", "2"])
     assert precious.read_text() == "mine"
 

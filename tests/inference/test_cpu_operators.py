@@ -22,24 +22,29 @@ def test_gelu_equals_torchs_everywhere() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_equals_torchs(bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     layer, x = nn.Linear(7, 5, bias=bias), torch.randn(2, 3, 7, dtype=dtype)
     weight = layer.weight.to(dtype)
     found = linear(x, weight, layer.bias)
     expected = F.linear(x, weight, layer.bias.to(dtype) if bias else None)
     assert found.dtype == dtype  # although the bias is float32
-    torch.testing.assert_close(found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_a_single_query_equals_torchs(masked: bool, scale: float | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     query, key, value = (3 * torch.randn(2, 3, n, 8, dtype=dtype) for n in (1, 6, 6))
     mask = torch.tensor([[0, 0, 0, 0, -torch.inf, -torch.inf]], dtype=dtype) if masked else None
     found = attention(query, key, value, mask, scale=scale)
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     assert (found.dtype, found.shape) == (dtype, expected.shape)
-    torch.testing.assert_close(found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    # torch rounds more often in bf16.
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def test_the_papers_grids_fit_the_devices_they_name(tmp_path: Path, monkeypatch:
     assert len(files) == 6
     for file in files:
         cells = plan(replace(read_grid(file), seeds=(0,)), tmp_path / file.stem)
-        fitted = fit_cells([cells[0], cells[-1]], Devices(("0",), 80e9), 1, lambda _: None)
+        # The last cell, for one grid: counting takes seconds.
+        fitted = fit_cells([cells[0], *cells[-1:] * (file == files[0])], Devices(("0",), 80e9), 1, lambda _: None)
         for cell in fitted:
             counts = [
                 int(command[-1].removeprefix("train.accumulate="))
