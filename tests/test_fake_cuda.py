@@ -28,6 +28,7 @@ from uvim_fsq.inference.one_graph import DirectGraph, LMGraph, PredictionGraph
 from uvim_fsq.lm import captured as lm_captured
 from uvim_fsq.lm import kv_cache, masked_generator, token_generator
 from uvim_fsq.lm.autoregressive import AutoregressiveLM
+from uvim_fsq.lm.image_encoder import build_image_encoder
 from uvim_fsq.lm.masked import MaskedLM
 from uvim_fsq.lm.masked_generator import MaskedGenerator
 from uvim_fsq.lm.sampling import Sampling
@@ -169,6 +170,25 @@ def test_a_whole_prediction_is_captured(
         assert tokens is None
     else:
         assert tokens is not None and (tokens.device, tuple(tokens.shape)) == (CUDA, (3, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch14_dinov2", "convnext_atto", "swin_tiny"])
+def test_image_encoders_of_other_families_can_be_captured(name: str, fake: FakeTensorMode) -> None:
+    name = {"swin_tiny": "swin_tiny_patch4_window7_224"}.get(name, name)
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        encoder = build_image_encoder(EncoderConfig(name), 224)
+    for part in encoder.modules():  # buffers and what some models keep as plain attributes
+        for key, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(part, key, torch.empty(value.shape, dtype=value.dtype, device=CUDA))
+    encoder = on_cuda(encoder).eval()
+    image = torch.empty(2, 3, 224, 224, dtype=torch.uint8, device=CUDA)
+    with torch.inference_mode():
+        expected = encoder(image)  # what is made once is made before a capture
+        with OnlyOnTheGPU():
+            found = encoder(image)
+    assert (found.device, found.shape) == (CUDA, expected.shape)
 
 
 def masked_model() -> MaskedLM:

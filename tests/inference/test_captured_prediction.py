@@ -105,6 +105,30 @@ def test_a_token_model_of_a_plugin_takes_the_plain_path(random_lm: Any, graphs: 
         assert image_decoder(random_lm, CPU) is plain
 
 
+def test_samples_of_a_photo_encode_it_once(
+    random_runs: tuple[Path, Path], graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor.from_run(random_runs[1], ["eval.temperature=1"])
+    decode: Any = predictor._decode
+    assert isinstance(decode, CapturedPrediction)
+    encode, sizes = decode.plain.generator.model.encode, []
+    monkeypatch.setattr(
+        decode.plain.generator.model, "encode", lambda images: sizes.append(len(images)) or encode(images)
+    )
+    predictor.predict_samples(PICTURES[0], 3)
+    assert sizes == [1, 1]  # to warm up, and to capture
+
+
+def test_a_package_that_cannot_be_captured_is_called(graphs: list[FakeGraph]) -> None:
+    class Package:
+        def boxed_run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [inputs[0] * int(inputs.pop().sum())]
+
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        run = package_function(Package(), [torch.zeros(2)], has_loop=False)
+    assert run([torch.tensor([1.0, 3.0])])[0].tolist() == [4, 12]
+
+
 @pytest.mark.parametrize("has_loop", [False, True])
 def test_a_package_is_captured_unless_it_holds_a_loop(has_loop: bool, graphs: list[FakeGraph]) -> None:
     class Package:

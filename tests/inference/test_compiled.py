@@ -113,6 +113,37 @@ def test_images_that_fit_no_package_are_predicted_without(compiled_run: Path, ru
     np.testing.assert_allclose(found, Predictor.from_run(compiled_run).predict_batch(PICTURES), atol=1e-4)
 
 
+def test_images_left_over_keep_their_tokens(random_lm: Any, compiled_run: Path, runners: FakeRunner) -> None:
+    decode: Any = as_one_graph(
+        LMDecoder(random_lm.lm, random_lm.oracle, random_lm.task, random_lm.run.eval),
+        load_checkpoint(compiled_run),
+        CPU,
+    )
+    del decode.packages.files[1]
+    images = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.inference_mode():
+        items, tokens = decode(images, torch.arange(6))
+        expected, expected_tokens = decode.plain(images, torch.arange(6))
+    assert runners.sizes == [4] and torch.equal(tokens, expected_tokens)
+    np.testing.assert_allclose(items, expected, atol=1e-4)
+    decode.plain = lambda image, seeds: ([None] * len(image), None)  # as a direct model
+    graph = runners.graph
+    runners.graph = cast(Any, lambda *inputs: graph(*inputs)[:-1])
+    with torch.inference_mode():
+        items, tokens = decode(images, torch.arange(6))
+    assert tokens is None and len(items) == 6
+
+
+@pytest.mark.parametrize(("device", "index"), [("cpu", -1), ("cuda", -1), ("cuda:1", 1)])
+def test_a_package_is_loaded_on_the_device_of_its_images(
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "package_loader", lambda: lambda *given: given)
+    # On a GPU without threads of its own, which could not be captured.
+    loaded: Any = compiled.load_package(Path("a.pt2"), torch.device(device))
+    assert loaded == ("a.pt2", "model", device != "cpu", 1, index)
+
+
 def test_packages_are_not_used_for_images_of_another_size(compiled_run: Path, runners: FakeRunner) -> None:
     """They would read beyond the image, or only a part of it."""
     with pytest.raises(RuntimeError, match="size"):

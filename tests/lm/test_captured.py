@@ -117,18 +117,53 @@ def test_a_new_batch_size_replaces_graphs_of_similar_sizes() -> None:
         (32, [8], 32, []),
     ):
         batches.graphs = {(one, 1, KIND): list for one in held}
-        found = batches.batch_size(size, KIND)
+        found, _ = batches.padded(size, 1, KIND)
         if found not in held:
-            batches._make_room(found)
+            batches._make_room((found, 1, KIND))
         assert found == expected and [key[0] for key in batches.graphs] == left
     batches = CapturedBatches(any_padding=True)
-    batches.graphs = {(40, 1, KIND): list, (50, 2, KIND): list, (3, 1, "others"): list}
-    assert batches.batch_size(1, KIND) == 40 and batches.batch_size(41, KIND) == 41
-    batches._make_room(24)  # replaces 40, but neither 2 x 50 = 100 nor 3
-    assert [key[0] for key in batches.graphs] == [50, 3]
+    batches.graphs = {(40, 1, KIND): list, (2, 25, KIND): list, (2, 4, KIND): list, (30, 1, "others"): list}
+    assert batches.padded(1, 1, KIND) == (40, 1) and batches.padded(41, 1, KIND) == (41, 1)
+    assert batches.padded(2, 4, KIND) == (2, 4) and batches.padded(2, 5, KIND) == (2, 25)
+    assert batches.padded(1, 3, KIND) == (1, 3) and batches.padded(2, 2, "others") == (2, 2)
+    batches._make_room((26, 1, KIND))
+    assert list(batches.graphs) == [(2, 25, KIND), (2, 4, KIND), (30, 1, "others")]
+    batches._make_room((2, 8, KIND))  # 16 rows replace 50 and 8
+    assert list(batches.graphs) == [(30, 1, "others")]
 
 
-def test_what_cannot_be_captured_is_called_and_one_line_says_so(graphs: list[FakeGraph]) -> None:
+def test_fewer_samples_use_the_graph_of_more(graphs: list[FakeGraph]) -> None:
+    generator, batch, seeds = generator_of("autoregressive", temperature=1.0), make_images(2), torch.arange(8)
+    whole = generator.samples(batch, seeds, 4)
+    fewer = generator.samples(batch, seeds[:6], 3)
+    assert len(graphs) == 1 and torch.equal(fewer.tokens, whole.tokens[:6]) and fewer.features.shape[0] == 6
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked"])
+def test_a_generator_that_cannot_be_captured_says_so_once(
+    kind: str, graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then batches are not padded, and nothing is kept that would delay freeing it."""
+    generator, batch = generator_of(kind, temperature=1.0), make_images()
+    expected = generator.predict(batch[:3], generator.draw(torch.arange(3))).tokens
+    encode, sizes = generator.model.encode, []
+
+    def reads(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return encode(images) * bool(images.sum() > 0)
+
+    object.__setattr__(generator.model, "encode", reads)
+    with pytest.warns(UserWarning, match="cannot be captured") as seen:
+        generator(batch)
+        assert torch.equal(generator(batch[:3]).tokens, expected)
+    assert len(seen) == 1 and sizes == [5, 5, 5, 3] and not generator.graphs.graphs
+    reference = weakref.ref(generator)
+    graphs.clear()
+    del generator, reads
+    assert reference() is None
+
+
+def test_one_line_says_what_cannot_be_captured(graphs: list[FakeGraph]) -> None:
     def waits(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [inputs[0] + int(inputs[0].sum())]
 
@@ -136,9 +171,8 @@ def test_what_cannot_be_captured_is_called_and_one_line_says_so(graphs: list[Fak
     with pytest.warns(
         UserWarning, match=r"captured as a CUDA graph \(operation not permitted when .*one by one"
     ) as seen:
-        function = captured(waits, [x], CPU)
+        assert captured(waits, [x], CPU) is None
     assert len(seen) == 1 and "\n" not in str(seen[0].message)
-    assert function([x + 1])[0].tolist() == [7, 8, 9] and not graphs[0].replays
 
 
 def test_lack_of_memory_and_faults_of_an_operator_are_raised(
@@ -161,10 +195,12 @@ def test_lack_of_memory_and_faults_of_an_operator_are_raised(
 def test_capturing_warms_up_on_another_stream(graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator sets up when it is first called is not allowed during a capture."""
     events: list[Any] = []
+    aside: list[Any] = []
 
     class Stream:
         def __init__(self, name: str = "aside") -> None:
             self.name = name
+            aside.extend([self] * (name == "aside"))
 
         def wait_stream(self, other: Stream) -> None:
             events.append((self.name, "waits for", other.name))
@@ -190,7 +226,7 @@ def test_capturing_warms_up_on_another_stream(graphs: list[FakeGraph], monkeypat
         "call",
         "leave",
         ("current", "waits for", "aside"),
-        ("enter", "graph", {"capture_error_mode": "thread_local"}),
+        ("enter", "graph", {"stream": aside[-1], "capture_error_mode": "thread_local"}),
         "call",
         "leave",
     ]

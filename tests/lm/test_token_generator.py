@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,47 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="compilation needs a C\\+\\+ compiler"):
         TokenGenerator(make_lm(), compile=True)
+
+
+def test_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_generator, "compiled", lambda function, **_: pytest.fail("it compiles"))
+    assert not TokenGenerator(make_lm()).compiled
+
+
+def test_8_bits_on_a_gpu_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm: Any = make_lm()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    TokenGenerator(lm, int8=True)  # on a CPU
+    monkeypatch.setattr(lm, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
+    with pytest.raises(UserError, match="compilation needs a C\\+\\+ compiler"):
+        TokenGenerator(lm, int8=True)
+    TokenGenerator(lm)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=5)], ids=["greedy", "random"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_an_exported_loop_gives_the_tokens_of_the_steps(sampling: Sampling, probabilities: bool) -> None:
+    class Graph(torch.nn.Module):
+        def __init__(self, in_loop: bool) -> None:
+            super().__init__()
+            self.lm = make_lm(4)
+            self.generator = TokenGenerator(self.lm, sampling, int8=probabilities, probabilities=probabilities)
+            self.generator.in_loop = in_loop
+
+        def forward(self, images: torch.Tensor, *drawn: torch.Tensor) -> list[torch.Tensor]:
+            found = self.generator.predict(images, drawn[0] if drawn else None, 2)
+            return [found.tokens, *([] if found.probabilities is None else [found.probabilities])]
+
+    steps, images = Graph(in_loop=False), make_images(2)
+    numbers = steps.generator.draw(torch.arange(4))
+    inputs = (images,) if numbers is None else (images, numbers)
+    with torch.no_grad():
+        program = torch.export.export(Graph(in_loop=True), inputs)
+        found, expected = program.module()(*inputs), steps(*inputs)
+    assert any(node.target is torch.ops.higher_order.while_loop for node in program.graph.nodes)
+    assert torch.equal(found[0], expected[0]) and len(found) == 1 + probabilities
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

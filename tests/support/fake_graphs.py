@@ -53,8 +53,8 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _capture(graph: FakeGraph, *, capture_error_mode: str) -> Iterator[None]:
-    assert capture_error_mode == "thread_local"
+def _capture(graph: FakeGraph, *, stream: _Stream, capture_error_mode: str) -> Iterator[None]:
+    assert isinstance(stream, _Stream) and capture_error_mode == "thread_local"
     try:
         with NoHostSync(), _Recorder(graph):
             yield

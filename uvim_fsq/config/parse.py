@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -57,10 +58,10 @@ def merge(
     tree = read_yaml(find_config(source)) if isinstance(source, (str, Path)) else dict(source)
     if found_in is not None:
         _refuse_references(tree, found_in)
-        if not overrides:
-            return tree, set()
     if isinstance(overrides, str):
         raise UserError(f"overrides={short(overrides)} is one text; give a list, [{short(overrides)}]")
+    if found_in is not None and not overrides:
+        return copy.deepcopy(tree), set()
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"override {short(override)} is not of the form key=value")

@@ -65,7 +65,7 @@ def package_function(runner: Runner, inputs: Sequence[torch.Tensor], *, has_loop
         return runner.boxed_run(list(given))  # which empties its argument
 
     device = inputs[0].device
-    return captured(run, inputs, device) if captures(device) and not has_loop else run
+    return (captured(run, inputs, device) if captures(device) and not has_loop else None) or run
 
 
 def _unusable(file: Path, what: str, error: Exception) -> UserError:

@@ -39,11 +39,11 @@ def attention(
 ) -> Any:
     """The attention of a single query by fused sums instead of matrix products, which are called for each head.
 
-    `query` (B, H, 1, hd), `key` and `value` (B, H, T, hd), an additive mask (..., T) -> (B, H, 1, hd). Others are left
-    as they are.
+    `query` (B, H, 1, hd), `key` and `value` (B, H, T, hd), an additive mask (1, T) -> (B, H, 1, hd). Others are left as
+    they are.
     """
-    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    if query.shape[-2] != 1 or dropout_p or is_causal or enable_gqa or boolean:
+    other_mask = attn_mask is not None and (attn_mask.dtype == torch.bool or attn_mask.dim() != 2)
+    if query.shape[-2] != 1 or dropout_p or is_causal or enable_gqa or other_mask:
         return NotImplemented
     scaled = query.float() * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     weights = (scaled * key.float()).sum(-1)

@@ -32,7 +32,7 @@ from uvim_fsq.data.tiles import Tiling
 from uvim_fsq.data.transforms import JointTransform
 from uvim_fsq.errors import EVALUATION_REMEDY, UserError, enough_memory
 from uvim_fsq.inference.code_decoding import LMDecoder, sample_seeds
-from uvim_fsq.inference.compiled import Decode
+from uvim_fsq.inference.compiled import CapturedPrediction, Decode
 from uvim_fsq.inference.exports import LoadedExport, load_export
 from uvim_fsq.inference.films import Film
 from uvim_fsq.inference.pictures import Picture, content_of, pixels_of
@@ -200,11 +200,12 @@ class Predictor:
         seeds = torch.cat([sample_seeds(torch.full((1,), config.seed), number) for number in range(num)])
         items: list[Any] = []
         tokens: list[torch.Tensor] = []
+        decode = self._decode.plain if isinstance(self._decode, CapturedPrediction) else self._decode
         for part in seeds.split(config.batch_size):
-            if isinstance(self._decode, LMDecoder):
-                more, drawn = self._run(self._decode.samples, [prepared], part)
+            if isinstance(decode, LMDecoder):
+                more, drawn = self._run(decode.samples, [prepared], part)
             else:
-                more, drawn = self._run(self._decode, [prepared] * len(part), part)
+                more, drawn = self._run(decode, [prepared] * len(part), part)
             assert drawn is not None
             items, tokens = [*items, *more], [*tokens, drawn.cpu()]
         found = [self.task.to_size(item, pixels) for item in items]

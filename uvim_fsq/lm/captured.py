@@ -26,12 +26,11 @@ def captures(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def captured(function: TensorFunction, inputs: Sequence[torch.Tensor], device: torch.device) -> TensorFunction:
-    """A function for tensors of fixed shapes as one CUDA graph.
+def captured(function: TensorFunction, inputs: Sequence[torch.Tensor], device: torch.device) -> TensorFunction | None:
+    """A function for tensors of fixed shapes as one CUDA graph, or None if it cannot be captured.
 
-    Other tensors that `function` reads, such as weights, must stay where they are; their values may change.
-
-    If it cannot be captured, it is returned as it is, and a warning says so in one line.
+    A warning then says so in one line. Other tensors that `function` reads, such as weights, must stay where they are;
+    their values may change.
 
     Args:
         function: what to capture. Called twice here.
@@ -50,7 +49,7 @@ def captured(function: TensorFunction, inputs: Sequence[torch.Tensor], device: t
                 "by one, which is slower for small batches",
                 stacklevel=2,
             )
-            return function
+            return None
 
 
 class _Replay:
@@ -67,8 +66,9 @@ class _Replay:
             function(self._inputs)
         torch.cuda.current_stream().wait_stream(warmup)
         self._graph = torch.cuda.CUDAGraph()
-        # Thread-local, because the loader's thread may pin memory during the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Thread-local, because the loader's thread may pin memory during the capture. By default, captures on all
+        # devices would share the stream of the first one.
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             self._outputs = list(function(self._inputs))
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class _Replay:
 
 
 class CapturedBatches:
-    """A function of a batch of images, captured once for each batch size.
+    """A function of a batch of images, captured once for each batch size, and called as it is if that fails.
 
     Graphs are kept for a few batch sizes, which together take less than 4/3 of the memory of the largest.
 
@@ -93,6 +93,7 @@ class CapturedBatches:
         self.any_padding = any_padding
         #: (batch size, samples of each image, type and shape of an image) -> graph
         self.graphs: dict[tuple[int, int, Any], TensorFunction] = {}
+        self._failed = False
 
     @torch.inference_mode()
     def __call__(
@@ -106,37 +107,50 @@ class CapturedBatches:
         """Calls the function, or replays it, and returns its outputs for these images.
 
         Args:
-            function: takes images and, if there are any, random numbers. The same in each call.
+            function: takes images and, if there are any, random numbers. The same in each call but for `copies`.
             image: (B, 3, S, S) on a GPU.
-            seeds: (copies * B,) int64.
+            seeds: (copies * B,) int64, those of the first sample of all images first.
             draw: makes random numbers of seeds, or None if nothing is random.
             copies: samples of each image; every output has copies * B rows.
         """
-        count, size, kind = len(seeds), len(image), (image.dtype, image.shape[1:])
-        if copies == 1:
-            size = self.batch_size(size, kind)
-            image, seeds = pad_batch(image, size), pad_batch(seeds, size)
+        count, kind = len(seeds), (image.dtype, image.shape[1:])
+        size, copies = (len(image), copies) if self._failed else self.padded(len(image), copies, kind)
+        image, seeds = pad_batch(image, size), pad_batch(seeds, size * copies)
         drawn = draw(seeds)
         inputs = [image] if drawn is None else [image, drawn.to(image.device, non_blocking=True)]
         key = size, copies, kind
-        if key not in self.graphs:
-            self._make_room(size * copies)
-            self.graphs[key] = captured(function, inputs, image.device)
-        return [x[:count] for x in self.graphs[key](inputs)]
+        if key not in self.graphs and not self._failed:
+            self._make_room(key)
+            graph = captured(function, inputs, image.device)
+            self._failed = graph is None
+            if graph is not None:
+                self.graphs[key] = graph
+        run = function if self._failed else self.graphs[key]
+        return [x[:count] for x in run(inputs)]
 
-    def batch_size(self, batch: int, kind: Any) -> int:
-        """The size that a batch is predicted at: its own, or the larger size of an earlier one of such images."""
-        sizes = [size for size, copies, other in self.graphs if (copies, other) == (1, kind)]
-        if batch in sizes:
-            return batch
-        fits = [size for size in sizes if batch < size and (self.any_padding or size <= MAX_PADDING * batch)]
-        return min(fits, default=batch)
+    def padded(self, batch: int, copies: int, kind: Any) -> tuple[int, int]:
+        """The batch size and samples to predict for a batch: its own, or those of an earlier graph for more of them.
 
-    def _make_room(self, rows: int) -> None:
-        """Frees the graphs that one for so many rows replaces."""
+        Batches are padded, or samples of one batch size, but not both.
+        """
+        if (batch, copies, kind) in self.graphs:
+            return batch, copies
+        fits = [
+            key[:2]
+            for key in self.graphs
+            if key[2] == kind
+            and (key[1] == 1 if copies == 1 else key[0] == batch and key[1] > 1)
+            and batch * copies < key[0] * key[1]
+            and (self.any_padding or key[0] * key[1] <= MAX_PADDING * batch * copies)
+        ]
+        return min(fits, default=(batch, copies))
+
+    def _make_room(self, new: tuple[int, int, Any]) -> None:
+        """Frees the graphs that a new one replaces: of such images, with samples or without, and of a similar size."""
+        rows = new[0] * new[1]
         for key in list(self.graphs):
-            held = key[0] * key[1]
-            if max(held, rows) <= MAX_PADDING * min(held, rows):
+            held, alike = key[0] * key[1], key[2] == new[2] and (key[1] > 1) == (new[1] > 1)
+            if alike and max(held, rows) <= MAX_PADDING * min(held, rows):
                 del self.graphs[key]
 
 

@@ -113,7 +113,9 @@ class MaskedGenerator:
             drawn: (copies * B, T, 2, L), from `draw`.
             copies: how many samples of each image; B in the result counts all samples, those of one draw together.
         """
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        bf16 = self.precision == "bf16"
+        # No cache of casts: it would become part of a captured graph.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             memory = self.model.encode(images)
             memory = memory if copies == 1 else memory.repeat(copies, 1, 1)
             numbers = None if drawn is None else drawn.permute(1, 2, 0, 3)

@@ -78,6 +78,9 @@ def create_timm_model(config: EncoderConfig, size: int) -> tuple[nn.Module, Trip
     arguments = _arguments(config, published)
     if config.weights == "package":
         check_package(config.name)
+    if getattr(published, "dynamic_img_size", False):
+        # All images have one size. For any other, DINOv3 makes its rotary positions on the host, for each batch.
+        arguments["dynamic_img_size"] = False
     mean, std = HALF, HALF
     if is_plain_vit(published) and not config.frozen:
         arguments |= {"num_classes": 0, "class_token": False, "global_pool": ""}
