@@ -83,7 +83,8 @@ class _Replay:
 class CapturedBatches:
     """A function of a batch of images, captured once for each batch size, and called as it is if that fails.
 
-    Graphs are kept for a few batch sizes, which together take less than 4/3 of the memory of the largest.
+    Graphs are kept for a few batch sizes. Those for images of one type and size, without samples or with, together take
+    less than 4/3 of the memory of the largest.
 
     Args:
         any_padding: whether any amount of padding costs less than a new batch size, because that has to be compiled.
@@ -122,9 +123,11 @@ class CapturedBatches:
         if key not in self.graphs and not self._failed:
             self._make_room(key)
             graph = captured(function, inputs, image.device)
-            self._failed = graph is None
             if graph is not None:
                 self.graphs[key] = graph
+            else:
+                self._failed = True
+                self.graphs.clear()
         run = function if self._failed else self.graphs[key]
         return [x[:count] for x in run(inputs)]
 
